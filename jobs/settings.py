@@ -1,0 +1,166 @@
+"""Every setting of batchmill: the only reader of the environment and of batchmill.toml.
+
+What wins, from the top: a flag of the command, `BATCHMILL_<NAME>` in the environment, `batchmill.toml` in the
+current folder, and the embedded defaults under the user's data folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from jobs.embedded import socket_path
+from jobs.errors import SettingsError
+
+PREFIX = "BATCHMILL_"
+TOML_FILE = "batchmill.toml"
+
+
+class Settings(BaseSettings):
+    """Timers are in seconds. A bad value is refused by name, and so is an unknown name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, toml_file=TOML_FILE, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    home: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("batchmill")),
+        description="folder of the embedded store, Redis, locks and logs",
+    )
+    broker_url: str = Field(default="", description="Redis; empty: the embedded one under home")
+    database_url: str = Field(default="", description="SQLite or PostgreSQL; empty: SQLite under home")
+
+    heartbeat_seconds: float = Field(default=5.0, gt=0, description="between two heartbeats of a worker")
+    lease_seconds: float = Field(default=60.0, gt=0, description="a batch's lease without renewal")
+    save_seconds: float = Field(default=1.0, gt=0, description="at most between two commits of a worker")
+    reconcile_seconds: float = Field(default=15.0, gt=0, description="between two passes of the reconciler")
+    loading_lease_seconds: float = Field(default=60.0, gt=0, description="a submit's lease on its job")
+    drain_seconds: float = Field(default=15.0, gt=0, description="for a stopping worker to hand work back")
+    stall_seconds: float = Field(default=600.0, gt=0, description="without a token before a worker is ended")
+    load_stall_seconds: float = Field(default=3_600.0, gt=0, description="for loading a model")
+    busy_seconds: float = Field(default=30.0, gt=0, description="to wait for a locked SQLite database")
+
+    engine_rows: int | None = Field(default=None, ge=1, description="requests a device works on at once")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("broker_url")
+    @classmethod
+    def _redis(cls, url: str) -> str:
+        if url and not url.startswith(("redis://", "rediss://", "redis+socket://")):
+            raise ValueError("must begin with redis://, rediss:// or redis+socket://")
+        return url
+
+    @field_validator("database_url")
+    @classmethod
+    def _database(cls, url: str) -> str:
+        try:
+            known = not url or make_url(url).get_backend_name() in ("sqlite", "postgresql")
+        except ArgumentError:
+            known = False
+        if not known:
+            raise ValueError("must begin with sqlite:/// or postgresql://")
+        return url
+
+    @model_validator(mode="after")
+    def _ratios(self) -> Settings:
+        if self.lease_seconds < 4 * self.save_seconds:
+            raise ValueError("lease_seconds must be at least 4 times save_seconds, which renews the lease")
+        return self
+
+    @property
+    def embedded_broker(self) -> bool:
+        return not self.broker_url
+
+    @property
+    def embedded_store(self) -> bool:
+        return not self.database_url
+
+    @property
+    def redis_socket(self) -> Path:
+        """Of the embedded Redis. A socket's path has at most 107 bytes, so a long home gets a short stand-in."""
+        return socket_path(self.home)
+
+    @property
+    def broker(self) -> str:
+        """The URL of Redis, embedded or not."""
+        return self.broker_url or f"redis+socket://{self.redis_socket}"
+
+    @property
+    def database_file(self) -> Path:
+        return self.home / "batchmill.db"
+
+    @property
+    def database(self) -> str:
+        """The URL of the store, embedded or not."""
+        return self.database_url or f"sqlite:///{self.database_file}"
+
+
+def load_settings(**flags: Any) -> Settings:
+    """The settings in force; `flags` that are None were not given.
+
+    Raises SettingsError, which names each bad or unknown setting.
+    """
+    _refuse_unknown(os.environ)
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_spell(each) for each in error.errors())) from None
+    except ValueError as error:  # batchmill.toml that is not TOML
+        raise SettingsError(f"{TOML_FILE}: {error}") from None
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """These settings as environment variables, for a process that this one starts."""
+    values = settings.model_dump(exclude_none=True)
+    return {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items()}
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in environ:
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise SettingsError(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _spell(error: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {name} in {TOML_FILE}"
+    where = f"{PREFIX}{name.upper()}"
+    return f"{where if where in os.environ else name}: {message}"

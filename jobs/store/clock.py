@@ -1,0 +1,26 @@
+"""The store's clock: one SQL expression, evaluated by the database at the moment it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Float
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ColumnElement
+
+
+class StoreClock(ColumnElement[float]):
+    """Seconds since 1970, UTC, with milliseconds; inside a transaction it goes on."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(StoreClock, "sqlite")
+def _sqlite(_element: StoreClock, _compiler: Any, **_kwargs: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(StoreClock, "postgresql")
+def _postgresql(_element: StoreClock, _compiler: Any, **_kwargs: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"

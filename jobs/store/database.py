@@ -1,0 +1,137 @@
+"""Connections and transactions of the store, on SQLite and PostgreSQL; foreign errors become ours here alone.
+
+What is written knows of no tables: `read()` and `write()` give a connection inside a transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func
+from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
+from sqlalchemy.schema import Table
+
+from jobs.errors import StoreBusy, StoreError, StoreFull, StoreUnavailable
+from jobs.store.clock import StoreClock
+
+#: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
+WAL_SAFE_SINCE = (3, 51, 3)
+_CACHE_KIB = 64 * 1024
+_CONNECT_SECONDS = 5
+#: PostgreSQL: a session of ours that waits longer than this for a lock or a statement is in trouble.
+_POSTGRESQL_OPTIONS = (
+    "-c timezone=UTC -c lock_timeout=30s -c statement_timeout=120s -c idle_in_transaction_session_timeout=60s"
+)
+
+
+class Database:
+    """One database: an engine, its clock, and transactions.
+
+    `now` is the clock, an SQL expression in seconds since 1970; a test may pass its own.
+    """
+
+    def __init__(
+        self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None
+    ) -> None:
+        self.url = make_url(url)
+        self.now: ColumnElement[float] = StoreClock() if now is None else now
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._engine = self._sqlite(busy_seconds) if self.is_sqlite else self._postgresql()
+
+    @property
+    def name(self) -> str:
+        """The URL without its password."""
+        return self.url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection in a transaction that only reads; keep it short and fetch everything at once."""
+        with self._translated(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A connection in a transaction that commits at the end, or rolls back when an error passes through.
+
+        On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE).
+        """
+        with self._translated(), self._engine.connect() as plain:
+            connection = plain.execution_options(writes=True)
+            with connection.begin():
+                yield connection
+
+    def insert(self, table: Table) -> Any:
+        """An INSERT of this dialect, which can say `on_conflict_do_nothing`."""
+        return insert_sqlite(table) if self.is_sqlite else insert_postgresql(table)
+
+    def larger(self, one: ColumnElement[Any], other: object) -> ColumnElement[Any]:
+        """The larger of two expressions."""
+        greatest = func.max if self.is_sqlite else func.greatest
+        return greatest(one, other)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _sqlite(self, busy_seconds: float) -> Engine:
+        engine = create_engine(self.url, pool_reset_on_return=None, connect_args={"timeout": busy_seconds})
+
+        @event.listens_for(engine, "connect")
+        def configure(connection: sqlite3.Connection, _record: object) -> None:
+            connection.isolation_level = None  # transactions begin where SQLAlchemy says so, below
+            journal = "WAL" if sqlite3.sqlite_version_info >= WAL_SAFE_SINCE else "TRUNCATE"
+            for pragma in (
+                f"busy_timeout={int(busy_seconds * 1000)}",
+                f"journal_mode={journal}",
+                "synchronous=FULL",
+                "foreign_keys=ON",
+                f"cache_size=-{_CACHE_KIB}",
+            ):
+                connection.execute(f"PRAGMA {pragma}")
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            writes = connection.get_execution_options().get("writes")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+        return engine
+
+    def _postgresql(self) -> Engine:
+        arguments = {"connect_timeout": _CONNECT_SECONDS, "options": _POSTGRESQL_OPTIONS}
+        return create_engine(self.url, pool_pre_ping=True, pool_recycle=1_800, connect_args=arguments)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (DBAPIError, TimeoutError) as error:
+            ours = self._ours(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+    def _ours(self, error: DBAPIError | TimeoutError) -> StoreError | None:
+        """Our error for a foreign one; None for one that is a bug of ours (a constraint, a syntax)."""
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        if "locked" in text or "lock timeout" in text or isinstance(error, TimeoutError):
+            return StoreBusy(f"the store {self.name} is locked by another process ({text}); try again")
+        if "disk is full" in text or "No space left" in text:
+            return StoreFull(f"no space left for the store {self.name}; free some and try again")
+        if isinstance(error, OperationalError) or getattr(error, "connection_invalidated", False):
+            return StoreUnavailable(f"cannot use the store {self.name}: {text}")
+        return None
+
+
+def database_folder(url: str) -> Path | None:
+    """The folder of a SQLite file, or None for another kind of database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    return Path(parsed.database).parent

@@ -1,0 +1,93 @@
+"""What travels between a worker and the store: who asks, what it holds, what it gets back.
+
+A lease is a worker's time-limited right to write a batch's outputs; the fence, raised by each claim, proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import ColumnElement, Connection, update
+
+from jobs.schema import Memory, ModelSpec, Output, Request, RunOutcome, SamplingParams
+from jobs.tables import runs
+
+#: The columns of a batch that nobody holds.
+NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Who asks: one generation of one worker, what it holds and what it does where nobody says otherwise."""
+
+    worker_id: int
+    generation: int
+    spec: ModelSpec
+    device: str
+    lease_seconds: float
+    model_load_seconds: float = 0.0
+    model_commit: str | None = None
+    device_uuid: str | None = None
+    defaults: SamplingParams = field(default_factory=SamplingParams.fallback)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    only_job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write one batch's outputs, proven by its fence; `run_id` is the attempt."""
+
+    batch_id: int
+    fence: int
+    run_id: int
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A batch just claimed: its requests that have no output yet, in file order, as the job wants them run.
+
+    The first `in_flight` of them are recorded as in flight.
+    """
+
+    lease: Lease
+    requests: tuple[Request, ...]
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a worker says of one batch it holds.
+
+    `in_flight`: the indexes that are in the engine, or enter it after this turn. `release`: hand it back.
+    """
+
+    lease: Lease
+    outputs: Sequence[Output] = ()
+    in_flight: Sequence[int] = ()
+    memory: Memory = field(default_factory=Memory)
+    untouched: bool = False
+    release: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """What a turn brought back. Batches that are in none of the sets are held on."""
+
+    lost: frozenset[int] = frozenset()
+    finished: frozenset[int] = frozenset()
+    cancelled: frozenset[int] = frozenset()
+    released: frozenset[int] = frozenset()
+    claimed: tuple[Claimed, ...] = ()
+    drain: bool = False
+
+
+def end_runs(
+    connection: Connection, which: ColumnElement[bool], outcome: RunOutcome, *, now: ColumnElement[float]
+) -> None:
+    """Writes down how these runs ended. What was in flight when a process died stays on record."""
+    ended: dict[str, object] = {"finished_at": now, "outcome": outcome.value}
+    if outcome not in (RunOutcome.CRASHED, RunOutcome.EXPIRED):
+        ended["in_flight"] = "[]"
+    connection.execute(update(runs).where(which, runs.c.finished_at.is_(None)).values(ended))

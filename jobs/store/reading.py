@@ -1,0 +1,204 @@
+"""Answers about jobs: what was asked, how far it is, pages of outputs. Nothing here writes.
+
+Every call is one short transaction that fetches all it needs, since an open cursor would stop SQLite's writers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, and_, func, select
+
+from jobs.errors import NotFound
+from jobs.schema import (
+    CLOSED_JOB_STATES,
+    JobState,
+    ModelSpec,
+    RequestState,
+)
+from jobs.store.database import Database
+from jobs.tables import batches, jobs, outputs, requests
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A job's requests by state; `total` is their sum."""
+
+    total: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def pending(self) -> int:
+        return self.total - self.succeeded - self.failed - self.cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job as the store has it; times in seconds since 1970, UTC."""
+
+    id: str
+    name: str | None
+    state: JobState
+    spec: ModelSpec
+    batch_size: int
+    options: Mapping[str, Any]
+    sampling: Mapping[str, Any] | None
+    file_name: str
+    file_sha256: str
+    command: str
+    versions: Mapping[str, str]
+    queued_at: float
+    started_at: float | None
+    finished_at: float | None
+    counts: Counts
+
+    @property
+    def closed(self) -> bool:
+        return self.state in CLOSED_JOB_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRow:
+    """One request with its output, as exports need it; `body` is the request's JSON text."""
+
+    index: int
+    custom_id: str
+    body: str
+    state: RequestState
+    choices: str
+    prompt_tokens: int
+    completion_tokens: int
+    error_code: str | None
+    error_message: str | None
+    finished_at: float
+
+
+class Reading:
+    """The asking side of the store."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find(self, written: str) -> str:
+        """The id of the job that a user wrote: an id, a unique beginning of one, or `last`. Raises NotFound."""
+        shown = jobs.c.state != JobState.LOADING.value
+        with self._database.read() as connection:
+            if written == "last":
+                newest = select(jobs.c.id).where(shown).order_by(jobs.c.queued_at.desc(), jobs.c.id).limit(1)
+                found = list(connection.scalars(newest).all())
+            else:
+                same = jobs.c.id.startswith(written.lower(), autoescape=True)
+                found = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
+        if not found:
+            what = "no job was submitted yet" if written == "last" else f"no job begins with {written!r}"
+            raise NotFound(f"{what}; `batchmill jobs` lists them")
+        if len(found) > 1 and written not in found:
+            raise NotFound(
+                f"several jobs begin with {written!r}: {', '.join(sorted(found))}; write more of it"
+            )
+        return written if written in found else found[0]
+
+    def job(self, job_id: str) -> Job:
+        """One job, by its full id. Raises NotFound."""
+        found = self._jobs(_SHOWN.where(jobs.c.id == job_id))
+        if not found:
+            raise NotFound(f"there is no job {job_id}; `batchmill jobs` lists them")
+        return found[0]
+
+    def jobs(self, *, most: int) -> list[Job]:
+        """The newest jobs, newest first."""
+        return self._jobs(_SHOWN.order_by(jobs.c.queued_at.desc(), jobs.c.id).limit(most))
+
+    def _jobs(self, chosen: Select[Any]) -> list[Job]:
+        with self._database.read() as connection:
+            rows = connection.execute(chosen).all()
+            counts = _counts(connection, [row.id for row in rows])
+        return [_job(row, counts[row.id]) for row in rows]
+
+    def resumable(self, fingerprint: str) -> str | None:
+        """The newest job of this fingerprint that was not cancelled, if there is one."""
+        same = (
+            select(jobs.c.id)
+            .where(jobs.c.fingerprint == fingerprint)
+            .where(jobs.c.state.not_in([JobState.CANCELLING.value, JobState.CANCELLED.value]))
+            .order_by(jobs.c.queued_at.desc())
+            .limit(1)
+        )
+        with self._database.read() as connection:
+            return connection.scalar(same)
+
+    def output_pages(
+        self, job_id: str, *, states: frozenset[RequestState], page: int
+    ) -> Iterator[list[OutputRow]]:
+        """A job's outputs in file order, in pages; no transaction is open between two of them."""
+        same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+        chosen = (
+            select(
+                outputs.c.index,
+                requests.c.custom_id,
+                requests.c.body,
+                outputs.c.state,
+                outputs.c.choices,
+                outputs.c.prompt_tokens,
+                outputs.c.completion_tokens,
+                outputs.c.error_code,
+                outputs.c.error_message,
+                outputs.c.finished_at,
+            )
+            .select_from(outputs.join(requests, same))
+            .where(outputs.c.job_id == job_id)
+            .order_by(outputs.c.index)
+            .limit(page)
+        )
+        if RequestState.SUCCEEDED not in states:
+            chosen = chosen.where(outputs.c.state != RequestState.SUCCEEDED.value)
+        after = -1
+        while True:
+            with self._database.read() as connection:
+                rows = connection.execute(chosen.where(outputs.c.index > after)).all()
+            if not rows:
+                return
+            after = rows[-1].index
+            wanted = [OutputRow(*row) for row in rows if row.state in states]
+            yield wanted
+
+
+#: Jobs that are loading are shown to nobody.
+_SHOWN = select(jobs).where(jobs.c.state != JobState.LOADING.value)
+_SUMS = ("total", "succeeded", "failed", "cancelled", "prompt_tokens", "completion_tokens")
+
+
+def _counts(connection: Connection, job_ids: list[str]) -> dict[str, Counts]:
+    """A job's counts are the sums over its batches."""
+    sums = [func.sum(batches.c[name]) for name in _SUMS]
+    rows = connection.execute(
+        select(batches.c.job_id, *sums).where(batches.c.job_id.in_(job_ids)).group_by(batches.c.job_id)
+    ).all()
+    return {row[0]: Counts(*(int(value) for value in row[1:])) for row in rows}
+
+
+def _job(row: Row[Any], counts: Counts) -> Job:
+    return Job(
+        id=row.id,
+        name=row.name,
+        state=JobState(row.state),
+        spec=ModelSpec.from_canonical(row.spec),
+        batch_size=row.batch_size,
+        options=json.loads(row.options),
+        sampling=None if row.sampling is None else json.loads(row.sampling),
+        file_name=row.file_name,
+        file_sha256=row.file_sha256,
+        command=row.command,
+        versions=json.loads(row.versions),
+        queued_at=row.queued_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        counts=counts,
+    )

@@ -1,0 +1,86 @@
+"""Taking leases back from who died, and knowing what is pending: the reconciler's and the parents' side of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import ColumnElement, and_, select, update
+
+from jobs.schema import BATCH_BEFORE, CLAIMABLE_JOB_STATES, BatchState, JobState, ModelSpec, RunOutcome
+from jobs.store.claiming import pending_batches
+from jobs.store.database import Database
+from jobs.store.lease import NO_LEASE, end_runs
+from jobs.tables import batches, jobs, runs
+
+#: How many batches one transaction takes back.
+_PAGE = 500
+
+
+class Recovery:
+    """Every call is safe at any time, twice, and from several processes at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def take_back(self, worker_id: int, *, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
+        """Takes back every lease of this worker's children up to a generation: how many there were."""
+        whose = and_(batches.c.worker_id == worker_id, batches.c.worker_generation <= generation)
+        taken = page = self._take_page(whose, outcome)
+        while page == _PAGE:
+            page = self._take_page(whose, outcome)
+            taken += page
+        return taken
+
+    def expired(self, *, for_seconds: float = 0.0) -> dict[int, tuple[int, float]]:
+        """Batches whose lease expired at least so long ago: {batch id: (fence, lease_until)}."""
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(batches.c.id, batches.c.fence, batches.c.lease_until)
+                .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
+                .where(jobs.c.state.in_([JobState.RUNNING.value, JobState.CANCELLING.value]))
+                .where(batches.c.state == BatchState.LEASED.value)
+                .where(batches.c.lease_until < self._database.now - for_seconds)
+            ).all()
+        return {row.id: (row.fence, row.lease_until) for row in found}
+
+    def reap(self, leases: Mapping[int, tuple[int, float]]) -> int:
+        """Takes back these leases, as `expired` gave them, unless they were renewed since: how many."""
+        reaped = 0
+        for batch_id, (fence, lease_until) in sorted(leases.items()):
+            same = and_(
+                batches.c.id == batch_id, batches.c.fence == fence, batches.c.lease_until == lease_until
+            )
+            reaped += self._take_page(same, RunOutcome.EXPIRED)
+        return reaped
+
+    def pending(self, *, most: int) -> dict[str, list[int]]:
+        """The pending batches of open jobs, by canonical spec: at most `most` ids for each."""
+        with self._database.read() as connection:
+            specs = connection.scalars(
+                select(jobs.c.spec).where(jobs.c.state.in_(CLAIMABLE_JOB_STATES)).distinct()
+            ).all()
+            found = {spec: pending_batches(connection, spec, most=most) for spec in specs}
+        return {spec: ids for spec, ids in found.items() if ids}
+
+    def pending_of(self, spec: ModelSpec, *, most: int) -> list[int]:
+        """The pending batches of one spec, oldest job first."""
+        with self._database.read() as connection:
+            return pending_batches(connection, spec.canonical, most=most)
+
+    def _take_page(self, which: ColumnElement[bool], outcome: RunOutcome) -> int:
+        with self._database.write() as connection:
+            ids = connection.scalars(
+                select(batches.c.id)
+                .where(which, batches.c.state == BatchState.LEASED.value)
+                .order_by(batches.c.id)
+                .limit(_PAGE)
+                .with_for_update()
+            ).all()
+            if ids:
+                connection.execute(
+                    update(batches)
+                    .where(batches.c.id.in_(ids), batches.c.state.in_(BATCH_BEFORE[BatchState.PENDING]))
+                    .values(state=BatchState.PENDING.value, **NO_LEASE)
+                )
+                end_runs(connection, runs.c.batch_id.in_(ids), outcome, now=self._database.now)
+            return len(ids)

@@ -1,0 +1,136 @@
+"""Opening a closed job again: its failed and cancelled requests become pending in new batches, page by page."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
+
+from jobs.errors import JobStateError
+from jobs.schema import CLOSED_JOB_STATES, JobState, RequestState
+from jobs.store.closing import PAGE_REQUESTS
+from jobs.store.database import Database
+from jobs.store.loading import new_batches
+from jobs.tables import batches, jobs, outputs, requests
+
+
+class Retrying:
+    """Cut short, the same call finishes it: the job keeps a mark until its last page."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def retry(self, job_id: str) -> int:
+        """Makes the failed and cancelled requests of a closed job pending again: how many.
+
+        Raises JobStateError for a job that is open, unless a retry of it was cut short.
+        """
+        self._begin_retry(job_id)
+        moved = 0
+        while (page := self._retry_page(job_id)) is not None:
+            moved += page
+        return moved
+
+    def _begin_retry(self, job_id: str) -> None:
+        """Marks which outputs are meant: those that are there now. A retry cut short keeps its mark."""
+        with self._database.write() as connection:
+            marked = connection.execute(
+                update(jobs)
+                .where(
+                    jobs.c.id == job_id,
+                    or_(jobs.c.state.in_(CLOSED_JOB_STATES), jobs.c.retry_started_at.is_not(None)),
+                )
+                .values(retry_started_at=func.coalesce(jobs.c.retry_started_at, self._database.now))
+            )
+            if marked.rowcount == 0:
+                state = connection.scalar(select(jobs.c.state).where(jobs.c.id == job_id))
+                raise JobStateError(
+                    f"job {job_id} is {state}: wait until it has ended (`batchmill wait {job_id}`), then retry it"
+                )
+
+    def _retry_page(self, job_id: str) -> int | None:
+        """Moves one page: how many requests, None when nothing is left to move.
+
+        The page is read again under the locks: another retry of the same job may have moved it meanwhile.
+        """
+        with self._database.write() as connection:
+            seen = {row.batch_id for row in self._unsuccessful(connection, job_id)}
+            self._lock(connection, seen)
+            batch_size = self._reopen(connection, job_id, bool(seen))
+            if batch_size is None or not seen:
+                return None
+            page = [row for row in self._unsuccessful(connection, job_id) if row.batch_id in seen]
+            self._take_off(connection, page)
+            indexes = [row.index for row in page]
+            connection.execute(
+                delete(outputs).where(outputs.c.job_id == job_id, outputs.c.index.in_(indexes))
+            )
+            self._move(connection, job_id, indexes, batch_size)
+        return len(page)
+
+    def _unsuccessful(self, connection: Connection, job_id: str) -> list[Row[tuple[int, str, int, int, int]]]:
+        same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+        of_job = and_(outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value)
+        marked = outputs.c.finished_at <= jobs.c.retry_started_at
+        return list(
+            connection.execute(
+                select(
+                    outputs.c.index,
+                    outputs.c.state,
+                    outputs.c.prompt_tokens,
+                    outputs.c.completion_tokens,
+                    requests.c.batch_id,
+                )
+                .select_from(outputs.join(requests, same).join(jobs, jobs.c.id == outputs.c.job_id))
+                .where(of_job, marked)
+                .order_by(outputs.c.index)
+                .limit(PAGE_REQUESTS)
+            ).all()
+        )
+
+    def _lock(self, connection: Connection, batch_ids: set[int]) -> None:
+        connection.execute(
+            select(batches.c.id).where(batches.c.id.in_(batch_ids)).order_by(batches.c.id).with_for_update()
+        ).all()
+
+    def _reopen(self, connection: Connection, job_id: str, more: bool) -> int | None:
+        """Locks the job; opens it again when there is something to move, else takes the mark away.
+
+        The job's batch size, or None when it is no longer marked (a cancel came in between).
+        """
+        row = connection.execute(
+            select(jobs.c.state, jobs.c.batch_size)
+            .where(jobs.c.id == job_id, jobs.c.retry_started_at.is_not(None))
+            .with_for_update()
+        ).first()
+        if row is None:
+            return None
+        changes: dict[str, object] = {} if more else {"retry_started_at": None}
+        if more and JobState(row.state) in CLOSED_JOB_STATES:
+            changes |= {"state": JobState.QUEUED.value, "finished_at": None}
+        if changes:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(changes))
+        return int(row.batch_size)
+
+    def _take_off(self, connection: Connection, page: list[Row[tuple[int, str, int, int, int]]]) -> None:
+        """Takes the requests that move, and what their outputs counted, off their old batches."""
+        by_batch: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        for row in page:
+            count = by_batch[row.batch_id]
+            count["total"] += 1
+            count[row.state] += 1
+            count["prompt_tokens"] += row.prompt_tokens
+            count["completion_tokens"] += row.completion_tokens
+        for batch_id, count in sorted(by_batch.items()):
+            less = {name: batches.c[name] - number for name, number in count.items()}
+            connection.execute(update(batches).where(batches.c.id == batch_id).values(less))
+
+    def _move(self, connection: Connection, job_id: str, indexes: list[int], batch_size: int) -> None:
+        slices = [indexes[begin : begin + batch_size] for begin in range(0, len(indexes), batch_size)]
+        new = new_batches(connection, job_id, [len(each) for each in slices])
+        for batch_id, each in zip(new, slices, strict=True):
+            connection.execute(
+                update(requests)
+                .where(requests.c.job_id == job_id, requests.c.index.in_(each))
+                .values(batch_id=batch_id)
+            )

@@ -1,0 +1,231 @@
+"""A worker's turn: all that it says and asks, in one fenced transaction.
+
+It saves outputs, records what is in flight, renews leases, finishes, cancels, releases and claims in one commit,
+so that a kill between any two lines leaves either all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from sqlalchemy import Connection, func, select, update
+
+from jobs.schema import (
+    BATCH_BEFORE,
+    JOB_BEFORE,
+    BatchState,
+    JobState,
+    Output,
+    RequestState,
+    RunOutcome,
+    WorkerState,
+)
+from jobs.store.claiming import Claiming, pending_batches
+from jobs.store.closing import Closing
+from jobs.store.database import Database
+from jobs.store.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
+from jobs.tables import batches, jobs, outputs, runs, workers
+
+
+class Saving:
+    """The worker's side of the store."""
+
+    def __init__(self, database: Database, closing: Closing) -> None:
+        self._database = database
+        self._closing = closing
+        self._claiming = Claiming(database)
+
+    def turn(
+        self, seat: Seat, held: Sequence[Held], *, wanted_requests: int = 0, in_flight_room: int = 0
+    ) -> Turned:
+        """One commit of a worker.
+
+        Saves the outputs and counts of every batch whose fence still holds, renews its lease, finishes it when
+        nothing is pending, closes what was cancelled, releases what is handed back or what an idle worker
+        could start instead; then claims batches until `wanted_requests` are there, of which the first
+        `in_flight_room` are recorded as in flight.
+        """
+        with self._database.write() as connection:
+            mine = self._lock(connection, held)
+            counted = {each.lease.batch_id: self._save(connection, each) for each in mine}
+            for each in mine:
+                self._renew(connection, seat, each, counted[each.lease.batch_id])
+            finished = self._finish(connection, mine)
+            cancelled = self._close_cancelled(connection, mine, finished)
+            rest = [each for each in mine if each.lease.batch_id not in finished | cancelled]
+            released = self._release(connection, seat, rest)
+            drain = self._draining(connection, seat)
+            holds = len(rest) > len(released)
+            claimed = (
+                ()
+                if drain
+                else self._claiming.claim(connection, seat, holds, wanted_requests, in_flight_room)
+            )
+            self._advance(connection, mine, finished | cancelled, claimed)
+        lost = {each.lease.batch_id for each in held} - {each.lease.batch_id for each in mine}
+        return Turned(frozenset(lost), finished, cancelled, released, claimed, drain)
+
+    def _lock(self, connection: Connection, held: Sequence[Held]) -> list[Held]:
+        """Locks the batches; those whose fence still holds, by id."""
+        if not held:
+            return []
+        ids = [each.lease.batch_id for each in held]
+        found = connection.execute(
+            select(batches.c.id, batches.c.fence)
+            .where(batches.c.id.in_(ids), batches.c.state == BatchState.LEASED.value)
+            .order_by(batches.c.id)
+            .with_for_update()
+        ).all()
+        fences = {row.id: row.fence for row in found}
+        mine = [each for each in held if fences.get(each.lease.batch_id) == each.lease.fence]
+        return sorted(mine, key=lambda each: each.lease.batch_id)
+
+    def _save(self, connection: Connection, held: Held) -> Mapping[str, int]:
+        """Inserts the outputs that are not there yet: their counts and tokens, for batch and run."""
+        if not held.outputs:
+            return {}
+        rows = [_output_row(each, held.lease.run_id) for each in held.outputs]
+        statement = (
+            self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
+        )
+        new = connection.execute(
+            statement.returning(outputs.c.state, outputs.c.prompt_tokens, outputs.c.completion_tokens), rows
+        ).all()
+        states = Counter(row.state for row in new)
+        return {
+            "succeeded": states[RequestState.SUCCEEDED.value],
+            "failed": states[RequestState.FAILED.value],
+            "prompt_tokens": sum(row.prompt_tokens for row in new),
+            "completion_tokens": sum(row.completion_tokens for row in new),
+        }
+
+    def _renew(self, connection: Connection, seat: Seat, held: Held, counted: Mapping[str, int]) -> None:
+        """Adds the counts to batch and run, records what is in flight, renews the lease."""
+        lease, memory = held.lease, held.memory
+        connection.execute(
+            update(batches)
+            .where(batches.c.id == lease.batch_id)
+            .values(
+                {name: batches.c[name] + count for name, count in counted.items()}
+                | {"lease_until": self._database.now + seat.lease_seconds}
+            )
+        )
+        larger = self._database.larger
+        connection.execute(
+            update(runs)
+            .where(runs.c.id == lease.run_id)
+            .values({name: runs.c[name] + count for name, count in counted.items()})
+            .values(
+                in_flight=json.dumps(list(held.in_flight)),
+                weights_bytes=memory.weights_bytes,
+                device_total_bytes=memory.device_total_bytes,
+                peak_allocated_bytes=larger(runs.c.peak_allocated_bytes, memory.peak_allocated_bytes),
+                peak_reserved_bytes=larger(runs.c.peak_reserved_bytes, memory.peak_reserved_bytes),
+            )
+        )
+        codes = Counter(each.error.code for each in held.outputs if each.error is not None)
+        if codes:
+            self._add_codes(connection, lease.run_id, codes)
+
+    def _add_codes(self, connection: Connection, run_id: int, codes: Counter[str]) -> None:
+        before = json.loads(
+            connection.execute(select(runs.c.error_codes).where(runs.c.id == run_id)).scalar_one()
+        )
+        total = dict(Counter(before) + codes)
+        connection.execute(update(runs).where(runs.c.id == run_id).values(error_codes=json.dumps(total)))
+
+    def _finish(self, connection: Connection, mine: Sequence[Held]) -> frozenset[int]:
+        """Ends the batches of which nothing is pending."""
+        done = batches.c.succeeded + batches.c.failed + batches.c.cancelled == batches.c.total
+        saved = [each.lease for each in mine if each.outputs]
+        ids = [lease.batch_id for lease in saved]
+        if not ids:
+            return frozenset()
+        finished = frozenset(
+            connection.scalars(
+                update(batches)
+                .where(batches.c.id.in_(ids), done, batches.c.state.in_(BATCH_BEFORE[BatchState.DONE]))
+                .values(state=BatchState.DONE.value, **NO_LEASE)
+                .returning(batches.c.id)
+            ).all()
+        )
+        self._end_runs(connection, [lease for lease in saved if lease.batch_id in finished], RunOutcome.DONE)
+        return finished
+
+    def _close_cancelled(
+        self, connection: Connection, mine: Sequence[Held], finished: frozenset[int]
+    ) -> frozenset[int]:
+        """Gives every unfinished request of a cancelled job its output."""
+        rest = [each.lease for each in mine if each.lease.batch_id not in finished]
+        of_jobs = {lease.job_id for lease in rest}
+        if not of_jobs:
+            return frozenset()
+        cancelling = connection.scalars(
+            select(jobs.c.id).where(jobs.c.id.in_(of_jobs), jobs.c.state == JobState.CANCELLING.value)
+        ).all()
+        leases = [lease for lease in rest if lease.job_id in set(cancelling)]
+        self._closing.close_batches(connection, [lease.batch_id for lease in leases])
+        self._end_runs(connection, leases, RunOutcome.CANCELLED)
+        return frozenset(lease.batch_id for lease in leases)
+
+    def _release(self, connection: Connection, seat: Seat, rest: Sequence[Held]) -> frozenset[int]:
+        """Hands back what is to be handed back, and what idle workers could start where nothing is pending."""
+        leases = [each.lease for each in rest if each.release]
+        untouched = [each.lease for each in rest if each.untouched and not each.release]
+        if untouched and not pending_batches(connection, seat.spec.canonical, only_job=seat.only_job, most=1):
+            idle = self._claiming.idle(connection, seat)
+            leases += untouched[len(untouched) - min(idle, len(untouched)) :]
+        if leases:
+            ids = [lease.batch_id for lease in leases]
+            connection.execute(
+                update(batches)
+                .where(batches.c.id.in_(ids))
+                .values(state=BatchState.PENDING.value, **NO_LEASE)
+            )
+            self._end_runs(connection, leases, RunOutcome.RELEASED)
+        return frozenset(lease.batch_id for lease in leases)
+
+    def _draining(self, connection: Connection, seat: Seat) -> bool:
+        state = connection.scalar(select(workers.c.state).where(workers.c.id == seat.worker_id))
+        return state == WorkerState.DRAINING.value
+
+    def _advance(
+        self, connection: Connection, mine: Sequence[Held], ended: frozenset[int], claimed: Iterable[Claimed]
+    ) -> None:
+        """Moves the jobs on, by id: those with a claimed batch run, those with nothing open are closed."""
+        begun = {each.lease.job_id for each in claimed}
+        touched = {each.lease.job_id for each in mine if each.lease.batch_id in ended}
+        for job_id in sorted(begun | touched):
+            if job_id in begun:
+                connection.execute(
+                    update(jobs)
+                    .where(jobs.c.id == job_id, jobs.c.state.in_(JOB_BEFORE[JobState.RUNNING]))
+                    .values(
+                        state=JobState.RUNNING.value,
+                        started_at=func.coalesce(jobs.c.started_at, self._database.now),
+                    )
+                )
+            if job_id in touched:
+                self._closing.close_if_done(connection, job_id)
+
+    def _end_runs(self, connection: Connection, leases: Sequence[Lease], outcome: RunOutcome) -> None:
+        if leases:
+            which = runs.c.id.in_([lease.run_id for lease in leases])
+            end_runs(connection, which, outcome, now=self._database.now)
+
+
+def _output_row(output: Output, run_id: int) -> dict[str, object]:
+    error = output.error
+    return {
+        "job_id": output.key.job_id,
+        "index": output.key.index,
+        "run_id": run_id,
+        "state": output.state.value,
+        "choices": output.choices_json(),
+        "prompt_tokens": output.prompt_tokens,
+        "completion_tokens": output.completion_tokens,
+        "error_code": None if error is None else error.code,
+        "error_message": None if error is None else error.message,
+    }

@@ -1,0 +1,244 @@
+"""The workers' rows: who is there, what it holds, since when, and whether it is alive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, or_, select, update
+
+from jobs.schema import BatchState, ModelSpec, WorkerState
+from jobs.store.database import Database
+from jobs.tables import batches, workers
+
+#: A worker counts as dead after this many heartbeats that did not come.
+MISSED_HEARTBEATS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What the parent reads back with each heartbeat: its child, and the state that the child wrote."""
+
+    state: WorkerState
+    generation: int
+    child_pid: int | None
+    error: str | None
+    leases: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a child says of itself once it holds its model."""
+
+    device_name: str
+    device_uuid: str | None
+    model_load_seconds: float
+    weights_bytes: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One worker as the store has it; `leases` is how many batches it holds, `seen_seconds` how long ago it was."""
+
+    id: int
+    name: str
+    host: str
+    pid: int
+    state: WorkerState
+    error: str | None
+    spec: ModelSpec
+    only_job: str | None
+    device: str
+    device_name: str | None
+    device_uuid: str | None
+    model_load_seconds: float | None
+    weights_bytes: int
+    alive: bool
+    seen_seconds: float
+    uptime_seconds: float
+    leases: int
+
+
+class Workers:
+    """The rows of the workers; a row is one life of one worker's parent process."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def register(
+        self,
+        *,
+        host: str,
+        name: str,
+        pid: int,
+        spec: ModelSpec,
+        device: str,
+        only_job: str | None,
+        beat: float,
+    ) -> int:
+        """A new worker in the state `starting`: its id. `beat` is its heartbeat in seconds."""
+        now = self._database.now
+        with self._database.write() as connection:
+            row = insert(workers).values(
+                host=host,
+                name=name,
+                pid=pid,
+                state=WorkerState.STARTING.value,
+                spec=spec.canonical,
+                model=spec.model,
+                revision=spec.revision,
+                quantization=spec.quantization.value,
+                only_job=only_job,
+                device=device,
+                versions="{}",
+                started_at=now,
+                heartbeat_at=now,
+                alive_until=now + MISSED_HEARTBEATS * beat,
+            )
+            return int(connection.execute(row.returning(workers.c.id)).scalar_one())
+
+    def heartbeat(self, worker_id: int, *, beat: float) -> Heartbeat:
+        """Says that the worker lives."""
+        now = self._database.now
+        with self._database.write() as connection:
+            row = connection.execute(
+                update(workers)
+                .where(workers.c.id == worker_id)
+                .values(heartbeat_at=now, alive_until=now + MISSED_HEARTBEATS * beat)
+                .returning(workers.c.state, workers.c.generation, workers.c.child_pid, workers.c.error)
+            ).one()
+            held = connection.scalar(
+                select(func.count()).select_from(batches).where(batches.c.worker_id == worker_id)
+            )
+        return Heartbeat(WorkerState(row.state), row.generation, row.child_pid, row.error, held or 0)
+
+    def new_generation(self, worker_id: int, *, child_pid: int) -> int:
+        """A new child of this worker begins to load its model: the generation it is."""
+        with self._database.write() as connection:
+            return int(
+                connection.execute(
+                    update(workers)
+                    .where(workers.c.id == worker_id)
+                    .values(
+                        generation=workers.c.generation + 1,
+                        child_pid=child_pid,
+                        state=WorkerState.LOADING.value,
+                    )
+                    .returning(workers.c.generation)
+                ).scalar_one()
+            )
+
+    def loaded(self, worker_id: int, generation: int, *, loaded: Loaded) -> None:
+        """The child holds its model and may be given work."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(workers)
+                .where(workers.c.id == worker_id, workers.c.generation == generation)
+                .where(workers.c.state == WorkerState.LOADING.value)
+                .values(
+                    state=WorkerState.READY.value,
+                    device_name=loaded.device_name,
+                    device_uuid=loaded.device_uuid,
+                    model_load_seconds=loaded.model_load_seconds,
+                    weights_bytes=loaded.weights_bytes,
+                    versions=json.dumps(dict(loaded.versions)),
+                )
+            )
+
+    def enter(self, worker_id: int, state: WorkerState, *, error: str | None = None) -> None:
+        """The worker drains, has stopped, or has failed for the reason given."""
+        values: dict[str, object] = {"state": state.value}
+        if error is not None:
+            values["error"] = error
+        if state is WorkerState.STOPPED:
+            values |= {"alive_until": self._database.now, "child_pid": None}
+        with self._database.write() as connection:
+            connection.execute(update(workers).where(workers.c.id == worker_id).values(values))
+
+    def rows(
+        self, *, only_alive: bool = True, spec: ModelSpec | None = None, job_id: str | None = None
+    ) -> list[WorkerRow]:
+        """Workers: all or the live ones, of one spec, or those that hold a batch of one job."""
+        now = self._database.now
+        held = (
+            select(func.count())
+            .where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
+            .scalar_subquery()
+        )
+        chosen = select(
+            workers,
+            held.label("leases"),
+            alive(now).label("alive"),
+            (now - workers.c.heartbeat_at).label("seen_seconds"),
+            (now - workers.c.started_at).label("uptime_seconds"),
+        ).order_by(workers.c.id)
+        if only_alive:
+            chosen = chosen.where(alive(now))
+        if spec is not None:
+            chosen = chosen.where(workers.c.spec == spec.canonical)
+        if job_id is not None:
+            holding = select(batches.c.worker_id).where(
+                batches.c.job_id == job_id, batches.c.state == BatchState.LEASED.value
+            )
+            chosen = chosen.where(workers.c.id.in_(holding))
+        with self._database.read() as connection:
+            return [_worker(row) for row in connection.execute(chosen).all()]
+
+    def last_alive_seconds(self, spec: ModelSpec) -> float | None:
+        """How long ago a worker of this spec was last seen; None if there never was one."""
+        with self._database.read() as connection:
+            return connection.scalar(
+                select(self._database.now - func.max(workers.c.heartbeat_at)).where(
+                    workers.c.spec == spec.canonical
+                )
+            )
+
+
+def alive(now: ColumnElement[float]) -> ColumnElement[bool]:
+    """Whether a row of `workers` is of a live worker that has not given up."""
+    return and_(workers.c.alive_until > now, workers.c.state != WorkerState.FAILED.value)
+
+
+def idle_workers(
+    connection: Connection, *, spec: str, job_id: str | None, other_than: int, now: ColumnElement[float]
+) -> int:
+    """How many other live workers of this spec are ready and hold no batch.
+
+    `job_id`: the one job that the asking worker serves; workers bound to another job do not count.
+    """
+    holds = exists().where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
+    bound = workers.c.only_job.is_(None)
+    if job_id is not None:
+        bound = or_(bound, workers.c.only_job == job_id)
+    counted = connection.scalar(
+        select(func.count())
+        .select_from(workers)
+        .where(workers.c.spec == spec, workers.c.id != other_than, bound)
+        .where(workers.c.state == WorkerState.READY.value, workers.c.alive_until > now, ~holds)
+    )
+    return counted or 0
+
+
+def _worker(row: Row[Any]) -> WorkerRow:
+    return WorkerRow(
+        id=row.id,
+        name=row.name,
+        host=row.host,
+        pid=row.pid,
+        state=WorkerState(row.state),
+        error=row.error,
+        spec=ModelSpec.from_canonical(row.spec),
+        only_job=row.only_job,
+        device=row.device,
+        device_name=row.device_name,
+        device_uuid=row.device_uuid,
+        model_load_seconds=row.model_load_seconds,
+        weights_bytes=row.weights_bytes,
+        alive=bool(row.alive),
+        seen_seconds=row.seen_seconds,
+        uptime_seconds=row.uptime_seconds,
+        leases=row.leases,
+    )

@@ -1,0 +1,69 @@
+"""The store's revisions, and how a store is brought to the newest one; found as a package, with or without a checkout."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from filelock import FileLock, Timeout
+
+from jobs.errors import AlreadyRunning, SchemaMismatch
+from jobs.settings import Settings
+from jobs.store import Store
+from jobs.tables import REVISION
+
+_LOCK_SECONDS = 60
+
+
+def upgrade(url: str, *, revision: str = "head") -> None:
+    """Brings the store at this URL to a revision; at that revision already, nothing happens."""
+    command.upgrade(alembic_config(url), revision)
+
+
+def alembic_config(url: str) -> Config:
+    """Alembic's configuration for a store; the migrations lie beside this file."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.attributes["url"] = url
+    return config
+
+
+def open_store(settings: Settings) -> Store:
+    """The store of these settings, at the right revision.
+
+    The embedded store is made, or upgraded after a copy was kept beside it; any other has to be at the revision
+    already. Raises SchemaMismatch, StoreError, AlreadyRunning.
+    """
+    if settings.embedded_store:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = Store(settings.database, busy_seconds=settings.busy_seconds)
+    if settings.embedded_store and store.revision() != REVISION:
+        _upgrade_embedded(settings, store)
+    store.check_revision()
+    return store
+
+
+def _upgrade_embedded(settings: Settings, store: Store) -> None:
+    try:
+        with FileLock(settings.home / "upgrade.lock", timeout=_LOCK_SECONDS):
+            found = store.revision()
+            if found == REVISION:
+                return
+            if found is not None:
+                _refuse_newer(found, settings)
+                copy = settings.database_file.with_suffix(f".{found}.{int(time.time())}.db")
+                shutil.copy2(settings.database_file, copy)
+            upgrade(settings.database)
+    except Timeout:
+        raise AlreadyRunning(f"another process has been upgrading the store in {settings.home}") from None
+
+
+def _refuse_newer(found: str, settings: Settings) -> None:
+    if found > REVISION:
+        raise SchemaMismatch(
+            f"the store in {settings.home} is at revision {found}, this batchmill works at {REVISION}: "
+            "use the newer batchmill that wrote it"
+        )

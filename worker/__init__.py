@@ -1,0 +1,1 @@
+"""Everything that touches a device: the only room that imports torch and transformers."""

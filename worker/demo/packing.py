@@ -1,0 +1,83 @@
+"""Training rows of a fixed length: examples written as conversations or plain text, several to a row.
+
+Owns how an example looks to the model and what part of it is learnt (the answer and its end). Examples in one row
+cannot see each other; each starts at position 0.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from worker.demo import corpus
+from worker.demo.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER
+
+NOT_LEARNT = -100
+PLAIN_SHARE = 0.3
+SYSTEM_SHARE = 0.35
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One training batch; every tensor is (rows, length_tokens) but `may_attend`."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    """The token after each position, NOT_LEARNT outside answers."""
+    positions: torch.Tensor
+    may_attend: torch.Tensor
+    """(rows, 1, length, length), true where a token (third axis) sees another (fourth axis)."""
+
+
+def chat_prompt(question: str, system: str | None = None) -> str:
+    """What the chat template makes of a question, up to where the answer begins."""
+    before = f"{SYSTEM}{system}{END}" if system is not None else ""
+    return f"{BOS}{before}{USER}{question}{END}{ASSISTANT}"
+
+
+def training_text(choose: random.Random) -> tuple[str, str]:
+    """A random example as (prompt, answer); in plain text the answer follows after one space."""
+    example = corpus.training_example(choose)
+    if choose.random() < PLAIN_SHARE:
+        return BOS + example.question, f" {example.answer}{END}"
+    system = choose.choice(corpus.SYSTEM_MESSAGES) if choose.random() < SYSTEM_SHARE else None
+    return chat_prompt(example.question, system), example.answer + END
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, choose: random.Random) -> Iterator[tuple[list[int], int]]:
+    """Endless (tokens, how many of them are prompt), encoded a few hundred at a time for speed."""
+    while True:
+        pairs = [training_text(choose) for _ in range(256)]
+        encodings = tokenizer.backend_tokenizer.encode_batch(
+            [part for pair in pairs for part in pair], add_special_tokens=False
+        )
+        for prompt, answer in zip(encodings[::2], encodings[1::2], strict=True):
+            yield prompt.ids + answer.ids, len(prompt.ids)
+
+
+def packed_rows(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, rows: int, length_tokens: int
+) -> Iterator[Rows]:
+    """Endless batches of `rows` rows; the same seed gives the same batches."""
+    examples = _encoded(tokenizer, random.Random(seed))
+    example = next(examples)
+    while True:
+        shape = (rows, length_tokens)
+        tokens = torch.full(shape, tokenizer.pad_token_id, dtype=torch.long)
+        targets = torch.full(shape, NOT_LEARNT, dtype=torch.long)
+        positions = torch.zeros(shape, dtype=torch.long)
+        owners = torch.zeros(shape, dtype=torch.long)
+        for row in range(rows):
+            start, owner = 0, 1
+            while start + len(example[0]) <= length_tokens:
+                ids, prompt_tokens = torch.tensor(example[0]), example[1]
+                end = start + len(ids)
+                tokens[row, start:end] = ids
+                targets[row, start + prompt_tokens - 1 : end - 1] = ids[prompt_tokens:]
+                positions[row, start:end] = torch.arange(len(ids))
+                owners[row, start:end] = owner
+                start, owner, example = end, owner + 1, next(examples)
+        same_example = owners[:, None, :, None] == owners[:, None, None, :]
+        yield Rows(tokens, targets, positions, same_example & torch.ones(length_tokens, length_tokens).tril().bool())

@@ -1,0 +1,49 @@
+"""What turns Requests into Outputs on a device: the protocol, and its implementations in files of their own.
+
+An engine knows no SQL, no Redis and no files. One thread drives it: `add` requests, `step`, take the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from jobs.schema import Output, Request, RequestKey, SamplingParams
+
+#: Called by an engine at least once per token step (and before each prefill). True asks it to return from
+#: `step` as soon as it can, without what is unfinished.
+Progress = Callable[[], bool]
+
+
+class Engine(Protocol):
+    """Stepped by the runner, so that one loop owns the device.
+
+    Every request that was added and not cancelled comes back as exactly one Output of some later `step`,
+    error outputs included; the engine never raises for what one request asks. What remains raises is the
+    device's or the engine's fault, and ends the process.
+    """
+
+    #: How many requests the device works on at once; the runner keeps about as many again waiting.
+    rows: int
+    #: What the model's generation_config asks for where neither request nor job does.
+    defaults: SamplingParams
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were added and not begun."""
+
+    @property
+    def active(self) -> int:
+        """Requests begun and unfinished between two steps (0 for an engine whose steps run to the end)."""
+
+    def add(self, key: RequestKey, request: Request) -> None:
+        """Takes a request whose `sampling` has at least max_tokens and temperature set."""
+
+    def cancel(self, keys: Collection[RequestKey]) -> None:
+        """Forgets these requests; keys that it does not hold are ignored. They give no output."""
+
+    def step(self) -> list[Output]:
+        """One bounded piece of device work: the outputs that it finished, none if there was nothing to do.
+
+        When `progress` answered True, the unfinished requests wait again, in their order.
+        """

@@ -1,0 +1,102 @@
+"""The engine without a model: it answers with the prompt. For tests of everything else, and for trying the queue.
+
+Owns nothing but the requests that wait. It imports no torch, knows no device, and counts words as tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from itertools import islice
+from typing import Any
+
+from jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
+from worker.engine import Progress
+
+#: A slow step reports this often at least, so that draining and the watchdog stay responsive.
+SLICE_SECONDS = 0.05
+
+
+class EchoEngine:
+    """Answers with the prompt, or with the last message of the user, cut after max_tokens words.
+
+    Words are what whitespace separates. The text is cut before the first stop string too; temperature, seed and
+    the other sampling parameters change nothing. A step takes `seconds_per_step` and finishes all that waits, at
+    most `rows` requests.
+    """
+
+    def __init__(
+        self, *, rows: int = 512, progress: Progress = lambda: False, seconds_per_step: float = 0.0
+    ) -> None:
+        self.rows = rows
+        self.defaults = SamplingParams()
+        self._progress = progress
+        self._seconds_per_step = seconds_per_step
+        self._waiting: dict[RequestKey, Request] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were added and not answered."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Always 0: a step runs to its end."""
+        return 0
+
+    def add(self, key: RequestKey, request: Request) -> None:
+        """Takes a request whose `sampling` has max_tokens set."""
+        self._waiting[key] = request
+
+    def cancel(self, keys: Collection[RequestKey]) -> None:
+        """Forgets these requests; unknown keys are ignored."""
+        for key in keys:
+            self._waiting.pop(key, None)
+
+    def step(self) -> list[Output]:
+        """Answers everything that waits, at most `rows` requests; nothing if progress asks to return."""
+        if not self._waiting or self._interrupted():
+            return []
+        keys = list(islice(self._waiting, self.rows))
+        return [_answer(key, self._waiting.pop(key)) for key in keys]
+
+    def _interrupted(self) -> bool:
+        end = time.monotonic() + self._seconds_per_step
+        while not self._progress():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(left, SLICE_SECONDS))
+        return True
+
+
+def _answer(key: RequestKey, request: Request) -> Output:
+    if request.prompt is not None:
+        text = request.prompt
+        prompt_tokens = completion_tokens = len(text.split())
+    else:
+        messages = request.messages or ()
+        prompt_tokens = sum(len(_content(message).split()) for message in messages)
+        text = next((_content(each) for each in reversed(messages) if each.get("role") == "user"), "")
+        completion_tokens = len(text.split())
+    sampling, finish_reason = request.sampling, "stop"
+    if sampling.max_tokens is not None and completion_tokens > sampling.max_tokens:
+        rest = text.split(None, sampling.max_tokens)[-1]
+        text = text[: len(text) - len(rest)].rstrip()
+        completion_tokens, finish_reason = sampling.max_tokens, "length"
+    if sampling.stop:
+        ends = [end for end in map(text.find, sampling.stop) if end >= 0]
+        if ends:
+            text, finish_reason = text[: min(ends)], "stop"
+            completion_tokens = len(text.split())
+    return Output(key, (Choice(text, finish_reason),), prompt_tokens, completion_tokens)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content is a string, a list of parts, or nothing."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") for part in parts if isinstance(part, Mapping))
+    return " ".join(text for text in texts if isinstance(text, str))
