@@ -140,7 +140,7 @@ class EmbeddedRedis:
         self._socket.unlink(missing_ok=True)
 
     def _command(self, server: Path) -> list[str | Path]:
-        options = {
+        options: dict[str, str | Path] = {
             "--port": "0",
             "--unixsocket": self._socket,
             "--unixsocketperm": "700",

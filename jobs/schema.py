@@ -142,9 +142,8 @@ class ModelSpec:
         Raises UsageError for a folder that does not exist here, and for names that mean nothing.
         """
         name = _model_identity(model, remote_path=remote_path)
-        if name in (DEMO, ECHO) or _is_path(name):
-            if revision is not None:
-                raise UsageError(f"--revision goes with a Hugging Face id, and {model!r} is none")
+        if revision is not None and (name in (DEMO, ECHO) or _is_path(name)):
+            raise UsageError(f"--revision goes with a Hugging Face id, and {model!r} is none")
         return cls(name, revision or None, _quantization_of(name, quantization))
 
     @classmethod
@@ -221,9 +220,7 @@ def _quantization_of(model: str, written: str | None) -> Quantization:
     try:
         return Quantization(written or Quantization.NF4.value)
     except ValueError:
-        raise UsageError(
-            f"unknown quantization {written!r}; choose one of {', '.join(Quantization)}"
-        ) from None
+        raise UsageError(f"unknown quantization {written!r}; choose one of {', '.join(Quantization)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +273,7 @@ class RequestKey(NamedTuple):
     """What names a request everywhere: its job and its place in the file, from 0."""
 
     job_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # the word for a place in the file, not tuple.index
 
 
 @dataclass(frozen=True, slots=True)

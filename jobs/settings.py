@@ -157,7 +157,7 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
 
 def _spell(error: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if not name:
         return message
     if error["type"] == "extra_forbidden":

@@ -199,9 +199,7 @@ workers = Table(
     Column("device", Text, nullable=False),
     Column("device_name", Text),
     Column("device_uuid", Text),
-    Column(
-        "generation", Integer, nullable=False, server_default=text("0"), comment="counts its child processes"
-    ),
+    Column("generation", Integer, nullable=False, server_default=text("0"), comment="counts its child processes"),
     Column("child_pid", Integer),
     Column("model_load_seconds", Float),
     _count("weights_bytes"),

@@ -1,4 +1,4 @@
-"""The store's revisions, and how a store is brought to the newest one; found as a package, with or without a checkout."""
+"""The store's revisions, and how a store is brought to the newest one; a package, so found without a checkout."""
 
 from __future__ import annotations
 

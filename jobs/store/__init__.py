@@ -1,7 +1,8 @@
 """The store: every query and every transaction, behind one class. No SQL stands anywhere else.
 
 `loading` puts a prompt file into it, `saving` is a worker's turn (with what it claims), `recovery` takes leases
-back, `closing` ends and cancels jobs, `retrying` opens them again, `reading` and `effort` answer questions about jobs, `workers` keeps the workers' rows.
+back, `closing` ends and cancels jobs, `retrying` opens them again, `reading` and `effort` answer questions about
+jobs, `workers` keeps the workers' rows.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 
@@ -25,9 +26,7 @@ from jobs.tables import REVISION
 class Store:
     """One store, by its URL. Safe to use from several threads; each call is its own transaction."""
 
-    def __init__(
-        self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None
-    ) -> None:
+    def __init__(self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None) -> None:
         self.database = Database(url, busy_seconds=busy_seconds, now=now)
         self.closing = Closing(self.database)
         self.loading = Loading(self.database)

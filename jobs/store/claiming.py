@@ -6,6 +6,7 @@ The oldest job's lowest batch comes first. Beyond its first batch a worker gets 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, insert, select, update
 
@@ -56,10 +57,7 @@ class Claiming:
     def _spare(self, connection: Connection, seat: Seat) -> int:
         """By how many the pending batches outnumber the live workers that hold none (up to a page)."""
         idle = self.idle(connection, seat)
-        return (
-            len(pending_batches(connection, seat.spec.canonical, only_job=seat.only_job, most=_COUNT_LIMIT))
-            - idle
-        )
+        return len(pending_batches(connection, seat.spec.canonical, only_job=seat.only_job, most=_COUNT_LIMIT)) - idle
 
     def idle(self, connection: Connection, seat: Seat) -> int:
         return idle_workers(
@@ -93,9 +91,7 @@ class Claiming:
         run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
         return Claimed(Lease(batch_id, won.fence, run_id, won.job_id), prompts, first)
 
-    def _unanswered(
-        self, connection: Connection, seat: Seat, batch_id: int, job_id: str
-    ) -> tuple[Request, ...]:
+    def _unanswered(self, connection: Connection, seat: Seat, batch_id: int, job_id: str) -> tuple[Request, ...]:
         options = self._options(connection, seat, job_id)
         answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         rows = connection.execute(
@@ -104,7 +100,7 @@ class Claiming:
             .where(requests.c.batch_id == batch_id, outputs.c.index.is_(None))
             .order_by(requests.c.index)
         ).all()
-        return tuple(Request.from_body(row.index, row.custom_id, row.body).under(options) for row in rows)
+        return tuple(Request.from_body(*row).under(options) for row in rows)
 
     def _options(self, connection: Connection, seat: Seat, job_id: str) -> JobOptions:
         """What holds for a job's requests; the first worker to claim a batch of it writes it down."""
@@ -130,7 +126,7 @@ class Claiming:
         connection: Connection,
         seat: Seat,
         batch_id: int,
-        won: Row[tuple[int, str]],
+        won: Row[Any],
         in_flight: list[int],
     ) -> int:
         run = insert(runs).values(
@@ -150,14 +146,12 @@ class Claiming:
         return int(connection.execute(run.returning(runs.c.id)).scalar_one())
 
 
-def pending_batches(
-    connection: Connection, spec: str, *, most: int, only_job: str | None = None
-) -> list[int]:
+def pending_batches(connection: Connection, spec: str, *, most: int, only_job: str | None = None) -> list[int]:
     """Ids of pending batches of this canonical spec, the oldest job's first."""
     return list(connection.scalars(_pending(spec, only_job).limit(most)).all())
 
 
-def _pending(spec: str, only_job: str | None) -> Select[tuple[int]]:
+def _pending(spec: str, only_job: str | None) -> Select[Any]:
     chosen = (
         select(batches.c.id)
         .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select, update
 
 from jobs.schema import (
@@ -69,7 +71,7 @@ class Closing:
         if not batch_ids:
             return
         answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
-        values: dict[str, ColumnElement[object]] = {
+        values: dict[str, ColumnElement[Any]] = {
             "job_id": requests.c.job_id,
             "index": requests.c.index,
             "state": literal(RequestState.CANCELLED.value),
@@ -99,11 +101,7 @@ class Closing:
         )
 
     def _has_open(self, connection: Connection, job_id: str) -> bool:
-        one = (
-            select(batches.c.id)
-            .where(batches.c.job_id == job_id, batches.c.state.in_(OPEN_BATCH_STATES))
-            .limit(1)
-        )
+        one = select(batches.c.id).where(batches.c.job_id == job_id, batches.c.state.in_(OPEN_BATCH_STATES)).limit(1)
         return connection.scalar(one) is not None
 
     def cancel(self, job_id: str) -> JobState:

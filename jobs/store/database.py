@@ -37,9 +37,7 @@ class Database:
     `now` is the clock, an SQL expression in seconds since 1970; a test may pass its own.
     """
 
-    def __init__(
-        self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None
-    ) -> None:
+    def __init__(self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None) -> None:
         self.url = make_url(url)
         self.now: ColumnElement[float] = StoreClock() if now is None else now
         self.is_sqlite = self.url.get_backend_name() == "sqlite"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
@@ -27,7 +27,7 @@ class Effort:
     running_seconds: float = 0.0
     model_load_seconds: float = 0.0
     recent_requests_per_second: float = 0.0
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     model_commits: tuple[str, ...] = ()
 
 
@@ -80,9 +80,9 @@ class EffortReading:
                 func.count().label("runs"),
                 func.min(each.c.began).label("first"),
                 func.sum(self._database.larger(each.c.ended - begins, 0.0)).label("seconds"),
-                func.sum(
-                    each.c.answered * self._database.larger(each.c.ended - recent_begin, 0.0) / length
-                ).label("recent"),
+                func.sum(each.c.answered * self._database.larger(each.c.ended - recent_begin, 0.0) / length).label(
+                    "recent"
+                ),
             )
         ).one()
 
@@ -95,11 +95,7 @@ class EffortReading:
             select(*largest, func.max(runs.c.model_load_seconds).label("load")).where(runs.c.job_id == job_id)
         ).one()
         commits = connection.scalars(
-            select(runs.c.model_commit)
-            .where(runs.c.job_id == job_id, runs.c.model_commit.is_not(None))
-            .distinct()
+            select(runs.c.model_commit).where(runs.c.job_id == job_id, runs.c.model_commit.is_not(None)).distinct()
         ).all()
-        memory = Memory(
-            row.weights_bytes, row.peak_allocated_bytes, row.peak_reserved_bytes, row.device_total_bytes
-        )
+        memory = Memory(row.weights_bytes, row.peak_allocated_bytes, row.peak_reserved_bytes, row.device_total_bytes)
         return memory, row.load, tuple(sorted(commits))

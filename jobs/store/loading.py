@@ -80,9 +80,7 @@ class Loading:
             )
         return job_id
 
-    def add(
-        self, job_id: str, *, prompts: Sequence[Request], batch_size: int, lease_seconds: float
-    ) -> list[Duplicate]:
+    def add(self, job_id: str, *, prompts: Sequence[Request], batch_size: int, lease_seconds: float) -> list[Duplicate]:
         """Adds requests whose indexes go on where the last call ended; renews the lease.
 
         Requests with a custom_id that the job already has are left out and returned.
@@ -106,9 +104,7 @@ class Loading:
         with self._database.write() as connection:
             self._hold(connection, job_id, lease_seconds)
 
-    def open(
-        self, job_id: str, *, spec: ModelSpec, file_sha256: str, fingerprint: str, lease_seconds: float
-    ) -> None:
+    def open(self, job_id: str, *, spec: ModelSpec, file_sha256: str, fingerprint: str, lease_seconds: float) -> None:
         """Flips the job to `queued`: from now on it is seen and claimed. Raises LoadingLost."""
         with self._database.write() as connection:
             self._hold(connection, job_id, lease_seconds)
@@ -184,9 +180,7 @@ class Loading:
         placed: list[int] = []
         if last is not None and last.total < batch_size:
             room = min(batch_size - last.total, count)
-            connection.execute(
-                update(batches).where(batches.c.id == last.id).values(total=batches.c.total + room)
-            )
+            connection.execute(update(batches).where(batches.c.id == last.id).values(total=batches.c.total + room))
             placed += [last.id] * room
         sizes = [min(batch_size, count - begin) for begin in range(len(placed), count, batch_size)]
         for batch_id, size in zip(new_batches(connection, job_id, sizes), sizes, strict=True):
@@ -203,7 +197,7 @@ class Loading:
                         requests.c.job_id == job_id, requests.c.custom_id.in_(ids)
                     )
                 )
-                first.update((row.custom_id, row.index) for row in found.all())
+                first.update(dict(found.all()))
         duplicates = []
         for each in prompts:
             seen = first.setdefault(each.custom_id, each.index)

@@ -6,7 +6,7 @@ Every call is one short transaction that fetches all it needs, since an open cur
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +100,7 @@ class Reading:
             what = "no job was submitted yet" if written == "last" else f"no job begins with {written!r}"
             raise NotFound(f"{what}; `batchmill jobs` lists them")
         if len(found) > 1 and written not in found:
-            raise NotFound(
-                f"several jobs begin with {written!r}: {', '.join(sorted(found))}; write more of it"
-            )
+            raise NotFound(f"several jobs begin with {written!r}: {', '.join(sorted(found))}; write more of it")
         return written if written in found else found[0]
 
     def job(self, job_id: str) -> Job:
@@ -118,7 +116,7 @@ class Reading:
 
     def _jobs(self, chosen: Select[Any]) -> list[Job]:
         with self._database.read() as connection:
-            rows = connection.execute(chosen).all()
+            rows: Sequence[Row[Any]] = connection.execute(chosen).all()
             counts = _counts(connection, [row.id for row in rows])
         return [_job(row, counts[row.id]) for row in rows]
 
@@ -134,9 +132,7 @@ class Reading:
         with self._database.read() as connection:
             return connection.scalar(same)
 
-    def output_pages(
-        self, job_id: str, *, states: frozenset[RequestState], page: int
-    ) -> Iterator[list[OutputRow]]:
+    def output_pages(self, job_id: str, *, states: frozenset[RequestState], page: int) -> Iterator[list[OutputRow]]:
         """A job's outputs in file order, in pages; no transaction is open between two of them."""
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         chosen = (
@@ -162,12 +158,12 @@ class Reading:
         after = -1
         while True:
             with self._database.read() as connection:
-                rows = connection.execute(chosen.where(outputs.c.index > after)).all()
+                rows: Sequence[Row[Any]] = connection.execute(chosen.where(outputs.c.index > after)).all()
             if not rows:
                 return
-            after = rows[-1].index
-            wanted = [OutputRow(*row) for row in rows if row.state in states]
-            yield wanted
+            found = [OutputRow(*row) for row in rows]
+            after = found[-1].index
+            yield [each for each in found if each.state in states]
 
 
 #: Jobs that are loading are shown to nobody.

@@ -1,4 +1,4 @@
-"""Taking leases back from who died, and knowing what is pending: the reconciler's and the parents' side of the store."""
+"""Taking leases back from who died, and knowing what is pending: the reconciler's side of the store."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ class Recovery:
         """Takes back these leases, as `expired` gave them, unless they were renewed since: how many."""
         reaped = 0
         for batch_id, (fence, lease_until) in sorted(leases.items()):
-            same = and_(
-                batches.c.id == batch_id, batches.c.fence == fence, batches.c.lease_until == lease_until
-            )
+            same = and_(batches.c.id == batch_id, batches.c.fence == fence, batches.c.lease_until == lease_until)
             reaped += self._take_page(same, RunOutcome.EXPIRED)
         return reaped
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
 
@@ -12,6 +14,9 @@ from jobs.store.closing import PAGE_REQUESTS
 from jobs.store.database import Database
 from jobs.store.loading import new_batches
 from jobs.tables import batches, jobs, outputs, requests
+
+#: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id.
+_Moving = Row[Any]
 
 
 class Retrying:
@@ -61,32 +66,30 @@ class Retrying:
                 return None
             page = [row for row in self._unsuccessful(connection, job_id) if row.batch_id in seen]
             self._take_off(connection, page)
-            indexes = [row.index for row in page]
-            connection.execute(
-                delete(outputs).where(outputs.c.job_id == job_id, outputs.c.index.in_(indexes))
-            )
+            indexes = [row.place for row in page]
+            connection.execute(delete(outputs).where(outputs.c.job_id == job_id, outputs.c.index.in_(indexes)))
             self._move(connection, job_id, indexes, batch_size)
         return len(page)
 
-    def _unsuccessful(self, connection: Connection, job_id: str) -> list[Row[tuple[int, str, int, int, int]]]:
+    def _unsuccessful(self, connection: Connection, job_id: str) -> Sequence[_Moving]:
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         of_job = and_(outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value)
         marked = outputs.c.finished_at <= jobs.c.retry_started_at
-        return list(
-            connection.execute(
-                select(
-                    outputs.c.index,
-                    outputs.c.state,
-                    outputs.c.prompt_tokens,
-                    outputs.c.completion_tokens,
-                    requests.c.batch_id,
-                )
-                .select_from(outputs.join(requests, same).join(jobs, jobs.c.id == outputs.c.job_id))
-                .where(of_job, marked)
-                .order_by(outputs.c.index)
-                .limit(PAGE_REQUESTS)
-            ).all()
+        chosen = (
+            select(
+                outputs.c.index.label("place"),
+                outputs.c.state,
+                outputs.c.prompt_tokens,
+                outputs.c.completion_tokens,
+                requests.c.batch_id,
+            )
+            .select_from(outputs.join(requests, same).join(jobs, jobs.c.id == outputs.c.job_id))
+            .where(of_job, marked)
+            .order_by(outputs.c.index)
+            .limit(PAGE_REQUESTS)
         )
+        rows: Sequence[_Moving] = connection.execute(chosen).all()
+        return rows
 
     def _lock(self, connection: Connection, batch_ids: set[int]) -> None:
         connection.execute(
@@ -112,7 +115,7 @@ class Retrying:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(changes))
         return int(row.batch_size)
 
-    def _take_off(self, connection: Connection, page: list[Row[tuple[int, str, int, int, int]]]) -> None:
+    def _take_off(self, connection: Connection, page: Sequence[_Moving]) -> None:
         """Takes the requests that move, and what their outputs counted, off their old batches."""
         by_batch: defaultdict[int, Counter[str]] = defaultdict(Counter)
         for row in page:

@@ -37,9 +37,7 @@ class Saving:
         self._closing = closing
         self._claiming = Claiming(database)
 
-    def turn(
-        self, seat: Seat, held: Sequence[Held], *, wanted_requests: int = 0, in_flight_room: int = 0
-    ) -> Turned:
+    def turn(self, seat: Seat, held: Sequence[Held], *, wanted_requests: int = 0, in_flight_room: int = 0) -> Turned:
         """One commit of a worker.
 
         Saves the outputs and counts of every batch whose fence still holds, renews its lease, finishes it when
@@ -58,11 +56,7 @@ class Saving:
             released = self._release(connection, seat, rest)
             drain = self._draining(connection, seat)
             holds = len(rest) > len(released)
-            claimed = (
-                ()
-                if drain
-                else self._claiming.claim(connection, seat, holds, wanted_requests, in_flight_room)
-            )
+            claimed = () if drain else self._claiming.claim(connection, seat, holds, wanted_requests, in_flight_room)
             self._advance(connection, mine, finished | cancelled, claimed)
         lost = {each.lease.batch_id for each in held} - {each.lease.batch_id for each in mine}
         return Turned(frozenset(lost), finished, cancelled, released, claimed, drain)
@@ -87,9 +81,7 @@ class Saving:
         if not held.outputs:
             return {}
         rows = [_output_row(each, held.lease.run_id) for each in held.outputs]
-        statement = (
-            self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
-        )
+        statement = self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
         new = connection.execute(
             statement.returning(outputs.c.state, outputs.c.prompt_tokens, outputs.c.completion_tokens), rows
         ).all()
@@ -130,9 +122,7 @@ class Saving:
             self._add_codes(connection, lease.run_id, codes)
 
     def _add_codes(self, connection: Connection, run_id: int, codes: Counter[str]) -> None:
-        before = json.loads(
-            connection.execute(select(runs.c.error_codes).where(runs.c.id == run_id)).scalar_one()
-        )
+        before = json.loads(connection.execute(select(runs.c.error_codes).where(runs.c.id == run_id)).scalar_one())
         total = dict(Counter(before) + codes)
         connection.execute(update(runs).where(runs.c.id == run_id).values(error_codes=json.dumps(total)))
 
@@ -180,9 +170,7 @@ class Saving:
         if leases:
             ids = [lease.batch_id for lease in leases]
             connection.execute(
-                update(batches)
-                .where(batches.c.id.in_(ids))
-                .values(state=BatchState.PENDING.value, **NO_LEASE)
+                update(batches).where(batches.c.id.in_(ids)).values(state=BatchState.PENDING.value, **NO_LEASE)
             )
             self._end_runs(connection, leases, RunOutcome.RELEASED)
         return frozenset(lease.batch_id for lease in leases)

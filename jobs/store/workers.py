@@ -110,9 +110,7 @@ class Workers:
                 .values(heartbeat_at=now, alive_until=now + MISSED_HEARTBEATS * beat)
                 .returning(workers.c.state, workers.c.generation, workers.c.child_pid, workers.c.error)
             ).one()
-            held = connection.scalar(
-                select(func.count()).select_from(batches).where(batches.c.worker_id == worker_id)
-            )
+            held = connection.scalar(select(func.count()).select_from(batches).where(batches.c.worker_id == worker_id))
         return Heartbeat(WorkerState(row.state), row.generation, row.child_pid, row.error, held or 0)
 
     def new_generation(self, worker_id: int, *, child_pid: int) -> int:
@@ -191,9 +189,7 @@ class Workers:
         """How long ago a worker of this spec was last seen; None if there never was one."""
         with self._database.read() as connection:
             return connection.scalar(
-                select(self._database.now - func.max(workers.c.heartbeat_at)).where(
-                    workers.c.spec == spec.canonical
-                )
+                select(self._database.now - func.max(workers.c.heartbeat_at)).where(workers.c.spec == spec.canonical)
             )
 
 
@@ -210,7 +206,7 @@ def idle_workers(
     `job_id`: the one job that the asking worker serves; workers bound to another job do not count.
     """
     holds = exists().where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
-    bound = workers.c.only_job.is_(None)
+    bound: ColumnElement[bool] = workers.c.only_job.is_(None)
     if job_id is not None:
         bound = or_(bound, workers.c.only_job == job_id)
     counted = connection.scalar(

@@ -17,9 +17,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=16), nullable=False),
         sa.Column("name", sa.Text(), nullable=True),
         sa.Column("state", sa.String(length=16), nullable=False),
-        sa.Column(
-            "spec", sa.Text(), nullable=True, comment="canonical ModelSpec; known when the job leaves loading"
-        ),
+        sa.Column("spec", sa.Text(), nullable=True, comment="canonical ModelSpec; known when the job leaves loading"),
         sa.Column("model", sa.Text(), nullable=True),
         sa.Column("revision", sa.Text(), nullable=True),
         sa.Column("quantization", sa.Text(), nullable=True),
@@ -35,9 +33,7 @@ def upgrade() -> None:
         sa.Column("file_name", sa.Text(), nullable=False),
         sa.Column("file_sha256", sa.Text(), nullable=True),
         sa.Column("command", sa.Text(), nullable=False),
-        sa.Column(
-            "versions", sa.Text(), nullable=False, comment="JSON: of batchmill and of the worker's libraries"
-        ),
+        sa.Column("versions", sa.Text(), nullable=False, comment="JSON: of batchmill and of the worker's libraries"),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("queued_at", sa.Float(), nullable=True),
         sa.Column("started_at", sa.Float(), nullable=True),
@@ -65,9 +61,7 @@ def upgrade() -> None:
 
     op.create_table(
         "workers",
-        sa.Column(
-            "id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("host", sa.Text(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("pid", sa.Integer(), nullable=False),
@@ -111,9 +105,7 @@ def upgrade() -> None:
 
     op.create_table(
         "batches",
-        sa.Column(
-            "id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("job_id", sa.String(length=16), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("fence", sa.Integer(), server_default=sa.text("0"), nullable=False),
@@ -132,9 +124,7 @@ def upgrade() -> None:
         sa.Column("prompt_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("completion_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.CheckConstraint("(state = 'leased') = (worker_id IS NOT NULL)", name=op.f("ck_batches_lease")),
-        sa.CheckConstraint(
-            "state IN ('pending', 'leased', 'done', 'cancelled')", name=op.f("ck_batches_state")
-        ),
+        sa.CheckConstraint("state IN ('pending', 'leased', 'done', 'cancelled')", name=op.f("ck_batches_state")),
         sa.CheckConstraint("succeeded + failed + cancelled <= total", name=op.f("ck_batches_counts")),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_batches_job_id")),
         sa.ForeignKeyConstraint(["worker_id"], ["workers.id"], name=op.f("fk_batches_worker_id")),
@@ -156,9 +146,7 @@ def upgrade() -> None:
         sa.Column("index", sa.Integer(), nullable=False),
         sa.Column("custom_id", sa.Text(), nullable=False),
         sa.Column("batch_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column(
-            "body", sa.Text(), nullable=False, comment="JSON: prompt or messages, sampling, passthrough"
-        ),
+        sa.Column("body", sa.Text(), nullable=False, comment="JSON: prompt or messages, sampling, passthrough"),
         sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name=op.f("fk_requests_batch_id")),
         sa.PrimaryKeyConstraint("job_id", "index", name=op.f("pk_requests")),
         sa.UniqueConstraint("job_id", "custom_id", name=op.f("uq_requests_job_id_custom_id")),
@@ -168,9 +156,7 @@ def upgrade() -> None:
 
     op.create_table(
         "runs",
-        sa.Column(
-            "id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False
-        ),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("job_id", sa.String(length=16), nullable=False),
         sa.Column("batch_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("fence", sa.Integer(), nullable=False),
@@ -192,9 +178,7 @@ def upgrade() -> None:
         sa.Column("peak_reserved_bytes", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("device_total_bytes", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("in_flight", sa.Text(), nullable=False, comment="JSON: indexes that are in the engine now"),
-        sa.Column(
-            "error_codes", sa.Text(), nullable=False, comment="JSON: {code: count} of its error outputs"
-        ),
+        sa.Column("error_codes", sa.Text(), nullable=False, comment="JSON: {code: count} of its error outputs"),
         sa.CheckConstraint(
             "outcome IN ('done', 'released', 'cancelled', 'crashed', 'expired')", name=op.f("ck_runs_outcome")
         ),

@@ -10,6 +10,7 @@ one that no row asks for costs nothing. Their order and meaning are those of tra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,30 +24,66 @@ GREEDY_BELOW = 1e-5
 SEEDS = 2**64
 
 
+class _Asked(NamedTuple):
+    """What some rows ask of one option: their places (None: every row), what they ask (n, 1), and its maximum."""
+
+    rows: torch.Tensor | None
+    values: torch.Tensor
+    largest: float
+
+    @classmethod
+    def by(cls, values: Sequence[float | None], device: torch.device) -> _Asked | None:
+        """From one value a row, None where a row does not ask; None if no row does."""
+        rows = [row for row, value in enumerate(values) if value is not None]
+        asked = [value for value in values if value is not None]
+        if not asked:
+            return None
+        places = None if len(rows) == len(values) else torch.tensor(rows, device=device)
+        return cls(places, torch.tensor(asked, device=device)[:, None], max(asked))
+
+    def of(self, every_row: torch.Tensor) -> torch.Tensor:
+        return every_row if self.rows is None else every_row[self.rows]
+
+    def on(self, scores: torch.Tensor, change: _Change) -> torch.Tensor:
+        """The scores with these rows changed (in place, unless they are all rows)."""
+        changed = change(self.of(scores), self)
+        return changed if self.rows is None else scores.index_copy_(0, self.rows, changed)
+
+
+#: Takes the scores of the rows that ask (n, vocabulary) and what they ask; returns their new scores.
+_Change = Callable[[torch.Tensor, _Asked], torch.Tensor]
+
+
 class RowSampler(LogitsProcessor):
     """Chooses the next token of each row: it is the argmax of the scores that a call returns.
 
     `generate` with do_sample=False takes that argmax. `sampling` has one entry a row, and `padding` says how many
     places on the left of a row's prompt hold no token. Rows with a seed draw from generators of their own, hence
     independently of their neighbours; the others draw together from `generator`, whose device is the scores'.
-    One sampler serves one micro-batch from its first token step on.
+    One sampler serves one micro-batch, from its first token step on.
     """
 
     def __init__(
         self, sampling: Sequence[SamplingParams], *, padding: Sequence[int], generator: torch.Generator
     ) -> None:
         device = generator.device
+        self._generator = generator
         self._padding = torch.tensor(padding, device=device)[:, None]
-        penalties = [_other_than(1.0, each.repetition_penalty) for each in sampling]
-        self._penalty = _Asked.by(penalties, device)
-        drawn = [(each.temperature or 0.0) >= GREEDY_BELOW for each in sampling]
+        self._penalty = _Asked.by([_penalty(each) for each in sampling], device)
+        drawn = [each if (each.temperature or 0.0) >= GREEDY_BELOW else None for each in sampling]
         self._changes: list[tuple[_Asked, _Change]] = []
-        for value, change in _OPTIONS:
-            # On greedy rows these options change nothing: the largest score stays the largest.
-            values = [value(each) if draws else None for each, draws in zip(sampling, drawn, strict=True)]
-            if (asked := _Asked.by(values, device)) is not None:
+        for value_of, change in _OPTIONS:
+            # A greedy row asks for none of these: they leave its largest score the largest.
+            asked = _Asked.by([None if each is None else value_of(each) for each in drawn], device)
+            if asked is not None:
                 self._changes.append((asked, change))
-        self._noise = _Noise.of(sampling, drawn, generator)
+        self._drawn = _Asked.by([None if each is None else 1.0 for each in drawn], device)
+        seeds = [each.seed for each in drawn if each is not None]
+        self._own = [
+            (place, torch.Generator(device).manual_seed(seed % SEEDS))
+            for place, seed in enumerate(seeds)
+            if seed is not None
+        ]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Takes the tokens so far (rows, length) and float32 logits (rows, vocabulary), which it may change.
@@ -54,7 +91,80 @@ class RowSampler(LogitsProcessor):
         Returns scores of the same shape.
         """
         if self._penalty is not None:
-            scores = self._penalty.rows_of(scores, lambda some, asked: _penalise(some, asked, tokens))
+            scores = self._penalty.on(scores, partial(_penalise, tokens=self._tokens(input_ids)))
         for asked, change in self._changes:
             scores = asked.on(scores, change)
-        return scores if self._noise is None else self._noise.added_to(scores)
+        return scores if self._drawn is None else self._drawn.on(scores, self._with_noise)
+
+    def _tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The tokens so far, with each row's padding replaced by its newest token, which counts anyway."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return torch.where(places < self._padding, input_ids[:, -1:], input_ids)
+
+    def _with_noise(self, scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
+        """The argmax of the logits minus the logarithms of exponential noise is a draw from their softmax."""
+        noise = torch.empty_like(scores)
+        if len(self._own) < len(scores):
+            noise.exponential_(generator=self._generator)
+        for place, generator in self._own:
+            noise[place].exponential_(generator=generator)
+        # A noise of exactly zero would make an excluded token's score not a number.
+        return scores - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+
+
+def _penalty(sampling: SamplingParams) -> float | None:
+    return None if sampling.repetition_penalty == 1.0 else sampling.repetition_penalty
+
+
+def _temperature(sampling: SamplingParams) -> float | None:
+    return None if sampling.temperature == 1.0 else sampling.temperature
+
+
+def _top_k(sampling: SamplingParams) -> int | None:
+    return sampling.top_k if sampling.top_k is not None and sampling.top_k > 0 else None
+
+
+def _top_p(sampling: SamplingParams) -> float | None:
+    return sampling.top_p if sampling.top_p is not None and sampling.top_p < 1.0 else None
+
+
+def _min_p(sampling: SamplingParams) -> float | None:
+    return sampling.min_p or None
+
+
+def _penalise(scores: torch.Tensor, asked: _Asked, *, tokens: torch.Tensor) -> torch.Tensor:
+    tokens = asked.of(tokens)
+    score = scores.gather(1, tokens)
+    score = torch.where(score < 0, score * asked.values, score / asked.values)
+    return scores.scatter(1, tokens, score)
+
+
+def _divide(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    return scores / asked.values
+
+
+def _keep_top_k(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    vocabulary = scores.shape[-1]
+    largest = torch.topk(scores, min(int(asked.largest), vocabulary)).values
+    smallest_kept = largest.gather(1, asked.values.clamp(max=vocabulary) - 1)
+    return scores.masked_fill(scores < smallest_kept, -torch.inf)
+
+
+def _keep_top_p(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    ascending, order = torch.sort(scores)
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - asked.values
+    removed[:, -1] = False
+    return scores.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+
+
+def _keep_min_p(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    # A probability is below min_p times the largest one where its logit is this far below the largest.
+    return scores.masked_fill(scores < scores.amax(dim=-1, keepdim=True) + asked.values.log(), -torch.inf)
+
+
+_OPTIONS: tuple[tuple[Callable[[SamplingParams], float | None], _Change], ...] = (
+    (_temperature, _divide),
+    (_top_k, _keep_top_k),
+    (_top_p, _keep_top_p),
+    (_min_p, _keep_min_p),
+)
