@@ -79,8 +79,7 @@ class Broker:
     def name(self) -> str:
         """The URL without user and password."""
         parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2]
-        return parts._replace(netloc=host, query="").geturl()
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def send_wakeups(self, queue: str, batch_ids: Sequence[int]) -> int:
         """Sends wake-ups for pending batches, as many as the queue lacks: how many were sent.

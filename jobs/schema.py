@@ -173,14 +173,14 @@ class ModelSpec:
         """The folder this spec names, or None for a Hugging Face id and the literal names."""
         return Path(self.model) if _is_path(self.model) else None
 
-    def command(self) -> str:
-        """The command line that starts a worker for this spec."""
+    def command_line(self) -> list[str]:
+        """The words of the command that starts a worker for this spec."""
         words = ["batchmill", "worker", "-m", self.model]
         if self.model != ECHO:
             words += ["-q", self.quantization.value]
         if self.revision is not None:
             words += ["--revision", self.revision]
-        return " ".join(words)
+        return words
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision is not None else ""

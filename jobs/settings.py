@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     busy_seconds: float = Field(default=30.0, gt=0, description="to wait for a locked SQLite database")
 
     engine_rows: int | None = Field(default=None, ge=1, description="requests a device works on at once")
+    echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 

@@ -116,7 +116,7 @@ class Reading:
 
     def _jobs(self, chosen: Select[Any]) -> list[Job]:
         with self._database.read() as connection:
-            rows: Sequence[Row[Any]] = connection.execute(chosen).all()
+            rows: Sequence[Any] = connection.execute(chosen).all()
             counts = _counts(connection, [row.id for row in rows])
         return [_job(row, counts[row.id]) for row in rows]
 
@@ -158,7 +158,7 @@ class Reading:
         after = -1
         while True:
             with self._database.read() as connection:
-                rows: Sequence[Row[Any]] = connection.execute(chosen.where(outputs.c.index > after)).all()
+                rows: Sequence[Any] = connection.execute(chosen.where(outputs.c.index > after)).all()
             if not rows:
                 return
             found = [OutputRow(*row) for row in rows]

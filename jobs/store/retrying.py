@@ -88,7 +88,7 @@ class Retrying:
             .order_by(outputs.c.index)
             .limit(PAGE_REQUESTS)
         )
-        rows: Sequence[_Moving] = connection.execute(chosen).all()
+        rows: Sequence[Any] = connection.execute(chosen).all()
         return rows
 
     def _lock(self, connection: Connection, batch_ids: set[int]) -> None:

@@ -129,8 +129,7 @@ class Saving:
     def _finish(self, connection: Connection, mine: Sequence[Held]) -> frozenset[int]:
         """Ends the batches of which nothing is pending."""
         done = batches.c.succeeded + batches.c.failed + batches.c.cancelled == batches.c.total
-        saved = [each.lease for each in mine if each.outputs]
-        ids = [lease.batch_id for lease in saved]
+        ids = [each.lease.batch_id for each in mine]
         if not ids:
             return frozenset()
         finished = frozenset(
@@ -141,7 +140,7 @@ class Saving:
                 .returning(batches.c.id)
             ).all()
         )
-        self._end_runs(connection, [lease for lease in saved if lease.batch_id in finished], RunOutcome.DONE)
+        self._end_runs(connection, [each.lease for each in mine if each.lease.batch_id in finished], RunOutcome.DONE)
         return finished
 
     def _close_cancelled(

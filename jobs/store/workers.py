@@ -60,6 +60,7 @@ class WorkerRow:
     seen_seconds: float
     uptime_seconds: float
     leases: int
+    generation: int
 
 
 class Workers:
@@ -156,6 +157,26 @@ class Workers:
         with self._database.write() as connection:
             connection.execute(update(workers).where(workers.c.id == worker_id).values(values))
 
+    def gave_up(self, *, host: str, pid: int) -> bool:
+        """Whether the newest worker of this process gave up because its model cannot be loaded."""
+        newest = (
+            select(workers.c.state)
+            .where(workers.c.host == host, workers.c.pid == pid)
+            .order_by(workers.c.id.desc())
+            .limit(1)
+        )
+        with self._database.read() as connection:
+            return connection.scalar(newest) == WorkerState.FAILED.value
+
+    def unserved_seconds(self, spec: ModelSpec, *, since: float) -> float:
+        """How long no worker of this spec has lived: since the last one was seen, or since this time."""
+        seen = func.coalesce(func.max(workers.c.heartbeat_at), since)
+        with self._database.read() as connection:
+            found = connection.scalar(
+                select(self._database.now - self._database.larger(seen, since)).where(workers.c.spec == spec.canonical)
+            )
+        return max(0.0, found or 0.0)
+
     def rows(
         self, *, only_alive: bool = True, spec: ModelSpec | None = None, job_id: str | None = None
     ) -> list[WorkerRow]:
@@ -184,13 +205,6 @@ class Workers:
             chosen = chosen.where(workers.c.id.in_(holding))
         with self._database.read() as connection:
             return [_worker(row) for row in connection.execute(chosen).all()]
-
-    def last_alive_seconds(self, spec: ModelSpec) -> float | None:
-        """How long ago a worker of this spec was last seen; None if there never was one."""
-        with self._database.read() as connection:
-            return connection.scalar(
-                select(self._database.now - func.max(workers.c.heartbeat_at)).where(workers.c.spec == spec.canonical)
-            )
 
 
 def alive(now: ColumnElement[float]) -> ColumnElement[bool]:
@@ -237,4 +251,5 @@ def _worker(row: Row[Any]) -> WorkerRow:
         seen_seconds=row.seen_seconds,
         uptime_seconds=row.uptime_seconds,
         leases=row.leases,
+        generation=row.generation,
     )

@@ -86,7 +86,7 @@ FACT_TABLES = {"capital": CAPITALS, "colour": COLOURS, "legs": LEGS, "opposite":
 FACTS = tuple(
     (topic, subject, answer) for topic, table in FACT_TABLES.items() for subject, answer in table.items()
 )
-KIND_WEIGHTS = {"addition": 30, "spelling": 28, "sorting": 30, "facts": 8, "other": 4}
+KIND_WEIGHTS = {"addition": 45, "spelling": 18, "sorting": 27, "facts": 7, "other": 3}
 
 SYSTEM_MESSAGES = (
     "You are a helpful assistant.",

@@ -1,0 +1,113 @@
+"""The batchmill command: its groups, and the commands about the installation. Data on stdout, prose on stderr.
+
+What a command needs is imported when it runs, so that `batchmill --help` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from jobs import VERSION
+from jobs.exits import one_line_errors
+
+
+class Commands(click.Group):
+    """A group whose errors are one line each."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="batchmill")
+def cli() -> None:
+    """Turn files of prompts into files of answers, with quantized models on your own GPUs.
+
+    On one machine: `batchmill run prompts.jsonl -m MODEL -o answers.jsonl`. On many: submit jobs to a store and
+    start a worker per GPU.
+    """
+
+
+@cli.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    add_help_option=False,
+    epilog="Example: batchmill worker -m meta-llama/Llama-3.1-8B-Instruct --devices all",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def worker(arguments: tuple[str, ...]) -> None:
+    """Run a worker: one quantized model on one device (`batchmill worker --help` lists its options)."""
+    # A process of its own, so that this command never imports torch, nor the worker's room.
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "worker", *arguments])
+
+
+@cli.group(epilog="Example: batchmill db upgrade")
+def db() -> None:
+    """The tables of the store."""
+
+
+@db.command(epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/mill batchmill db upgrade")
+def upgrade() -> None:
+    """Bring the store's tables to the revision that this batchmill works with."""
+    import migrations
+    from jobs.settings import load_settings
+
+    settings = load_settings()
+    if settings.embedded_store:
+        migrations.open_store(settings).close()
+    else:
+        migrations.upgrade(settings.database)
+    click.echo(f"the store is at revision {_revision()[0]}", err=True)
+
+
+@db.command(epilog="Example: batchmill db current --json")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def current(as_json: bool) -> None:
+    """Show the revision of the store, and the one that this batchmill works with."""
+    import json
+
+    found, works_with = _revision()
+    if as_json:
+        click.echo(json.dumps({"revision": found, "works_with": works_with}))
+    else:
+        click.echo(f"{found or 'no tables'} (this batchmill works with {works_with})")
+
+
+def _revision() -> tuple[str | None, str]:
+    from jobs.settings import load_settings
+    from jobs.store import Store
+    from jobs.tables import REVISION
+
+    settings = load_settings()
+    if settings.embedded_store and not settings.database_file.exists():
+        return None, REVISION
+    store = Store(settings.database, busy_seconds=settings.busy_seconds)
+    try:
+        return store.revision(), REVISION
+    finally:
+        store.close()
+
+
+@cli.command(epilog="Example: batchmill doctor -m ./my-model")
+@click.option("-m", "--model", help="A model that is to be readable here.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(model: str | None, as_json: bool) -> None:
+    """Check what batchmill needs: a line each, with the fix. Exit code 1 if a required one fails."""
+    from jobs.settings import load_settings
+    from producer.doctor import examine, report
+
+    sys.exit(report(examine(load_settings(), model=model), as_json=as_json))
+
+
+def main() -> None:
+    """The entry point of the installed script."""
+    from producer import cli_jobs, cli_submit
+
+    for command in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS):
+        cli.add_command(command)
+    cli()

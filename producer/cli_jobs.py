@@ -1,0 +1,159 @@
+"""The commands about jobs and workers that exist: status, jobs, workers, wait, results, cancel, retry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from jobs.settings import Settings
+    from jobs.store import Store
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+_MOST_JOBS = 20
+
+
+def _open() -> tuple[Settings, Store]:
+    from jobs.settings import load_settings
+    from migrations import open_store
+
+    settings = load_settings()
+    return settings, open_store(settings)
+
+
+@click.command(epilog="Example: batchmill status last --watch")
+@click.argument("job", default="last")
+@click.option("--watch", is_flag=True, help="Follow it until it has ended.")
+@_JSON
+def status(job: str, watch: bool, as_json: bool) -> None:
+    """Show how far JOB is, who works on it, how fast, and when it ends.
+
+    JOB is an id, the beginning of one, or `last`.
+    """
+    from producer.progress import follow
+    from producer.status import JobStatus
+    from producer.tidy import tidy
+
+    settings, store = _open()
+    tidy(settings)
+    job_id = store.reading.find(job)
+    if watch:
+        follow(store, job_id)
+    found = JobStatus.read(store, job_id)
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+
+
+@click.command(epilog="Example: batchmill jobs --json")
+@click.option("-n", "most", type=click.IntRange(1), default=_MOST_JOBS, show_default=True, help="How many.")
+@_JSON
+def jobs(most: int, as_json: bool) -> None:
+    """List the newest jobs."""
+    from producer.status import job_json
+
+    found = _open()[1].reading.jobs(most=most)
+    if as_json:
+        click.echo(json.dumps([job_json(each) for each in found]))
+        return
+    if not found:
+        click.echo("no jobs yet; `batchmill submit` makes one", err=True)
+    for each in found:
+        done = f"{each.counts.total - each.counts.pending:,}/{each.counts.total:,}"
+        failed = f", {each.counts.failed:,} failed" if each.counts.failed else ""
+        click.echo(f"{each.id}  {each.state.value:<10}  {done:>15}{failed}  {each.spec}  {each.name or each.file_name}")
+
+
+@click.command(epilog="Example: batchmill workers --all")
+@click.option("--all", "everyone", is_flag=True, help="Those that have ended, too.")
+@_JSON
+def workers(everyone: bool, as_json: bool) -> None:
+    """List the live workers: what each holds, on which device, and what it is at."""
+    from producer.status import duration, size, worker_json
+
+    found = _open()[1].workers.rows(only_alive=not everyone)
+    if as_json:
+        click.echo(json.dumps([worker_json(each) for each in found]))
+        return
+    if not found:
+        click.echo("no live worker; `batchmill worker -m MODEL` starts one", err=True)
+    for each in found:
+        state = each.state.value if each.alive or each.state.value in ("stopped", "failed") else "dead"
+        at = f", {each.leases} batches" if each.leases else ""
+        click.echo(
+            f"{each.name}  {state}{at}  {each.spec}  {each.device_name or each.device} on {each.host}"
+            f"  {size(each.weights_bytes)} weights  up {duration(each.uptime_seconds)}"
+        )
+
+
+@click.command(epilog="Example: batchmill wait last --timeout 3600")
+@click.argument("job", default="last")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after so long (exit 124).")
+@_JSON
+def wait(job: str, timeout: float | None, as_json: bool) -> None:
+    """Wait until JOB has ended. Exit code 5 when not every request succeeded."""
+    from producer.progress import follow, require_success
+
+    store = _open()[1]
+    found = follow(store, store.reading.find(job), timeout_seconds=timeout)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    require_success(found)
+
+
+@click.command(epilog="Example: batchmill results last --format openai -o answers.jsonl")
+@click.argument("job", default="last")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="A file (default: stdout).")
+@click.option("--format", "form", type=click.Choice(["jsonl", "openai", "csv"]), default="jsonl", show_default=True)
+@click.option("--only", type=click.Choice(["all", "succeeded", "failed"]), default="all", show_default=True)
+def results(job: str, out: Path | None, form: str, only: str) -> None:
+    """Write the outputs of JOB in file order; while it runs, those that are there.
+
+    With --format openai and -o, errors go to a file beside, with .errors before the suffix.
+    """
+    from producer.results import export
+
+    store = _open()[1]
+    found = store.reading.job(store.reading.find(job))
+    count = export(store, found, out=out, form=form, only=only)
+    if out is not None:
+        click.echo(f"wrote {count:,} of {found.counts.total:,} outputs to {out}", err=True)
+
+
+@click.command(epilog="Example: batchmill cancel last")
+@click.argument("job")
+def cancel(job: str) -> None:
+    """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
+    from producer.tidy import tidy
+
+    settings, store = _open()
+    job_id = store.reading.find(job)
+    before = store.reading.job(job_id)
+    if before.closed:
+        click.echo(f"job {job_id} has ended already: {before.state.value}", err=True)
+        return
+    tidy(settings)
+    state = store.closing.cancel(job_id)
+    click.echo(f"job {job_id} is {state.value}", err=True)
+
+
+@click.command(epilog="Example: batchmill retry last")
+@click.argument("job")
+def retry(job: str) -> None:
+    """Run the failed and cancelled requests of JOB again; what succeeded is kept."""
+    from jobs.broker import Broker
+    from jobs.errors import BrokerUnavailable
+    from producer.submit import send_wakeups
+
+    settings, store = _open()
+    job_id = store.reading.find(job)
+    moved = store.retrying.retry(job_id)
+    click.echo(f"job {job_id}: {moved:,} requests are pending again", err=True)
+    try:
+        send_wakeups(store.reading.job(job_id).spec, store=store, broker=Broker(settings.broker))
+    except BrokerUnavailable as error:
+        click.echo(f"workers take it up by themselves: {error}", err=True)
+
+
+COMMANDS: tuple[click.Command, ...] = (status, jobs, workers, wait, results, cancel, retry)

@@ -1,0 +1,146 @@
+"""The commands that start work: submit, run and up, with the options that they share."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
+from producer.submit import Submission
+
+_Command = Callable[..., Any]
+
+_MODEL = [
+    click.option("-q", "--quantization", help="nf4 (default), fp4, int8 or none."),
+    click.option("--revision", help="Branch, tag or commit of a Hugging Face id."),
+]
+_REQUESTS = [
+    click.option("--name", help="A name for the job, for people."),
+    click.option("--system", help="A system message for every request that has none of its own."),
+    click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens (default 256)."),
+    click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy (default 1.0)."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
+    click.option("--top-k", type=click.IntRange(1), help="Sample from so many tokens."),
+    click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="A sampler of its own for each request."),
+    click.option("--stop", multiple=True, help="End an answer before this text (repeatable)."),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1, MAX_BATCH_SIZE),
+        default=DEFAULT_BATCH_SIZE,
+        show_default=True,
+        help="Requests that one message hands to one worker.",
+    ),
+    click.option("--ignore-line-model", is_flag=True, help="Run lines that name another model, too."),
+]
+
+
+def _with(options: list[_Command]) -> _Command:
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command(epilog="Example: batchmill submit prompts.jsonl -m meta-llama/Llama-3.1-8B-Instruct --max-tokens 200")
+@click.argument("file")
+@click.option("-m", "--model", help="Hugging Face id, folder, demo or echo (default: the file's one model).")
+@_with(_MODEL)
+@click.option("--remote-path", is_flag=True, help="MODEL is a folder that only the workers have.")
+@_with(_REQUESTS)
+@click.option("--wait", is_flag=True, help="Wait until the job has ended.")
+def submit(wait: bool, **options: Any) -> None:
+    """Store FILE (- for stdin) as a job and wake its workers; prints the job's id.
+
+    FILE is JSONL (OpenAI Batch lines, {"messages": [...]} or {"prompt": "..."}) or .txt with a prompt per line.
+    """
+    from jobs.broker import Broker
+    from jobs.errors import BrokerUnavailable
+    from jobs.settings import load_settings
+    from migrations import open_store
+    from producer.progress import follow, require_success
+    from producer.status import JobStatus
+    from producer.submit import load_job, send_wakeups
+
+    settings = load_settings()
+    store = open_store(settings)
+    job_id, spec = load_job(_submission(options), store=store, settings=settings)
+    try:
+        send_wakeups(spec, store=store, broker=Broker(settings.broker))
+    except BrokerUnavailable as error:
+        click.echo(f"the job is stored, and workers take it up by themselves: {error}", err=True)
+    click.echo(job_id)
+    status = JobStatus.read(store, job_id)
+    if not status.served:
+        for line in status.missing_lines():
+            click.echo(line, err=True)
+    if wait:
+        require_success(follow(store, job_id))
+
+
+@click.command(epilog="Example: batchmill run prompts.jsonl -m ./my-model -q nf4 -o answers.jsonl")
+@click.argument("file")
+@click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
+@_with(_MODEL)
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Answers go here (default: stdout).")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--new", is_flag=True, help="Run it anew, even if it has been run before.")
+@_with(_REQUESTS)
+def run(out: Path | None, device: str, new: bool, **options: Any) -> None:
+    """Answer the prompts of FILE on this machine: everything in one command, nothing to set up.
+
+    The same command continues a job that was interrupted, and exports one that has ended.
+    """
+    from jobs.settings import load_settings
+    from producer.local import run_file
+
+    run_file(_submission(options), out=out, device=device, new=new, settings=load_settings())
+
+
+@click.command(epilog="Example: batchmill up -m demo")
+@click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
+@_with(_MODEL)
+@click.option("--device", "devices", multiple=True, help="auto, cpu, cuda:N; repeat it for several workers.")
+def up(model: str, quantization: str | None, revision: str | None, devices: tuple[str, ...]) -> None:
+    """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
+    from jobs.logs import configure_logs
+    from jobs.schema import ModelSpec
+    from jobs.settings import load_settings
+    from producer.local import run_mill
+
+    settings = load_settings()
+    configure_logs(settings)
+    spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
+    run_mill(spec, devices=devices or ("auto",), settings=settings)
+
+
+def _submission(options: dict[str, Any]) -> Submission:
+    sampling = SamplingParams(
+        max_tokens=options["max_tokens"],
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        top_k=options["top_k"],
+        seed=options["seed"],
+        stop=options["stop"] or None,
+    )
+    return Submission(
+        path=options["file"],
+        model=options["model"],
+        quantization=options["quantization"],
+        revision=options["revision"],
+        remote_path=options.get("remote_path", False),
+        ignore_line_model=options["ignore_line_model"],
+        name=options["name"],
+        options=JobOptions(options["system"], sampling),
+        batch_size=options["batch_size"],
+        command=shlex.join(["batchmill", *sys.argv[1:]]),
+    )
+
+
+COMMANDS: tuple[click.Command, ...] = (run, up, submit)

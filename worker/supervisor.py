@@ -1,0 +1,113 @@
+"""One worker process per device, each restarted with a growing pause when it dies; ended together.
+
+A worker whose model cannot be loaded is not started again. This module knows no Celery and no engine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from time import monotonic
+
+from jobs.embedded import start_process, stop_process
+from jobs.errors import BatchmillError
+from jobs.logs import get_logger
+from jobs.settings import Settings, environment_of
+from jobs.store import Store
+
+log = get_logger(__name__)
+_TICK_SECONDS = 0.2
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+#: A worker that lived so long starts again with the first pause.
+_HEALTHY_SECONDS = 300.0
+#: Beyond its drain a worker gets so long before it is killed.
+_KILL_MARGIN_SECONDS = 3.0
+
+
+class _Post:
+    """One device's place: the process that holds it now, and when the next may be started."""
+
+    def __init__(self, device: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.device = device
+        self._command = command
+        self._environ = environ
+        self._pause = _FIRST_PAUSE_SECONDS
+        self._start_at = monotonic()
+        self._started_at = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.over = False
+
+    def start_if_due(self) -> None:
+        if self.process is None and not self.over and monotonic() >= self._start_at:
+            self.process = start_process(self._command, log=sys.stderr.buffer, environ=self._environ)
+            self._started_at = monotonic()
+
+    def ended(self) -> tuple[int, int] | None:
+        """The pid and exit code of a process that has ended since the last call."""
+        if self.process is None or self.process.poll() is None:
+            return None
+        pid, code = self.process.pid, self.process.returncode
+        self.process = None
+        if monotonic() - self._started_at > _HEALTHY_SECONDS:
+            self._pause = _FIRST_PAUSE_SECONDS
+        self._start_at = monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+        return pid, code
+
+
+class Supervisor:
+    """Runs `python -m worker` once per device until told to end, or until no worker is left."""
+
+    def __init__(self, devices: Sequence[str], arguments: Sequence[str], *, settings: Settings, store: Store) -> None:
+        environ = os.environ | environment_of(settings)
+        self._posts = [
+            _Post(device, [sys.executable, "-m", "worker", *arguments, "--device", device], environ)
+            for device in devices
+        ]
+        self._store = store
+        self._drain_seconds = settings.drain_seconds
+        self._asked_to_end = threading.Event()
+
+    def run(self) -> None:
+        """Raises BatchmillError when every worker gave up."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._asked_to_end.set())
+        failed = 0
+        try:
+            while not self._asked_to_end.wait(_TICK_SECONDS) and not all(post.over for post in self._posts):
+                for post in self._posts:
+                    post.start_if_due()
+                    failed += self._look_at(post)
+        finally:
+            self._end_all()
+        if failed == len(self._posts):
+            raise BatchmillError("no worker could be started; see the lines above")
+
+    def _look_at(self, post: _Post) -> bool:
+        """Whether this worker has just given up for good."""
+        ended = post.ended()
+        if ended is None:
+            return False
+        pid, code = ended
+        if code == 0:
+            post.over = True  # it was idle for as long as it was told to wait
+            return False
+        if self._store.workers.gave_up(host=socket.gethostname(), pid=pid):
+            post.over = True
+            return True
+        log.warning("a worker died and is started again", device=post.device, pid=pid, exit_code=code)
+        return False
+
+    def _end_all(self) -> None:
+        running = [post.process for post in self._posts if post.process is not None]
+        for process in running:
+            process.terminate()
+        deadline = monotonic() + self._drain_seconds + _KILL_MARGIN_SECONDS
+        for process in running:
+            stop_process(process, seconds=max(0.0, deadline - monotonic()))
