@@ -1,17 +1,17 @@
-"""One line of a prompt file, as JSON or as text -> one Request: which keys a line may have, and which values.
+"""One line of a prompt file, decoded -> one Request: which keys a line may have, and which values.
 
-It owns the forms of a line, the check of every key, and the words for what is wrong with one. It does not know
-files, bytes, JSON text or line numbers (producer.prompts does), nor whether a custom_id is unique (the store does).
+It owns the forms of a line, the check of every key, and the words for what is wrong. It does not know files,
+bytes, JSON text or line numbers (producer.prompts does), nor whether a custom_id is unique (the store does).
 
-Whatever a line says is obeyed, kept and returned, or refused by name; a null asks for nothing. What is said of a
-bad line may show a key or a parameter, cut short, and never a prompt.
+Whatever a line says is obeyed, kept and returned, or refused by name; a null asks for nothing. What is said
+about a bad line may show a key or a parameter, cut short, and never a prompt.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from jobs.schema import CUSTOM_ID_LENGTH, NO_SAMPLING, Request, SamplingParams
@@ -31,7 +31,7 @@ _KINDS = {
 
 
 class BadLine(Exception):
-    """A line that cannot be taken; its text says where in the line (`at`, a key or empty) and what is wrong."""
+    """A line that cannot be taken; its text says where in it (`at`: a key, or empty) and what is wrong."""
 
     def __init__(self, what: str, at: str = "") -> None:
         super().__init__(f"{at} {what}" if at else what)
@@ -43,28 +43,11 @@ class BadLine(Exception):
         return BadLine(self.what, f"{name}{dot}{self.at}")
 
 
-class LineModel:
-    """Which model a line may name: one of `accepted`, or where that is empty the one that an earlier line named."""
+def json_request(line: Any, index: int, *, check_model: Callable[[str], None]) -> Request:
+    """The request of one decoded line of JSON; `check_model` is given the model that it names.
 
-    def __init__(self, accepted: Collection[str], *, ignored: bool) -> None:
-        self._accepted = frozenset(accepted)
-        self._ignored = ignored
-        self.decided: str | None = None
-
-    def check(self, name: str) -> None:
-        """Raises BadLine for another model."""
-        if self._ignored or name in self._accepted:
-            return
-        if self._accepted:
-            wanted = " or ".join(repr(each) for each in sorted(self._accepted))
-            run_anyway = "-m MODEL --ignore-line-model runs every line on one model"
-            raise BadLine(f"is {shown(name)} and not {wanted}; {run_anyway}", "model")
-        self.decided = name
-        self._accepted = frozenset({name})
-
-
-def json_request(line: Any, index: int, model: LineModel) -> Request:
-    """The request of one decoded line of JSON; BadLine if it is none."""
+    Raises BadLine, as `check_model` may.
+    """
     if type(line) is not dict:
         raise BadLine(f"must be a JSON object, not {_kind(line)}")
     if line.get("prompt") is not None:
@@ -76,7 +59,7 @@ def json_request(line: Any, index: int, model: LineModel) -> Request:
     else:
         raise BadLine("holds no prompt, no messages, and no url and body of an OpenAI Batch line")
     if "model" in taken:
-        model.check(taken.pop("model"))
+        check_model(taken.pop("model"))
     return _request(taken, index)
 
 
@@ -125,7 +108,7 @@ def _sampling(asked: dict[str, Any]) -> SamplingParams:
 
 
 def _take(value: Mapping[str, Any], checks: Mapping[str, Check], *needed: str) -> dict[str, Any]:
-    """What an object asks for, key by key: a key without a check is refused, and each `needed` one is there."""
+    """What an object asks for, key by key; a key without a check is refused, as is an absent `needed` one."""
     taken = {}
     for key, each in value.items():
         check = checks.get(key)
@@ -202,7 +185,7 @@ def _only(*accepted: Any) -> Check:
     def check(value: Any) -> None:
         if not any(type(value) is type(each) and value == each for each in accepted):
             instead = f" or write {json.dumps(accepted[0])}" if accepted else ""
-            given = "" if type(value) in (list, dict) else f" as {shown(value)}"
+            given = f" as {shown(value)}" if type(value) in (bool, int, float) else ""
             raise BadLine(f"is not supported{given}; remove it{instead}")
 
     return check
@@ -261,7 +244,7 @@ def _content(value: Any) -> str:
 
 def _part(value: Any) -> Any:
     if type(value) is dict and value.get("type") == "text":
-        return _take(value, {"type": _STRING, "text": _STRING}, "text")["text"]
+        return _take(value, _PART, "text")["text"]
     given = f", not {shown(value.get('type'))}" if type(value) is dict else ""
     raise BadLine(f"must be a part of type 'text'{given}")
 
@@ -279,8 +262,10 @@ def _message(value: Any) -> dict[str, Any]:
 
 
 _STRING, _OBJECT, _BOOLEAN = _of(str), _of(dict), _of(bool)
-_MESSAGE: dict[str, Check] = {"role": _one_of(*ROLES), "content": _content, "name": _STRING} | {
-    "tool_calls": _only([]), "annotations": _only([]), "refusal": _only(), "function_call": _only(), "audio": _only()
+_PART: dict[str, Check] = {"type": _STRING, "text": _STRING}
+_MESSAGE: dict[str, Check] = {
+    "role": _one_of(*ROLES), "content": _content, "name": _STRING, "tool_calls": _only([]),
+    "annotations": _only([]), "refusal": _only(), "function_call": _only(), "audio": _only(),
 }  # fmt: skip
 _KEPT: dict[str, Check] = {"user": _STRING, "metadata": _OBJECT, "store": _BOOLEAN, "service_tier": _STRING}
 _SAMPLING: dict[str, Check] = {
@@ -295,13 +280,14 @@ _SAMPLING: dict[str, Check] = {
     "seed": _integer(-MAX_INT64 - 1, MAX_INT64),
 }
 _ASKS_NOTHING: dict[str, Check] = {
-    "n": _only(1), "best_of": _only(1), "stream": _only(False), "stream_options": _only(), "echo": _only(False),
-    "presence_penalty": _only(0, 0.0), "frequency_penalty": _only(0, 0.0), "logit_bias": _only({}),
-    "logprobs": _only(False), "top_logprobs": _only(0), "suffix": _only(), "modalities": _only(["text"]),
-    "response_format": _only({"type": "text"}), "tools": _only([]), "tool_choice": _only("none", "auto"),
-    "functions": _only([]), "function_call": _only("none", "auto"), "parallel_tool_calls": _only(False, True),
-    "reasoning_effort": _only(), "verbosity": _only(), "prediction": _only(), "audio": _only(),
-    "web_search_options": _only(), "prompt_cache_key": _only(), "safety_identifier": _only(),
+    "n": _only(1), "best_of": _only(1), "echo": _only(False), "suffix": _only(), "stream": _only(False),
+    "stream_options": _only(), "presence_penalty": _only(0, 0.0), "frequency_penalty": _only(0, 0.0),
+    "logit_bias": _only({}), "logprobs": _only(False), "top_logprobs": _only(0), "tools": _only([]),
+    "tool_choice": _only("none", "auto"), "parallel_tool_calls": _only(False, True), "functions": _only([]),
+    "function_call": _only("none", "auto"), "response_format": _only({"type": "text"}),
+    "modalities": _only(["text"]), "audio": _only(), "prediction": _only(), "reasoning_effort": _only(),
+    "verbosity": _only(), "web_search_options": _only(), "prompt_cache_key": _only(),
+    "safety_identifier": _only(),
 }  # fmt: skip
 _BODY = {"model": _model} | _SAMPLING | _KEPT | _ASKS_NOTHING
 _ONE_CONTENT = _refused("and prompt exclude each other; a line has one of them")

@@ -113,7 +113,8 @@ class JobStatus:
             f"  requests   {counts.total:,} = {counts.succeeded:,} succeeded + {counts.failed:,} failed"
             f" + {counts.cancelled:,} cancelled + {counts.pending:,} pending",
             f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
-            f"  speed      {self.rate:,.1f} requests/s, {self.per_second(counts.completion_tokens):,.1f} completion tokens/s",
+            f"  speed      {self.rate:,.1f} requests/s,"
+            f" {self.per_second(counts.completion_tokens):,.1f} completion tokens/s",
             f"  seconds    {effort.queued_seconds:.1f} queued, {effort.running_seconds:.1f} running,"
             f" {effort.model_load_seconds:.1f} loading the model",
             f"  memory     {size(effort.memory.weights_bytes)} weights,"

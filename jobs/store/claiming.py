@@ -70,7 +70,7 @@ class Claiming:
 
     def _claim_one(self, connection: Connection, seat: Seat, in_flight_room: int) -> Claimed | None:
         best = _pending(seat.spec.canonical, seat.only_job).limit(1)
-        batch_id = connection.scalar(best.with_for_update(skip_locked=True, of=batches))
+        batch_id = connection.scalar(best.with_for_update(skip_locked=True, of=batches, key_share=True))
         if batch_id is None:
             return None
         won = connection.execute(

@@ -37,8 +37,10 @@ class Closing:
 
         The job's row is locked before its batches are read: else two workers that finish the last two batches
         at once would each see the other's as open, and nobody would close the job.
+        The lock is one that foreign keys do not ask for (NO KEY UPDATE): else two workers that share a job's row
+        by writing its batches would each wait for the other to let go.
         """
-        state = connection.scalar(select(jobs.c.state).where(jobs.c.id == job_id).with_for_update())
+        state = connection.scalar(select(jobs.c.state).where(jobs.c.id == job_id).with_for_update(key_share=True))
         ends = JobState.CANCELLED if state == JobState.CANCELLING.value else JobState.COMPLETED
         if state is None or JobState(state) not in JOB_BEFORE[ends] or self._has_open(connection, job_id):
             return False
@@ -138,7 +140,7 @@ class Closing:
             .where(batches.c.state == BatchState.PENDING.value)
             .order_by(batches.c.id)
             .limit(_BATCHES_A_PAGE)
-            .with_for_update(of=batches)
+            .with_for_update(of=batches, key_share=True)
         ).all()
         page: list[int] = []
         room = PAGE_REQUESTS

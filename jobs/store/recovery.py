@@ -72,7 +72,7 @@ class Recovery:
                 .where(which, batches.c.state == BatchState.LEASED.value)
                 .order_by(batches.c.id)
                 .limit(_PAGE)
-                .with_for_update()
+                .with_for_update(key_share=True)
             ).all()
             if ids:
                 connection.execute(

@@ -93,7 +93,7 @@ class Retrying:
 
     def _lock(self, connection: Connection, batch_ids: set[int]) -> None:
         connection.execute(
-            select(batches.c.id).where(batches.c.id.in_(batch_ids)).order_by(batches.c.id).with_for_update()
+            select(batches.c.id).where(batches.c.id.in_(batch_ids)).order_by(batches.c.id).with_for_update(key_share=True)
         ).all()
 
     def _reopen(self, connection: Connection, job_id: str, more: bool) -> int | None:
@@ -104,7 +104,7 @@ class Retrying:
         row = connection.execute(
             select(jobs.c.state, jobs.c.batch_size)
             .where(jobs.c.id == job_id, jobs.c.retry_started_at.is_not(None))
-            .with_for_update()
+            .with_for_update(key_share=True)
         ).first()
         if row is None:
             return None

@@ -70,7 +70,7 @@ class Saving:
             select(batches.c.id, batches.c.fence)
             .where(batches.c.id.in_(ids), batches.c.state == BatchState.LEASED.value)
             .order_by(batches.c.id)
-            .with_for_update()
+            .with_for_update(key_share=True)
         ).all()
         fences = {row.id: row.fence for row in found}
         mine = [each for each in held if fences.get(each.lease.batch_id) == each.lease.fence]

@@ -1,0 +1,292 @@
+"""A prompt file -> its Requests, one by one, in constant memory; and every line of it that is bad.
+
+It owns bytes, line ends, UTF-8, strict JSON, the file's hash, its one model, and the list of problems. It
+does not know what the keys of a line mean (producer.lines does), nor what becomes of a Request: its caller may
+`report` more bad lines, such as a custom_id that the store has seen before.
+
+A file is opened once and read once. Lines end at a line feed alone; what else Unicode calls a line end is text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import stat
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import PurePath
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+from jobs.errors import PromptFileError
+from jobs.schema import Request
+from producer.lines import BadLine, json_request, shown, text_request
+
+MAX_LINE_BYTES = 1 << 20
+MAX_DEPTH = 64
+MAX_PROBLEMS = 100
+BUFFER_BYTES = 1 << 17
+#: The longest line with a byte order mark before it and CRLF behind, and one byte more.
+_READ_BYTES = MAX_LINE_BYTES + 6
+_JSON_BLANKS = " \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+
+_UTF8_ALONE = "prompt files are UTF-8, so convert it: iconv -f"
+_PACKED = "which batchmill does not unpack; run"
+#: What the first bytes of a file that is not plain UTF-8 look like, and what is said of it.
+_FOREIGN = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", f"is UTF-32; {_UTF8_ALONE} UTF-32"),
+    (rb"\xff\xfe|\xfe\xff", f"is UTF-16; {_UTF8_ALONE} UTF-16"),
+    (rb"[^\0]\0[^\0]\0", f"looks like UTF-16; {_UTF8_ALONE} UTF-16LE"),
+    (rb"\0[^\0]\0[^\0]", f"looks like UTF-16; {_UTF8_ALONE} UTF-16BE"),
+    (rb"\x1f\x8b", f"is compressed by gzip, {_PACKED} gunzip first"),
+    (rb"\x28\xb5\x2f\xfd", f"is compressed by zstd, {_PACKED} zstd -d first"),
+    (rb"PK[\x03\x05]", f"is a zip archive, {_PACKED} unzip first"),
+    (rb"BZh[1-9]1AY&SY", f"is compressed by bzip2, {_PACKED} bunzip2 first"),
+    (rb"\xfd7zXZ\0", f"is compressed by xz, {_PACKED} unxz first"),
+)
+#: Possessive, and content with a string that never ends, so that no line makes it slow.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NO_BRACKETS = re.compile(r"[^][{}]+")
+
+
+class Line(NamedTuple):
+    """A request, the line that it stands on (from 1), and that line's size."""
+
+    number: int
+    request: Request
+    size_bytes: int
+
+
+class PromptFile:
+    """Iterated once, it yields a Line for every good line of `path` (`-`: standard input).
+
+    Bad lines do not stop the iteration; at its end they raise PromptFileError, as an empty file does. `.txt`
+    files hold one prompt per line, all else JSONL. A line may name a model of `models`; where that is empty,
+    the first one named is the file's `model`. A context manager, which closes the file.
+
+    Raises PromptFileError, at once for what is no file that can be read.
+    """
+
+    def __init__(self, path: str, *, models: Collection[str] = (), ignore_line_model: bool = False) -> None:
+        self._shown_path = "stdin" if path == "-" else path
+        self.name = PurePath(self._shown_path).name
+        self.model: str | None = None
+        self._models = frozenset(models)
+        self._ignore_line_model = ignore_line_model
+        self._plain_text = path.lower().endswith(".txt")
+        self._hash = hashlib.sha256()
+        self._problems: list[tuple[int, str]] = []
+        self._bad_lines = 0
+        self._is_stdin = path == "-"
+        self._stream = self._standard_input() if self._is_stdin else self._opened(path)
+
+    def __enter__(self) -> PromptFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_stdin:
+            self._stream.close()
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes read so far, in hex: after the iteration, of the file."""
+        return self._hash.hexdigest()
+
+    def report(self, number: int, what: str) -> None:
+        """Adds a problem of one line, counted from 1."""
+        self._bad_lines += 1
+        if len(self._problems) < MAX_PROBLEMS:
+            self._problems.append((number, what))
+
+    def raise_if_bad(self) -> None:
+        """Raises PromptFileError if any line was reported, in the order of the file."""
+        if self._bad_lines:
+            problems = [f"{self._shown_path}:{number}: {what}" for number, what in sorted(self._problems)]
+            lines = "1 bad line" if self._bad_lines == 1 else f"{self._bad_lines} bad lines"
+            raise PromptFileError(f"{self._shown_path}: {lines}", problems=problems, count=self._bad_lines)
+
+    def __iter__(self) -> Iterator[Line]:
+        index = 0
+        before = self._fingerprint()
+        for number, (offset, raw) in enumerate(self._raw_lines(), start=1):
+            try:
+                text = _text(raw, offset)
+                if not text.strip(None if self._plain_text else _JSON_BLANKS):
+                    continue
+                request = self._request(text, index)
+            except BadLine as exc:
+                self.report(number, str(exc))
+            else:
+                yield Line(number, request, len(raw))
+            index += 1
+        if self._fingerprint() != before:
+            self._refuse("changed while it was read; submit it again once nobody writes to it")
+        self.raise_if_bad()
+        if index == 0:
+            self._refuse("holds no prompts")
+
+    def _request(self, text: str, index: int) -> Request:
+        if self._plain_text:
+            return text_request(text, index)
+        return json_request(_json(text), index, check_model=self._check_model)
+
+    def _check_model(self, name: str) -> None:
+        if self._ignore_line_model or name in self._models:
+            return
+        if self._models:
+            wanted = " or ".join(sorted(map(repr, self._models)))
+            run_anyway = "-m MODEL --ignore-line-model runs every line on one model"
+            raise BadLine(f"is {shown(name)} and not {wanted}; {run_anyway}", "model")
+        self.model = name
+        self._models = frozenset({name})
+
+    def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
+        """Each line's bytes and the offset of the first; of a line that is too long only the beginning."""
+        offset = 0
+        while raw := self._read(_READ_BYTES):
+            skipped = 0
+            if offset == 0:
+                self._refuse_foreign(raw)
+                skipped = len(_BOM) if raw.startswith(_BOM) else 0
+            yield offset + skipped, raw[skipped:]
+            offset += len(raw)
+            is_cut = len(raw) == _READ_BYTES and not raw.endswith(b"\n")
+            while is_cut and (rest := self._read(BUFFER_BYTES)):
+                offset += len(rest)
+                is_cut = not rest.endswith(b"\n")
+
+    def _read(self, most: int) -> bytes:
+        try:
+            raw = self._stream.readline(most)
+        except OSError as exc:
+            raise self._unreadable(exc) from exc
+        self._hash.update(raw)
+        return raw
+
+    def _refuse_foreign(self, first: bytes) -> None:
+        for pattern, what in _FOREIGN:
+            if re.match(pattern, first):
+                self._refuse(what)
+
+    def _opened(self, path: str) -> BinaryIO:
+        try:
+            mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
+                self._refuse("is a folder; name the prompt file in it")
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                self._refuse("is neither a file nor a pipe, but a device or a socket")
+            return open(path, "rb", buffering=BUFFER_BYTES)
+        except OSError as exc:
+            raise self._unreadable(exc) from exc
+
+    def _standard_input(self) -> BinaryIO:
+        if sys.stdin is None or sys.stdin.closed:
+            self._refuse("is closed")
+        return sys.stdin.buffer
+
+    def _fingerprint(self) -> tuple[int, int] | None:
+        """What changes when somebody writes to a regular file; of a stream nothing."""
+        try:
+            status = os.fstat(self._stream.fileno())
+        except io.UnsupportedOperation:
+            return None
+        return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+    def _unreadable(self, error: OSError) -> PromptFileError:
+        return PromptFileError(f"{self._shown_path}: cannot be read: {error.strerror or error}")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise PromptFileError(f"{self._shown_path}: {what}")
+
+
+def _text(raw: bytes, offset: int) -> str:
+    line = raw.removesuffix(b"\n").removesuffix(b"\r")
+    if len(line) > MAX_LINE_BYTES:
+        raise BadLine(f"longer than {MAX_LINE_BYTES} bytes")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as exc:
+        raise BadLine(f"not UTF-8: byte {offset + exc.start} is 0x{line[exc.start]:02x}") from None
+
+
+def _json(text: str) -> Any:
+    """The one JSON value of a line, of finite numbers and of text that every database can hold."""
+    line = text.rstrip(_JSON_BLANKS)
+    if line.count("{") + line.count("[") > MAX_DEPTH and _is_too_deep(line):
+        raise BadLine(f"nested deeper than {MAX_DEPTH} levels")
+    try:
+        value, end = _decoder.raw_decode(line, len(line) - len(line.lstrip(_JSON_BLANKS)))
+    except json.JSONDecodeError as exc:
+        if "\0" in line:
+            raise BadLine(f"holds a NUL character at column {line.index(chr(0)) + 1}") from None
+        what = exc.msg.removesuffix(" at").rstrip(": ")
+        raise BadLine(f"not JSON: {what} at column {exc.pos + 1}") from None
+    except ValueError:
+        raise BadLine(f"holds a number of more than {sys.get_int_max_str_digits()} digits") from None
+    if end != len(line):
+        raise BadLine(f"not JSON: more text after the value, at column {end + 1}")
+    if "\\u" in line:
+        _refuse_half_characters(value)
+    return value
+
+
+def _is_too_deep(line: str) -> bool:
+    depth = 0
+    for bracket in _NO_BRACKETS.sub("", _STRING.sub("", line)):
+        depth += 1 if bracket in "{[" else -1
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
+def _refuse_half_characters(value: Any) -> None:
+    """Databases store neither NUL nor half a surrogate pair; into JSON they come as escapes alone."""
+    for text in _strings(value):
+        if "\0" in text:
+            raise BadLine("holds a NUL character (\\u0000)")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise BadLine(f"holds half a surrogate pair (\\u{ord(text[exc.start]):04x})") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if type(value) is str:
+        yield value
+    elif type(value) is dict:
+        yield from value
+        for each in value.values():
+            yield from _strings(each)
+    elif type(value) is list:
+        for each in value:
+            yield from _strings(each)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise BadLine(f"has the key {shown(twice)} twice in one object")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise BadLine("holds a number that is too large for a float")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise BadLine(f"not JSON: {name} is not a JSON number")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_number)

@@ -1,0 +1,139 @@
+"""A small mill for tests of the store: loads jobs, seats workers and answers requests, without any process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, Float, bindparam, func, select
+
+from jobs.schema import (
+    Choice,
+    ErrorCode,
+    JobOptions,
+    Memory,
+    ModelSpec,
+    Output,
+    Provenance,
+    Quantization,
+    Request,
+    RequestKey,
+    SamplingParams,
+    WorkerState,
+)
+from jobs.store import Store
+from jobs.store.lease import Claimed, Held, Seat, Turned
+from jobs.store.workers import Loaded
+from jobs.tables import metadata
+
+ECHO_SPEC = ModelSpec("echo", None, Quantization.NONE)
+LEASE_SECONDS = 60.0
+
+
+class Clock:
+    """A clock that a test sets; the store reads it through one SQL expression."""
+
+    def __init__(self, seconds: float = 1_000_000.0) -> None:
+        self.seconds = seconds
+
+    def expression(self) -> ColumnElement[float]:
+        return bindparam("clock", callable_=lambda: self.seconds, type_=Float(), unique=True)
+
+
+def load(
+    store: Store,
+    count: int = 10,
+    *,
+    batch_size: int = 4,
+    spec: ModelSpec = ECHO_SPEC,
+    options: JobOptions | None = None,
+    name: str | None = None,
+    fingerprint: str = "fingerprint",
+) -> str:
+    """A queued job of `count` requests: its id."""
+    job_id = begin(store, batch_size=batch_size, options=options, name=name)
+    store.loading.add(job_id, prompts=prompts(count), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
+    store.loading.open(
+        job_id, spec=spec, file_sha256="0" * 64, fingerprint=fingerprint, lease_seconds=LEASE_SECONDS
+    )
+    return job_id
+
+
+def begin(
+    store: Store, *, batch_size: int = 4, options: JobOptions | None = None, name: str | None = None
+) -> str:
+    return store.loading.begin(
+        name=name,
+        options=options or JobOptions(),
+        batch_size=batch_size,
+        provenance=Provenance("prompts.jsonl", "", "batchmill submit prompts.jsonl", {"batchmill": "1"}),
+        lease_seconds=LEASE_SECONDS,
+    )
+
+
+def prompts(count: int, *, first: int = 0) -> list[Request]:
+    return [Request(index, f"request-{index}", prompt=f"prompt {index}") for index in range(first, first + count)]
+
+
+def seat(
+    store: Store, *, name: str = "w", ready: bool = True, only_job: str | None = None, spec: ModelSpec = ECHO_SPEC
+) -> Seat:
+    """A live worker, ready unless told otherwise."""
+    worker_id = store.workers.register(
+        host="host", name=name, pid=1, spec=spec, device="cpu", only_job=only_job, beat=5.0
+    )
+    generation = store.workers.new_generation(worker_id, child_pid=2)
+    if ready:
+        loaded = Loaded("cpu", None, 0.5, 100, {"torch": "2"})
+        store.workers.loaded(worker_id, generation, loaded=loaded)
+    return Seat(
+        worker_id,
+        generation,
+        spec,
+        "cpu",
+        LEASE_SECONDS,
+        model_load_seconds=0.5,
+        defaults=SamplingParams(top_k=7),
+        versions={"torch": "2"},
+        only_job=only_job,
+    )
+
+
+def claim(store: Store, who: Seat, *, wanted: int = 1, room: int = 100) -> tuple[Claimed, ...]:
+    return store.saving.turn(who, [], wanted_requests=wanted, in_flight_room=room).claimed
+
+
+def answered(claimed: Claimed, *, count: int | None = None, error: ErrorCode | None = None) -> Held:
+    """A batch of which the first `count` requests (all, if None) are answered."""
+    mine = claimed.requests[:count]
+    return Held(
+        claimed.lease,
+        outputs=[output(claimed.lease.job_id, each.index, error=error) for each in mine],
+        in_flight=[each.index for each in claimed.requests[len(mine) :]],
+        memory=Memory(100, 200 + claimed.lease.batch_id, 300, 1_000),
+    )
+
+
+def output(job_id: str, index: int, *, error: ErrorCode | None = None, text: str | None = None) -> Output:
+    key = RequestKey(job_id, index)
+    if error is not None:
+        return Output.failed(key, error, "it failed", prompt_tokens=2)
+    return Output(key, (Choice(text or f"answer {index}", "stop"),), prompt_tokens=2, completion_tokens=3)
+
+
+def work_off(store: Store, who: Seat, *, error: ErrorCode | None = None) -> int:
+    """Answers everything that can be claimed: how many requests."""
+    done = 0
+    while claimed := claim(store, who):
+        store.saving.turn(who, [answered(each, error=error) for each in claimed])
+        done += sum(len(each.requests) for each in claimed)
+    return done
+
+
+def save(store: Store, who: Seat, held: Sequence[Held]) -> Turned:
+    return store.saving.turn(who, held)
+
+
+def rows(store: Store, table: str) -> int:
+    """How many rows a table has."""
+    with store.database.read() as connection:
+        return connection.scalar(select(func.count()).select_from(metadata.tables[table])) or 0
