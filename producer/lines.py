@@ -21,7 +21,7 @@ SHOWN_LENGTH = 40
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-#: Takes what one key holds, which is never null, and returns what is kept of it: None if it asks for nothing.
+#: Takes what one key holds, never null, and returns what is kept of it: None where it asks for nothing.
 Check = Callable[[Any], Any]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -93,7 +93,7 @@ def _openai_batch(line: dict[str, Any]) -> dict[str, Any]:
 def _request(taken: dict[str, Any], index: int) -> Request:
     custom_id = taken.pop("custom_id", None) or f"request-{index}"
     prompt, messages = taken.pop("prompt", None), taken.pop("messages", None)
-    template = taken.pop("chat_template_kwargs", None)
+    template = taken.pop("chat_template_kwargs", None) or None
     if not taken:
         return Request(index, custom_id, prompt, messages, NO_SAMPLING, template)
     kept = {key: taken.pop(key) for key in _KEPT if key in taken}
@@ -290,11 +290,10 @@ _ASKS_NOTHING: dict[str, Check] = {
     "safety_identifier": _only(),
 }  # fmt: skip
 _BODY = {"model": _model} | _SAMPLING | _KEPT | _ASKS_NOTHING
-_ONE_CONTENT = _refused("and prompt exclude each other; a line has one of them")
-_NO_TEMPLATE = _refused("goes with messages alone; remove it")
+_NO_TEMPLATE, _NO_MESSAGES = _refused("goes with messages alone"), _refused("and prompt exclude each other")
 _CHAT = _BODY | {"messages": _messages, "chat_template_kwargs": _OBJECT}
 _COMPLETION = _BODY | {"prompt": _completion_prompt, "chat_template_kwargs": _NO_TEMPLATE}
 _SHORT_CHAT = _CHAT | {"custom_id": _custom_id, "prompt": _STRING}
-_SHORT_PROMPT = _COMPLETION | {"custom_id": _custom_id, "prompt": _STRING, "messages": _ONE_CONTENT}
+_SHORT_PROMPT = _COMPLETION | {"custom_id": _custom_id, "prompt": _STRING, "messages": _NO_MESSAGES}
 _ENDPOINTS = {"/v1/chat/completions": (_CHAT, "messages"), "/v1/completions": (_COMPLETION, "prompt")}
 _ENVELOPE = {"custom_id": _custom_id, "method": _one_of("POST"), "url": _one_of(*_ENDPOINTS), "body": _OBJECT}

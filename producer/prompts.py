@@ -1,10 +1,10 @@
 """A prompt file -> its Requests, one by one, in constant memory; and every line of it that is bad.
 
 It owns bytes, line ends, UTF-8, strict JSON, the file's hash, its one model, and the list of problems. It
-does not know what the keys of a line mean (producer.lines does), nor what becomes of a Request: its caller may
-`report` more bad lines, such as a custom_id that the store has seen before.
+does not know what the keys of a line mean (producer.lines does), nor what becomes of a Request: its caller
+may `report` more bad lines, such as a custom_id that the store has seen before.
 
-A file is opened once and read once. Lines end at a line feed alone; what else Unicode calls a line end is text.
+A file is opened once and read once. Lines end at a line feed alone; any other line end of Unicode is text.
 """
 
 from __future__ import annotations

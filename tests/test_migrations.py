@@ -1,0 +1,96 @@
+"""The store's revisions: the tables that the code describes are the tables that the migrations make."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+
+import migrations
+from jobs.errors import SchemaMismatch
+from jobs.settings import load_settings
+from jobs.store import Store
+from jobs.tables import REVISION
+from tests import mill
+
+
+def test_the_code_works_at_the_newest_revision() -> None:
+    script = ScriptDirectory.from_config(migrations.alembic_config("sqlite://"))
+    assert script.get_current_head() == REVISION
+
+
+def test_alembic_finds_nothing_to_change(store_url: str) -> None:
+    command.check(migrations.alembic_config(store_url))
+
+
+def test_upgrading_twice_changes_nothing(sqlite_url: str) -> None:
+    store = Store(sqlite_url)
+    job_id = mill.load(store, 3)
+    migrations.upgrade(sqlite_url)
+    assert store.reading.job(job_id).counts.total == 3
+    store.close()
+
+
+def test_the_embedded_store_is_made_at_first_use() -> None:
+    settings = load_settings()
+    store = migrations.open_store(settings)
+    assert store.revision() == REVISION
+    assert settings.database_file.exists()
+    store.close()
+
+
+def test_an_older_embedded_store_is_upgraded_after_a_copy_was_kept() -> None:
+    settings = load_settings()
+    migrations.open_store(settings).close()
+    set_revision(settings.database, "0000")
+    with pytest.raises(Exception, match="0000"):  # there is no such migration, so alembic refuses
+        migrations.open_store(settings)
+    assert [path.name.split(".")[1] for path in settings.home.glob("batchmill.0000.*.db")] == ["0000"]
+
+
+def test_a_newer_embedded_store_is_left_alone() -> None:
+    settings = load_settings()
+    migrations.open_store(settings).close()
+    set_revision(settings.database, "9999")
+    with pytest.raises(SchemaMismatch, match="newer batchmill"):
+        migrations.open_store(settings)
+
+
+def test_any_other_store_refuses_to_work_and_names_the_command(tmp_path: Path) -> None:
+    settings = load_settings(database_url=f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(SchemaMismatch, match="batchmill db upgrade"):
+        migrations.open_store(settings)
+
+
+def test_db_upgrade_works_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "tests", "model")
+    shutil.copytree(root, source, ignore=ignore)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "BATCHMILL_DATABASE_URL": f"sqlite:///{empty}/s.db"}
+    code = "import migrations; from producer.cli import main; print(migrations.__file__); main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "db", "upgrade"], cwd=empty, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
+    assert f"revision {REVISION}" in done.stderr
+    Store(f"sqlite:///{empty}/s.db").check_revision()
+
+
+def set_revision(url: str, revision: str) -> None:
+    store = Store(url)
+    with store.database.write() as connection:
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{revision}'")
+    store.close()
