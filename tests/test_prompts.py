@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jobs.errors import PromptFileError
 from jobs.schema import NO_SAMPLING, Request, SamplingParams
 from producer.lines import ROLES
-from producer.prompts import MAX_LINE_BYTES, MAX_PROBLEMS, PromptFile
+from producer.prompts import MAX_LINE_BYTES, MAX_PROBLEMS, Line, PromptFile
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}
@@ -45,7 +45,7 @@ def error(path: str, **options: Any) -> PromptFileError:
     return caught.value
 
 
-def openai(body: dict[str, Any], url: str = CHAT, **more: Any) -> dict[str, Any]:
+def openai(body: dict[str, Any], url: Any = CHAT, **more: Any) -> dict[str, Any]:
     return {"custom_id": "a", "method": "POST", "url": url, "body": body} | more
 
 
@@ -148,7 +148,7 @@ NOTHING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("nothing", NOTHING, ids=json.dumps)
-def test_a_value_that_asks_for_nothing_is_accepted(one: Callable[..., Request], nothing: dict[str, Any]) -> None:
+def test_what_asks_for_nothing_is_accepted(one: Callable[..., Request], nothing: dict[str, Any]) -> None:
     assert one({"prompt": "x"} | nothing) == Request(0, "request-0", "x")
     assert one({"messages": [HELLO]} | nothing) == Request(0, "request-0", messages=(HELLO,))
 
@@ -167,14 +167,13 @@ def test_chat_template_kwargs_go_with_messages(one: Callable[..., Request]) -> N
 
 def test_text_parts_are_joined(one: Callable[..., Request]) -> None:
     parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
-    assert one({"messages": [{"role": "user", "content": parts}]}).messages == (
-        {"role": "user", "content": "a\nb"},
-    )
+    joined = {"role": "user", "content": "a\nb"}
+    assert one({"messages": [{"role": "user", "content": parts}]}).messages == (joined,)
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_messages_keep_role_name_and_order(one: Callable[..., Request], role: str) -> None:
-    nothing = {"refusal": None, "tool_calls": None, "annotations": [], "function_call": None}
+    nothing: dict[str, Any] = {"refusal": None, "tool_calls": None, "annotations": [], "function_call": None}
     named = {"role": role, "content": "", "name": "n"}
     assert one({"messages": [HELLO, named | nothing, HELLO]}).messages == (HELLO, named, HELLO)
 
@@ -189,6 +188,9 @@ def said(**message: Any) -> dict[str, Any]:
     return {"messages": [HELLO, message]}
 
 
+TEMPERATURES: list[Any] = [-0.1, 100.1, 10**400, "1", False, {}]
+STOPS: list[Any] = [5, [""], ["a", 5], ["a"] * 17, {"SECRET": 1}, False]
+#: Each with what is said of it.
 BAD_JSON: list[tuple[bytes, str]] = [
     (b'{"prompt":"SECRET"', "not JSON: Expecting ',' delimiter at column 19"),
     (b"  {SECRET}", "not JSON: Expecting property name enclosed in double quotes at column 4"),
@@ -285,16 +287,18 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (X | {"max_completion_tokens": 0}, "max_completion_tokens must be an integer"),
     (X | {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens and max_tokens differ"),
     *((X | {"temperature": value}, "temperature must be a number from 0 to 100, not ")
-      for value in (-0.1, 100.1, 10**400, "1", False, {})),
-    *((X | {"top_p": value}, "top_p must be a number above 0 and at most 1, not ") for value in (0, 0.0, 1.01, "1")),
-    *((X | {"top_k": value}, "top_k must be an integer from 1 to 2147483647, or 0 or -1") for value in (-2, 1.0, True)),
+      for value in TEMPERATURES),
+    *((X | {"top_p": value}, "top_p must be a number above 0 and at most 1, not ")
+      for value in (0, 0.0, 1.01, "1")),
+    *((X | {"top_k": value}, "top_k must be an integer from 1 to 2147483647, or 0 or -1")
+      for value in (-2, 1.0, True)),
     *((X | {"min_p": value}, "min_p must be a number from 0 to 1, not ") for value in (-0.1, 2, "0")),
     *((X | {"repetition_penalty": value}, "repetition_penalty must be a number above 0 and at most 100, not ")
       for value in (0, -1, 101, "1")),
     *((X | {"seed": value}, "seed must be an integer from -9223372036854775808 to 9223372036854775807, not ")
       for value in (2**63, -(2**63) - 1, 1.5, "1")),
     *((X | {"stop": value}, "stop must be a string or a list of at most 16 strings, none of them empty")
-      for value in (5, [""], ["a", 5], ["a"] * 17, {"SECRET": 1}, False)),
+      for value in STOPS),
     # what is kept
     (X | {"user": 5}, "user must be a string, not a number"),
     (X | {"metadata": "SECRET"}, "metadata must be an object, not a string"),
@@ -311,7 +315,7 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (X | {"logprobs": True}, "logprobs is not supported as true"),
     (X | {"logprobs": 0}, "logprobs is not supported as 0"),
     (X | {"top_logprobs": 5}, "top_logprobs is not supported as 5"),
-    (M | {"response_format": {"type": "json_object"}}, 'response_format is not supported; remove it or write {"type'),
+    (M | {"response_format": {"type": "json_object"}}, 'response_format is not supported; remove it or write {"'),
     (M | {"tools": [{}]}, "tools is not supported; remove it or write []"),
     (M | {"tool_choice": "required"}, "tool_choice is not supported; remove it"),
     (M | {"parallel_tool_calls": 1}, "parallel_tool_calls is not supported as 1"),
@@ -327,11 +331,11 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("line", "said"), BAD_JSON, ids=[said for _, said in BAD_JSON])
-def test_a_line_that_is_not_plain_json_is_refused(problem: Callable[..., str], line: bytes, said: str) -> None:
+def test_a_line_that_is_no_plain_json_is_refused(problem: Callable[..., str], line: bytes, said: str) -> None:
     assert problem(line) == said
 
 
-@pytest.mark.parametrize(("line", "said"), BAD_LINES, ids=[f"{i} {said}" for i, (_, said) in enumerate(BAD_LINES)])
+@pytest.mark.parametrize(("line", "said"), BAD_LINES, ids=[said for _, said in BAD_LINES])
 def test_a_bad_line_is_refused_by_name_and_shows_no_prompt(
     problem: Callable[..., str], line: dict[str, Any], said: str
 ) -> None:
@@ -369,7 +373,7 @@ def test_every_bad_line_is_reported_with_its_number_in_file_order(tmp_path: Path
 
 def test_good_lines_are_yielded_though_a_bad_one_came_before(tmp_path: Path) -> None:
     path = write(tmp_path, b"\n" + GOOD + b"x\n" + GOOD)
-    seen = []
+    seen: list[Line] = []
     with PromptFile(path) as prompts, pytest.raises(PromptFileError):
         seen.extend(prompts)
     assert [(line.number, line.request.index, line.size_bytes) for line in seen] == [(2, 0, 18), (4, 2, 18)]
@@ -399,9 +403,11 @@ def test_the_caller_reports_lines_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_the_caller_reports_meanwhile_ends_the_iteration_with_an_error(tmp_path: Path) -> None:
-    with PromptFile(write(tmp_path, GOOD * 3)) as prompts, pytest.raises(PromptFileError, match="3 bad lines"):
-        for line in prompts:
-            prompts.report(line.number, "custom_id is taken")
+    with PromptFile(write(tmp_path, GOOD * 2)) as prompts:
+        lines = iter(prompts)
+        prompts.report(next(lines).number, "custom_id is taken")
+        with pytest.raises(PromptFileError, match=r"1 bad line$"):
+            list(lines)
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -414,12 +420,18 @@ def test_a_line_may_name_any_spelling_of_the_model(tmp_path: Path) -> None:
         assert prompts.model is None
 
 
-def test_another_model_is_a_bad_line_unless_it_is_ignored(problem: Callable[..., str], one: Callable[..., Request]) -> None:
-    line = openai({"model": "gpt", "messages": [HELLO]})
-    text = problem(line, models=["m"])
-    assert text.startswith("model is 'gpt' and not 'm'")
+def test_another_model_is_a_bad_line_and_says_what_to_do(problem: Callable[..., str]) -> None:
+    text = problem(openai({"model": "gpt", "messages": [HELLO]}), models=["m", "/real/m"])
+    assert text.startswith("model is 'gpt' and not '/real/m' or 'm'")
     assert "--ignore-line-model" in text
-    assert one(line, models=["m"], ignore_line_model=True).messages == (HELLO,)
+
+
+@pytest.mark.parametrize("models", [[], ["m"]])
+def test_the_models_of_lines_can_be_ignored(tmp_path: Path, models: list[str]) -> None:
+    lines = b'{"prompt":"a","model":"x"}\n{"prompt":"b","model":"y"}'
+    with PromptFile(write(tmp_path, lines), models=models, ignore_line_model=True) as prompts:
+        assert len(list(prompts)) == 2
+        assert prompts.model is None
 
 
 def test_without_a_model_the_first_one_named_is_the_files(tmp_path: Path) -> None:
@@ -449,7 +461,8 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_fine(tmp_path: Path
 
 
 def test_a_byte_order_mark_is_one_at_byte_0_alone(tmp_path: Path) -> None:
-    assert [each.prompt for each in requests(write(tmp_path, b"ab\n\xef\xbb\xbfc", "p.txt"))] == ["ab", "\ufeffc"]
+    found = requests(write(tmp_path, b"ab\n\xef\xbb\xbfc", "p.txt"))
+    assert [each.prompt for each in found] == ["ab", "\ufeffc"]
 
 
 @pytest.mark.parametrize("splitter", ["\u2028", "\u2029", "\x85", "\x7f"])
@@ -459,7 +472,8 @@ def test_unicode_line_ends_do_not_split_a_line(tmp_path: Path, splitter: str) ->
 
 
 def test_a_byte_offset_counts_from_the_files_first_byte(tmp_path: Path) -> None:
-    caught = error(write(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r\n\xff\n" + b"x" * (MAX_LINE_BYTES + 99) + b"\n\xfe"))
+    overlong = b"x" * (MAX_LINE_BYTES + 99)
+    caught = error(write(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r\n\xff\n" + overlong + b"\n\xfe"))
     first, _, last = caught.problems
     assert first.endswith(":3: not UTF-8: byte 23 is 0xff")
     assert last.endswith(f":5: not UTF-8: byte {25 + MAX_LINE_BYTES + 100} is 0xfe")
@@ -489,8 +503,8 @@ def test_a_bad_line_of_text_is_refused(problem: Callable[..., str], data: bytes,
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
 def test_a_line_may_have_a_mebibyte_and_no_byte_more(tmp_path: Path, begin: bytes, end: bytes) -> None:
     most = b"a" * MAX_LINE_BYTES
-    found = requests(write(tmp_path, begin + most + end + most + b"\r\nlast", "p.txt")) if end else []
-    assert [len(each.prompt or "") for each in found] in ([], [MAX_LINE_BYTES, MAX_LINE_BYTES, 4])
+    found = requests(write(tmp_path, begin + most + b"\r\n" + most + b"\nlast" + end, "p.txt"))
+    assert [len(each.prompt or "") for each in found] == [MAX_LINE_BYTES, MAX_LINE_BYTES, 4]
     assert len(requests(write(tmp_path, begin + most + end, "p.txt"))) == 1
     for more in (1, 2, 3, 4, 7, 100):
         caught = error(write(tmp_path, begin + most + b"a" * more + end + b"\n\nlast", "p.txt"))
@@ -546,7 +560,7 @@ def test_the_hash_is_of_the_files_bytes(tmp_path: Path) -> None:
         (b"\n\r\n  \n", "holds no prompts"),
         ('{"prompt":"a"}'.encode("utf-16"), "is UTF-16"),
         (b"\xfe\xff" + '{"prompt":"a"}'.encode("utf-16-be"), "is UTF-16"),
-        ('{"prompt":"a"}'.encode("utf-16-le"), "looks like UTF-16; prompt files are UTF-8, so convert it: iconv"),
+        ('{"prompt":"a"}'.encode("utf-16-le"), "looks like UTF-16; prompt files are UTF-8, so convert it: "),
         ('{"prompt":"a"}'.encode("utf-16-be"), "looks like UTF-16"),
         ('{"prompt":"a"}'.encode("utf-32"), "is UTF-32"),
         (b"\x1f\x8b\x08\0", "is compressed by gzip, which batchmill does not unpack; run gunzip first"),
@@ -566,7 +580,8 @@ def test_a_file_that_is_no_prompt_file_is_refused(tmp_path: Path, name: str, dat
 
 
 def test_text_that_begins_like_an_archive_is_text(tmp_path: Path) -> None:
-    assert [each.prompt for each in requests(write(tmp_path, b"BZhang\nPKZIP", "p.txt"))] == ["BZhang", "PKZIP"]
+    found = requests(write(tmp_path, b"BZhang\nPKZIP", "p.txt"))
+    assert [each.prompt for each in found] == ["BZhang", "PKZIP"]
 
 
 def test_what_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> None:
@@ -659,16 +674,36 @@ def test_a_stream_that_breaks_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatc
 
 # --- any bytes, any JSON ------------------------------------------------------------------------------------
 
-KEYS = (
-    "custom_id method url body model messages prompt chat_template_kwargs n stream stop seed user metadata role"
-    " content type text max_tokens temperature top_k logprobs response_format tools other"
-).split()
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 ANY_TEXT = st.text(max_size=20) | st.sampled_from([CHAT, COMPLETIONS, "POST", "user", "text", "\0", "\ud800"])
 ANY_SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
+LIKELY_KEYS: dict[str, st.SearchStrategy[Any]] = {
+    "max_tokens": st.integers(1, 9),
+    "temperature": st.floats(0, 2) | st.integers(0, 100),
+    "top_k": st.integers(-1, 99),
+    "stop": TEXT | st.lists(TEXT.filter(bool), max_size=16),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "metadata": st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False) | st.none() | TEXT),
+    "user": TEXT,
+}
+KEYS = [
+    "custom_id", "method", "url", "body", "messages", "prompt", "model", "role", "content", "type", "text", "n",
+    "chat_template_kwargs", "stream", "response_format", "tools", "logprobs", "other", *LIKELY_KEYS,
+]  # fmt: skip
+ANY_KEY = st.sampled_from(KEYS)
 ANY_JSON = st.recursive(
-    ANY_SCALAR, lambda child: st.lists(child) | st.dictionaries(st.sampled_from(KEYS), child), max_leaves=20
+    ANY_SCALAR, lambda child: st.lists(child) | st.dictionaries(ANY_KEY, child, max_size=5), max_leaves=20
 )
-ANY_LINE = st.dictionaries(st.sampled_from(KEYS), ANY_JSON, max_size=5)
+ANY_OBJECT = st.dictionaries(ANY_KEY, ANY_JSON, max_size=2)
+MORE = ANY_OBJECT | st.fixed_dictionaries({}, optional=LIKELY_KEYS)
+ANY_LINE = st.one_of(
+    ANY_OBJECT,
+    MORE.map(lambda more: {"prompt": "a"} | more),
+    MORE.map(lambda more: {"messages": [HELLO]} | more),
+    MORE.map(lambda more: {"messages": [HELLO | more]}),
+    MORE.map(lambda more: openai({"messages": [HELLO]} | more)),
+    MORE.map(lambda more: openai({"prompt": "a"}, COMPLETIONS) | more),
+)
 
 
 def read_bytes(data: bytes, name: str) -> list[Request] | None:
@@ -679,8 +714,7 @@ def read_bytes(data: bytes, name: str) -> list[Request] | None:
         patch.setattr(prompts, "_plain_text", name.endswith(".txt"))
         try:
             return [line.request for line in prompts]
-        except PromptFileError as exc:
-            assert all(text.startswith("stdin:") for text in exc.problems)
+        except PromptFileError:
             return None
 
 
@@ -701,22 +735,24 @@ def test_any_bytes_are_read_or_refused(data: bytes, name: str) -> None:
 @given(line=ANY_LINE, ascii_only=st.booleans())
 @settings(max_examples=500, deadline=None)
 def test_any_json_is_read_or_refused(line: dict[str, Any], ascii_only: bool) -> None:
-    assert_storable(read_bytes(json.dumps(line, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"), "a.jsonl"))
+    text = json.dumps(line, ensure_ascii=ascii_only)
+    assert_storable(read_bytes(text.encode("utf-8", "surrogatepass"), "a.jsonl"))
 
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_good_file_cut_or_changed_anywhere_is_read_or_refused(data: st.DataObject) -> None:
-    whole = json.dumps(openai({"messages": [HELLO], "stop": ["a"], "top_p": 0.5, "metadata": {"a": 1}})).encode()
+    body = {"messages": [HELLO], "stop": ["a"], "top_p": 0.5, "metadata": {"a": 1}}
+    whole = json.dumps(openai(body)).encode()
     begin = data.draw(st.integers(0, len(whole)))
     end = data.draw(st.integers(begin, len(whole)))
     assert_storable(read_bytes(whole[:begin] + data.draw(st.binary(max_size=5)) + whole[end:], "a.jsonl"))
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+LINE_END = st.sampled_from(["\n", "\r\n"])
 
 
-@given(texts=st.lists(TEXT, min_size=1, max_size=8), ascii_only=st.booleans(), end=st.sampled_from(["\n", "\r\n"]))
+@given(texts=st.lists(TEXT, min_size=1, max_size=8), ascii_only=st.booleans(), end=LINE_END)
 @settings(max_examples=200, deadline=None)
 def test_texts_come_back_exactly(texts: list[str], ascii_only: bool, end: str) -> None:
     lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]

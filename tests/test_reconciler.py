@@ -1,0 +1,119 @@
+"""The reconciler's pass: who is reaped and when, what is closed, deleted and sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from jobs.errors import BrokerUnavailable
+from jobs.schema import JobState
+from jobs.store import Store
+from jobs.store.lease import Held
+from tests import mill
+from worker import reconciler as reconciler_module
+from worker.reconciler import Reconciler
+
+
+class QueueOfOne:
+    """Stands in for Redis: remembers what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Sequence[int]] = {}
+        self.away = False
+
+    def send_wakeups(self, queue: str, batch_ids: Sequence[int]) -> int:
+        if self.away:
+            raise BrokerUnavailable("away")
+        self.sent[queue] = batch_ids
+        return len(batch_ids)
+
+
+@pytest.fixture
+def clock() -> mill.Clock:
+    return mill.Clock()
+
+
+@pytest.fixture
+def store(sqlite_url: str, clock: mill.Clock) -> Iterator[Store]:
+    store = Store(sqlite_url, now=clock.expression())
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def own_clock(monkeypatch: pytest.MonkeyPatch) -> mill.Clock:
+    """The reconciler's own clock, which no outage of the store stops."""
+    own = mill.Clock(0.0)
+    monkeypatch.setattr(reconciler_module, "monotonic", lambda: own.seconds)
+    return own
+
+
+def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
+    store: Store, clock: mill.Clock, own_clock: mill.Clock
+) -> None:
+    job_id = mill.load(store, 4)
+    mill.claim(store, mill.seat(store))
+    queue = QueueOfOne()
+    reconciler = Reconciler(store, queue, lease_seconds=60)  # type: ignore[arg-type]
+    clock.seconds += 61
+    reconciler.run_once()
+    own_clock.seconds += 29
+    reconciler.run_once()
+    assert queue.sent == {}
+    own_clock.seconds += 1
+    reconciler.run_once()
+    assert list(queue.sent) == [mill.ECHO_SPEC.queue]
+    assert store.reading.job(job_id).counts.pending == 4
+
+
+def test_an_outage_of_the_store_reaps_nobody(store: Store, clock: mill.Clock, own_clock: mill.Clock) -> None:
+    mill.load(store, 4)
+    who = mill.seat(store)
+    (claimed,) = mill.claim(store, who)
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
+    clock.seconds += 600  # nobody could renew; the worker does as soon as the store is back
+    own_clock.seconds += 600
+    reconciler.run_once()
+    assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
+    clock.seconds += 30
+    own_clock.seconds += 31
+    reconciler.run_once()
+    assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
+
+
+def test_a_lease_renewed_between_two_sightings_starts_again(
+    store: Store, clock: mill.Clock, own_clock: mill.Clock
+) -> None:
+    mill.load(store, 4)
+    who = mill.seat(store)
+    (claimed,) = mill.claim(store, who)
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
+    for _ in range(4):
+        clock.seconds += 61
+        reconciler.run_once()
+        own_clock.seconds += 40
+        assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
+
+
+def test_dead_submits_are_deleted_and_cancelled_jobs_closed(store: Store, clock: mill.Clock) -> None:
+    mill.begin(store)
+    job_id = mill.load(store, 4)
+    who = mill.seat(store)
+    mill.claim(store, who)
+    store.closing.cancel(job_id)
+    store.recovery.take_back(who.worker_id, generation=1)
+    clock.seconds += 61
+    Reconciler(store, QueueOfOne(), lease_seconds=60).run_once()  # type: ignore[arg-type]
+    assert mill.rows(store, "jobs") == 1
+    assert store.reading.job(job_id).state is JobState.CANCELLED
+
+
+def test_a_broker_that_is_away_stops_nothing_else(store: Store) -> None:
+    mill.load(store, 4)
+    queue = QueueOfOne()
+    queue.away = True
+    Reconciler(store, queue, lease_seconds=60).run_once()  # type: ignore[arg-type]
+    queue.away = False
+    Reconciler(store, queue, lease_seconds=60).send_wakeups()  # type: ignore[arg-type]
+    assert list(queue.sent) == [mill.ECHO_SPEC.queue]

@@ -1,0 +1,143 @@
+"""The child's loop over a real store and the echo engine: a whole job without any process, and its edges."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+
+from jobs.errors import StoreUnavailable
+from jobs.schema import JobState, Memory, RequestState, WorkerState
+from jobs.store import Store
+from tests import mill
+from worker.engine.echo import EchoEngine
+from worker.runner import Runner
+from worker.saver import Saver
+
+
+class Desk:
+    """One child's saver, engine and runner, with what it asked of the outside."""
+
+    def __init__(self, store: Store, *, rows: int = 8, save_seconds: float = 0.05) -> None:
+        self.seat = mill.seat(store)
+        self.drain = threading.Event()
+        self.woken = 0
+        self.engine = EchoEngine(rows=rows, progress=self.progress)
+        self.steps = 0
+        self.on_step = lambda: None
+        self.saver = Saver(
+            store,
+            self.seat,
+            rows=rows,
+            save_seconds=save_seconds,
+            peak=lambda: Memory(1, 2, 3, 4),
+            wake=self.wake,
+            drain=self.drain,
+        )
+        self.saver.start()
+        self.runner = Runner(self.engine, self.saver, watching=nullcontext)
+
+    def progress(self) -> bool:
+        self.steps += 1
+        self.on_step()
+        return self.drain.is_set()
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+@pytest.fixture
+def desk(store: Store) -> Desk:
+    return Desk(store)
+
+
+def test_a_task_works_off_everything_and_ends(store: Store, desk: Desk) -> None:
+    jobs = [mill.load(store, 50, batch_size=7), mill.load(store, 3)]
+    desk.runner.run()
+    for job_id in jobs:
+        job = store.reading.job(job_id)
+        assert job.state is JobState.COMPLETED
+        assert job.counts.succeeded == job.counts.total
+    desk.runner.run()  # a wake-up that came late
+    assert store.effort.of(jobs[0]).memory.peak_allocated_bytes == 2
+
+
+def test_a_drain_saves_what_is_finished_and_hands_the_rest_back(store: Store, desk: Desk) -> None:
+    job_id = mill.load(store, 100, batch_size=10)
+    desk.on_step = lambda: desk.drain.set() if desk.steps == 3 else None
+    desk.runner.run()
+    done = store.reading.job(job_id).counts.succeeded
+    assert 0 < done < 100
+    assert desk.woken == 1
+    assert mill.work_off(store, mill.seat(store, name="next")) == 100 - done
+    assert store.reading.job(job_id).state is JobState.COMPLETED
+
+
+def test_a_drain_in_the_workers_row_is_obeyed(store: Store, desk: Desk) -> None:
+    mill.load(store, 10)
+    store.workers.enter(desk.seat.worker_id, WorkerState.DRAINING)
+    desk.runner.run()
+    assert desk.drain.is_set()
+    assert desk.steps == 0
+
+
+def test_a_cancel_in_mid_job_reaches_the_engine(store: Store, desk: Desk) -> None:
+    job_id = mill.load(store, 100, batch_size=10)
+    desk.on_step = lambda: store.closing.cancel(job_id) if desk.steps == 2 else None
+    desk.runner.run()
+    job = store.reading.job(job_id)
+    assert job.state is JobState.CANCELLED
+    assert job.counts.pending == 0
+    assert job.counts.cancelled > 0
+    states = frozenset({RequestState.SUCCEEDED, RequestState.CANCELLED})
+    written = [row.index for page in store.reading.output_pages(job_id, states=states, page=7) for row in page]
+    assert written == list(range(100))
+
+
+def test_a_batch_taken_back_in_mid_job_is_dropped_and_done_again(store: Store, desk: Desk) -> None:
+    job_id = mill.load(store, 40, batch_size=10)
+
+    def take_back() -> None:
+        if desk.steps == 2:
+            store.recovery.take_back(desk.seat.worker_id, generation=desk.seat.generation)
+
+    desk.on_step = take_back
+    desk.runner.run()
+    job = store.reading.job(job_id)
+    assert job.state is JobState.COMPLETED
+    assert job.counts.succeeded == 40
+
+
+def test_outputs_wait_while_the_store_is_away(
+    store: Store, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = mill.load(store, 30)
+    real, calls = store.saving.turn, iter(range(1_000))
+
+    def sometimes(*args: object, **kwargs: object) -> object:
+        if next(calls) % 3 == 1:
+            raise StoreUnavailable("away")
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store.saving, "turn", sometimes)
+    desk.runner.run()
+    assert store.reading.job(job_id).counts.succeeded == 30
+
+
+def test_it_reads_ahead_only_what_no_idle_worker_could_start(store: Store, desk: Desk) -> None:
+    mill.load(store, 8, batch_size=4)
+    mill.seat(store, name="idle")
+    held: list[int] = []
+    desk.on_step = lambda: held.append(store.workers.rows()[0].leases)
+    desk.runner.run()
+    assert held
+    assert max(held) == 1
+
+
+def test_alone_it_reads_ahead_as_far_as_its_engine_has_rows(store: Store, desk: Desk) -> None:
+    mill.load(store, 12, batch_size=4)
+    held: list[int] = []
+    desk.on_step = lambda: held.append(store.workers.rows()[0].leases)
+    desk.runner.run()
+    assert max(held) == 2
