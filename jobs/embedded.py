@@ -77,11 +77,16 @@ def stop_process(process: subprocess.Popen[bytes], *, seconds: float) -> None:
     """Asks a process to end, and kills it when it has not done so in time."""
     if process.poll() is None:
         process.terminate()
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    wait_or_kill(process, seconds=seconds)
+
+
+def wait_or_kill(process: subprocess.Popen[bytes], *, seconds: float) -> None:
+    """Waits for a process that was asked to end, and kills it when it has not done so in time."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class MillLock:

@@ -26,7 +26,10 @@ def configure_logs(settings: Settings) -> None:
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            exception_formatter=structlog.dev.plain_traceback,  # a richer one prints variables, so prompts
+        )
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -38,6 +41,8 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
+    # A child that died is told of by the keeper, in one line; Celery adds a traceback of its own pool.
+    logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
     for name in ("celery", "kombu", "amqp", "alembic", "filelock"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 

@@ -102,7 +102,7 @@ def _work_off(job_id: str, spec: ModelSpec, *, device: str, settings: Settings, 
         send_wakeups(spec, store=store, broker=Broker(settings.broker))
         workers = _Workers(spec, devices=[device], settings=settings, log=log, only_job=job_id)
         try:
-            follow(store, job_id, check=lambda: workers.check(log_path))
+            follow(store, job_id, name_missing=False, check=lambda: workers.check(log_path))
         except KeyboardInterrupt:
             click.echo("ending: what is finished is saved; the same command continues the job", err=True)
             raise

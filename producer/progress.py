@@ -26,14 +26,15 @@ def follow(
     job_id: str,
     *,
     timeout_seconds: float | None = None,
+    name_missing: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> JobStatus:
     """Waits until a job has ended; `check` is called between two looks and may raise.
 
-    Raises WaitTimedOut.
+    `name_missing`: say so while no worker serves the job's model. Raises WaitTimedOut.
     """
     deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
-    shown = _Shown()
+    shown = _Shown(name_missing)
     pause = _FIRST_PAUSE_SECONDS
     with shown:
         while True:
@@ -63,7 +64,8 @@ def require_success(status: JobStatus) -> None:
 class _Shown:
     """What the user sees while waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, name_missing: bool) -> None:
+        self._name_missing = name_missing
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -89,7 +91,7 @@ class _Shown:
     def show(self, status: JobStatus) -> None:
         job = status.job
         done = job.counts.total - job.counts.pending
-        note = _note(status)
+        note = self._note(status)
         if self._bar is not None:
             self._bar.update(
                 self._task, description=f"{job.id} {job.state.value}", total=job.counts.total, completed=done, note=note
@@ -100,11 +102,10 @@ class _Shown:
             click.echo(line, err=True)
             self._last_line, self._next_line_at = line, monotonic() + _LINE_SECONDS
 
-
-def _note(status: JobStatus) -> str:
-    if status.missing_seconds is not None:
-        return " ".join(status.missing_lines())
-    if status.job.closed or status.eta_seconds is None:
-        return ""
-    recent = status.effort.recent_requests_per_second
-    return f"{recent:,.1f} requests/s, ends in about {duration(status.eta_seconds)}"
+    def _note(self, status: JobStatus) -> str:
+        if status.missing_seconds is not None:
+            return " ".join(status.missing_lines()) if self._name_missing else "the worker starts"
+        if status.job.closed or status.eta_seconds is None:
+            return ""
+        recent = status.effort.recent_requests_per_second
+        return f"{recent:,.1f} requests/s, ends in about {duration(status.eta_seconds)}"

@@ -18,7 +18,6 @@ from jobs.schema import (
     Request,
     RequestKey,
     SamplingParams,
-    WorkerState,
 )
 from jobs.store import Store
 from jobs.store.lease import Claimed, Held, Seat, Turned
@@ -52,15 +51,11 @@ def load(
     """A queued job of `count` requests: its id."""
     job_id = begin(store, batch_size=batch_size, options=options, name=name)
     store.loading.add(job_id, prompts=prompts(count), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
-    store.loading.open(
-        job_id, spec=spec, file_sha256="0" * 64, fingerprint=fingerprint, lease_seconds=LEASE_SECONDS
-    )
+    store.loading.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint=fingerprint, lease_seconds=LEASE_SECONDS)
     return job_id
 
 
-def begin(
-    store: Store, *, batch_size: int = 4, options: JobOptions | None = None, name: str | None = None
-) -> str:
+def begin(store: Store, *, batch_size: int = 4, options: JobOptions | None = None, name: str | None = None) -> str:
     return store.loading.begin(
         name=name,
         options=options or JobOptions(),

@@ -121,6 +121,33 @@ def test_every_sampling_key_arrives(one: Callable[..., Request]) -> None:
     assert type(one({"prompt": "x", "temperature": 1}).sampling.temperature) is float
 
 
+@pytest.mark.parametrize(
+    "edge",
+    [
+        {"max_tokens": 1},
+        {"max_tokens": 2**31 - 1},
+        {"temperature": 0.0},
+        {"temperature": 100.0},
+        {"top_p": 1.0},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 100.0},
+        {"seed": 2**63 - 1},
+        {"seed": -(2**63)},
+        {"stop": ("a",) * 16},
+    ],
+    ids=str,
+)
+def test_the_outermost_values_are_accepted(one: Callable[..., Request], edge: dict[str, Any]) -> None:
+    assert one({"prompt": "x"} | edge).sampling == SamplingParams(**edge)
+
+
+@pytest.mark.parametrize("custom_id", ["i" * 256, " ", "0", "../../x", "'; --", "\U0001f600", "e\u0301", "\xe9"])
+def test_a_custom_id_is_kept_as_it_is(one: Callable[..., Request], custom_id: str) -> None:
+    assert one({"prompt": "x", "custom_id": custom_id}).custom_id == custom_id
+    assert one(openai({"messages": [HELLO]}, custom_id=custom_id)).custom_id == custom_id
+
+
 def test_max_completion_tokens_is_max_tokens(one: Callable[..., Request]) -> None:
     assert one({"prompt": "x", "max_completion_tokens": 9}).sampling == SamplingParams(max_tokens=9)
     both = {"max_tokens": 9, "max_completion_tokens": 9}
@@ -242,7 +269,7 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (openai(M, custom_id=["SECRET"]), "none of them control characters; it is a list"),
     # OpenAI Batch lines
     (openai(M, method="GET"), "method must be one of POST; it is 'GET'"),
-    (openai(M, url="/v1/embeddings"), "url must be one of /v1/chat/completions, /v1/completions; it is '/v1/em"),
+    (openai(M, url="/v1/embeddings"), "url must be one of /v1/chat/completions, /v1/completions; it is '"),
     (openai(M, url=["SECRET"]), "url must be one of"),
     ({"body": M}, "url is missing or null"),
     ({"url": CHAT}, "body is missing or null"),
@@ -315,7 +342,7 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (X | {"logprobs": True}, "logprobs is not supported as true"),
     (X | {"logprobs": 0}, "logprobs is not supported as 0"),
     (X | {"top_logprobs": 5}, "top_logprobs is not supported as 5"),
-    (M | {"response_format": {"type": "json_object"}}, 'response_format is not supported; remove it or write {"'),
+    (M | {"response_format": {"type": "json_object"}}, 'response_format is not supported; remove it or write'),
     (M | {"tools": [{}]}, "tools is not supported; remove it or write []"),
     (M | {"tool_choice": "required"}, "tool_choice is not supported; remove it"),
     (M | {"parallel_tool_calls": 1}, "parallel_tool_calls is not supported as 1"),
@@ -687,8 +714,8 @@ LIKELY_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "user": TEXT,
 }
 KEYS = [
-    "custom_id", "method", "url", "body", "messages", "prompt", "model", "role", "content", "type", "text", "n",
-    "chat_template_kwargs", "stream", "response_format", "tools", "logprobs", "other", *LIKELY_KEYS,
+    "custom_id", "method", "url", "body", "messages", "prompt", "model", "role", "content", "type", "text",
+    "n", "chat_template_kwargs", "stream", "response_format", "tools", "logprobs", "other", *LIKELY_KEYS,
 ]  # fmt: skip
 ANY_KEY = st.sampled_from(KEYS)
 ANY_JSON = st.recursive(

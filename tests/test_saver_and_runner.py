@@ -109,9 +109,7 @@ def test_a_batch_taken_back_in_mid_job_is_dropped_and_done_again(store: Store, d
     assert job.counts.succeeded == 40
 
 
-def test_outputs_wait_while_the_store_is_away(
-    store: Store, desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_wait_while_the_store_is_away(store: Store, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = mill.load(store, 30)
     real, calls = store.saving.turn, iter(range(1_000))
 

@@ -18,6 +18,7 @@ from jobs.schema import (
     RequestState,
     RunOutcome,
     SamplingParams,
+    WorkerState,
 )
 from jobs.store import Store
 from jobs.store.lease import Held
@@ -60,7 +61,10 @@ class TestLoading:
         again = [mill.Request(3, "request-1", prompt="x"), mill.Request(4, "new", prompt="y")]
         again += [mill.Request(5, "new", prompt="z")]
         found = store.loading.add(job_id, prompts=again, batch_size=4, lease_seconds=60)
-        assert [(each.index, each.custom_id, each.first_index) for each in found] == [(3, "request-1", 1), (5, "new", 4)]
+        assert [(each.index, each.custom_id, each.first_index) for each in found] == [
+            (3, "request-1", 1),
+            (5, "new", 4),
+        ]
         assert mill.rows(store, "requests") == 4
 
     def test_a_lost_lease_stops_the_load(self, store_url: str) -> None:
@@ -71,9 +75,7 @@ class TestLoading:
         for step in (
             lambda: store.loading.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=60),
             lambda: store.loading.renew(job_id, lease_seconds=60),
-            lambda: store.loading.open(
-                job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60
-            ),
+            lambda: store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60),
         ):
             with pytest.raises(LoadingLost):
                 step()
@@ -286,12 +288,12 @@ class TestSaving:
         assert store.reading.job(job_id).counts.succeeded == 2
 
 
-def mill_stopped() -> mill.WorkerState:
-    return mill.WorkerState.STOPPED
+def mill_stopped() -> WorkerState:
+    return WorkerState.STOPPED
 
 
-def draining() -> mill.WorkerState:
-    return mill.WorkerState.DRAINING
+def draining() -> WorkerState:
+    return WorkerState.DRAINING
 
 
 class TestRecovery:

@@ -26,7 +26,7 @@ from jobs.store.lease import Seat
 from jobs.store.workers import Loaded
 from worker.devices import DeviceInfo, describe_device
 from worker.engine import Engine, Progress
-from worker.engine.echo import ECHO_ROWS, EchoEngine
+from worker.engine.echo import EchoEngine
 from worker.reconciler import Reconciler
 from worker.runner import Runner
 from worker.saver import Saver
@@ -38,6 +38,8 @@ log = get_logger(__name__)
 ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
+#: How many requests an engine works on at once, where no setting says otherwise.
+ECHO_ROWS, GENERATE_ROWS = 512, 32
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
@@ -114,7 +116,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         return switch.asked.is_set()
 
     with watchdog.watching(settings.load_stall_seconds):
-        held = _hold_model(spec, device, rows=settings.engine_rows, progress=progress)
+        held = _hold_model(spec, device, settings=settings, progress=progress)
     meter.weights_bytes = held.weights_bytes
     store.workers.loaded(order.worker_id, generation, loaded=_loaded(held, device))
     reconciler = Reconciler(store, Broker(settings.broker), lease_seconds=settings.lease_seconds)
@@ -143,15 +145,16 @@ class _Held:
     commit: str | None = None
 
 
-def _hold_model(spec: ModelSpec, device: DeviceInfo, *, rows: int | None, progress: Progress) -> _Held:
+def _hold_model(spec: ModelSpec, device: DeviceInfo, *, settings: Settings, progress: Progress) -> _Held:
     if spec.model == ECHO:
-        return _Held(EchoEngine(rows=rows or ECHO_ROWS, progress=progress))
+        pace = settings.echo_step_seconds
+        return _Held(EchoEngine(rows=settings.engine_rows or ECHO_ROWS, progress=progress, seconds_per_step=pace))
     # Imported here, so that the echo engine works where torch is not installed.
-    from worker.engine.generate import GENERATE_ROWS, GenerateEngine
+    from worker.engine.generate import GenerateEngine
     from worker.loader import load
 
     loaded = load(spec, device.torch_device)
-    engine = GenerateEngine(loaded, rows=rows or GENERATE_ROWS, progress=progress)
+    engine = GenerateEngine(loaded, rows=settings.engine_rows or GENERATE_ROWS, progress=progress)
     return _Held(engine, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
 
 

@@ -52,7 +52,13 @@ def main(
         if device is not None or name is not None:
             raise click.UsageError("--devices starts one worker per device: leave out --device and --name")
         arguments = _arguments(spec, only_job, exit_when_idle)
-        Supervisor(_each_device(devices), arguments, settings=settings, store=open_store(settings)).run()
+        Supervisor(
+            _each_device(devices),
+            arguments,
+            ends_when_idle=exit_when_idle is not None,
+            settings=settings,
+            store=open_store(settings),
+        ).run()
         return
     run_worker(WorkerOptions(spec, device or "auto", name, only_job, exit_when_idle), settings)
 

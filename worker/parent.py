@@ -10,12 +10,14 @@ import os
 import signal
 import socket
 import threading
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 import psutil
+from celery.platforms import SecurityWarning
 from celery.signals import worker_shutting_down
 from kombu import Queue
 
@@ -96,6 +98,8 @@ def _check_embedded(broker: Broker, settings: Settings) -> None:
 
 
 def _celery_worker(settings: Settings, spec: ModelSpec, name: str) -> Any:
+    # Celery's advice against root is about pickle; JSON alone is accepted here.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     app = make_app(settings.broker)
     app.conf.update(
         task_queues=[Queue(spec.queue)],

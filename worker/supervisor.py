@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from time import monotonic
 
-from jobs.embedded import start_process, stop_process
+from jobs.embedded import start_process, wait_or_kill
 from jobs.errors import BatchmillError
 from jobs.logs import get_logger
 from jobs.settings import Settings, environment_of
@@ -64,12 +64,21 @@ class _Post:
 class Supervisor:
     """Runs `python -m worker` once per device until told to end, or until no worker is left."""
 
-    def __init__(self, devices: Sequence[str], arguments: Sequence[str], *, settings: Settings, store: Store) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        arguments: Sequence[str],
+        *,
+        ends_when_idle: bool,
+        settings: Settings,
+        store: Store,
+    ) -> None:
         environ = os.environ | environment_of(settings)
         self._posts = [
             _Post(device, [sys.executable, "-m", "worker", *arguments, "--device", device], environ)
             for device in devices
         ]
+        self._ends_when_idle = ends_when_idle
         self._store = store
         self._drain_seconds = settings.drain_seconds
         self._asked_to_end = threading.Event()
@@ -95,19 +104,19 @@ class Supervisor:
         if ended is None:
             return False
         pid, code = ended
-        if code == 0:
-            post.over = True  # it was idle for as long as it was told to wait
+        if code == 0 and self._ends_when_idle:
+            post.over = True
             return False
         if self._store.workers.gave_up(host=socket.gethostname(), pid=pid):
             post.over = True
             return True
-        log.warning("a worker died and is started again", device=post.device, pid=pid, exit_code=code)
+        log.warning("a worker ended and is started again", device=post.device, pid=pid, exit_code=code)
         return False
 
     def _end_all(self) -> None:
         running = [post.process for post in self._posts if post.process is not None]
         for process in running:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
         deadline = monotonic() + self._drain_seconds + _KILL_MARGIN_SECONDS
         for process in running:
-            stop_process(process, seconds=max(0.0, deadline - monotonic()))
+            wait_or_kill(process, seconds=max(0.0, deadline - monotonic()))

@@ -93,7 +93,10 @@ class Retrying:
 
     def _lock(self, connection: Connection, batch_ids: set[int]) -> None:
         connection.execute(
-            select(batches.c.id).where(batches.c.id.in_(batch_ids)).order_by(batches.c.id).with_for_update(key_share=True)
+            select(batches.c.id)
+            .where(batches.c.id.in_(batch_ids))
+            .order_by(batches.c.id)
+            .with_for_update(key_share=True)
         ).all()
 
     def _reopen(self, connection: Connection, job_id: str, more: bool) -> int | None:

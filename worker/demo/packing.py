@@ -4,8 +4,9 @@ Owns how an example looks to the model and what part of it is learnt (the answer
 cannot see each other; each starts at position 0.
 """
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class Rows:
     tokens: torch.Tensor
     targets: torch.Tensor
     """The token after each position, NOT_LEARNT outside answers."""
+    weights: torch.Tensor
+    """1 / tokens in the answer, so that a short answer counts as much as a long one."""
     positions: torch.Tensor
     may_attend: torch.Tensor
     """(rows, 1, length, length), true where a token (third axis) sees another (fourth axis)."""
@@ -37,19 +40,22 @@ def chat_prompt(question: str, system: str | None = None) -> str:
     return f"{BOS}{before}{USER}{question}{END}{ASSISTANT}"
 
 
-def training_text(choose: random.Random) -> tuple[str, str]:
+def training_text(choose: random.Random, kind_weights: Mapping[str, int]) -> tuple[str, str]:
     """A random example as (prompt, answer); in plain text the answer follows after one space."""
-    example = corpus.training_example(choose)
+    example = corpus.training_example(choose, kind_weights)
     if choose.random() < PLAIN_SHARE:
         return BOS + example.question, f" {example.answer}{END}"
     system = choose.choice(corpus.SYSTEM_MESSAGES) if choose.random() < SYSTEM_SHARE else None
     return chat_prompt(example.question, system), example.answer + END
 
 
-def _encoded(tokenizer: PreTrainedTokenizerFast, choose: random.Random) -> Iterator[tuple[list[int], int]]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, choose: random.Random, first_examples: int
+) -> Iterator[tuple[list[int], int]]:
     """Endless (tokens, how many of them are prompt), encoded a few hundred at a time for speed."""
-    while True:
-        pairs = [training_text(choose) for _ in range(256)]
+    for number in itertools.count():
+        weights = corpus.FIRST_KIND_WEIGHTS if number * 256 < first_examples else corpus.KIND_WEIGHTS
+        pairs = [training_text(choose, weights) for _ in range(256)]
         encodings = tokenizer.backend_tokenizer.encode_batch(
             [part for pair in pairs for part in pair], add_special_tokens=False
         )
@@ -58,15 +64,16 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, choose: random.Random) -> Itera
 
 
 def packed_rows(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, rows: int, length_tokens: int
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, rows: int, length_tokens: int, first_examples: int
 ) -> Iterator[Rows]:
     """Endless batches of `rows` rows; the same seed gives the same batches."""
-    examples = _encoded(tokenizer, random.Random(seed))
+    examples = _encoded(tokenizer, random.Random(seed), first_examples)
     example = next(examples)
     while True:
         shape = (rows, length_tokens)
         tokens = torch.full(shape, tokenizer.pad_token_id, dtype=torch.long)
         targets = torch.full(shape, NOT_LEARNT, dtype=torch.long)
+        weights = torch.zeros(shape)
         positions = torch.zeros(shape, dtype=torch.long)
         owners = torch.zeros(shape, dtype=torch.long)
         for row in range(rows):
@@ -76,8 +83,9 @@ def packed_rows(
                 end = start + len(ids)
                 tokens[row, start:end] = ids
                 targets[row, start + prompt_tokens - 1 : end - 1] = ids[prompt_tokens:]
+                weights[row, start + prompt_tokens - 1 : end - 1] = 1 / (len(ids) - prompt_tokens)
                 positions[row, start:end] = torch.arange(len(ids))
                 owners[row, start:end] = owner
                 start, owner, example = end, owner + 1, next(examples)
         same_example = owners[:, None, :, None] == owners[:, None, None, :]
-        yield Rows(tokens, targets, positions, same_example & torch.ones(length_tokens, length_tokens).tril().bool())
+        yield Rows(tokens, targets, weights, positions, same_example & torch.ones(length_tokens, length_tokens).tril().bool())

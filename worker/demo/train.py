@@ -28,6 +28,8 @@ class Recipe:
 
     seed: int = 1
     steps: int = 8000
+    first_examples: int = 60_000
+    """How many come in the mix that is mostly additions."""
     warmup_steps: int = 200
     rows: int = 4
     row_length_tokens: int = 256
@@ -61,12 +63,13 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def answer_loss(model: LlamaForCausalLM, rows: Rows) -> torch.Tensor:
-    """Mean cross-entropy (nats a token) over the answers in these rows."""
+    """Cross-entropy (nats a token), the mean over the answers in these rows, long or short."""
     hidden = model.model(
         input_ids=rows.tokens, position_ids=rows.positions, attention_mask=rows.may_attend, use_cache=False
     ).last_hidden_state
     learnt = rows.targets != NOT_LEARNT
-    return cross_entropy(model.lm_head(hidden[learnt]), rows.targets[learnt])
+    losses = cross_entropy(model.lm_head(hidden[learnt]), rows.targets[learnt], reduction="none")
+    return (losses * rows.weights[learnt]).sum() / rows.weights.sum()
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
@@ -86,7 +89,7 @@ def train(recipe: Recipe, *, limit_seconds: float = DEFAULT_LIMIT_SECONDS) -> tu
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    batches = packed_rows(tokenizer, seed=recipe.seed, rows=recipe.rows, length_tokens=recipe.row_length_tokens)
+    batches = packed_rows(tokenizer, seed=recipe.seed, rows=recipe.rows, length_tokens=recipe.row_length_tokens, first_examples=recipe.first_examples)
     losses: list[float] = []
     started = time.monotonic()
     for step in range(recipe.steps):

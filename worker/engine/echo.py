@@ -6,13 +6,14 @@ Owns nothing but the requests that wait. It imports no torch, knows no device, a
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from itertools import islice
-from typing import Any
 
 from jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
 from worker.engine import Progress
 
+#: How many requests a step answers where nothing else is asked.
+ECHO_ROWS = 512
 #: A slow step reports this often at least, so that draining and the watchdog stay responsive.
 SLICE_SECONDS = 0.05
 
@@ -20,13 +21,12 @@ SLICE_SECONDS = 0.05
 class EchoEngine:
     """Answers with the prompt, or with the last message of the user, cut after max_tokens words.
 
-    Words are what whitespace separates. The text is cut before the first stop string too; temperature, seed and
-    the other sampling parameters change nothing. A step takes `seconds_per_step` and finishes all that waits, at
-    most `rows` requests.
+    Words are what whitespace separates. The text is cut before its first stop string too; temperature, seed and the
+    other sampling parameters change nothing. A step takes `seconds_per_step` and answers at most `rows` requests.
     """
 
     def __init__(
-        self, *, rows: int = 512, progress: Progress = lambda: False, seconds_per_step: float = 0.0
+        self, *, rows: int = ECHO_ROWS, progress: Progress = lambda: False, seconds_per_step: float = 0.0
     ) -> None:
         self.rows = rows
         self.defaults = SamplingParams()
@@ -54,13 +54,14 @@ class EchoEngine:
             self._waiting.pop(key, None)
 
     def step(self) -> list[Output]:
-        """Answers everything that waits, at most `rows` requests; nothing if progress asks to return."""
+        """Answers what waits, at most `rows` requests; none if progress asks to return."""
         if not self._waiting or self._interrupted():
             return []
         keys = list(islice(self._waiting, self.rows))
         return [_answer(key, self._waiting.pop(key)) for key in keys]
 
     def _interrupted(self) -> bool:
+        """Lets the time of a step pass; True as soon as progress asks to return."""
         end = time.monotonic() + self._seconds_per_step
         while not self._progress():
             left = end - time.monotonic()
@@ -76,8 +77,8 @@ def _answer(key: RequestKey, request: Request) -> Output:
         prompt_tokens = completion_tokens = len(text.split())
     else:
         messages = request.messages or ()
-        prompt_tokens = sum(len(_content(message).split()) for message in messages)
-        text = next((_content(each) for each in reversed(messages) if each.get("role") == "user"), "")
+        prompt_tokens = sum(len(each["content"].split()) for each in messages)
+        text = next((each["content"] for each in reversed(messages) if each["role"] == "user"), "")
         completion_tokens = len(text.split())
     sampling, finish_reason = request.sampling, "stop"
     if sampling.max_tokens is not None and completion_tokens > sampling.max_tokens:
@@ -90,13 +91,3 @@ def _answer(key: RequestKey, request: Request) -> Output:
             text, finish_reason = text[: min(ends)], "stop"
             completion_tokens = len(text.split())
     return Output(key, (Choice(text, finish_reason),), prompt_tokens, completion_tokens)
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    """The text of a message, whose content is a string, a list of parts, or nothing."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else ()
-    texts = (part.get("text") for part in parts if isinstance(part, Mapping))
-    return " ".join(text for text in texts if isinstance(text, str))

@@ -4,15 +4,15 @@ Owns the rules of a micro-batch. It knows no request, no tensor and no device: s
 come out.
 
 The oldest waiting request is in every micro-batch, which is built around it; so a queue of n requests is empty
-after at most n micro-batches, whatever keeps arriving. The others join by the distance of their prompt length
-from the oldest one's, nearest first, as long as
+after at most n micro-batches, whatever keeps arriving. The others join by the distance of their prompt length from
+the oldest one's, nearest first, as long as
 
 - rows: there are at most `rows` of them;
 - padding: the prompts, padded to the longest, take at most PADDING times the tokens that they have;
 - idling: no max_tokens is below 1/IDLING of the largest, so that a row which ends at its limit waits for its
   neighbours during that part of the steps at most;
-- tokens: the padded prompts and all that may be generated fit into `tokens` places of the cache. The oldest
-  request alone is always let through: whether it fits is for the device to say.
+- tokens: the padded prompts and all that may be generated fit into `tokens` places of the cache. The oldest request
+  alone is always let through: whether it fits is for the device to say.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ class Size(NamedTuple):
     """What planning has to know of a request, in tokens."""
 
     prompt: int
-    answer: int  #: max_tokens: an upper bound, since nobody knows where the model ends
+    answer: int  #: max_tokens: a bound, since nobody knows where the model will end
+
+
+class Plan(NamedTuple):
+    """The next micro-batch: places in the queue, oldest first, and the cache places that it may take."""
+
+    places: tuple[int, ...]
+    tokens: int
 
 
 class _Sums(NamedTuple):
@@ -47,7 +54,7 @@ class _Sums(NamedTuple):
     least: int = sys.maxsize  #: the smallest max_tokens
     most: int = 0  #: the largest max_tokens
 
-    def with_(self, size: Size) -> _Sums:
+    def joined_by(self, size: Size) -> _Sums:
         prompt = max(size.prompt, SHORT_PROMPT_TOKENS)
         answer = max(size.answer, SHORT_ANSWER_TOKENS)
         return _Sums(
@@ -63,29 +70,20 @@ class _Sums(NamedTuple):
         return self.rows * (self.longest + self.most)
 
     def allowed(self, tokens: int) -> bool:
-        padded = self.rows * self.longest
-        return (
-            padded <= PADDING * self.prompts and self.most <= IDLING * self.least and self.tokens <= tokens
-        )
-
-
-class Plan(NamedTuple):
-    """The next micro-batch: places in the queue, oldest first, and the cache places it takes at its end."""
-
-    places: tuple[int, ...]
-    tokens: int
+        padding = self.rows * self.longest <= PADDING * self.prompts
+        return padding and self.most <= IDLING * self.least and self.tokens <= tokens
 
 
 def plan(queue: Sequence[Size], *, rows: int, tokens: int) -> Plan:
     """The next micro-batch of a queue that is not empty; `queue[0]` is its oldest request."""
-    prompt = queue[0].prompt
-    nearest_first = sorted(range(len(queue)), key=lambda place: abs(queue[place].prompt - prompt))
-    sums, places = _Sums(), []
+    oldest = queue[0]
+    nearest_first = sorted(range(1, len(queue)), key=lambda place: abs(queue[place].prompt - oldest.prompt))
+    sums, places = _Sums().joined_by(oldest), [0]
     for place in nearest_first:
-        larger = sums.with_(queue[place])
-        if place == 0 or larger.allowed(tokens):
+        if sums.rows == rows:
+            break
+        larger = sums.joined_by(queue[place])
+        if larger.allowed(tokens):
             sums = larger
             places.append(place)
-            if sums.rows == rows:
-                break
     return Plan(tuple(sorted(places)), sums.tokens)

@@ -1,0 +1,93 @@
+"""When each row of a micro-batch ends: at an end token, a stop string, or its own max_tokens.
+
+Owns the ends of rows and their token counts. It knows no sampling and no queue, and chooses no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import StoppingCriteria
+
+from worker.engine import Progress
+from worker.engine.tokenization import Prompt, Tokenization
+
+#: A stop string is looked for in as many of the newest tokens as it has bytes, and these on top: each token writes
+#: a byte at least, but for special ones, and the first ones may read otherwise without those before them.
+MARGIN_TOKENS = 8
+
+
+class RowStopping(StoppingCriteria):
+    """Asked by `generate` after each token step; the micro-batch ends when every row has, or progress says so.
+
+    A row that has ended is stepped on with the others; `counts` remembers where its answer ends.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        tokenization: Tokenization,
+        *,
+        end_token_ids: Sequence[int],
+        width: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        #: Tokens that each row's answer has, its end token included; 0 while it goes on. (rows,), on the device.
+        self.counts = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        self._max_tokens = torch.tensor([each.max_tokens for each in prompts], device=device)
+        self._end_token_ids = torch.tensor(end_token_ids, dtype=torch.long, device=device)
+        self._width = width
+        self._progress = progress
+        ends = frozenset(end_token_ids)
+        self._watched = {
+            row: _StopWatch(prompt, tokenization)
+            for row, prompt in enumerate(prompts)
+            if prompt.stop or prompt.end_token_ids > ends
+        }
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        """Takes the tokens so far (rows, width + generated); says which rows need no more, (rows,) of bool."""
+        generated = input_ids.shape[1] - self._width
+        newest = input_ids[:, -1]
+        ended = torch.isin(newest, self._end_token_ids) | (self._max_tokens <= generated)
+        if self._watched:
+            self._watch(newest, ended)
+        self.counts = torch.where((self.counts == 0) & ended, generated, self.counts)
+        if self._progress():
+            return torch.ones_like(ended)
+        return self.counts > 0
+
+    def _watch(self, newest: torch.Tensor, ended: torch.Tensor) -> None:
+        rows = list(self._watched)
+        done = ended[rows].tolist()
+        for row, token, over in zip(rows, newest[rows].tolist(), done, strict=True):
+            if over:
+                del self._watched[row]
+            elif self._watched[row].ended_by(token):
+                ended[row] = True
+                del self._watched[row]
+
+
+class _StopWatch:
+    """Looks for the stop strings of one row in what it has written."""
+
+    def __init__(self, prompt: Prompt, tokenization: Tokenization) -> None:
+        self._prompt, self._tokenization = prompt, tokenization
+        self._tokens = list(prompt.tail)
+        self._newest = max((len(each.encode()) for each in prompt.stop), default=0) + MARGIN_TOKENS
+
+    def ended_by(self, token: int) -> bool:
+        """Whether the answer ends with this next token."""
+        self._tokens.append(token)
+        if token in self._prompt.end_token_ids:
+            return True
+        if not self._stops_in(self._tokenization.text(self._tokens[-self._newest :])):
+            return False
+        # What the newest tokens seem to say may read otherwise in the whole answer, which is what counts.
+        answer = self._tokens[len(self._prompt.tail) :]
+        return self._stops_in(self._tokenization.text(answer, after=self._prompt.tail))
+
+    def _stops_in(self, text: str) -> bool:
+        return any(stop in text for stop in self._prompt.stop)
