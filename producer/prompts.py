@@ -66,7 +66,7 @@ class Line(NamedTuple):
 class PromptFile:
     """Iterated once, it yields a Line for every good line of `path` (`-`: standard input).
 
-    Bad lines do not stop the iteration; at its end they raise PromptFileError, as an empty file does. `.txt`
+    Bad lines do not stop the iteration; after it, `raise_if_bad` tells of them. `.txt`
     files hold one prompt per line, all else JSONL. A line may name a model of `models`; where that is empty,
     the first one named is the file's `model`. A context manager, which closes the file.
 
@@ -129,7 +129,6 @@ class PromptFile:
             index += 1
         if self._fingerprint() != before:
             self._refuse("changed while it was read; submit it again once nobody writes to it")
-        self.raise_if_bad()
         if index == 0:
             self._refuse("holds no prompts")
 

@@ -8,9 +8,8 @@ and the positions are `generate`'s own. Requests need nothing in common to run t
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -104,6 +103,94 @@ class GenerateEngine:
                 return outputs + [each for each in answered if self._waiting.pop(each.key, None)]
             self._free_memory()
             if len(batch) == 1:
-                return outputs + [self._failed(key) for key in batch]
+                return outputs + [self._too_large(key) for key in batch]
             self.tokens_that_fit = planned.tokens // 2
         return outputs
+
+    def _sizes(self) -> list[Size]:
+        return [Size(len(prompt.tokens), prompt.max_tokens) for prompt in self._waiting.values()]
+
+    def _answer(self, batch: Mapping[RequestKey, Prompt]) -> list[Output] | None:
+        """The outputs of the rows that ended; None if the memory does not suffice."""
+        try:
+            answers = self._generate(list(batch.values()))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Nothing is freed here: the exception's frames hold the tensors until this block is left.
+            return None
+        outputs = []
+        for (key, prompt), tokens in zip(batch.items(), answers, strict=True):
+            if tokens:
+                choice = self._tokenization.choice(prompt, tokens)
+                outputs.append(Output(key, (choice,), len(prompt.tokens), len(tokens)))
+        return outputs
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The tokens that answer each prompt, the end token included; none for a row that has not ended."""
+        device = self._loaded.device
+        width = max(len(each.tokens) for each in prompts)
+        padding = [width - len(each.tokens) for each in prompts]
+        pad = self._loaded.pad_token_id
+        rows = [[pad] * places + list(each.tokens) for places, each in zip(padding, prompts, strict=True)]
+        mask = [[0] * places + [1] * (width - places) for places in padding]
+        most = max(each.max_tokens for each in prompts)
+        stopping = RowStopping(
+            prompts,
+            self._tokenization,
+            end_token_ids=self._loaded.end_token_ids,
+            width=width,
+            device=device,
+            progress=self._progress,
+        )
+        sampler = RowSampler(
+            [each.sampling for each in prompts], padding=padding, generator=self._generator, device=device
+        )
+        with self._positions_within_context(width + most):
+            sequences = self._loaded.model.generate(
+                inputs=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                # Sampling and ends are the sampler's and the criterion's: `generate` takes the largest score.
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=pad),
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([stopping]),
+            )
+        counts = stopping.counts.tolist()
+        return [row[:count] for row, count in zip(sequences[:, width:].tolist(), counts, strict=True)]
+
+    @contextmanager
+    def _positions_within_context(self, length: int) -> Iterator[None]:
+        """Keeps rows that have ended, and are stepped on beside longer ones, at the context's last position.
+
+        Without it they would reach positions for which a model has no embedding, or which make it rescale all rows.
+        """
+        context = self._loaded.context_tokens
+        if context is None or length <= context:
+            yield
+            return
+
+        def clamp(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = kwargs["position_ids"].clamp(max=context - 1)
+            return args, kwargs
+
+        hook = self._loaded.model.register_forward_pre_hook(clamp, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _too_large(self, key: RequestKey) -> Output:
+        prompt = self._waiting.pop(key)
+        return Output.failed(
+            key,
+            ErrorCode.OUT_OF_MEMORY,
+            f"the device has not enough memory for this request alone, of {len(prompt.tokens)} prompt tokens and up "
+            f"to {prompt.max_tokens} more: shorten the prompt or lower max_tokens",
+            prompt_tokens=len(prompt.tokens),
+        )
