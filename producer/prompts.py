@@ -119,7 +119,7 @@ class PromptFile:
         for number, (offset, raw) in enumerate(self._raw_lines(), start=1):
             try:
                 text = _text(raw, offset)
-                if not text.strip(None if self._plain_text else _JSON_BLANKS):
+                if not text or text.isspace():
                     continue
                 request = self._request(text, index)
             except BadLine as exc:

@@ -57,7 +57,7 @@ def postgresql_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def postgresql_url(postgresql_server: str, request: pytest.FixtureRequest) -> Iterator[str]:
+def postgresql_url(postgresql_server: str) -> str:
     """A database of its own, copied from a migrated one."""
     from sqlalchemy import create_engine, text
     from sqlalchemy.engine import make_url
@@ -72,7 +72,7 @@ def postgresql_url(postgresql_server: str, request: pytest.FixtureRequest) -> It
         connection.execute(text("DROP DATABASE IF EXISTS test_store WITH (FORCE)"))
         connection.execute(text("CREATE DATABASE test_store TEMPLATE template_store"))
     admin.dispose()
-    yield server.set(database="test_store").render_as_string(hide_password=False)
+    return server.set(database="test_store").render_as_string(hide_password=False)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

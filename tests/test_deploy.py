@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 WORKERS = sorted(name for name in SERVICES if name.startswith("worker-"))
-#: `$$`, `${NAME}`, or `${NAME` with an operator and what follows it.
-VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)(?:(:?[-?+])([^}]*))?\})")
+#: What compose replaces: `$$`, `$NAME`, `${NAME}`, or `${NAME` with an operator and what follows it.
+VARIABLE = re.compile(r"\$(?:(\$)|\{?(\w+)(?:(:?[-?+])([^}]*))?\}?)")
 #: A worker is given its drain time and so long to end Celery and itself.
 END_SECONDS = 5
+
+
+def deploy_files() -> list[Path]:
+    return sorted(path for path in DEPLOY.iterdir() if path.is_file())
 
 
 def assignments(name: str) -> dict[str, str]:
@@ -130,16 +135,12 @@ def quoted_commands() -> Iterator[tuple[str, list[str]]]:
     for path in deploy_files():
         for line in re.findall(r"`batchmill ([^`]+)`", path.read_text()):
             words = line.split()
-            if words[0] in ("run", "up", "worker"):  # named in prose without what they need
-                words = [*words[:1], "-h"]
+            if len(words) == 1:  # named without what it needs
+                words.append("--help")
             yield path.name, words
 
 
 COMMAND_LINES = [*compose_commands(), *unit_commands(), *readme_commands(), *quoted_commands()]
-
-
-def deploy_files() -> list[Path]:
-    return sorted(path for path in DEPLOY.iterdir() if path.is_file())
 
 
 def parsed(arguments: list[str]) -> click.Context:
@@ -147,25 +148,22 @@ def parsed(arguments: list[str]) -> click.Context:
     from worker.cli import main as worker_main
 
     more = {command.name: command for command in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS)}
-    command: click.Command = click.Group(commands={**cli.cli.commands, **more, "worker": worker_main})
-    context = command.make_context("batchmill", list(arguments))
+    command: click.Command | None = click.Group(commands={**cli.cli.commands, **more, "worker": worker_main})
+    name, rest = "batchmill", arguments
     while isinstance(command, click.Group):
-        name, found, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
-        assert found is not None
-        command = found
-        context = command.make_context(name, list(arguments), parent=context)
-    return context
+        name, *rest = rest
+        command = command.commands.get(name)
+    if command is None:
+        raise click.UsageError(f"no command {name}")
+    return command.make_context(name, rest)
 
 
 @pytest.mark.parametrize(("where", "arguments"), COMMAND_LINES, ids=[" ".join([a, *b]) for a, b in COMMAND_LINES])
 def test_every_command_line_is_one_that_batchmill_takes(where: str, arguments: list[str]) -> None:
-    try:
+    with suppress(click.exceptions.Exit):  # of --help
         context = parsed(arguments)
-    except click.exceptions.Exit as asked_for_help:
-        assert asked_for_help.exit_code == 0
-        return
-    if "quantization" in context.params:
-        ModelSpec.parse(context.params["model"], quantization=context.params["quantization"])
+        if "quantization" in context.params:
+            ModelSpec.parse(context.params["model"], quantization=context.params["quantization"])
 
 
 def test_command_lines_are_found_in_every_kind_of_file() -> None:
@@ -285,17 +283,14 @@ def test_each_worker_has_one_gpu_of_its_own_and_its_number_in_its_name() -> None
     seen = []
     for name in WORKERS:
         (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
-        (number,) = device.pop("device_ids")
-        assert device == {"driver": "nvidia", "capabilities": ["gpu"]}
+        (number,) = device["device_ids"]
+        assert device == {"driver": "nvidia", "device_ids": [number], "capabilities": ["gpu"]}
         assert isinstance(number, str), "compose wants device ids as strings"
         assert name == f"worker-gpu{number}"
         options = parsed([interpolated(word, filled_in()) for word in SERVICES[name]["command"]]).params
         assert (options["device"], options["name"], options["devices"]) == ("cuda:0", f"gpu{number}", None)
         seen.append(number)
     assert len(seen) == len(set(seen)) >= 2
-
-
-def test_only_workers_have_a_gpu() -> None:
     assert {name for name, service in SERVICES.items() if "deploy" in service or "gpus" in service} == set(WORKERS)
 
 
@@ -337,7 +332,7 @@ def test_the_stores_say_when_they_are_healthy_and_keep_their_data() -> None:
 def test_redis_asks_for_a_password_keeps_its_queues_and_evicts_nothing() -> None:
     shell, _, script = SERVICES["redis"]["command"]
     assert shell == "sh"
-    words = shlex.split(interpolated(script, filled_in()), comments=True)
+    words = shlex.split(interpolated(script, filled_in()).replace("\\\n", " "))
     server = words[words.index("redis-server") + 1 :]
     options = dict(zip(server[1::2], server[2::2], strict=True))
     assert options["--appendonly"] == "yes"
@@ -404,11 +399,10 @@ def test_what_an_image_copies_exists_and_reaches_its_build(dockerfile: str) -> N
         assert (ROOT / source).exists(), source
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES)
-def test_a_wheel_can_be_built_from_what_an_image_copies(dockerfile: str, tmp_path: Path) -> None:
+def test_a_wheel_can_be_built_from_what_images_copy(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in copied(dockerfile):
+    for name in copied(DOCKERFILES[0]):  # both copy what .dockerignore lets through
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 
 import migrations
 from jobs.errors import SchemaMismatch
@@ -92,5 +93,5 @@ def test_db_upgrade_works_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> Non
 def set_revision(url: str, revision: str) -> None:
     store = Store(url)
     with store.database.write() as connection:
-        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{revision}'")
+        connection.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
     store.close()

@@ -21,7 +21,7 @@ CHAT_TEMPLATE = """\
     {%- if message.content == 'refuse me' %}
         {{- raise_exception("I will not read " ~ message.content) }}
     {%- endif %}
-    {{- '[' ~ message.role ~ ']' ~ message.content ~ suffix | default('') }}
+    {{- '[' ~ message.role ~ ']' ~ message.content + (suffix | default('')) }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '[assistant]' }}{%- endif %}
 """

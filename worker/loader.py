@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import resolve_revision
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -128,7 +128,8 @@ def _source(spec: ModelSpec) -> tuple[str, str | None, str | None]:
         revision = resolve_revision(spec.model, revision=spec.revision)
         return spec.model, revision, revision.resolved
     if not folder.is_dir():
-        raise ModelError(f"cannot load {spec}: there is no folder {folder} on this machine; copy the model there")
+        remedy = "make it with `make demo-model`" if spec.model == DEMO else "copy the model there"
+        raise ModelError(f"cannot load {spec}: there is no folder {folder} on this machine; {remedy}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"cannot load {spec}: {folder} holds no config.json; name the folder of a transformers model")
     if not any(folder.glob("*.safetensors")):
@@ -200,7 +201,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase, end_token_ids: tuple[int, 
 
 @torch.no_grad()
 def _warm_up(model: PreTrainedModel, device: torch.device) -> int:
-    """One forward of one token, in which bitsandbytes repacks 4-bit weights on a CPU; the token's bytes in the cache."""
+    """One forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU. Returns its cache's bytes."""
     output = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=True)
     layers = getattr(output.get("past_key_values"), "layers", ())
     held = (each for layer in layers for each in vars(layer).values() if isinstance(each, torch.Tensor))
@@ -235,7 +236,10 @@ _UNREACHABLE = (
 )
 _REASONS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((hub_errors.GatedRepoError,), "it is gated; accept its terms on huggingface.co and set HF_TOKEN"),
-    ((hub_errors.RepositoryNotFoundError,), "the Hub has no such model; check its name, or set HF_TOKEN if it is private"),
+    (
+        (hub_errors.RepositoryNotFoundError,),
+        "the Hub has no such model; check its name, or set HF_TOKEN",
+    ),
     ((hub_errors.RevisionNotFoundError,), "the Hub has no such revision of it; check --revision"),
     (
         (hub_errors.RevisionResolutionError, hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled),

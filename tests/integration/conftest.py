@@ -30,6 +30,9 @@ TIMERS = {
 }
 
 
+Done = subprocess.CompletedProcess[str]
+
+
 class Mill:
     """One home with its own Redis; commands run in it as a user would run them."""
 
@@ -51,7 +54,7 @@ class Mill:
         assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def finished(self, *words: str | Path, stdin: str | None = None, **settings: object) -> subprocess.CompletedProcess[str]:
+    def finished(self, *words: str | Path, stdin: str | None = None, **settings: object) -> Done:
         return subprocess.run(
             [sys.executable, "-m", "producer", *map(str, words)],
             input=stdin,

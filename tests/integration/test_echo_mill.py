@@ -7,17 +7,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import redis
+from kombu import Queue
 
 from jobs.broker import make_app
 from jobs.schema import JobState, ModelSpec
 from tests.integration.conftest import Mill, child_of, until, write_prompts
 
 ECHO_QUEUE = ModelSpec.parse("echo").queue
-SLOW = {"echo_step_seconds": 0.2, "engine_rows": 10}
+SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}
 
 
 def check_whole(mill: Mill, job_id: str, count: int) -> None:
@@ -83,12 +85,12 @@ def test_a_job_waits_for_a_worker_and_says_who_is_missing(mill: Mill, tmp_path: 
 
 def test_sigkill_of_the_child_loses_and_doubles_nothing(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 200), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 20, "some answers")
     before = mill.succeeded(job_id)
     os.kill(child_of(worker), signal.SIGKILL)
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 200)
+    check_whole(mill, job_id, 150)
     assert before >= 20
     runs = mill.status(job_id)["runs"]
     assert runs > 4  # those that were taken back count as well
@@ -105,7 +107,7 @@ def test_a_killed_workers_batches_run_elsewhere(mill: Mill, tmp_path: Path) -> N
 
 
 def test_redis_emptied_in_mid_job_costs_seconds(mill: Mill, tmp_path: Path) -> None:
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 200), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
     client = redis.Redis(unix_socket_path=str(mill.home / "redis.sock"))
     assert mill.broker.queue_length(ECHO_QUEUE) > 0
     client.flushall()
@@ -116,12 +118,12 @@ def test_redis_emptied_in_mid_job_costs_seconds(mill: Mill, tmp_path: Path) -> N
     client.flushall()
     client.close()
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 200)
+    check_whole(mill, job_id, 150)
 
 
 def test_sigterm_during_work_hands_everything_back_in_time(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 300), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     worker.terminate()
     assert worker.wait(20) == 0
@@ -130,7 +132,7 @@ def test_sigterm_during_work_hands_everything_back_in_time(mill: Mill, tmp_path:
     assert mill.store.recovery.expired(for_seconds=-1_000) == {}  # no lease is left
     mill.start("worker", "-m", "echo")
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 300)
+    check_whole(mill, job_id, 150)
 
 
 def test_many_copies_of_a_message_to_two_workers_do_no_harm(mill: Mill, tmp_path: Path) -> None:
@@ -138,8 +140,6 @@ def test_many_copies_of_a_message_to_two_workers_do_no_harm(mill: Mill, tmp_path
     until(lambda: len(mill.store.workers.rows()) == 2, "two workers")
     job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 100), "-m", "echo", "--batch-size", "7").strip()
     task = make_app(mill.settings.broker).signature("batchmill.wake")
-    from kombu import Queue
-
     for batch_id in [*mill.store.recovery.pending_of(ModelSpec.parse("echo"), most=5), 10**9]:
         for _ in range(10):
             task.apply_async((batch_id,), queue=Queue(ECHO_QUEUE))
@@ -151,7 +151,7 @@ def test_many_copies_of_a_message_to_two_workers_do_no_harm(mill: Mill, tmp_path
 
 def test_cancel_and_retry(mill: Mill, tmp_path: Path) -> None:
     mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 200), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     mill.command("cancel", job_id)
     mill.command("wait", job_id, "--timeout", "20", code=5)
@@ -160,20 +160,20 @@ def test_cancel_and_retry(mill: Mill, tmp_path: Path) -> None:
     assert status["counts"]["cancelled"] > 0
     assert status["counts"]["pending"] == 0
     lines = mill.results(job_id)
-    assert [line["index"] for line in lines] == list(range(200))
+    assert [line["index"] for line in lines] == list(range(150))
     assert {line["error"]["code"] for line in lines if line["error"]} == {"cancelled"}
     mill.command("cancel", job_id)
     mill.command("retry", job_id)
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 200)
+    check_whole(mill, job_id, 150)
 
 
 def test_results_of_a_running_job_are_those_that_are_there(mill: Mill, tmp_path: Path) -> None:
     mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 200), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     indexes = [line["index"] for line in mill.results(job_id)]
-    assert 10 < len(indexes) < 200
+    assert 10 < len(indexes) < 150
     assert indexes == sorted(indexes)
     status = mill.status(job_id)
     assert status["eta_seconds"] > 0
@@ -231,7 +231,7 @@ def test_a_job_that_is_not_there_is_exit_3(mill: Mill, words: list[str]) -> None
 def test_a_reader_that_goes_away_is_no_error(mill: Mill, tmp_path: Path) -> None:
     mill.start("worker", "-m", "echo")
     job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 5_000), "-m", "echo", "--wait").strip()
-    command = f"{os.sys.executable} -m producer results {job_id} | head -n 1"  # type: ignore[attr-defined]
+    command = f"{sys.executable} -m producer results {job_id} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=mill.environ())
     assert json.loads(done.stdout)["index"] == 0
     assert "Traceback" not in done.stderr

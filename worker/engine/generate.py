@@ -40,9 +40,7 @@ class GenerateEngine:
     (`tokens_that_fit`); a request that fails alone is answered by the error `out_of_memory`.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, *, rows: int = GENERATE_ROWS, progress: Progress = lambda: False
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, *, rows: int = GENERATE_ROWS, progress: Progress = lambda: False) -> None:
         self.rows = rows
         self.defaults = loaded.defaults
         #: Cache places of a micro-batch, at most.
@@ -76,9 +74,7 @@ class GenerateEngine:
         try:
             self._waiting[key] = self._tokenization.prompt(request)
         except Refused as refused:
-            self._refused[key] = Output.failed(
-                key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens
-            )
+            self._refused[key] = Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens)
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; unknown keys are ignored."""

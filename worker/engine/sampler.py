@@ -18,7 +18,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor
 
 from jobs.schema import SamplingParams
 
@@ -81,8 +80,8 @@ class _Draws:
         return self._ahead[self._step - 1]
 
 
-class RowSampler(LogitsProcessor):
-    """Chooses the next token of each row: it is the argmax of the scores that a call returns.
+class RowSampler:
+    """A logits processor that chooses the next token of each row: it is the argmax of the scores that a call returns.
 
     `generate` with do_sample=False takes that argmax. `sampling` has one entry a row, and `padding` says how many
     places on the left of a row's prompt hold no token. Rows with a seed draw from generators of their own, hence
@@ -173,15 +172,18 @@ def _keep_top_k(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
 
 def _keep_top_p(scores: torch.Tensor, asked: _Asked, *, tokens: int = NUCLEUS_TOKENS) -> torch.Tensor:
     """Keeps the likeliest tokens, up to the one whose probability takes their sum to top_p."""
-    largest, order = scores.softmax(dim=-1).topk(min(tokens, scores.shape[-1]))
+    vocabulary = scores.shape[-1]
+    largest, order = scores.softmax(dim=-1).topk(min(tokens, vocabulary))
     sums = largest.cumsum(dim=-1)
-    removed = torch.ones_like(scores, dtype=torch.bool)
-    removed.scatter_(1, order, (sums - largest >= asked.values).index_fill_(1, order.new_zeros(1), False))
+    beyond = sums - largest >= asked.values
+    beyond[:, 0] = False
+    removed = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, beyond)
     kept = scores.masked_fill(removed, -torch.inf)
-    wider = (sums[:, -1] < asked.values[:, 0]).nonzero()[:, 0] if tokens < scores.shape[-1] else ()
-    if len(wider):
-        rest = asked._replace(values=asked.values[wider])
-        kept[wider] = _keep_top_p(scores[wider], rest, tokens=scores.shape[-1])
+    if tokens < vocabulary:
+        wider = (sums[:, -1] < asked.values[:, 0]).nonzero()[:, 0]
+        if len(wider):
+            rest = asked._replace(values=asked.values[wider])
+            kept[wider] = _keep_top_p(scores[wider], rest, tokens=vocabulary)
     return kept
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import StoppingCriteria
 
 from worker.engine import Progress
 from worker.engine.tokenization import Prompt, Tokenization
@@ -18,8 +17,8 @@ from worker.engine.tokenization import Prompt, Tokenization
 MARGIN_TOKENS = 8
 
 
-class RowStopping(StoppingCriteria):
-    """Asked by `generate` after each token step; the micro-batch ends when every row has, or progress says so.
+class RowStopping:
+    """A stopping criterion, asked by `generate` after each token step; the micro-batch ends when every row has, or progress says so.
 
     A row that has ended is stepped on with the others; `counts` remembers where its answer ends.
     """

@@ -20,8 +20,18 @@ from jobs.schema import Choice, ErrorCode, Request, SamplingParams
 TAIL_TOKENS = 5
 #: What `apply_chat_template` takes besides the template's own variables, and a request may not set.
 RESERVED = frozenset(
-    "conversation chat_template tokenize padding truncation max_length return_tensors return_dict "
-    "return_assistant_tokens_mask tokenizer_kwargs".split()
+    {
+        "conversation",
+        "chat_template",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
 )
 #: A template's refusal is kept up to this length.
 REFUSAL_LENGTH = 200
@@ -108,11 +118,12 @@ class Tokenization:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         # Cleaning up would remove spaces before punctuation that the model wrote.
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         try:
-            tokens = self._tokenizer.encode(text, add_special_tokens=special)
+            tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         except Exception as error:
             # A tokenizer has no errors of its own: a lone surrogate, say, raises whatever its language raises.
             raise Refused(ErrorCode.ENGINE_ERROR, f"the tokenizer failed: {type(error).__name__}") from error
@@ -167,5 +178,6 @@ class Tokenization:
         return "it depends on what they say"
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        written: str = self._tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False, **variables)
+        conversation = [dict(each) for each in messages]
+        written: str = self._tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
         return written
