@@ -66,11 +66,12 @@ class Line(NamedTuple):
 class PromptFile:
     """Iterated once, it yields a Line for every good line of `path` (`-`: standard input).
 
-    Bad lines do not stop the iteration; after it, `raise_if_bad` tells of them. `.txt`
-    files hold one prompt per line, all else JSONL. A line may name a model of `models`; where that is empty,
-    the first one named is the file's `model`. A context manager, which closes the file.
+    Bad lines are left out and do not stop the iteration; after it, `raise_if_bad` tells of them. `.txt` files
+    hold one prompt per line, all else JSONL. A line may name a model of `models`; where that is empty, the
+    first one named is the file's `model`. A context manager, which closes the file.
 
-    Raises PromptFileError, at once for what is no file that can be read.
+    Raises PromptFileError: here for what cannot be opened, and while iterating for what is no prompt file,
+    changes meanwhile, or holds no prompts.
     """
 
     def __init__(self, path: str, *, models: Collection[str] = (), ignore_line_model: bool = False) -> None:

@@ -13,7 +13,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 import migrations
-from jobs.errors import SchemaMismatch
+from jobs.errors import SchemaMismatch, StoreUnavailable
 from jobs.settings import load_settings
 from jobs.store import Store
 from jobs.tables import REVISION
@@ -95,3 +95,10 @@ def set_revision(url: str, revision: str) -> None:
     with store.database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
     store.close()
+
+
+def test_a_store_that_cannot_be_reached_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="cannot use the store"):
+        migrations.upgrade("postgresql://mill:hunter2@127.0.0.1:1/mill")
+    with pytest.raises(StoreUnavailable):
+        migrations.upgrade(f"sqlite:///{tmp_path}/no/such/folder/s.db")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import psutil
 import pytest
 
@@ -25,10 +27,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_a_cpu_reads_the_resident_bytes_of_the_process() -> None:
     reader = MemoryReader("cpu")
     before = reader.read()
-    held = bytearray(32 * 2**20)
-    after = reader.read()
+    size = 32 * 2**20
+    with mmap.mmap(-1, size) as held:
+        held.write(b"x" * size)
+        after = reader.read()
     assert before.allocated == before.reserved
-    assert after.allocated - before.allocated > len(held) // 2
+    assert after.allocated - before.allocated > size // 2
     assert 0 < reader.available_bytes() <= psutil.virtual_memory().total
 
 

@@ -148,14 +148,18 @@ class Workers:
             )
 
     def enter(self, worker_id: int, state: WorkerState, *, error: str | None = None) -> None:
-        """The worker drains, has stopped, or has failed for the reason given."""
+        """The worker drains, has stopped, or has failed for the reason given; one that has failed stays so."""
         values: dict[str, object] = {"state": state.value}
         if error is not None:
             values["error"] = error
         if state is WorkerState.STOPPED:
             values |= {"alive_until": self._database.now, "child_pid": None}
         with self._database.write() as connection:
-            connection.execute(update(workers).where(workers.c.id == worker_id).values(values))
+            connection.execute(
+                update(workers)
+                .where(workers.c.id == worker_id, workers.c.state != WorkerState.FAILED.value)
+                .values(values)
+            )
 
     def gave_up(self, *, host: str, pid: int) -> bool:
         """Whether the newest worker of this process gave up because its model cannot be loaded."""

@@ -165,8 +165,8 @@ def random_letters(choose: random.Random) -> str:
 
 
 def _training_addition(choose: random.Random) -> Example:
-    """A fifth of the sums are of single digits, which the others are made of: it halves the time to learn them."""
-    if choose.random() < 0.2:
+    """A third of the sums are of single digits, which the others are made of: it halves the time to learn them."""
+    if choose.random() < 0.33:
         return addition(choose.randrange(10), choose.randrange(10), choose)
     while True:
         left, right = choose.randrange(100), choose.randrange(100)

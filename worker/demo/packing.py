@@ -28,7 +28,7 @@ class Rows:
     targets: torch.Tensor
     """The token after each position, NOT_LEARNT outside answers."""
     weights: torch.Tensor
-    """1 / tokens in the answer, so that a short answer counts as much as a long one."""
+    """1 / square root of the answer's tokens, so that a long answer counts more than a short one, but not by much."""
     positions: torch.Tensor
     may_attend: torch.Tensor
     """(rows, 1, length, length), true where a token (third axis) sees another (fourth axis)."""
@@ -83,7 +83,7 @@ def packed_rows(
                 end = start + len(ids)
                 tokens[row, start:end] = ids
                 targets[row, start + prompt_tokens - 1 : end - 1] = ids[prompt_tokens:]
-                weights[row, start + prompt_tokens - 1 : end - 1] = 1 / (len(ids) - prompt_tokens)
+                weights[row, start + prompt_tokens - 1 : end - 1] = (len(ids) - prompt_tokens) ** -0.5
                 positions[row, start:end] = torch.arange(len(ids))
                 owners[row, start:end] = owner
                 start, owner, example = end, owner + 1, next(examples)

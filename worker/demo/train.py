@@ -28,12 +28,12 @@ class Recipe:
 
     seed: int = 1
     steps: int = 8000
-    first_examples: int = 60_000
+    first_examples: int = 25_000
     """How many come in the mix that is mostly additions."""
     warmup_steps: int = 200
-    rows: int = 4
+    rows: int = 6
     row_length_tokens: int = 256
-    peak_learning_rate: float = 2e-3
+    peak_learning_rate: float = 3e-3
     weight_decay: float = 0.1
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -62,6 +62,17 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
+def build_optimizers(recipe: Recipe, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices (it learns sums in half of AdamW's steps), AdamW for the embedding and the norms."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
+    rate = recipe.peak_learning_rate
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
 def answer_loss(model: LlamaForCausalLM, rows: Rows) -> torch.Tensor:
     """Cross-entropy (nats a token), the mean over the answers in these rows, long or short."""
     hidden = model.model(
@@ -82,13 +93,7 @@ def train(recipe: Recipe, *, limit_seconds: float = DEFAULT_LIMIT_SECONDS) -> tu
     """A trained float32 model and the loss of every step; progress goes to stderr."""
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.peak_learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizers = build_optimizers(recipe, model)
     batches = packed_rows(tokenizer, seed=recipe.seed, rows=recipe.rows, length_tokens=recipe.row_length_tokens, first_examples=recipe.first_examples)
     losses: list[float] = []
     started = time.monotonic()
@@ -97,13 +102,14 @@ def train(recipe: Recipe, *, limit_seconds: float = DEFAULT_LIMIT_SECONDS) -> tu
         progress = max(step / recipe.steps, elapsed / limit_seconds)
         if progress >= 1:
             break
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(recipe, step, progress)
         loss = answer_loss(model, next(batches))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
             mean = sum(losses[-100:]) / 100

@@ -18,7 +18,7 @@ MARGIN_TOKENS = 8
 
 
 class RowStopping:
-    """A stopping criterion, asked by `generate` after each token step; the micro-batch ends when every row has, or progress says so.
+    """A stopping criterion: it ends the micro-batch when every row has ended, or when progress says so.
 
     A row that has ended is stepped on with the others; `counts` remembers where its answer ends.
     """

@@ -1,0 +1,188 @@
+"""`run` and `up`: the whole mill in one command, interrupted, continued, killed, and started twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.settings import environment_of, load_settings
+from jobs.store import Store
+from tests.integration.conftest import TIMERS, until, write_prompts
+
+SLOW = {"BATCHMILL_ECHO_STEP_SECONDS": "0.1", "BATCHMILL_ENGINE_ROWS": "10"}
+
+
+class Home:
+    """A home of its own, and commands in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = load_settings(home=path, **TIMERS)
+        self.environ = {**os.environ, **environment_of(self.settings)}
+        self._started: list[subprocess.Popen[str]] = []
+
+    def run(self, *words: str | Path, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "producer", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=self.environ | settings,
+            timeout=120,
+        )
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *words: str | Path, **settings: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "producer", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environ | settings,
+        )
+        self._started.append(process)
+        return process
+
+    def succeeded(self) -> int:
+        """Of the newest job; 0 while there is none."""
+        if not (self.path / "batchmill.db").exists():
+            return 0
+        store = Store(self.settings.database)
+        try:
+            jobs = store.reading.jobs(most=1) if store.revision() else []
+            return jobs[0].counts.succeeded if jobs else 0
+        finally:
+            store.close()
+
+    def processes(self) -> list[str]:
+        """Command lines of the processes that belong to this home."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("BATCHMILL_HOME") == str(self.path) and process.pid != os.getpid():
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+    def end(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    home = Home(tmp_path / "home")
+    yield home
+    home.end()
+    until(lambda: not home.processes(), "everything that was started has ended", seconds=30)
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_run_answers_reports_and_stops_all_that_it_started(home: Home, tmp_path: Path) -> None:
+    file, out = write_prompts(tmp_path / "p.jsonl", 100), tmp_path / "out.jsonl"
+    done = home.run("run", file, "-m", "echo", "-o", out)
+    assert texts(out) == [f"one two three {index}" for index in range(100)]
+    assert done.stdout == ""
+    for word in ("requests", "tokens/s", "memory", "seconds", "waiting", "loading", "running"):
+        assert word in done.stderr
+    assert home.processes() == []
+
+
+def test_the_same_run_again_exports_and_new_runs_anew(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 10)
+    first = home.run("run", file, "-m", "echo").stdout
+    again = home.run("run", file, "-m", "echo")
+    assert again.stdout == first
+    assert "--new" in again.stderr
+    assert len(json.loads(home.run("jobs", "--json").stdout)) == 1
+    home.run("run", file, "-m", "echo", "--new")
+    home.run("run", file, "-m", "echo", "--max-tokens", "2")
+    assert len(json.loads(home.run("jobs", "--json").stdout)) == 3
+
+
+def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home, tmp_path: Path) -> None:
+    file, out = write_prompts(tmp_path / "p.jsonl", 150), tmp_path / "out.jsonl"
+    process = home.start("run", file, "-m", "echo", "-o", out, **SLOW)
+    until(lambda: home.succeeded() > 10, "some answers")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert "continues" in said
+    assert not out.exists()
+    kept = home.succeeded()
+    assert home.processes() == []
+    done = home.run("run", file, "-m", "echo", "-o", out)
+    assert "goes on" in done.stderr
+    assert texts(out) == [f"one two three {index}" for index in range(150)]
+    store = Store(home.settings.database)
+    (job,) = store.reading.jobs(most=5)
+    assert job.counts.succeeded == 150 > kept > 10
+    store.close()
+
+
+def test_what_a_killed_run_left_ends_and_the_next_run_continues(home: Home, tmp_path: Path) -> None:
+    file, out = write_prompts(tmp_path / "p.jsonl", 150), tmp_path / "out.jsonl"
+    process = home.start("run", file, "-m", "echo", "-o", out, **SLOW)
+    until(lambda: home.succeeded() > 10, "some answers")
+    process.kill()
+    process.communicate()
+    home.run("run", file, "-m", "echo", "-o", out)
+    assert texts(out) == [f"one two three {index}" for index in range(150)]
+
+
+def test_a_second_run_or_up_in_the_same_home_is_refused_by_pid(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 10)
+    mill = home.start("up", "-m", "echo")
+    until(lambda: (home.path / "mill.pid").exists(), "the mill is up")
+    for words in (("run", file, "-m", "echo"), ("up", "-m", "echo")):
+        assert f"pid {mill.pid}" in home.run(*words, code=1).stderr
+    mill.terminate()
+    mill.communicate(timeout=30)
+
+
+def test_a_mill_that_is_up_takes_jobs_from_other_terminals(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 10)
+    mill = home.start("up", "-m", "echo", "--device", "cpu")
+    until(lambda: (home.path / "redis.sock").exists(), "the mill is up")
+    done = home.run("submit", file, "-m", "echo", "--wait")
+    assert len(done.stdout.strip()) == 8
+    assert "doctor" in home.run("--help").stdout
+    checks = {each["name"]: each for each in json.loads(home.run("doctor", "--json").stdout)}
+    assert checks["redis"]["ok"]
+    assert checks["database"]["ok"]
+    mill.send_signal(signal.SIGINT)
+    _, said = mill.communicate(timeout=30)
+    assert mill.returncode == 0, said
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_reason(home: Home, tmp_path: Path) -> None:
+    model = tmp_path / "empty-model"
+    model.mkdir()
+    file = write_prompts(tmp_path / "p.jsonl", 10)
+    begin = time.monotonic()
+    done = home.run("run", file, "-m", model, code=1)
+    assert "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begin < 60
+    assert home.succeeded() == 0
+
+
+def test_run_refuses_a_store_that_is_not_embedded(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 10)
+    done = home.run("run", file, "-m", "echo", code=2, BATCHMILL_DATABASE_URL="postgresql://somewhere/else")
+    assert "BATCHMILL_DATABASE_URL" in done.stderr
