@@ -20,7 +20,11 @@ _LOCK_SECONDS = 60
 
 def upgrade(url: str, *, revision: str = "head") -> None:
     """Brings the store at this URL to a revision; at that revision already, nothing happens. Raises StoreError."""
-    Store(url).revision()  # a store that cannot be reached is told of here, in one line
+    store = Store(url)
+    try:
+        store.revision()  # a store that cannot be reached is told of here, in one line
+    finally:
+        store.close()
     command.upgrade(alembic_config(url), revision)
 
 

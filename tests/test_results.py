@@ -18,8 +18,9 @@ from jobs.store.reading import Job
 from producer.results import CSV_COLUMNS, errors_path, export, replaced
 from tests import mill
 
+PASSED = {"user": "u", "metadata": {"a": "b"}}
 REQUESTS = [
-    Request(0, "chat", messages=({"role": "user", "content": "hi"},), passthrough={"user": "u", "metadata": {"a": "b"}}),
+    Request(0, "chat", messages=({"role": "user", "content": "hi"},), passthrough=PASSED),
     Request(1, "plain", prompt='it says "messages": here'),
     Request(2, "too long", prompt="x"),
     Request(3, "no memory", prompt="x"),
@@ -42,7 +43,7 @@ def job(store: Store) -> Job:
     (claimed,) = mill.claim(store, who)
     outputs = [
         Output(RequestKey(job_id, 0), (Choice("hello\u2028ü", "stop"),), 3, 4),
-        Output(RequestKey(job_id, 1), (Choice("a,\"b\"\nc", "length"),), 5, 6),
+        Output(RequestKey(job_id, 1), (Choice('a,"b"\nc', "length"),), 5, 6),
         Output.failed(RequestKey(job_id, 2), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "too long", prompt_tokens=9),
         Output.failed(RequestKey(job_id, 3), ErrorCode.OUT_OF_MEMORY, "no memory"),
     ]
@@ -157,9 +158,8 @@ def test_csv_quotes_what_needs_it(store: Store, job: Job, capsys: pytest.Capture
 def test_a_failed_export_leaves_the_old_file(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    with pytest.raises(RuntimeError), replaced(out) as file:
-        file.write("half of the n")
-        raise RuntimeError
+    with pytest.raises(UnicodeEncodeError), replaced(out) as file:
+        file.write("half of the new one, then what cannot be written: \ud800")
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
 

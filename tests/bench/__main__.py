@@ -1,6 +1,6 @@
 """`make bench`: measures batchmill on this machine and prints a table. It asserts nothing.
 
-    python -m tests.bench [submit|echo|results|status|engine ...]
+python -m tests.bench [submit|echo|results|status|engine ...]
 """
 
 from __future__ import annotations

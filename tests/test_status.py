@@ -1,0 +1,159 @@
+"""What status says: the public JSON, pinned key by key and type by type, and the lines for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.schema import ErrorCode, JobOptions, SamplingParams
+from jobs.store import Store
+from jobs.store.lease import Held
+from producer.status import JobStatus, duration, job_json, size, worker_json
+from tests import mill
+
+NUMBER = (int, float)
+#: The public keys of `status JSON`; none may go or change its meaning.
+STATUS: dict[str, Any] = {
+    "id": str,
+    "name": str,
+    "state": str,
+    "model": str,
+    "revision": type(None),
+    "quantization": str,
+    "counts": {"total": int, "succeeded": int, "failed": int, "cancelled": int, "pending": int},
+    "tokens": {"prompt": int, "completion": int},
+    "throughput": {
+        "requests_per_second": NUMBER,
+        "prompt_tokens_per_second": NUMBER,
+        "completion_tokens_per_second": NUMBER,
+        "recent_requests_per_second": NUMBER,
+    },
+    "vram": {
+        "weights_bytes": int,
+        "peak_allocated_bytes": int,
+        "peak_reserved_bytes": int,
+        "device_total_bytes": int,
+    },
+    "seconds": {"queued": NUMBER, "running": NUMBER, "model_load": NUMBER},
+    "eta_seconds": (*NUMBER, type(None)),
+    "workers": list,
+    "unserved_seconds": (*NUMBER, type(None)),
+    "options": dict,
+    "sampling": dict,
+    "batch_size": int,
+    "runs": int,
+    "file": {"name": str, "sha256": str},
+    "command": str,
+    "versions": dict,
+    "model_commits": list,
+    "queued_at": NUMBER,
+    "started_at": NUMBER,
+    "finished_at": (*NUMBER, type(None)),
+}
+WORKER = {
+    "name": str,
+    "host": str,
+    "pid": int,
+    "state": str,
+    "alive": bool,
+    "batches": int,
+    "model": str,
+    "revision": type(None),
+    "quantization": str,
+    "device": str,
+    "device_name": str,
+    "device_uuid": type(None),
+    "weights_bytes": int,
+    "model_load_seconds": NUMBER,
+    "uptime_seconds": NUMBER,
+    "seen_seconds": NUMBER,
+    "error": type(None),
+}
+
+
+def check(value: dict[str, Any], shape: dict[str, Any]) -> None:
+    assert list(value) == list(shape)
+    for key, kind in shape.items():
+        if isinstance(kind, dict):
+            check(value[key], kind)
+        else:
+            assert isinstance(value[key], kind), key
+
+
+@pytest.fixture
+def job_id(store: Store) -> str:
+    """A job of ten requests: two succeeded, two failed, one worker at work."""
+    flags = JobOptions(None, SamplingParams(temperature=0.0))
+    job_id = mill.load(store, 10, name="nightly", options=flags)
+    who = mill.seat(store)
+    (claimed,) = mill.claim(store, who)
+    mill.save(store, who, [mill.answered(claimed, count=2)])
+    errors = [mill.output(job_id, index, error=ErrorCode.ENGINE_ERROR) for index in (2, 3)]
+    mill.save(store, who, [Held(claimed.lease, outputs=errors)])
+    mill.claim(store, who)
+    return job_id
+
+
+def test_the_json_of_a_running_job_has_the_public_keys(store: Store, job_id: str) -> None:
+    status = JobStatus.read(store, job_id).to_json()
+    check(status, STATUS)
+    check(status["workers"][0], WORKER)
+    assert status["counts"] == {"total": 10, "succeeded": 2, "failed": 2, "cancelled": 0, "pending": 6}
+    assert status["sampling"] == {"max_tokens": 256, "temperature": 0.0, "top_k": 7}
+    assert status["options"] == {"temperature": 0.0}
+    assert status["throughput"]["requests_per_second"] > 0
+    assert status["eta_seconds"] > 0
+    assert status["unserved_seconds"] is None
+
+
+def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
+    job = job_json(store.reading.job(job_id))
+    assert list(job) == [
+        "id",
+        "name",
+        "state",
+        "model",
+        "revision",
+        "quantization",
+        "counts",
+        "file",
+        "queued_at",
+        "finished_at",
+    ]
+    assert sum(count for state, count in job["counts"].items() if state != "total") == job["counts"]["total"]
+    check(worker_json(store.workers.rows()[0]), WORKER)
+
+
+def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
+    status = JobStatus.read(store, mill.load(store, 3))
+    assert status.missing_seconds is not None
+    text = "\n".join(status.lines())
+    assert "no live worker has served echo (none)" in text
+    assert "batchmill worker -m echo" in text
+
+
+def test_a_worker_bound_to_another_job_serves_nobody_else(store: Store) -> None:
+    job_id = mill.load(store, 3)
+    mill.seat(store, only_job="another")
+    assert not JobStatus.read(store, job_id).served
+
+
+def test_the_lines_for_people_name_what_counts(store: Store, job_id: str) -> None:
+    text = "\n".join(JobStatus.read(store, job_id).lines())
+    assert f"job {job_id} (nightly): running" in text
+    assert "10 = 2 succeeded + 2 failed + 0 cancelled + 6 pending" in text
+    assert "temperature 0.0" in text
+    assert "at work    w on host, cpu" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (59, "59 s"), (60, "1 min 0 s"), (3_599, "59 min 59 s"), (7_500, "2 h 5 min")]
+)
+def test_durations_for_people(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (80 * 2**30, "80.0 GiB")])
+def test_sizes_for_people(count: int, said: str) -> None:
+    assert size(count) == said
