@@ -185,7 +185,9 @@ def test_what_asks_for_nothing_is_accepted(one: Callable[..., Request], nothing:
 def test_what_has_no_effect_is_kept_to_be_returned(one: Callable[..., Request]) -> None:
     kept = {"user": "u", "metadata": {"a": [1, None]}, "store": False, "service_tier": "auto"}
     assert one(openai({"messages": [HELLO]} | kept)).passthrough == kept
-    assert one({"prompt": "x", "user": "u"}).passthrough == {"user": "u"}
+    request = one({"prompt": "x", "user": "u"})
+    assert (request.passthrough, request.sampling) == ({"user": "u"}, NO_SAMPLING)
+    assert request.sampling is NO_SAMPLING
 
 
 def test_chat_template_kwargs_go_with_messages(one: Callable[..., Request]) -> None:

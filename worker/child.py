@@ -38,8 +38,8 @@ log = get_logger(__name__)
 ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
-#: How many requests an engine works on at once, where no setting says otherwise.
-ECHO_ROWS, GENERATE_ROWS = 512, 32
+#: How many requests the echo engine answers in a step, where no setting says otherwise.
+ECHO_ROWS = 512
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
@@ -150,7 +150,7 @@ def _hold_model(spec: ModelSpec, device: DeviceInfo, *, settings: Settings, prog
         pace = settings.echo_step_seconds
         return _Held(EchoEngine(rows=settings.engine_rows or ECHO_ROWS, progress=progress, seconds_per_step=pace))
     # Imported here, so that the echo engine works where torch is not installed.
-    from worker.engine.generate import GenerateEngine
+    from worker.engine.generate import GENERATE_ROWS, GenerateEngine
     from worker.loader import load
 
     loaded = load(spec, device.torch_device)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import IO
 
 import psutil
 
@@ -28,9 +29,9 @@ _ECHO_REQUESTS = 100_000
 
 def submit(lines: int) -> list[Row]:
     """A file of 500-byte lines into SQLite."""
-    with _home() as home:
-        file = _prompts(home, lines)
-        seconds, peak_bytes = _command(home, "submit", file, "-m", "echo")
+    with home() as folder:
+        file = _prompts(folder, lines)
+        seconds, peak_bytes = command(folder, "submit", file, "-m", "echo")
     return [
         Row(f"submit {lines:,} lines of {_LINE_BYTES} bytes", f"{lines / seconds:,.0f} lines/s", "40,000"),
         Row("submit, peak resident memory", f"{peak_bytes / 2**20:,.0f} MiB", "under 200 MB"),
@@ -39,17 +40,17 @@ def submit(lines: int) -> list[Row]:
 
 def echo(_lines: int) -> list[Row]:
     """One worker with the echo engine, from submit to the results in a file."""
-    with _home() as home:
-        file = _prompts(home, _ECHO_REQUESTS)
-        redis = EmbeddedRedis(home)
+    with home() as folder:
+        file = _prompts(folder, _ECHO_REQUESTS)
+        redis = EmbeddedRedis(folder)
         redis.start()
-        worker = _start(home, "worker", "-m", "echo")
+        worker = _start(folder, "worker", "-m", "echo")
         try:
-            _wait_for_worker(home)
+            _wait_for_worker(folder)
             begin = perf_counter()
-            _command(home, "submit", file, "-m", "echo", "--wait")
+            command(folder, "submit", file, "-m", "echo", "--wait")
             answered = perf_counter() - begin
-            _command(home, "results", "last", "-o", home / "out.jsonl")
+            command(folder, "results", "last", "-o", folder / "out.jsonl")
             whole = perf_counter() - begin
         finally:
             worker.terminate()
@@ -63,12 +64,12 @@ def echo(_lines: int) -> list[Row]:
 
 def results_and_status(lines: int) -> list[Row]:
     """Export and status of a finished job of so many outputs."""
-    with _home() as home:
-        file = _prompts(home, lines)
-        _command(home, "run", file, "-m", "echo", "-o", home / "out.jsonl")
-        seconds, peak_bytes = _command(home, "results", "last", "-o", home / "out.jsonl")
-        status_seconds, _ = _command(home, "status", "last", "--json")
-        store = Store(load_settings(home=home).database)
+    with home() as folder:
+        file = _prompts(folder, lines)
+        command(folder, "run", file, "-m", "echo", "-o", folder / "out.jsonl")
+        seconds, peak_bytes = command(folder, "results", "last", "-o", folder / "out.jsonl")
+        status_seconds, _ = command(folder, "status", "last", "--json")
+        store = Store(load_settings(home=folder).database)
         job_id = store.reading.find("last")
         begin = perf_counter()
         JobStatus.read(store, job_id)
@@ -83,13 +84,13 @@ def results_and_status(lines: int) -> list[Row]:
 
 
 @contextmanager
-def _home() -> Iterator[Path]:
+def home() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="batchmill-bench-") as folder:
         yield Path(folder)
 
 
-def _prompts(home: Path, lines: int) -> Path:
-    path = home / "prompts.jsonl"
+def _prompts(folder: Path, lines: int) -> Path:
+    path = folder / "prompts.jsonl"
     with path.open("w") as file:
         for index in range(lines):
             head = json.dumps({"prompt": f"{index} "})[:-2]
@@ -97,19 +98,17 @@ def _prompts(home: Path, lines: int) -> Path:
     return path
 
 
-def _environ(home: Path) -> dict[str, str]:
-    return {**os.environ, **environment_of(load_settings(home=home))}
+def _start(folder: Path, *words: str | Path, stdout: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "producer", *map(str, words)]
+    environ = {**os.environ, **environment_of(load_settings(home=folder))}
+    return subprocess.Popen(line, env=environ, stdout=stdout, stderr=subprocess.DEVNULL)
 
 
-def _start(home: Path, *words: str | Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "producer", *map(str, words)]
-    return subprocess.Popen(command, env=_environ(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _command(home: Path, *words: str | Path) -> tuple[float, int]:
-    """Runs a command: its seconds, and the largest resident memory that was seen."""
+def command(folder: Path, *words: str | Path, stdout: str = os.devnull) -> tuple[float, int]:
+    """Runs a command in this home: its seconds, and the largest resident memory that was seen."""
     begin = perf_counter()
-    process = _start(home, *words)
+    with open(stdout, "wb") as file:
+        process = _start(folder, *words, stdout=file)
     peak = 0
     while process.poll() is None:
         try:
@@ -122,8 +121,8 @@ def _command(home: Path, *words: str | Path) -> tuple[float, int]:
     return perf_counter() - begin, peak
 
 
-def _wait_for_worker(home: Path) -> None:
-    store = open_store(load_settings(home=home))
+def _wait_for_worker(folder: Path) -> None:
+    store = open_store(load_settings(home=folder))
     while not any(each.state is WorkerState.READY for each in store.workers.rows()):
         sleep(0.05)
     store.close()
