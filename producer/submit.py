@@ -106,6 +106,8 @@ def _stream(
     lease_seconds: float,
 ) -> None:
     plain_only = spec if spec is not None and _lacks_chat_template(spec) else None
+    if plain_only is not None and submission.options.system is not None:
+        raise UsageError(f"--system makes chats, and the model folder {plain_only.model} has no chat template")
     for page in _pages(prompts):
         if plain_only is not None:
             _refuse_messages(page, plain_only)

@@ -1,4 +1,7 @@
-"""The annotated file tree of the README: `python -m tests.tree` prints it. A module's note is its docstring's beginning."""
+"""The annotated file tree of the README; `python -m tests.tree` prints it.
+
+A module's note is the beginning of its docstring.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,8 @@ def _files(room: str) -> list[tuple[str, str]]:
 def _note(path: Path) -> str:
     """The first sentence of a module's docstring, in one line."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    first = re.split(r"(?<=[.:!?])\s|\n\n", text.strip(), maxsplit=1)[0]
-    return " ".join(first.split()).rstrip(".:")
+    first = re.split(r"(?<=[.!?])\s|\n\n|;\s", text.strip(), maxsplit=1)[0]
+    return " ".join(first.split()).rstrip(".")
 
 
 def _line(path: str, note: str) -> str:

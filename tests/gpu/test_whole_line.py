@@ -48,7 +48,9 @@ def test_a_billion_weights_through_the_whole_line(
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": "a b c " * (index % 40 + 1)}) + "\n" for index in range(64)))
     mill.start("worker", "-m", llama_1b, "-q", quantization, "--device", "cuda:0")
-    mill.command("submit", file, "-m", llama_1b, "-q", quantization, "--max-tokens", "32", "--temperature", "0", "--wait")
+    mill.command(
+        "submit", file, "-m", llama_1b, "-q", quantization, "--max-tokens", "32", "--temperature", "0", "--wait"
+    )
     status = mill.status()
     vram = status["vram"]
     least, most = WEIGHTS[quantization]
