@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 from alembic import command
@@ -59,11 +60,16 @@ def _upgrade_embedded(settings: Settings, store: Store) -> None:
                 return
             if found is not None:
                 _refuse_newer(found, settings)
-                copy = settings.database_file.with_suffix(f".{found}.{int(time.time())}.db")
-                shutil.copy2(settings.database_file, copy)
+                _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
             upgrade(settings.database)
     except Timeout:
         raise AlreadyRunning(f"another process has been upgrading the store in {settings.home}") from None
+
+
+def _copy(source: Path, copy: Path) -> None:
+    """A consistent copy of a SQLite file that others may be using."""
+    with closing(sqlite3.connect(source)) as reading, closing(sqlite3.connect(copy)) as writing:
+        reading.backup(writing)
 
 
 def _refuse_newer(found: str, settings: Settings) -> None:

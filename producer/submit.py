@@ -65,6 +65,7 @@ def load_job(submission: Submission, *, store: Store, settings: Settings) -> tup
         ignore_line_model=submission.ignore_line_model,
     )
     lease_seconds = settings.loading_lease_seconds
+    store.loading.discard_expired()
     with prompts:
         job_id = store.loading.begin(
             name=submission.name,

@@ -26,7 +26,7 @@ from jobs.store.lease import Seat
 from jobs.store.workers import Loaded
 from worker.devices import DeviceInfo, describe_device
 from worker.engine import Engine, Progress
-from worker.engine.echo import EchoEngine
+from worker.engine.echo import ECHO_ROWS, EchoEngine
 from worker.reconciler import Reconciler
 from worker.runner import Runner
 from worker.saver import Saver
@@ -38,8 +38,6 @@ log = get_logger(__name__)
 ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
-#: How many requests the echo engine answers in a step, where no setting says otherwise.
-ECHO_ROWS = 512
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 

@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any
 
 import psutil
-from celery.platforms import SecurityWarning
+from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 from kombu import Queue
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
 
 from jobs.schema import (
     BATCH_BEFORE,
     CLAIMABLE_JOB_STATES,
+    JOB_BEFORE,
     BatchState,
     JobOptions,
+    JobState,
     Request,
     SamplingParams,
 )
@@ -103,23 +105,33 @@ class Claiming:
         return tuple(Request.from_body(*row).under(options) for row in rows)
 
     def _options(self, connection: Connection, seat: Seat, job_id: str) -> JobOptions:
-        """What holds for a job's requests; the first worker to claim a batch of it writes it down."""
-        row = connection.execute(
-            select(jobs.c.options, jobs.c.sampling, jobs.c.versions).where(jobs.c.id == job_id)
-        ).one()
+        """What holds for a job's requests: what was written down, or else what `begin_job` will write."""
+        row = connection.execute(select(jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
         asked = JobOptions.from_json(json.loads(row.options))
         if row.sampling is not None:
             return JobOptions(asked.system, SamplingParams.from_json(json.loads(row.sampling)))
-        held = asked.sampling.over(seat.defaults).over(SamplingParams.fallback())
-        connection.execute(
-            update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.sampling.is_(None))
-            .values(
-                sampling=json.dumps(held.to_json()),
-                versions=json.dumps(json.loads(row.versions) | dict(seat.versions)),
-            )
-        )
-        return JobOptions(asked.system, held)
+        return JobOptions(asked.system, asked.sampling.over(seat.defaults).over(SamplingParams.fallback()))
+
+    def begin_job(self, connection: Connection, seat: Seat, job_id: str) -> None:
+        """A batch of this job was claimed: it runs, and what holds for its requests is written down.
+
+        A step of its own after all claims, since the jobs' rows are locked after the batches', by id.
+        """
+        row = connection.execute(
+            select(jobs.c.state, jobs.c.sampling, jobs.c.versions)
+            .where(jobs.c.id == job_id)
+            .with_for_update(key_share=True)
+        ).one()
+        changes: dict[str, Any] = {}
+        if row.sampling is None:
+            held = self._options(connection, seat, job_id).sampling
+            changes["sampling"] = json.dumps(held.to_json())
+            changes["versions"] = json.dumps(json.loads(row.versions) | dict(seat.versions))
+        if JobState(row.state) in JOB_BEFORE[JobState.RUNNING]:
+            changes["state"] = JobState.RUNNING.value
+            changes["started_at"] = func.coalesce(jobs.c.started_at, self._database.now)
+        if changes:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(changes))
 
     def _begin_run(
         self,

@@ -10,11 +10,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, select, update
 
 from jobs.schema import (
     BATCH_BEFORE,
-    JOB_BEFORE,
     BatchState,
     JobState,
     Output,
@@ -57,7 +56,7 @@ class Saving:
             drain = self._draining(connection, seat)
             holds = len(rest) > len(released)
             claimed = () if drain else self._claiming.claim(connection, seat, holds, wanted_requests, in_flight_room)
-            self._advance(connection, mine, finished | cancelled, claimed)
+            self._advance(connection, seat, mine, finished | cancelled, claimed)
         lost = {each.lease.batch_id for each in held} - {each.lease.batch_id for each in mine}
         return Turned(frozenset(lost), finished, cancelled, released, claimed, drain)
 
@@ -179,21 +178,19 @@ class Saving:
         return state == WorkerState.DRAINING.value
 
     def _advance(
-        self, connection: Connection, mine: Sequence[Held], ended: frozenset[int], claimed: Iterable[Claimed]
+        self,
+        connection: Connection,
+        seat: Seat,
+        mine: Sequence[Held],
+        ended: frozenset[int],
+        claimed: Iterable[Claimed],
     ) -> None:
         """Moves the jobs on, by id: those with a claimed batch run, those with nothing open are closed."""
         begun = {each.lease.job_id for each in claimed}
         touched = {each.lease.job_id for each in mine if each.lease.batch_id in ended}
         for job_id in sorted(begun | touched):
             if job_id in begun:
-                connection.execute(
-                    update(jobs)
-                    .where(jobs.c.id == job_id, jobs.c.state.in_(JOB_BEFORE[JobState.RUNNING]))
-                    .values(
-                        state=JobState.RUNNING.value,
-                        started_at=func.coalesce(jobs.c.started_at, self._database.now),
-                    )
-                )
+                self._claiming.begin_job(connection, seat, job_id)
             if job_id in touched:
                 self._closing.close_if_done(connection, job_id)
 

@@ -37,14 +37,15 @@ class GenerateEngine:
 
     A step runs one micro-batch to its end; progress is called before it and after each of its token steps. When the
     device runs out of memory, the step tries again with half of the cache places and never plans above that again
-    (`tokens_that_fit`); a request that fails alone is answered by the error `out_of_memory`.
+    (`tokens_that_fit`); a request that fails alone is answered by the error `out_of_memory`. An output's
+    completion_tokens count the end token, as OpenAI and vLLM do.
     """
 
     def __init__(self, loaded: LoadedModel, *, rows: int = GENERATE_ROWS, progress: Progress = lambda: False) -> None:
         self.rows = rows
         self.defaults = loaded.defaults
-        #: Cache places of a micro-batch, at most.
         available = MemoryReader(str(loaded.device)).available_bytes()
+        #: Cache places of a micro-batch, at most.
         self.tokens_that_fit = available // (MEMORY_PARTS * loaded.cache_token_bytes)
         self._loaded = loaded
         self._progress = progress
