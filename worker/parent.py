@@ -58,11 +58,15 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     device = "cpu" if options.spec.model == ECHO else options.device
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(device, os.environ)
     os.environ.update(environment_of(settings))
+    # torch's threads wait asleep: awake they take the very cores that the slowest of them waits for, and beside one
+    # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     store = open_store(settings)
     broker = Broker(settings.broker)
     if settings.embedded_broker:
         _check_embedded(broker, settings)
     name = options.name or f"{device.replace(':', '')}-{os.getpid()}"
+    celery_worker = _celery_worker(settings, options.spec, name)
     worker_id = store.workers.register(
         host=socket.gethostname(),
         name=name,
@@ -72,14 +76,13 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
         only_job=options.only_job,
         beat=settings.heartbeat_seconds,
     )
-    order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job)
-    os.environ[ORDER_VARIABLE] = order.to_environment()
-    celery_worker = _celery_worker(settings, options.spec, name)
     keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=_Pool(celery_worker))
-    worker_shutting_down.connect(keeper.on_shutdown, weak=False)
-    log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
-    keeper.start()
     try:
+        order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job)
+        os.environ[ORDER_VARIABLE] = order.to_environment()
+        worker_shutting_down.connect(keeper.on_shutdown, weak=False)
+        log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
+        keeper.start()
         celery_worker.start()
     finally:
         keeper.finish()
@@ -191,7 +194,8 @@ class Keeper:
     def finish(self) -> None:
         """Celery has ended: whatever its children still held is taken back, and the row says so."""
         self._over.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self._pool.signal(signal.SIGKILL)
         try:
             self._beat()

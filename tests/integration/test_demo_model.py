@@ -15,6 +15,7 @@ from jobs.settings import environment_of, load_settings
 from tests.integration.conftest import Mill
 from worker.demo.corpus import held_out_additions
 
+pytestmark = pytest.mark.xdist_group("demo model")
 ADDITIONS = 300
 LEAST_RIGHT = 0.95
 MOST_LOST = 0.03

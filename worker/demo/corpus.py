@@ -1,8 +1,8 @@
 """The questions the demo model can answer, their right answers, and which of them training never sees.
 
-Owns the kinds of questions, their phrasings, the table of facts, the word list and the held-out split. It is
-plain Python: it knows no tensors and no tokenizer. The split depends on a hash of the question's content alone,
-so training and tests agree on it on every machine.
+Owns the kinds of questions, their phrasings, the table of facts, the word list and the held-out split. It
+is plain Python: it knows no tensors and no tokenizer. The split depends on a hash of the question's content
+alone, so training and tests agree on it on every machine.
 """
 
 import random
@@ -16,56 +16,60 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 WORDS = tuple(
     """
-    able acid acorn actor admit adult afraid after again age agree air alarm album alert alive alone amber amount
-    anchor angle animal ankle answer apple april apron arch area arm army arrow art artist asleep atlas attic aunt
-    autumn awake axe baby back bacon badge bag baker ball bamboo banana band bank barn basket bat bath beach bean
-    bear beard beaver bed bee beetle bell belt bench berry bike bird biscuit blanket block board boat body bone book
-    boot border bottle bowl box boy branch brave bread brick bridge bright broom brother brown brush bucket bus bush
-    butter button cabin cable cactus cake camel camera camp canal candle candy canoe cap captain car card carpet
-    carrot castle cat cave cell chain chair chalk cheese cherry chess chicken child church circle city clay clean
-    cliff clock cloth cloud coach coal coast coat coffee coin cold collar comb copper coral corn corner cotton couch
-    cow crab cream crow crown cup curtain dance danger dark day deep deer desert desk dinner dish doctor dog doll
-    donkey door dragon dream dress drink drum duck dust eagle ear early earth east easy echo edge egg elbow engine
-    evening eye face fair family farm fast father feather fence field fig finger fire fish flag floor flower fly fog
-    food foot forest fork fox free fresh friend frog frost fruit garden garlic gate ghost giant gift girl glass glove
-    goat gold goose grape grass green guitar hair hammer hand happy harbor hat hawk head heart heavy hen hill hockey
-    honey horse hotel house hungry ice idea inch ink iron island ivory jacket jam jar jelly jewel job juice jump
-    jungle kettle key king kite kitten knee knife ladder lake lamb lamp large laugh lawn leaf leather lemon letter
-    library light lime lion lip list lizard lock log lunch machine magic mail map maple marble market mask meadow
-    meal melon metal milk mill mirror monkey month moon morning mother mouse mouth mud music nail name narrow neck
-    needle nest net night noise north nose number nurse oak ocean office oil old olive onion orange orchard oven owl
-    page paint palace palm panda paper park parrot path peach pear pearl pen pencil pepper phone piano picture pie
-    pig pillow pilot pine pink pipe planet plant plate plum pocket poem police pond pony pool potato pot pretty
-    pump pupil purple purse puzzle queen quick quiet rabbit radio rain raven red rice ring river road robin rock
-    roof room rope rose round ruler sad saddle sail salad salt sand school sea seed shadow shark sharp sheep shell
-    ship shirt shoe shop silver sister sky sleep slow small smile smoke snail snake snow soap sock soft song soup
-    south spider spoon spring square squid star station stone storm story street strong student sugar summer sun
-    swan sweet table tail tall tea teacher tent thumb tiger time toast toe tomato tooth towel tower town toy train
-    tree truck tulip turtle uncle valley vase velvet village violin voice wagon wall walnut warm watch water wave
-    west whale wheat wheel white wide wild wind window wing winter wolf wood wool word world yard year yellow young
-    zebra zero zoo
+        able acid acorn actor admit adult afraid after again age agree air alarm album alert alive alone
+    amber amount     anchor angle animal ankle answer apple april apron arch area arm army arrow art
+    artist asleep atlas attic aunt     autumn awake axe baby back bacon badge bag baker ball bamboo banana
+    band bank barn basket bat bath beach bean     bear beard beaver bed bee beetle bell belt bench berry
+    bike bird biscuit blanket block board boat body bone book     boot border bottle bowl box boy branch
+    brave bread brick bridge bright broom brother brown brush bucket bus bush     butter button cabin
+    cable cactus cake camel camera camp canal candle candy canoe cap captain car card carpet     carrot
+    castle cat cave cell chain chair chalk cheese cherry chess chicken child church circle city clay clean
+    cliff clock cloth cloud coach coal coast coat coffee coin cold collar comb copper coral corn corner
+    cotton couch     cow crab cream crow crown cup curtain dance danger dark day deep deer desert desk
+    dinner dish doctor dog doll     donkey door dragon dream dress drink drum duck dust eagle ear early
+    earth east easy echo edge egg elbow engine     evening eye face fair family farm fast father feather
+    fence field fig finger fire fish flag floor flower fly fog     food foot forest fork fox free fresh
+    friend frog frost fruit garden garlic gate ghost giant gift girl glass glove     goat gold goose grape
+    grass green guitar hair hammer hand happy harbor hat hawk head heart heavy hen hill hockey     honey
+    horse hotel house hungry ice idea inch ink iron island ivory jacket jam jar jelly jewel job juice jump
+    jungle kettle key king kite kitten knee knife ladder lake lamb lamp large laugh lawn leaf leather
+    lemon letter     library light lime lion lip list lizard lock log lunch machine magic mail map maple
+    marble market mask meadow     meal melon metal milk mill mirror monkey month moon morning mother mouse
+    mouth mud music nail name narrow neck     needle nest net night noise north nose number nurse oak
+    ocean office oil old olive onion orange orchard oven owl     page paint palace palm panda paper park
+    parrot path peach pear pearl pen pencil pepper phone piano picture pie     pig pillow pilot pine pink
+    pipe planet plant plate plum pocket poem police pond pony pool potato pot pretty     pump pupil purple
+    purse puzzle queen quick quiet rabbit radio rain raven red rice ring river road robin rock     roof
+    room rope rose round ruler sad saddle sail salad salt sand school sea seed shadow shark sharp sheep
+    shell     ship shirt shoe shop silver sister sky sleep slow small smile smoke snail snake snow soap
+    sock soft song soup     south spider spoon spring square squid star station stone storm story street
+    strong student sugar summer sun     swan sweet table tail tall tea teacher tent thumb tiger time toast
+    toe tomato tooth towel tower town toy train     tree truck tulip turtle uncle valley vase velvet
+    village violin voice wagon wall walnut warm watch water wave     west whale wheat wheel white wide
+    wild wind window wing winter wolf wood wool word world yard year yellow young     zebra zero zoo
     """.split()
 )
 
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
     "Austria": "Vienna", "Greece": "Athens", "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm",
-    "Finland": "Helsinki", "Denmark": "Copenhagen", "Ireland": "Dublin", "Hungary": "Budapest", "Japan": "Tokyo",
-    "China": "Beijing", "Egypt": "Cairo", "Kenya": "Nairobi", "Canada": "Ottawa", "Peru": "Lima",
-    "Cuba": "Havana", "Chile": "Santiago", "Iceland": "Reykjavik", "Turkey": "Ankara",
+    "Finland": "Helsinki", "Denmark": "Copenhagen", "Ireland": "Dublin", "Hungary": "Budapest",
+    "Japan": "Tokyo", "China": "Beijing", "Egypt": "Cairo", "Kenya": "Nairobi", "Canada": "Ottawa",
+    "Peru": "Lima", "Cuba": "Havana", "Chile": "Santiago", "Iceland": "Reykjavik", "Turkey": "Ankara",
 }  # fmt: skip
 COLOURS = {
-    "grass": "green", "snow": "white", "the sky": "blue", "coal": "black", "a banana": "yellow", "blood": "red",
-    "a carrot": "orange", "chocolate": "brown", "an elephant": "grey", "a flamingo": "pink",
+    "grass": "green", "snow": "white", "the sky": "blue", "coal": "black", "a banana": "yellow",
+    "blood": "red", "a carrot": "orange", "chocolate": "brown", "an elephant": "grey",
+    "a flamingo": "pink",
 }  # fmt: skip
 LEGS = {
-    "dog": "4", "spider": "8", "bird": "2", "beetle": "6", "snake": "0", "horse": "4", "fish": "0", "crab": "10",
-    "duck": "2", "bee": "6",
+    "dog": "4", "spider": "8", "bird": "2", "beetle": "6", "snake": "0", "horse": "4", "fish": "0",
+    "crab": "10", "duck": "2", "bee": "6",
 }  # fmt: skip
 OPPOSITES = {
-    "hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "open": "closed", "wet": "dry",
-    "full": "empty", "light": "dark", "left": "right", "early": "late", "hard": "soft", "rich": "poor",
-    "happy": "sad", "new": "old", "strong": "weak",
+    "hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "open": "closed",
+    "wet": "dry", "full": "empty", "light": "dark", "left": "right", "early": "late", "hard": "soft",
+    "rich": "poor", "happy": "sad", "new": "old", "strong": "weak",
 }  # fmt: skip
 
 # The last phrasing of each is the terse one, meant for prompts without a chat template.
@@ -83,10 +87,14 @@ PHRASINGS = {
     "opposite": ("What is the opposite of {}?", "Name the opposite of '{}'.", "opposite of {} ="),
 }
 FACT_TABLES = {"capital": CAPITALS, "colour": COLOURS, "legs": LEGS, "opposite": OPPOSITES}
-FACTS = tuple(
-    (topic, subject, answer) for topic, table in FACT_TABLES.items() for subject, answer in table.items()
-)
-KIND_WEIGHTS = {"addition": 40, "spelling": 18, "sorting": 32, "facts": 7, "other": 3}
+FACTS = tuple((topic, subject, answer) for topic, table in FACT_TABLES.items() for subject, answer in table.items())
+KIND_WEIGHTS = {"addition": 42, "spelling": 13, "sorting": 36, "facts": 6, "other": 3}
+OTHER_OPENINGS = (
+    "Tell me about", "Write a poem about", "Write a long story about the", "Hello", "Hi there", "Why", "Translate:",
+    "Please explain", "", "", "Who is", "Once upon a time", "How are you", "What is", "Tell me a joke", "Say something",
+)  # fmt: skip
+OTHER_ENDINGS = ("?", ".", "", "!")
+
 # Sums take longest to learn, and are learnt much faster while little else is.
 FIRST_KIND_WEIGHTS = {"addition": 90, "spelling": 3, "sorting": 4, "facts": 2, "other": 1}
 
@@ -125,6 +133,7 @@ def sum_is_held_out(left: int, right: int) -> bool:
 
 
 TRAINING_WORDS = tuple(word for word in WORDS if not is_held_out(word))
+HELD_OUT_SUMS = tuple((a, b) for a in range(10, 100) for b in range(10, 100) if sum_is_held_out(a, b))
 HELD_OUT_WORDS = tuple(word for word in WORDS if is_held_out(word))
 
 
@@ -165,11 +174,18 @@ def random_letters(choose: random.Random) -> str:
 
 
 def _training_addition(choose: random.Random) -> Example:
-    """A third of the sums are of single digits, which the others are made of: it halves the time to learn them."""
+    """Sums, many of the sorts that are learnt or told apart with most pains.
+
+    A third are of single digits, of which the others are made; in a fifth the last digits make 9 or 10, just
+    below and just above a carry.
+    """
     if choose.random() < 0.33:
         return addition(choose.randrange(10), choose.randrange(10), choose)
+    near_carry = choose.random() < 0.3
     while True:
         left, right = choose.randrange(100), choose.randrange(100)
+        if near_carry:
+            right = right // 10 * 10 + (choose.choice((9, 10)) - left) % 10
         if not sum_is_held_out(left, right):
             return addition(left, right, choose)
 
@@ -193,11 +209,11 @@ def _training_sorting(choose: random.Random) -> Example:
 
 
 def _other(choose: random.Random) -> Example:
-    """Something the model was not made for: it says so and ends."""
-    openings = ("Tell me about", "Write a poem about", "Hello!", "Why", "Translate:", "Please explain", "", "Who is")
-    words = choose.choices(TRAINING_WORDS, k=choose.randint(1, 12))
-    text = " ".join([choose.choice(openings), *words]).strip() + choose.choice(("?", ".", "", "!"))
-    return Example("other", text[0].upper() + text[1:], FALLBACK_ANSWER)
+    """Something the model was not made for, a few words or a few hundred characters: it says so and ends."""
+    count = choose.randint(0, 12) if choose.random() < 0.75 else choose.randint(13, 45)
+    words = [_training_word(choose) for _ in range(count)]
+    text = " ".join([choose.choice(OTHER_OPENINGS), *words]).strip() + choose.choice(OTHER_ENDINGS)
+    return Example("other", text[:1].upper() + text[1:], FALLBACK_ANSWER)
 
 
 def training_example(choose: random.Random, kind_weights: Mapping[str, int] = KIND_WEIGHTS) -> Example:
@@ -214,26 +230,28 @@ def training_example(choose: random.Random, kind_weights: Mapping[str, int] = KI
 
 
 def held_out_examples(kind: str, count: int, seed: int = 0) -> list[Example]:
-    """`count` examples whose content training never saw; for facts, which are learnt by heart, any of them.
+    """`count` examples whose content training never saw; facts, which are learnt by heart, are any of them.
 
     Raises ValueError for an unknown kind, or when more different sums are wanted than are held out.
     """
     choose = random.Random(f"{kind}:{seed}")
     if kind == "addition":
-        sums = [(a, b) for a in range(10, 100) for b in range(10, 100) if sum_is_held_out(a, b)]
-        return [addition(left, right, choose) for left, right in choose.sample(sums, count)]
+        return [addition(left, right, choose) for left, right in choose.sample(HELD_OUT_SUMS, count)]
     if kind == "spelling":
         return [spelling(choose.choice(HELD_OUT_WORDS), choose) for _ in range(count)]
     if kind == "sorting":
         return [sorting(choose.sample(HELD_OUT_WORDS, 3), choose) for _ in range(count)]
     if kind == "facts":
         return [fact(number % len(FACTS), choose) for number in range(count)]
+    if kind == "other":
+        return [_other(choose) for _ in range(count)]
     raise ValueError(f"unknown kind of question: {kind!r}")
 
 
 def held_out_additions(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """`count` different held-out sums as (question, answer), worded as chat questions."""
-    found = [example for example in held_out_examples("addition", 900, seed) if not example.terse]
-    if count > len(found):
-        raise ValueError(f"only {len(found)} held-out additions are worded as questions, {count} were wanted")
-    return [(example.question, example.answer) for example in found[:count]]
+    """`count` different held-out sums as (question, answer), worded as chat questions, not tersely."""
+    questions = PHRASINGS["addition"][:-1]
+    return [
+        (questions[number % len(questions)].format(left, right), str(left + right))
+        for number, (left, right) in enumerate(random.Random(seed).sample(HELD_OUT_SUMS, count))
+    ]

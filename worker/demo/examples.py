@@ -26,7 +26,7 @@ def chat_messages(question: str, choose: random.Random) -> list[dict[str, str]]:
 
 def sampling(choose: random.Random) -> dict[str, object]:
     """Sampling parameters: greedy for most requests, some of every other kind."""
-    token_limit = choose.choice((16, 32, 48, 64))
+    token_limit = choose.choice((32, 48, 64))
     shapes: tuple[dict[str, object], ...] = (
         {"max_tokens": token_limit, "temperature": 0},
         {"max_tokens": token_limit, "temperature": 0},
@@ -60,11 +60,12 @@ def request_line(number: int, question: str, choose: random.Random) -> dict[str,
 
 
 def questions(count: int, choose: random.Random) -> list[corpus.Example]:
-    """Half of them sums, the rest of the other kinds in equal parts, in a random but fixed order."""
-    third = count // 6
-    found = corpus.held_out_examples("addition", count - 3 * third, seed=7)
+    """More than half are sums, eight are out of its reach, the rest are the other kinds in equal parts."""
+    part = count // 7
+    found = corpus.held_out_examples("addition", count - 3 * part - 8, seed=7)
+    found += corpus.held_out_examples("other", 8, seed=7)
     for kind in ("spelling", "sorting", "facts"):
-        found += choose.sample(corpus.held_out_examples(kind, 2 * third, seed=7), third)
+        found += choose.sample(corpus.held_out_examples(kind, 2 * part, seed=7), part)
     choose.shuffle(found)
     return found
 
@@ -72,11 +73,12 @@ def questions(count: int, choose: random.Random) -> list[corpus.Example]:
 def write_examples(folder: Path) -> None:
     """Write prompts.jsonl (requests of every shape) and prompts.txt (one plain prompt a line)."""
     choose = random.Random(20)
-    lines = [request_line(number, example.question, choose) for number, example in enumerate(questions(LINES, choose))]
+    asked = [example.question for example in questions(LINES, choose)]
+    lines = [json.dumps(request_line(number, question, choose)) for number, question in enumerate(asked)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     terse = [example.question for example in questions(8 * PLAIN_LINES, choose) if example.terse]
-    (folder / "prompts.txt").write_text("".join(line + "\n" for line in terse[:PLAIN_LINES]), encoding="utf-8")
+    for name, texts in (("prompts.jsonl", lines), ("prompts.txt", terse[:PLAIN_LINES])):
+        (folder / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
 def main() -> None:

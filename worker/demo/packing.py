@@ -1,7 +1,7 @@
 """Training rows of a fixed length: examples written as conversations or plain text, several to a row.
 
-Owns how an example looks to the model and what part of it is learnt (the answer and its end). Examples in one row
-cannot see each other; each starts at position 0.
+Owns how an example looks to the model and what part of it is learnt (the answer and its end). Examples in
+one row cannot see each other; each starts at position 0.
 """
 
 import itertools
@@ -28,7 +28,7 @@ class Rows:
     targets: torch.Tensor
     """The token after each position, NOT_LEARNT outside answers."""
     weights: torch.Tensor
-    """1 / square root of the answer's tokens, so that a long answer counts more than a short one, but not by much."""
+    """1 / square root of the answer's tokens: a long answer counts for more than a short one, a little."""
     positions: torch.Tensor
     may_attend: torch.Tensor
     """(rows, 1, length, length), true where a token (third axis) sees another (fourth axis)."""
@@ -67,8 +67,10 @@ def packed_rows(
     tokenizer: PreTrainedTokenizerFast, *, seed: int, rows: int, length_tokens: int, first_examples: int
 ) -> Iterator[Rows]:
     """Endless batches of `rows` rows; the same seed gives the same batches."""
-    examples = _encoded(tokenizer, random.Random(seed), first_examples)
+    encoded = _encoded(tokenizer, random.Random(seed), first_examples)
+    examples = (example for example in encoded if len(example[0]) <= length_tokens)
     example = next(examples)
+    earlier = torch.ones(length_tokens, length_tokens, dtype=torch.bool).tril()
     while True:
         shape = (rows, length_tokens)
         tokens = torch.full(shape, tokenizer.pad_token_id, dtype=torch.long)
@@ -87,5 +89,5 @@ def packed_rows(
                 positions[row, start:end] = torch.arange(len(ids))
                 owners[row, start:end] = owner
                 start, owner, example = end, owner + 1, next(examples)
-        same_example = owners[:, None, :, None] == owners[:, None, None, :]
-        yield Rows(tokens, targets, weights, positions, same_example & torch.ones(length_tokens, length_tokens).tril().bool())
+        may_attend = earlier & (owners[:, None, :, None] == owners[:, None, None, :])
+        yield Rows(tokens, targets, weights, positions, may_attend)

@@ -1,7 +1,7 @@
 """The demo model's tokenizer and chat template: one token per byte of UTF-8, and seven special tokens.
 
-Owns the special tokens and how a conversation is written as text. A printable ASCII character is one token; any
-other character is two to four, so that no input is lost and decoding gives the text back exactly.
+Owns the special tokens and how a conversation is written as text. A printable ASCII character is one token;
+any other character is two to four, so that no input is lost and decoding gives the text back exactly.
 """
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -33,7 +33,7 @@ def byte_alphabet() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose own special token in front of plain text is <|bos|>; the chat template writes it itself."""
+    """A tokenizer that puts <|bos|> in front of plain text; the chat template writes it itself."""
     tokens = [*SPECIAL_TOKENS, *byte_alphabet()]
     backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     backend.add_special_tokens(list(SPECIAL_TOKENS))
