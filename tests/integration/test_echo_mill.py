@@ -98,12 +98,12 @@ def test_sigkill_of_the_child_loses_and_doubles_nothing(mill: Mill, tmp_path: Pa
 
 def test_a_killed_workers_batches_run_elsewhere(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 1_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     worker.kill()
     mill.start("worker", "-m", "echo")
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 150)
+    check_whole(mill, job_id, 1_000)
 
 
 def test_redis_emptied_in_mid_job_costs_seconds(mill: Mill, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_redis_emptied_in_mid_job_costs_seconds(mill: Mill, tmp_path: Path) -> N
 
 def test_sigterm_during_work_hands_everything_back_in_time(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 1_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     worker.terminate()
     assert worker.wait(20) == 0
@@ -132,7 +132,7 @@ def test_sigterm_during_work_hands_everything_back_in_time(mill: Mill, tmp_path:
     assert mill.store.recovery.expired(for_seconds=-1_000) == {}  # no lease is left
     mill.start("worker", "-m", "echo")
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 150)
+    check_whole(mill, job_id, 1_000)
 
 
 def test_many_copies_of_a_message_to_two_workers_do_no_harm(mill: Mill, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_many_copies_of_a_message_to_two_workers_do_no_harm(mill: Mill, tmp_path
 
 
 def test_cancel_and_retry(mill: Mill, tmp_path: Path) -> None:
-    mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
+    slow = mill.start("worker", "-m", "echo", **SLOW)
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 1_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     mill.command("cancel", job_id)
     mill.command("wait", job_id, "--timeout", "20", code=5)
@@ -160,20 +160,22 @@ def test_cancel_and_retry(mill: Mill, tmp_path: Path) -> None:
     assert status["counts"]["cancelled"] > 0
     assert status["counts"]["pending"] == 0
     lines = mill.results(job_id)
-    assert [line["index"] for line in lines] == list(range(150))
+    assert [line["index"] for line in lines] == list(range(1_000))
     assert {line["error"]["code"] for line in lines if line["error"]} == {"cancelled"}
     mill.command("cancel", job_id)
+    slow.terminate()
     mill.command("retry", job_id)
+    mill.start("worker", "-m", "echo")
     mill.command("wait", job_id, "--timeout", "60")
-    check_whole(mill, job_id, 150)
+    check_whole(mill, job_id, 1_000)
 
 
 def test_results_of_a_running_job_are_those_that_are_there(mill: Mill, tmp_path: Path) -> None:
     mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 3_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     indexes = [line["index"] for line in mill.results(job_id)]
-    assert 10 < len(indexes) < 150
+    assert 10 < len(indexes) < 3_000
     assert indexes == sorted(indexes)
     status = mill.status(job_id)
     assert status["eta_seconds"] > 0

@@ -116,7 +116,7 @@ def test_the_same_run_again_exports_and_new_runs_anew(home: Home, tmp_path: Path
 
 
 def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home, tmp_path: Path) -> None:
-    file, out = write_prompts(tmp_path / "p.jsonl", 150), tmp_path / "out.jsonl"
+    file, out = write_prompts(tmp_path / "p.jsonl", 1_000), tmp_path / "out.jsonl"
     process = home.start("run", file, "-m", "echo", "-o", out, **SLOW)
     until(lambda: home.succeeded() > 10, "some answers")
     process.send_signal(signal.SIGINT)
@@ -128,21 +128,21 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home,
     assert home.processes() == []
     done = home.run("run", file, "-m", "echo", "-o", out)
     assert "goes on" in done.stderr
-    assert texts(out) == [f"one two three {index}" for index in range(150)]
+    assert texts(out) == [f"one two three {index}" for index in range(1_000)]
     store = Store(home.settings.database)
     (job,) = store.reading.jobs(most=5)
-    assert job.counts.succeeded == 150 > kept > 10
+    assert job.counts.succeeded == 1_000 > kept > 10
     store.close()
 
 
 def test_what_a_killed_run_left_ends_and_the_next_run_continues(home: Home, tmp_path: Path) -> None:
-    file, out = write_prompts(tmp_path / "p.jsonl", 150), tmp_path / "out.jsonl"
+    file, out = write_prompts(tmp_path / "p.jsonl", 1_000), tmp_path / "out.jsonl"
     process = home.start("run", file, "-m", "echo", "-o", out, **SLOW)
     until(lambda: home.succeeded() > 10, "some answers")
     process.kill()
     process.communicate()
     home.run("run", file, "-m", "echo", "-o", out)
-    assert texts(out) == [f"one two three {index}" for index in range(150)]
+    assert texts(out) == [f"one two three {index}" for index in range(1_000)]
 
 
 def test_a_second_run_or_up_in_the_same_home_is_refused_by_pid(home: Home, tmp_path: Path) -> None:

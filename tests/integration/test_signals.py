@@ -37,7 +37,7 @@ def test_sigterm_right_after_the_start(mill: Mill) -> None:
 
 def test_ctrl_c_at_a_worker_hands_everything_back(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 100), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 1_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     worker.send_signal(signal.SIGINT)
     assert worker.wait(20) == 0
@@ -46,7 +46,7 @@ def test_ctrl_c_at_a_worker_hands_everything_back(mill: Mill, tmp_path: Path) ->
 
 def test_a_child_that_does_not_hand_back_in_time_is_killed(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", drain_seconds=1.0, **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 100), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 1_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     os.kill(child_of(worker), signal.SIGSTOP)
     worker.terminate()
@@ -56,7 +56,7 @@ def test_a_child_that_does_not_hand_back_in_time_is_killed(mill: Mill, tmp_path:
 
 def test_a_frozen_child_loses_its_lease_and_writes_nothing_when_it_wakes(mill: Mill, tmp_path: Path) -> None:
     frozen = mill.start("worker", "-m", "echo", "--name", "frozen", **SLOW)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 100), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 1_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     child = child_of(frozen)
     os.kill(child, signal.SIGSTOP)
@@ -66,7 +66,7 @@ def test_a_frozen_child_loses_its_lease_and_writes_nothing_when_it_wakes(mill: M
     os.kill(child, signal.SIGCONT)
     until(lambda: all(row.leases == 0 for row in mill.store.workers.rows()), "the frozen one has let go")
     assert mill.results(job_id) == answers
-    assert [line["index"] for line in answers] == list(range(100))
+    assert [line["index"] for line in answers] == list(range(1_000))
 
 
 def test_the_whole_line_on_postgresql(postgresql_url: str, mill: Mill, tmp_path: Path) -> None:
