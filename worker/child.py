@@ -9,15 +9,17 @@ import json
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from jobs import VERSION
 from jobs.broker import Broker
-from jobs.errors import ModelError
+from jobs.errors import ModelError, StoreError
 from jobs.logs import configure_logs, get_logger
 from jobs.schema import ECHO, ModelSpec, WorkerState
 from jobs.settings import Settings, load_settings
@@ -34,10 +36,12 @@ from worker.telemetry import MemoryMeter
 from worker.watchdog import Watchdog
 
 log = get_logger(__name__)
+T = TypeVar("T")
 #: How a parent tells its child who it is; JSON of ChildOrder. Not a setting of the user's.
 ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
+_STORE_PAUSE_SECONDS = 1.0
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
@@ -65,8 +69,12 @@ class Child:
         self._runner = runner
 
     def work(self) -> None:
-        """Works while there is work."""
-        self._runner.run()
+        """Works while there is work. An engine that fails ends the process: its device may be broken for good."""
+        try:
+            self._runner.run()
+        except Exception:
+            log.exception("the engine failed; this process ends, and its batches are taken back")
+            os._exit(1)
 
 
 class _DrainSwitch:
@@ -93,11 +101,14 @@ def begin() -> Child:
     configure_logs(settings)
     order = ChildOrder.from_environment()
     store = Store(settings.database, busy_seconds=settings.busy_seconds)
+    generation = _answered(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
     try:
-        generation = store.workers.new_generation(order.worker_id, child_pid=os.getpid())
         child = _load(order, generation, settings=settings, store=store, switch=switch)
     except ModelError as error:
         _give_up(store, order.worker_id, str(error))
+    except Exception as error:
+        log.exception("this process cannot begin")
+        _give_up(store, order.worker_id, f"{type(error).__name__}: {error}")
     switch.loaded()
     return child
 
@@ -116,7 +127,8 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     with watchdog.watching(settings.load_stall_seconds):
         held = _hold_model(spec, device, settings=settings, progress=progress)
     meter.weights_bytes = held.weights_bytes
-    store.workers.loaded(order.worker_id, generation, loaded=_loaded(held, device))
+    loaded = _loaded(held, device)
+    _answered(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))
     reconciler = Reconciler(store, Broker(settings.broker), lease_seconds=settings.lease_seconds)
     saver = Saver(
         store,
@@ -129,7 +141,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     )
     saver.start()
     log.info("ready", worker=order.worker_id, model=str(spec), device=device.name, load_seconds=held.load_seconds)
-    reconciler.send_wakeups()
+    _answered(reconciler.send_wakeups)
     return Child(Runner(held.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)))
 
 
@@ -141,6 +153,18 @@ class _Held:
     load_seconds: float = 0.0
     weights_bytes: int = 0
     commit: str | None = None
+
+
+def _answered(call: Callable[[], T]) -> T:
+    """What a call of the store returns, tried until the store answers: a child must not die of its absence."""
+    while True:
+        try:
+            return call()
+        except StoreError as error:
+            if not error.retryable:
+                raise
+            log.warning("the store is away; this process waits for it", error=str(error))
+            time.sleep(_STORE_PAUSE_SECONDS)
 
 
 def _hold_model(spec: ModelSpec, device: DeviceInfo, *, settings: Settings, progress: Progress) -> _Held:
@@ -189,7 +213,7 @@ def _give_up(store: Store, worker_id: int, reason: str) -> NoReturn:
 
     An exception here would be swallowed by Celery, and an exit would be answered by a new child, for ever.
     """
-    store.workers.enter(worker_id, WorkerState.FAILED, error=reason)
+    _answered(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
     os.kill(os.getppid(), signal.SIGTERM)
     while True:
         signal.pause()
