@@ -1,109 +1,27 @@
-"""The values that travel between modules: ModelSpec, SamplingParams, Request, Output, and the states.
+"""The values that travel between modules: SamplingParams, Request, Output and what they are made of.
 
 Everything here is frozen and changed by copy. Nothing here knows SQL, Redis, files or tensors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from jobs.errors import UsageError
+from jobs.states import RequestState
 
-#: Literal model names: the bundled model, and the engine without a model that answers with the prompt.
-DEMO, ECHO = "demo", "echo"
 #: Letters and digits that cannot be taken for one another when a job's id is typed.
 ID_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 ID_LENGTH = 8
-QUEUE_NAME_LENGTH = 24
 #: A request's custom_id has 1 to this many characters.
 CUSTOM_ID_LENGTH = 256
 DEFAULT_BATCH_SIZE = 64
 #: A batch is closed or retried within one transaction of at most half a second, so it is bounded.
 MAX_BATCH_SIZE = 5_000
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class Quantization(StrEnum):
-    """How the weights of a model are held on the device."""
-
-    NF4 = "nf4"  #: 4-bit NormalFloat with double quantization
-    FP4 = "fp4"  #: 4-bit float with double quantization
-    INT8 = "int8"  #: LLM.int8()
-    NONE = "none"  #: the checkpoint's dtype on CUDA, float32 on a CPU
-
-
-class JobState(StrEnum):
-    LOADING = "loading"  #: its file is being read; no command shows it and no worker claims it
-    QUEUED = "queued"
-    RUNNING = "running"
-    COMPLETED = "completed"  #: every request has an output, also when all of them are errors
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
-
-
-class BatchState(StrEnum):
-    PENDING = "pending"
-    LEASED = "leased"
-    DONE = "done"
-    CANCELLED = "cancelled"
-
-
-class RequestState(StrEnum):
-    """A request's state follows from its output: without one it is pending."""
-
-    PENDING = "pending"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-class WorkerState(StrEnum):
-    STARTING = "starting"
-    LOADING = "loading"
-    READY = "ready"  #: holds its model, whether or not there is work
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"  #: its model cannot be loaded; the reason is kept with it
-
-
-class RunOutcome(StrEnum):
-    """How one attempt of one worker at one batch ended."""
-
-    DONE = "done"
-    RELEASED = "released"  #: handed back by a worker that drains, or that another worker relieved
-    CANCELLED = "cancelled"
-    CRASHED = "crashed"  #: the worker's process died
-    EXPIRED = "expired"  #: the lease was not renewed in time
-
-
-#: The states from which a job or a batch may enter each state; every UPDATE of a state is held to it.
-JOB_BEFORE: Mapping[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.LOADING, JobState.COMPLETED, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset({JobState.QUEUED}),
-    JobState.COMPLETED: frozenset({JobState.RUNNING}),
-    JobState.CANCELLING: frozenset({JobState.QUEUED, JobState.RUNNING}),
-    JobState.CANCELLED: frozenset({JobState.CANCELLING}),
-}
-BATCH_BEFORE: Mapping[BatchState, frozenset[BatchState]] = {
-    BatchState.PENDING: frozenset({BatchState.LEASED}),
-    BatchState.LEASED: frozenset({BatchState.PENDING}),
-    BatchState.DONE: frozenset({BatchState.LEASED}),
-    BatchState.CANCELLED: frozenset({BatchState.PENDING, BatchState.LEASED}),
-}
-CLAIMABLE_JOB_STATES = frozenset({JobState.QUEUED, JobState.RUNNING})
-OPEN_JOB_STATES = CLAIMABLE_JOB_STATES | {JobState.CANCELLING}
-CLOSED_JOB_STATES = frozenset({JobState.COMPLETED, JobState.CANCELLED})
-OPEN_BATCH_STATES = frozenset({BatchState.PENDING, BatchState.LEASED})
 
 
 class ErrorCode(StrEnum):
@@ -115,112 +33,6 @@ class ErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     ENGINE_ERROR = "engine_error"
     CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What a worker holds and a queue serves: model, revision as written, and quantization.
-
-    `model` is a Hugging Face id, the real path of a folder, or one of the literal names `demo` and `echo`.
-    """
-
-    model: str
-    revision: str | None = None
-    quantization: Quantization = Quantization.NF4
-
-    @classmethod
-    def parse(
-        cls,
-        model: str,
-        *,
-        quantization: str | None = None,
-        revision: str | None = None,
-        remote_path: bool = False,
-    ) -> ModelSpec:
-        """The spec of what a user wrote; `remote_path` takes a folder that exists on the workers alone.
-
-        Raises UsageError for a folder that does not exist here, and for names that mean nothing.
-        """
-        name = _model_identity(model, remote_path=remote_path)
-        if revision is not None and (name in (DEMO, ECHO) or _is_path(name)):
-            raise UsageError(f"--revision goes with a Hugging Face id, and {model!r} is none")
-        return cls(name, revision or None, _quantization_of(name, quantization))
-
-    @classmethod
-    def from_canonical(cls, text: str) -> ModelSpec:
-        """The spec that `canonical` spelled."""
-        model, _, query = text.partition("?")
-        options = dict(parse_qsl(query, strict_parsing=True))
-        return cls(unquote(model), options.get("revision"), Quantization(options["quantization"]))
-
-    @property
-    def canonical(self) -> str:
-        """The one spelling of this spec: equal specs spell the same, different ones differently."""
-        options = {"quantization": self.quantization.value}
-        if self.revision is not None:
-            options["revision"] = self.revision
-        return f"{quote(self.model, safe='/')}?{urlencode(options)}"
-
-    @property
-    def queue(self) -> str:
-        """The Redis queue of this spec: characters that are safe in Redis keys and patterns alone."""
-        digest = hashlib.sha256(self.canonical.encode()).hexdigest()[:12]
-        name = re.sub(r"[^a-z0-9]+", "-", self.model.rsplit("/", 1)[-1].lower()).strip("-")
-        return f"bm-{name[:QUEUE_NAME_LENGTH].strip('-') or 'model'}-{digest}"
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder this spec names, or None for a Hugging Face id and the literal names."""
-        return Path(self.model) if _is_path(self.model) else None
-
-    def command_line(self) -> list[str]:
-        """The words of the command that starts a worker for this spec."""
-        words = ["batchmill", "worker", "-m", self.model]
-        if self.model != ECHO:
-            words += ["-q", self.quantization.value]
-        if self.revision is not None:
-            words += ["--revision", self.revision]
-        return words
-
-    def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision is not None else ""
-        return f"{self.model}{at} ({self.quantization.value})"
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith("/")
-
-
-def _model_identity(model: str, *, remote_path: bool) -> str:
-    if not model or any(ord(character) < 32 for character in model):
-        raise UsageError("the model's name is empty or holds control characters")
-    if model in (DEMO, ECHO):
-        return model
-    written_as_path = model.startswith(("/", "./", "../", "~")) or model in (".", "..")
-    path = Path(model).expanduser()
-    if remote_path:
-        if not path.is_absolute():
-            raise UsageError(f"--remote-path takes the absolute path of a folder, not {model!r}")
-        return str(path)
-    if path.is_dir():
-        return str(path.resolve())
-    if written_as_path or not _HUB_ID.fullmatch(model):
-        raise UsageError(
-            f"there is no folder {model!r} here; pass --remote-path if only the workers have it, "
-            "or a Hugging Face id such as org/name"
-        )
-    return model
-
-
-def _quantization_of(model: str, written: str | None) -> Quantization:
-    if model == ECHO:
-        if written not in (None, Quantization.NONE.value):
-            raise UsageError("echo holds no weights: its quantization is always none")
-        return Quantization.NONE
-    try:
-        return Quantization(written or Quantization.NF4.value)
-    except ValueError:
-        raise UsageError(f"unknown quantization {written!r}; choose one of {', '.join(Quantization)}") from None
 
 
 @dataclass(frozen=True, slots=True)

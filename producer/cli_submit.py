@@ -110,8 +110,8 @@ def run(out: Path | None, device: str, new: bool, **options: Any) -> None:
 def up(model: str, quantization: str | None, revision: str | None, devices: tuple[str, ...]) -> None:
     """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
     from jobs.logs import configure_logs
-    from jobs.schema import ModelSpec
     from jobs.settings import load_settings
+    from jobs.spec import ModelSpec
     from producer.local import run_mill
 
     settings = load_settings()

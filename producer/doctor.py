@@ -17,8 +17,8 @@ import click
 from jobs.broker import Broker
 from jobs.embedded import find_server
 from jobs.errors import BatchmillError
-from jobs.schema import DEMO, ECHO, ModelSpec
 from jobs.settings import Settings
+from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.store import Store
 from jobs.tables import REVISION
 from producer.status import size

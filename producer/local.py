@@ -22,8 +22,8 @@ import psutil
 from jobs.broker import Broker
 from jobs.embedded import EmbeddedRedis, MillLock, end_leftover, start_process, stop_process
 from jobs.errors import BatchmillError, UsageError
-from jobs.schema import ModelSpec
 from jobs.settings import Settings, environment_of
+from jobs.spec import ModelSpec
 from jobs.store import Store
 from migrations import open_store
 from producer.progress import follow, require_success

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jobs.errors import NotAllSucceeded, WaitTimedOut
-from jobs.schema import JobState
+from jobs.states import JobState
 from jobs.store import Store
 from producer.status import JobStatus, duration
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from jobs.errors import BatchmillError
-from jobs.schema import ErrorCode, RequestState
+from jobs.schema import ErrorCode
+from jobs.states import RequestState
 from jobs.store import Store
 from jobs.store.reading import Job, OutputRow
 

@@ -54,20 +54,7 @@ class JobStatus:
 
     def to_json(self) -> dict[str, Any]:
         job, effort, counts = self.job, self.effort, self.job.counts
-        return {
-            "id": job.id,
-            "name": job.name,
-            "state": job.state.value,
-            "model": job.spec.model,
-            "revision": job.spec.revision,
-            "quantization": job.spec.quantization.value,
-            "counts": {
-                "total": counts.total,
-                "succeeded": counts.succeeded,
-                "failed": counts.failed,
-                "cancelled": counts.cancelled,
-                "pending": counts.pending,
-            },
+        return _head(job) | {
             "tokens": {"prompt": counts.prompt_tokens, "completion": counts.completion_tokens},
             "throughput": {
                 "requests_per_second": self.rate,
@@ -170,6 +157,15 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
 
 def job_json(job: Job) -> dict[str, Any]:
     """The short form of `batchmill jobs --json`."""
+    return _head(job) | {
+        "file": job.file_name,
+        "queued_at": job.queued_at,
+        "finished_at": job.finished_at,
+    }
+
+
+def _head(job: Job) -> dict[str, Any]:
+    """What every JSON of a job begins with."""
     counts = job.counts
     return {
         "id": job.id,
@@ -185,9 +181,6 @@ def job_json(job: Job) -> dict[str, Any]:
             "cancelled": counts.cancelled,
             "pending": counts.pending,
         },
-        "file": job.file_name,
-        "queued_at": job.queued_at,
-        "finished_at": job.finished_at,
     }
 
 

@@ -16,8 +16,9 @@ from jobs import VERSION
 from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import LoadingLost, StoreError, UsageError
 from jobs.logs import get_logger
-from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, ModelSpec, Provenance
+from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
 from jobs.settings import Settings
+from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.store.loading import MAX_BYTES, MAX_REQUESTS
 from producer.prompts import Line, PromptFile

@@ -6,19 +6,8 @@ from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
-from jobs.schema import (
-    Choice,
-    ErrorCode,
-    JobOptions,
-    Memory,
-    ModelSpec,
-    Output,
-    Provenance,
-    Quantization,
-    Request,
-    RequestKey,
-    SamplingParams,
-)
+from jobs.schema import Choice, ErrorCode, JobOptions, Memory, Output, Provenance, Request, RequestKey, SamplingParams
+from jobs.spec import ModelSpec, Quantization
 from jobs.store import Store
 from jobs.store.lease import Claimed, Held, Seat, Turned
 from jobs.store.workers import Loaded

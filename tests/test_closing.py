@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import select
 
 from jobs.errors import JobStateError
-from jobs.schema import ErrorCode, JobState, RequestState
+from jobs.schema import ErrorCode
+from jobs.states import JobState, RequestState
 from jobs.store import Store, retrying
 from jobs.store.lease import Held
 from jobs.tables import batches, outputs

@@ -18,8 +18,8 @@ import click
 import pytest
 import yaml
 
-from jobs.schema import ModelSpec
 from jobs.settings import PREFIX, Settings, load_settings
+from jobs.spec import ModelSpec
 from producer import cli, cli_jobs, cli_submit
 
 ROOT = Path(__file__).parent.parent

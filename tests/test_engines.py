@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.schema import ModelSpec, Output, Quantization, Request, RequestKey, SamplingParams
+from jobs.schema import Output, Request, RequestKey, SamplingParams
+from jobs.spec import ModelSpec, Quantization
 from tests.tiny import save_tiny_model
 from worker.engine import Engine, Progress
 from worker.engine.echo import EchoEngine

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from jobs.schema import ModelSpec, Output, Quantization, Request, RequestKey, SamplingParams
+from jobs.schema import Output, Request, RequestKey, SamplingParams
+from jobs.spec import ModelSpec, Quantization
 from tests.tiny import CONTEXT_TOKENS, build_tokenizer, save_tiny_model
 from worker.engine.generate import GenerateEngine
 from worker.loader import LoadedModel, load

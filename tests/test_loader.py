@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from jobs.errors import ModelError
-from jobs.schema import ModelSpec, Quantization, Request, RequestKey, SamplingParams
+from jobs.schema import Request, RequestKey, SamplingParams
+from jobs.spec import ModelSpec, Quantization
 from tests.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, save_tiny_model
 from worker import loader
 from worker.engine.generate import GenerateEngine

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from jobs.errors import BrokerUnavailable
-from jobs.schema import JobState
+from jobs.states import JobState
 from jobs.store import Store
 from jobs.store.lease import Held
 from tests import mill

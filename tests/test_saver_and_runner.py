@@ -8,7 +8,8 @@ from contextlib import nullcontext
 import pytest
 
 from jobs.errors import StoreUnavailable
-from jobs.schema import JobState, Memory, RequestState, WorkerState
+from jobs.schema import Memory
+from jobs.states import JobState, RequestState, WorkerState
 from jobs.store import Store
 from tests import mill
 from worker.engine.echo import EchoEngine

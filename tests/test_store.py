@@ -9,17 +9,9 @@ import pytest
 from sqlalchemy import select, update
 
 from jobs.errors import LoadingLost, NotFound
-from jobs.schema import (
-    ErrorCode,
-    JobOptions,
-    JobState,
-    ModelSpec,
-    Quantization,
-    RequestState,
-    RunOutcome,
-    SamplingParams,
-    WorkerState,
-)
+from jobs.schema import ErrorCode, JobOptions, SamplingParams
+from jobs.spec import ModelSpec, Quantization
+from jobs.states import JobState, RequestState, RunOutcome, WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held
 from jobs.tables import batches, jobs, runs

@@ -14,8 +14,9 @@ from time import monotonic
 import pytest
 
 from jobs.errors import LoadingLost, PromptFileError, UsageError
-from jobs.schema import JobOptions, JobState, SamplingParams
+from jobs.schema import JobOptions, SamplingParams
 from jobs.settings import load_settings
+from jobs.states import JobState
 from jobs.store import Store
 from producer import submit as submit_module
 from producer.submit import Submission, load_job

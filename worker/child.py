@@ -21,8 +21,9 @@ from jobs import VERSION
 from jobs.broker import Broker
 from jobs.errors import ModelError, StoreError
 from jobs.logs import configure_logs, get_logger
-from jobs.schema import ECHO, ModelSpec, WorkerState
 from jobs.settings import Settings, load_settings
+from jobs.spec import ECHO, ModelSpec
+from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Seat
 from jobs.store.workers import Loaded

@@ -7,8 +7,8 @@ import click
 from jobs.errors import UsageError
 from jobs.exits import one_line_errors
 from jobs.logs import configure_logs
-from jobs.schema import DEMO, ECHO, ModelSpec
 from jobs.settings import load_settings
+from jobs.spec import DEMO, ECHO, ModelSpec
 from migrations import open_store
 from worker.devices import all_cuda_devices
 from worker.parent import WorkerOptions, run_worker

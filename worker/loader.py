@@ -30,7 +30,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from jobs.errors import ModelError
-from jobs.schema import DEMO, ModelSpec, Quantization, SamplingParams
+from jobs.schema import SamplingParams
+from jobs.spec import DEMO, ModelSpec, Quantization
 from worker.devices import is_out_of_memory
 from worker.telemetry import MemoryReader
 

@@ -24,8 +24,9 @@ from kombu import Queue
 from jobs.broker import Broker, make_app
 from jobs.errors import BatchmillError, ModelError, StoreError
 from jobs.logs import get_logger
-from jobs.schema import ECHO, ModelSpec, WorkerState
 from jobs.settings import Settings, environment_of
+from jobs.spec import ECHO, ModelSpec
+from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.workers import Heartbeat
 from migrations import open_store

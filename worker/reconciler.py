@@ -11,7 +11,7 @@ from time import monotonic
 from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import BrokerUnavailable
 from jobs.logs import get_logger
-from jobs.schema import ModelSpec
+from jobs.spec import ModelSpec
 from jobs.store import Store
 
 log = get_logger(__name__)

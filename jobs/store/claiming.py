@@ -10,16 +10,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
 
-from jobs.schema import (
-    BATCH_BEFORE,
-    CLAIMABLE_JOB_STATES,
-    JOB_BEFORE,
-    BatchState,
-    JobOptions,
-    JobState,
-    Request,
-    SamplingParams,
-)
+from jobs.schema import JobOptions, Request, SamplingParams
+from jobs.states import BATCH_BEFORE, CLAIMABLE_JOB_STATES, JOB_BEFORE, BatchState, JobState
 from jobs.store.database import Database
 from jobs.store.lease import Claimed, Lease, Seat
 from jobs.store.workers import idle_workers

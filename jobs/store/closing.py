@@ -6,15 +6,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select, update
 
-from jobs.schema import (
-    JOB_BEFORE,
-    MAX_BATCH_SIZE,
-    OPEN_BATCH_STATES,
-    BatchState,
-    ErrorCode,
-    JobState,
-    RequestState,
-)
+from jobs.schema import MAX_BATCH_SIZE, ErrorCode
+from jobs.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE
 from jobs.tables import batches, jobs, outputs, requests

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement, Connection, update
 
-from jobs.schema import Memory, ModelSpec, Output, Request, RunOutcome, SamplingParams
+from jobs.schema import Memory, Output, Request, SamplingParams
+from jobs.spec import ModelSpec
+from jobs.states import RunOutcome
 from jobs.tables import runs
 
 #: The columns of a batch that nobody holds.

@@ -14,16 +14,9 @@ from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from jobs.errors import LoadingLost
-from jobs.schema import (
-    JOB_BEFORE,
-    BatchState,
-    JobOptions,
-    JobState,
-    ModelSpec,
-    Provenance,
-    Request,
-    new_job_id,
-)
+from jobs.schema import JobOptions, Provenance, Request, new_job_id
+from jobs.spec import ModelSpec
+from jobs.states import JOB_BEFORE, BatchState, JobState
 from jobs.store.database import Database
 from jobs.tables import batches, jobs, requests
 

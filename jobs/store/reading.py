@@ -13,12 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, and_, func, select
 
 from jobs.errors import NotFound
-from jobs.schema import (
-    CLOSED_JOB_STATES,
-    JobState,
-    ModelSpec,
-    RequestState,
-)
+from jobs.spec import ModelSpec
+from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
 from jobs.store.database import Database
 from jobs.tables import batches, jobs, outputs, requests
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from sqlalchemy import ColumnElement, and_, select, update
 
-from jobs.schema import BATCH_BEFORE, CLAIMABLE_JOB_STATES, BatchState, JobState, ModelSpec, RunOutcome
+from jobs.spec import ModelSpec
+from jobs.states import BATCH_BEFORE, CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome
 from jobs.store.claiming import pending_batches
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE, end_runs

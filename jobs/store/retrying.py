@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
 
 from jobs.errors import JobStateError
-from jobs.schema import CLOSED_JOB_STATES, JobState, RequestState
+from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
 from jobs.store.closing import PAGE_REQUESTS
 from jobs.store.database import Database
 from jobs.store.loading import new_batches

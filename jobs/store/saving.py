@@ -12,15 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import Connection, select, update
 
-from jobs.schema import (
-    BATCH_BEFORE,
-    BatchState,
-    JobState,
-    Output,
-    RequestState,
-    RunOutcome,
-    WorkerState,
-)
+from jobs.schema import Output
+from jobs.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
 from jobs.store.claiming import Claiming, pending_batches
 from jobs.store.closing import Closing
 from jobs.store.database import Database

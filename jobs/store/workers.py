@@ -9,7 +9,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, or_, select, update
 
-from jobs.schema import BatchState, ModelSpec, WorkerState
+from jobs.spec import ModelSpec
+from jobs.states import BatchState, WorkerState
 from jobs.store.database import Database
 from jobs.tables import batches, workers
 

@@ -16,8 +16,8 @@ from typing import IO
 import psutil
 
 from jobs.embedded import EmbeddedRedis
-from jobs.schema import WorkerState
 from jobs.settings import environment_of, load_settings
+from jobs.states import WorkerState
 from jobs.store import Store
 from migrations import open_store
 from producer.status import JobStatus

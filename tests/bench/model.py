@@ -13,7 +13,8 @@ from time import perf_counter
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.schema import ModelSpec, Request, RequestKey, SamplingParams
+from jobs.schema import Request, RequestKey, SamplingParams
+from jobs.spec import ModelSpec
 from tests.bench.mill import command, home
 from tests.bench.table import Row
 from worker.engine.generate import GenerateEngine

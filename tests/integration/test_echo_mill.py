@@ -15,7 +15,8 @@ import redis
 from kombu import Queue
 
 from jobs.broker import make_app
-from jobs.schema import JobState, ModelSpec
+from jobs.spec import ModelSpec
+from jobs.states import JobState
 from tests.integration.conftest import Mill, child_of, until, write_prompts
 
 ECHO_QUEUE = ModelSpec.parse("echo").queue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.schema import WorkerState
+from jobs.states import WorkerState
 from tests.integration.conftest import Mill, child_of, until, write_prompts
 
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}
