@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from time import monotonic
 
+from jobs.logs import get_logger
 from worker.engine import Engine
 from worker.saver import Saver
+
+log = get_logger(__name__)
 
 
 class Runner:
@@ -20,12 +24,18 @@ class Runner:
     def run(self) -> None:
         """Ends when the engine is empty and nothing that it may claim is pending, or on drain."""
         engine = self._engine
+        begin, in_steps_seconds = monotonic(), 0.0
         self._saver.open()
         while (work := self._saver.take(waiting=engine.waiting, active=engine.active)) is not None:
             engine.cancel(work.forget)
             for key, request in work.add:
                 engine.add(key, request)
             if engine.waiting or engine.active:
+                step_begin = monotonic()
                 with self._watching():
                     outputs = engine.step()
+                in_steps_seconds += monotonic() - step_begin
                 self._saver.give(outputs)
+        if in_steps_seconds:
+            seconds = monotonic() - begin
+            log.info("out of work", seconds=round(seconds, 3), in_steps_share=round(in_steps_seconds / seconds, 4))

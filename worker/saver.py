@@ -64,6 +64,7 @@ class Saver:
         self._engine_waiting = 0
         self._engine_empty = True
         self._open = False
+        self._turns = 0
         #: Nothing could be claimed at the last turn, so there is no hurry to ask again.
         self._dry = False
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
@@ -80,12 +81,17 @@ class Saver:
     def take(self, *, waiting: int, active: int) -> Work | None:
         """Requests that may enter an engine that has so many waiting and active; None when the task is over.
 
-        Blocks while the engine is empty and there may be more; once the task is over, all is saved.
+        Blocks while the engine is empty and there may be more; once the task is over, all is saved. An idle device
+        waits for the turn that fills the engine's queue, since it works best on a full one.
         """
         with self._condition:
+            self._engine_waiting = waiting
+            self._engine_empty = waiting + active == 0
+            if active == 0 and self._hurry():
+                turns = self._turns
+                self._condition.notify_all()
+                self._condition.wait_for(lambda: self._turns != turns, timeout=self._save_seconds)
             while True:
-                self._engine_waiting = waiting
-                self._engine_empty = waiting + active == 0
                 if self._hurry():
                     self._condition.notify_all()
                 if self._drain.is_set():
@@ -157,6 +163,7 @@ class Saver:
         turned = self._commit(said, wanted, room - sum(said.entering.values()))
         with self._condition:
             self._absorb(said, turned, wanted)
+            self._turns += 1
             self._condition.notify_all()
         if turned.released:
             self._wake()

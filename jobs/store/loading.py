@@ -20,8 +20,8 @@ from jobs.states import JOB_BEFORE, BatchState, JobState
 from jobs.store.database import Database
 from jobs.tables import batches, jobs, requests
 
-#: A loading transaction holds at most this many requests, or this many bytes of them.
-MAX_REQUESTS = 20_000
+#: A loading transaction holds at most this many requests, or this many bytes of them: a tenth of a second or two.
+MAX_REQUESTS = 10_000
 MAX_BYTES = 8 * 1024 * 1024
 #: How many rows one transaction deletes.
 _PAGE = 5_000

@@ -6,9 +6,12 @@ python -m tests.bench [submit|echo|results|status|engine ...]
 from __future__ import annotations
 
 import argparse
+import os
 
-from tests.bench import mill, model
-from tests.bench.table import Row, show
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
+
+from tests.bench import mill, model  # noqa: E402
+from tests.bench.table import Row, show  # noqa: E402
 
 BENCHES = {
     "submit": mill.submit,

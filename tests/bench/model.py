@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +22,7 @@ from tests.bench.table import Row
 from worker.engine.generate import GenerateEngine
 from worker.loader import DEMO_FOLDER, LoadedModel, load
 
-_REQUESTS = 96
+_REQUESTS = 256
 _ROWS = 16
 _SEED = 7
 
@@ -35,7 +37,7 @@ def engine(_lines: int) -> list[Row]:
         sorted_batches = _rate(loaded, requests, _generate_sorted)
         engine_alone = _rate(loaded, requests, _engine)
         del loaded
-        whole_line, store_share = _whole_line(folder, spec, requests, engine_alone)
+        whole_line, store_share = _whole_line(folder, spec, requests)
     return [
         Row("generate, one by one, nf4", f"{one_by_one:,.0f} tokens/s"),
         Row(f"generate, length-sorted batches of {_ROWS}", f"{sorted_batches:,.0f} tokens/s"),
@@ -43,7 +45,7 @@ def engine(_lines: int) -> list[Row]:
         Row("batchmill, the whole line", f"{whole_line:,.0f} tokens/s"),
         Row("ratio to one by one", f"{whole_line / one_by_one:.2f}"),
         Row("ratio to length-sorted", f"{whole_line / sorted_batches:.2f}"),
-        Row("queue and store, of the time of a run", f"{store_share:.1%}", "under 2 %"),
+        Row("outside the engine, of the time of that run", f"{store_share:.1%}", "under 2 %"),
     ]
 
 
@@ -118,22 +120,25 @@ def _useful(row: list[int], loaded: LoadedModel) -> int:
 
 
 def _engine(loaded: LoadedModel, requests: Sequence[Request]) -> int:
+    """The engine fed as the runner feeds it: a quarter more requests wait than it has rows."""
     engine = GenerateEngine(loaded)
-    for request in requests:
-        engine.add(RequestKey("bench", request.index), request)
+    ahead = deque(requests)
     tokens = 0
-    while engine.waiting:
+    while ahead or engine.waiting:
+        while ahead and engine.waiting < engine.rows + engine.rows // 4:
+            request = ahead.popleft()
+            engine.add(RequestKey("bench", request.index), request)
         tokens += sum(output.completion_tokens for output in engine.step())
     return tokens
 
 
-def _whole_line(folder: Path, spec: ModelSpec, requests: Sequence[Request], engine_rate: float) -> tuple[float, float]:
-    """Completion tokens per second of `batchmill run`, and by how much it is slower than the engine alone."""
+def _whole_line(folder: Path, spec: ModelSpec, requests: Sequence[Request]) -> tuple[float, float]:
+    """Completion tokens per second of `batchmill run`, and the share of its time that the engine was not at work."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": each.prompt, **each.sampling.to_json()}) + "\n" for each in requests))
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         command(folder, "run", file, "-m", spec.model, "-o", folder / "answers.jsonl")
         command(folder, "status", "last", "--json", stdout=out.name)
         status = json.loads(Path(out.name).read_text())
-    rate = status["throughput"]["completion_tokens_per_second"]
-    return rate, max(0.0, 1 - rate / engine_rate)
+    in_steps = float(re.findall(r"in_steps_share=([0-9.]+)", (folder / "worker.log").read_text())[0])
+    return status["throughput"]["completion_tokens_per_second"], 1 - in_steps

@@ -26,7 +26,7 @@ from worker.loader import LoadedModel
 from worker.telemetry import MemoryReader
 
 #: How many requests run together where nothing else is asked.
-GENERATE_ROWS = 32
+GENERATE_ROWS = 64
 #: The cache of a micro-batch is planned to take one part of the free memory in this many: a layer's cache is copied
 #: whenever it grows, and reading the prompts takes memory of the same order.
 MEMORY_PARTS = 3
