@@ -219,7 +219,8 @@ class Keeper:
                 self._over.wait(1.0)
 
     def _look_after(self) -> None:
-        child_died = self._last.child_pid is not None and not _is_running(self._last.child_pid)
+        pid = self._last.child_pid
+        child_died = pid is not None and not self._draining.is_set() and not _is_running(pid)
         if self._heartbeat_due.now() or child_died:
             self._beat()
         if child_died:

@@ -10,8 +10,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
 
-from tests.bench import mill, model  # noqa: E402
-from tests.bench.table import Row, show  # noqa: E402
+from tests.bench import mill, model
+from tests.bench.table import Row, show
 
 BENCHES = {
     "submit": mill.submit,
