@@ -105,8 +105,21 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
 @click.command(epilog="Example: batchmill results last --format openai -o answers.jsonl")
 @click.argument("job", default="last")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="A file (default: stdout).")
-@click.option("--format", "form", type=click.Choice(["jsonl", "openai", "csv"]), default="jsonl", show_default=True)
-@click.option("--only", type=click.Choice(["all", "succeeded", "failed"]), default="all", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jsonl", "openai", "csv"]),
+    default="jsonl",
+    show_default=True,
+    help="batchmill's own lines, the OpenAI Batch API's, or a table.",
+)
+@click.option(
+    "--only",
+    type=click.Choice(["all", "succeeded", "failed"]),
+    default="all",
+    show_default=True,
+    help="Which outputs; the cancelled count as failed.",
+)
 def results(job: str, out: Path | None, form: str, only: str) -> None:
     """Write the outputs of JOB in file order; while it runs, those that are there.
 

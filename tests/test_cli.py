@@ -42,8 +42,7 @@ def test_every_command_has_help_and_an_example(words: str) -> None:
     assert command.help, words
     assert re.search(r"Example: .*batchmill", text), words
     for parameter in command.params:
-        hidden = getattr(parameter, "hidden", False) or parameter.name in ("form", "only")
-        if isinstance(parameter, click.Option) and not hidden:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
             assert parameter.help, f"{words} {parameter.opts}"
 
 

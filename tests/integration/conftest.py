@@ -61,7 +61,7 @@ class Mill:
             capture_output=True,
             text=True,
             env=self.environ(**settings),
-            timeout=120,
+            timeout=700,
         )
 
     def start(self, *words: str | Path, **settings: object) -> subprocess.Popen[str]:
