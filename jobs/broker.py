@@ -96,11 +96,6 @@ class Broker:
                     task.apply_async((batch_id,), queue=Queue(queue), producer=producer)
         return len(missing)
 
-    def queue_length(self, queue: str) -> int:
-        """How many wake-ups lie in a queue. Raises BrokerUnavailable."""
-        with self._translated(), self._app.connection_for_write() as connection:
-            return self._length(connection, queue)
-
     def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer."""
         with self._translated(), self._app.connection_for_write() as connection:

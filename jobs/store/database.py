@@ -8,7 +8,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func
@@ -125,11 +124,3 @@ class Database:
         if isinstance(error, OperationalError) or getattr(error, "connection_invalidated", False):
             return StoreUnavailable(f"cannot use the store {self.name}: {text}")
         return None
-
-
-def database_folder(url: str) -> Path | None:
-    """The folder of a SQLite file, or None for another kind of database."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        return None
-    return Path(parsed.database).parent

@@ -74,9 +74,9 @@ class Saving:
             return {}
         rows = [_output_row(each, held.lease.run_id) for each in held.outputs]
         statement = self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
-        new = connection.execute(
-            statement.returning(outputs.c.state, outputs.c.prompt_tokens, outputs.c.completion_tokens), rows
-        ).all()
+        returned = (outputs.c.state, outputs.c.prompt_tokens, outputs.c.completion_tokens, outputs.c.error_code)
+        new = connection.execute(statement.returning(*returned), rows).all()
+        self._add_codes(connection, held.lease.run_id, Counter(row.error_code for row in new if row.error_code))
         states = Counter(row.state for row in new)
         return {
             "succeeded": states[RequestState.SUCCEEDED.value],
@@ -109,11 +109,10 @@ class Saving:
                 peak_reserved_bytes=larger(runs.c.peak_reserved_bytes, memory.peak_reserved_bytes),
             )
         )
-        codes = Counter(each.error.code for each in held.outputs if each.error is not None)
-        if codes:
-            self._add_codes(connection, lease.run_id, codes)
 
     def _add_codes(self, connection: Connection, run_id: int, codes: Counter[str]) -> None:
+        if not codes:
+            return
         before = json.loads(connection.execute(select(runs.c.error_codes).where(runs.c.id == run_id)).scalar_one())
         total = dict(Counter(before) + codes)
         connection.execute(update(runs).where(runs.c.id == run_id).values(error_codes=json.dumps(total)))

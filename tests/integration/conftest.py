@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 
-from jobs.broker import Broker
 from jobs.embedded import EmbeddedRedis
 from jobs.settings import Settings, environment_of, load_settings
 from jobs.store import Store
@@ -41,7 +41,6 @@ class Mill:
         self.settings = settings
         self.redis = EmbeddedRedis(home)
         self.store = Store(settings.database)
-        self.broker = Broker(settings.broker)
         self._started: list[subprocess.Popen[str]] = []
 
     def environ(self, **settings: object) -> dict[str, str]:
@@ -86,6 +85,11 @@ class Mill:
     def results(self, job: str = "last") -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.command("results", job).splitlines()]
 
+    def queue_length(self, queue: str) -> int:
+        """How many wake-ups lie in a queue."""
+        with redis.Redis(unix_socket_path=str(self.home / "redis.sock")) as client:
+            return int(client.llen(f"batchmill:{queue}"))
+
     def end(self) -> None:
         for process in self._started:
             if process.poll() is None:
@@ -98,7 +102,6 @@ class Mill:
                 process.communicate()
         self.redis.stop()
         self.store.close()
-        self.broker.close()
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_a_killed_workers_batches_run_elsewhere(mill: Mill, tmp_path: Path) -> N
 def test_redis_emptied_in_mid_job_costs_seconds(mill: Mill, tmp_path: Path) -> None:
     job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 150), "-m", "echo").strip()
     client = redis.Redis(unix_socket_path=str(mill.home / "redis.sock"))
-    assert mill.broker.queue_length(ECHO_QUEUE) > 0
+    assert mill.queue_length(ECHO_QUEUE) > 0
     client.flushall()
     worker = mill.start("worker", "-m", "echo", **SLOW)
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
@@ -146,7 +146,7 @@ def test_many_copies_of_a_message_to_two_workers_do_no_harm(mill: Mill, tmp_path
             task.apply_async((batch_id,), queue=Queue(ECHO_QUEUE))
     mill.command("wait", job_id, "--timeout", "60")
     check_whole(mill, job_id, 100)
-    until(lambda: mill.broker.queue_length(ECHO_QUEUE) == 0, "the queue is drained")
+    until(lambda: mill.queue_length(ECHO_QUEUE) == 0, "the queue is drained")
     assert all(worker.poll() is None for worker in workers)
 
 
@@ -203,7 +203,7 @@ def test_a_bad_file_leaves_nothing_behind(mill: Mill, tmp_path: Path) -> None:
     assert f"{file}:3: duplicate custom_id 'x', first used at line 1" in done.stderr
     assert "2 bad lines" in done.stderr
     assert mill.store.reading.jobs(most=1) == []
-    assert mill.broker.queue_length(ECHO_QUEUE) == 0
+    assert mill.queue_length(ECHO_QUEUE) == 0
 
 
 def test_stdin_is_read_as_a_stream(mill: Mill) -> None:
