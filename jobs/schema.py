@@ -32,6 +32,7 @@ class ErrorCode(StrEnum):
     CHAT_TEMPLATE_ERROR = "chat_template_error"
     OUT_OF_MEMORY = "out_of_memory"
     ENGINE_ERROR = "engine_error"
+    POISON = "poison"
     CANCELLED = "cancelled"
 
 

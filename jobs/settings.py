@@ -42,6 +42,8 @@ class Settings(BaseSettings):
         description="folder of the embedded store, Redis, locks and logs",
     )
     broker_url: str = Field(default="", description="Redis; empty: the embedded one under home")
+    broker_ca_file: Path | None = Field(default=None, description="of rediss://: who signs the certificate of Redis")
+    broker_insecure: bool = Field(default=False, description="of rediss://: take any certificate")
     database_url: str = Field(default="", description="SQLite or PostgreSQL; empty: SQLite under home")
 
     heartbeat_seconds: float = Field(default=5.0, gt=0, description="between two heartbeats of a worker")
@@ -55,7 +57,10 @@ class Settings(BaseSettings):
     busy_seconds: float = Field(default=30.0, gt=0, description="to wait for a locked SQLite database")
 
     engine_rows: int | None = Field(default=None, ge=1, description="requests a device works on at once")
+    spool_bytes: int = Field(default=256 * 1024**2, gt=0, description="outputs that wait while the store is away")
     echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")
+    chaos: bool = Field(default=False, description="the echo engine obeys magic prompts such as !kill9, for trials")
+    failpoint: str = Field(default="", description="name=kill9@3: dies at the third passing of a point, for trials")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 

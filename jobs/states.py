@@ -38,6 +38,7 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
     STOPPED = "stopped"
     FAILED = "failed"  #: its model cannot be loaded; the reason is kept with it
+    SICK = "sick"  #: its device breaks whatever it is given; the reason is kept with it
 
 
 class RunOutcome(StrEnum):

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0001"
+REVISION = "0002"
 
 metadata = MetaData(
     naming_convention={
@@ -76,11 +76,13 @@ jobs = Table(
     Column("finished_at", Float),
     Column("loading_until", Float, comment="the submit's lease while loading"),
     Column("retry_started_at", Float, comment="set while a retry moves requests to new batches"),
+    Column("idempotency_key", Text, comment="set in the flip to queued; a second submit of it finds this job"),
     _one_of("state", JobState),
     CheckConstraint("state = 'loading' OR (spec IS NOT NULL AND queued_at IS NOT NULL)", name="queued"),
     Index("ix_jobs_spec_queued", "spec", "queued_at", "id"),
     Index("ix_jobs_state", "state"),
     Index("ix_jobs_fingerprint", "fingerprint"),
+    Index("ix_jobs_idempotency_key", "idempotency_key", unique=True),
 )
 
 batches = Table(
@@ -93,6 +95,8 @@ batches = Table(
     Column("worker_id", _Id, ForeignKey("workers.id"), comment="who holds the lease"),
     Column("worker_generation", Integer),
     Column("lease_until", Float),
+    _count("crashes"),
+    Column("crashed_by", _Id, comment="the worker whose process died last with these requests"),
     _count("total"),
     _count("succeeded"),
     _count("failed"),
@@ -209,4 +213,14 @@ workers = Table(
     Column("alive_until", Float, nullable=False, comment="past it the worker counts as dead"),
     _one_of("state", WorkerState),
     Index("ix_workers_spec_alive", "spec", "alive_until"),
+)
+
+capacities = Table(
+    "capacities",
+    metadata,
+    Column("spec", Text, nullable=False),
+    Column("device", Text, nullable=False, comment="a GPU's UUID, or host and device"),
+    Column("fits", BigInteger, nullable=False, comment="in the engine's unit, found when memory ran out"),
+    Column("found_at", Float, nullable=False),
+    PrimaryKeyConstraint("spec", "device"),
 )
