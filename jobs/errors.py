@@ -3,7 +3,8 @@
     BatchmillError                 1   anything batchmill reports in one line
     |-- UsageError                 2   a flag, a setting or a file that the user has to change
     |   |-- SettingsError              a setting of the environment or of batchmill.toml
-    |   `-- PromptFileError            bad lines of a prompt file, each named
+    |   |-- PromptFileError            bad lines of a prompt file, each named
+    |   `-- KeyTaken                   another job was opened under this idempotency key
     |-- NotFound                   3   no such job
     |-- NotAllSucceeded            5   the job ended, and some of its requests did not succeed
     |-- WaitTimedOut             124   a wait ended before the job did
@@ -55,6 +56,18 @@ class PromptFileError(UsageError):
         super().__init__(message)
         self.problems = tuple(problems)
         self.count = count
+
+
+class KeyTaken(UsageError):
+    """Another job was opened under this idempotency key before.
+
+    `job_id` is that job; `is_same` says whether it is of the same file, model and options.
+    """
+
+    def __init__(self, message: str, *, job_id: str, is_same: bool) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.is_same = is_same
 
 
 class NotFound(BatchmillError):

@@ -202,6 +202,22 @@ class Output:
         """The choices as the store keeps them."""
         return _to_json([asdict(choice) for choice in self.choices])
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json."""
+        return asdict(self) | {"key": list(self.key)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Output:
+        """The inverse of `to_json`."""
+        error = value["error"]
+        return cls(
+            RequestKey(*value["key"]),
+            tuple(Choice(**each) for each in value["choices"]),
+            value["prompt_tokens"],
+            value["completion_tokens"],
+            None if error is None else OutputError(**error),
+        )
+
     @classmethod
     def failed(cls, key: RequestKey, code: ErrorCode, message: str, *, prompt_tokens: int = 0) -> Output:
         """The error output of one request."""

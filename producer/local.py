@@ -5,10 +5,8 @@ It starts processes and reads the store; what a worker does is the worker's own 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ from types import FrameType
 from typing import IO
 
 import click
-import psutil
 
 from jobs.broker import Broker
 from jobs.embedded import EmbeddedRedis, MillLock, end_leftover, start_process, stop_process
@@ -34,7 +31,6 @@ from producer.submit import Submission, load_job, send_wakeups
 #: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
 _STOP_MARGIN_SECONDS = 6.0
 _LAST_LOG_LINES = 15
-_HASH_BYTES = 1024 * 1024
 
 
 def run_file(submission: Submission, *, out: Path | None, device: str, new: bool, settings: Settings) -> None:
@@ -63,8 +59,7 @@ def run_mill(spec: ModelSpec, *, devices: Sequence[str], settings: Settings) -> 
     """Runs Redis and workers until Ctrl-C or SIGTERM."""
     _require_embedded(settings)
     with MillLock(settings.home), _ended_by_signal(), _redis(settings):
-        store = open_store(settings)
-        _take_back_orphans(store)
+        open_store(settings).close()
         workers = _Workers(spec, devices=devices, settings=settings, log=sys.stderr.buffer)
         click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C ends it", err=True)
         try:
@@ -85,20 +80,13 @@ def _require_embedded(settings: Settings) -> None:
 
 def _known_job(submission: Submission, spec: ModelSpec, store: Store) -> str | None:
     """The job that an earlier run of the same file, model and options left, if there is one."""
-    path = Path(submission.path)
-    if not path.is_file():
-        return None  # a stream is read once: every run of it is a new one
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return store.reading.resumable(submission.fingerprint(spec, digest.hexdigest()))
+    fingerprint = submission.fingerprint_of_file(spec)
+    return None if fingerprint is None else store.reading.resumable(fingerprint)  # every run of a stream is a new one
 
 
 def _work_off(job_id: str, spec: ModelSpec, *, device: str, settings: Settings, store: Store) -> None:
     log_path = settings.home / "worker.log"
     with _redis(settings), log_path.open("wb") as log:
-        _take_back_orphans(store)
         send_wakeups(spec, store=store, broker=Broker(settings.broker))
         workers = _Workers(spec, devices=[device], settings=settings, log=log, only_job=job_id)
         try:
@@ -200,10 +188,3 @@ def _ended_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _take_back_orphans(store: Store) -> None:
-    """Takes back what workers of this machine held whose processes are gone, without waiting for their leases."""
-    for worker in store.workers.rows(only_alive=False):
-        if worker.leases and worker.host == socket.gethostname() and not psutil.pid_exists(worker.pid):
-            store.recovery.take_back(worker.id, generation=worker.generation)

@@ -1,5 +1,7 @@
 """From a prompt file to a queued job: streams its requests into the store, opens the job, sends the wake-ups.
 
+A job may be asked for under a key, of which there is one job alone, however often and at once it is submitted.
+
 It knows neither how a line is read (producer.prompts) nor what the store's tables are.
 """
 
@@ -11,26 +13,36 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 from jobs import VERSION
 from jobs.broker import MAX_WAKEUPS, Broker
-from jobs.errors import LoadingLost, StoreError, UsageError
+from jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
+from jobs.failpoints import failpoint
 from jobs.logs import get_logger
 from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
 from jobs.settings import Settings
 from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.store.loading import MAX_BYTES, MAX_REQUESTS
-from producer.prompts import Line, PromptFile
+from producer.prompts import Line, PromptFile, is_plain_text
 
 log = get_logger(__name__)
 #: A loading lease is renewed so often within its length.
 _RENEWALS = 4
+_HASH_BYTES = 1 << 20
+#: What the keys of `once` begin with, and a user's own may not.
+_ONCE = "once:"
+KEY_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What a user asks for. Without `model`, the file's one model is used."""
+    """What a user asks for. Without `model`, the file's one model is used.
+
+    `idempotency_key` is the user's own word for this job; `once` makes one of what the job is. Raises UsageError.
+    """
 
     path: str
     model: str | None = None
@@ -42,6 +54,19 @@ class Submission:
     options: JobOptions = field(default_factory=JobOptions)
     batch_size: int = DEFAULT_BATCH_SIZE
     command: str = ""
+    idempotency_key: str | None = None
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        key = self.idempotency_key
+        if key is None:
+            return
+        if self.once:
+            raise UsageError("--once makes a key of its own: leave --idempotency-key out, or --once")
+        if not (0 < len(key) <= KEY_LENGTH and key.isprintable()) or key.startswith(_ONCE):
+            raise UsageError(
+                f"--idempotency-key takes 1 to {KEY_LENGTH} printable characters that do not begin with {_ONCE!r}"
+            )
 
     def spec(self, model: str) -> ModelSpec:
         return ModelSpec.parse(
@@ -51,13 +76,55 @@ class Submission:
     def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:
         """Equal for the same file, model and request options: what `run` continues a job by."""
         parts = [file_sha256, spec.canonical, self.options.to_json()]
+        if is_plain_text(self.path):
+            parts.append("txt")  # the same bytes are other requests in a .txt file than in JSONL
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint_of_file(self, spec: ModelSpec) -> str | None:
+        """The fingerprint, if the path is a file that can be read twice."""
+        path = Path(self.path)
+        digest = hashlib.sha256()
+        try:
+            if self.path == "-" or not path.is_file():
+                return None
+            with path.open("rb") as file:
+                while block := file.read(_HASH_BYTES):
+                    digest.update(block)
+        except OSError:
+            return None  # what reads the file next says why it cannot
+        return self.fingerprint(spec, digest.hexdigest())
+
+    def key(self, fingerprint: str) -> str | None:
+        """What no second job is opened under; None where nothing was asked for."""
+        return _ONCE + fingerprint if self.once else self.idempotency_key
+
+
+class Submitted(NamedTuple):
+    """The job of a submission, and whether it was made now or is the one of an earlier submit."""
+
+    job_id: str
+    spec: ModelSpec
+    is_new: bool
+
+
+def load_once(submission: Submission, *, store: Store, settings: Settings) -> Submitted:
+    """Stores the file as a queued job, unless its key has one already.
+
+    Raises UsageError when that one is of other content, and what load_job raises.
+    """
+    try:
+        _refuse_submitted(submission, store)
+        return Submitted(*load_job(submission, store=store, settings=settings), is_new=True)
+    except KeyTaken as taken:
+        if not taken.is_same:
+            raise
+        return Submitted(taken.job_id, store.reading.job(taken.job_id).spec, is_new=False)
 
 
 def load_job(submission: Submission, *, store: Store, settings: Settings) -> tuple[str, ModelSpec]:
     """Stores the file as a queued job: its id and what it needs. Nothing stays stored when the file is bad.
 
-    Raises PromptFileError, UsageError, LoadingLost, StoreError.
+    Raises PromptFileError, UsageError, KeyTaken, LoadingLost, StoreError.
     """
     given = None if submission.model is None else submission.spec(submission.model)
     prompts = PromptFile(
@@ -86,16 +153,37 @@ def load_job(submission: Submission, *, store: Store, settings: Settings) -> tup
                 file_sha256=prompts.sha256,
                 fingerprint=fingerprint,
                 lease_seconds=lease_seconds,
+                idempotency_key=submission.key(fingerprint),
             )
-        except BaseException:
-            store.loading.discard(job_id)
+        except BaseException as error:
+            _discard(store, job_id)
+            if isinstance(error, OSError):
+                raise BatchmillError(f"{prompts.name} was not stored: {error.strerror or error}") from error
             raise
+    failpoint("submit.opened")
     return job_id, spec
 
 
 def send_wakeups(spec: ModelSpec, *, store: Store, broker: Broker) -> None:
     """Wakes workers for what is pending. Raises BrokerUnavailable."""
     broker.send_wakeups(spec.queue, store.recovery.pending_of(spec, most=MAX_WAKEUPS))
+
+
+def _refuse_submitted(submission: Submission, store: Store) -> None:
+    """Raises KeyTaken where that can be told before anything is stored: a second submit of a long file is quick."""
+    if submission.model is None or not (submission.once or submission.idempotency_key):
+        return
+    fingerprint = submission.fingerprint_of_file(submission.spec(submission.model))
+    if fingerprint is not None and (key := submission.key(fingerprint)) is not None:
+        store.loading.refuse_taken(key, fingerprint=fingerprint)
+
+
+def _discard(store: Store, job_id: str) -> None:
+    try:
+        store.loading.discard(job_id)
+    except StoreError as error:
+        # Nobody sees these rows, and whoever comes by later deletes them; why the submit failed is the news.
+        log.warning("what a failed submit stored is deleted later", job=job_id, error=str(error))
 
 
 def _stream(
@@ -119,6 +207,7 @@ def _stream(
             batch_size=submission.batch_size,
             lease_seconds=lease_seconds,
         )
+        failpoint("submit.page")
         line_of = {line.request.index: line.number for line in page} if duplicates else {}
         for each in duplicates:
             first = f"line {line_of[each.first_index]}" if each.first_index in line_of else f"index {each.first_index}"
@@ -158,9 +247,12 @@ def _lacks_chat_template(spec: ModelSpec) -> bool:
         return False
     config = folder / "tokenizer_config.json"
     try:
-        return not (config.exists() and json.loads(config.read_text()).get("chat_template"))
+        written = json.loads(config.read_text()) if config.exists() else None
     except ValueError:
         return True
+    except OSError:
+        return False  # the workers may be allowed to read it, and say so if not
+    return not (isinstance(written, dict) and written.get("chat_template"))
 
 
 def _model_of(prompts: PromptFile) -> str:

@@ -54,6 +54,6 @@ def test_a_store_that_refuses_is_not_waited_for() -> None:
 
 
 def test_an_order_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ChildOrder(7, "echo?quantization=none", "cpu", None)
+    order = ChildOrder(7, "echo?quantization=none", "cpu", None, True)
     monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
     assert ChildOrder.from_environment() == order

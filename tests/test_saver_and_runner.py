@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -15,18 +16,20 @@ from tests import mill
 from worker.engine.echo import EchoEngine
 from worker.runner import Runner
 from worker.saver import Saver
+from worker.spool import Spool
 
 
 class Desk:
     """One child's saver, engine and runner, with what it asked of the outside."""
 
-    def __init__(self, store: Store, *, rows: int = 8, save_seconds: float = 0.05) -> None:
+    def __init__(self, store: Store, folder: Path, *, rows: int = 8, save_seconds: float = 0.05) -> None:
         self.seat = mill.seat(store)
         self.drain = threading.Event()
         self.woken = 0
         self.engine = EchoEngine(rows=rows, progress=self.progress)
         self.steps = 0
         self.on_step = lambda: None
+        self.spool = Spool(folder / "spool" / "1.jsonl", limit_bytes=100_000)
         self.saver = Saver(
             store,
             self.seat,
@@ -35,6 +38,8 @@ class Desk:
             peak=lambda: Memory(1, 2, 3, 4),
             wake=self.wake,
             drain=self.drain,
+            spool=self.spool,
+            capacity_of="host/cpu",
         )
         self.saver.start()
         self.runner = Runner(self.engine, self.saver, watching=nullcontext)
@@ -49,8 +54,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(store: Store) -> Desk:
-    return Desk(store)
+def desk(store: Store, tmp_path: Path) -> Desk:
+    return Desk(store, tmp_path)
 
 
 def test_a_task_works_off_everything_and_ends(store: Store, desk: Desk) -> None:

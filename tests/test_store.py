@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-
 import pytest
 from sqlalchemy import select, update
 
@@ -115,29 +112,6 @@ class TestClaiming:
         claimed = mill.claim(store, mill.seat(store, only_job=mine))
         assert [each.lease.job_id for each in claimed] == [mine]
 
-    def test_eight_claimers_share_two_hundred_batches(self, store: Store) -> None:
-        mill.load(store, 200, batch_size=1)
-        seats = [mill.seat(store, name=f"w{number}") for number in range(8)]
-        won: Counter[int] = Counter()
-        barrier = threading.Barrier(len(seats))
-
-        def claim_all(who: mill.Seat) -> None:
-            barrier.wait()
-            while claimed := mill.claim(store, who):
-                won.update(each.lease.batch_id for each in claimed)
-                mill.save(store, who, [mill.answered(each) for each in claimed])
-
-        threads = [threading.Thread(target=claim_all, args=(who,)) for who in seats]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 200
-        assert set(won.values()) == {1}
-        with store.database.read() as connection:
-            assert set(connection.scalars(select(batches.c.fence))) == {1}
-            assert connection.scalar(select(jobs.c.state)) == JobState.COMPLETED
-
     def test_beyond_the_first_batch_only_what_no_idle_worker_could_start(self, store: Store) -> None:
         mill.load(store, 12)  # three batches
         who = mill.seat(store)
@@ -218,7 +192,7 @@ class TestSaving:
     def test_a_batch_taken_back_and_claimed_by_the_same_worker_has_a_new_fence(self, store: Store) -> None:
         mill.load(store, 4)
         who = mill.seat(store)
-        (before,) = mill.claim(store, who)
+        (before,) = mill.claim(store, who, room=0)
         store.recovery.take_back(who.worker_id, generation=who.generation)
         (after,) = mill.claim(store, who)
         assert after.lease.fence == before.lease.fence + 1
@@ -244,26 +218,6 @@ class TestSaving:
         with store.database.read() as connection:
             assert connection.scalar(select(runs.c.error_codes)) == '{"out_of_memory": 1, "engine_error": 3}'
 
-    def test_the_last_two_batches_at_once_close_the_job(self, store: Store) -> None:
-        for _ in range(10):
-            job_id = mill.load(store, 2, batch_size=1)
-            seats = [mill.seat(store, name="a"), mill.seat(store, name="b")]
-            held = [mill.answered(mill.claim(store, who)[0]) for who in seats]
-            barrier = threading.Barrier(2)
-
-            def finish(who: mill.Seat, batch: Held, barrier: threading.Barrier = barrier) -> None:
-                barrier.wait()
-                mill.save(store, who, [batch])
-
-            threads = [threading.Thread(target=finish, args=pair) for pair in zip(seats, held, strict=True)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert store.reading.job(job_id).state is JobState.COMPLETED
-            for who in seats:
-                store.workers.enter(who.worker_id, mill_stopped())
-
     def test_drain_is_read_back_and_hands_everything_back(self, store: Store) -> None:
         job_id = mill.load(store, 4)
         who = mill.seat(store)
@@ -278,10 +232,6 @@ class TestSaving:
         (again,) = mill.claim(store, mill.seat(store, name="other"))
         assert [each.index for each in again.requests] == [2, 3]
         assert store.reading.job(job_id).counts.succeeded == 2
-
-
-def mill_stopped() -> WorkerState:
-    return WorkerState.STOPPED
 
 
 def draining() -> WorkerState:

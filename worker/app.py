@@ -5,7 +5,7 @@ from __future__ import annotations
 from celery import shared_task
 from celery.signals import setup_logging, worker_process_init
 
-from jobs.broker import WAKE_TASK
+from jobs.gate import WAKE_TASK
 from worker.child import Child, begin
 
 _child: Child | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from typing import NoReturn, TypeVar
 
 from jobs import VERSION
 from jobs.broker import Broker
-from jobs.errors import ModelError, StoreError
+from jobs.errors import AlreadyRunning, ModelError, StoreError
+from jobs.failpoints import arm, failpoint
 from jobs.logs import configure_logs, get_logger
 from jobs.settings import Settings, load_settings
 from jobs.spec import ECHO, ModelSpec
@@ -27,13 +29,17 @@ from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Seat
 from jobs.store.workers import Loaded
-from worker.devices import DeviceInfo, describe_device
+from worker.device_lock import DeviceLock
+from worker.devices import DeviceInfo, describe_device, is_device_error
 from worker.engine import Engine, Progress
+from worker.engine.chaos import ChaosEngine
 from worker.engine.echo import ECHO_ROWS, EchoEngine
 from worker.reconciler import Reconciler
 from worker.runner import Runner
 from worker.saver import Saver
+from worker.spool import Spool, spool_path
 from worker.telemetry import MemoryMeter
+from worker.waker import Waker
 from worker.watchdog import Watchdog
 
 log = get_logger(__name__)
@@ -43,6 +49,8 @@ ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
 _STORE_PAUSE_SECONDS = 1.0
+#: A child waits so long for a locked SQLite store before it puts its outputs into the spool and tries again.
+_BUSY_SECONDS = 2.0
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
@@ -54,9 +62,10 @@ class ChildOrder:
     spec: str
     device: str
     only_job: str | None
+    share_device: bool
 
     def to_environment(self) -> str:
-        return json.dumps([self.worker_id, self.spec, self.device, self.only_job])
+        return json.dumps([self.worker_id, self.spec, self.device, self.only_job, self.share_device])
 
     @classmethod
     def from_environment(cls) -> ChildOrder:
@@ -71,6 +80,7 @@ class Child:
 
     def work(self) -> None:
         """Works while there is work. An engine that fails ends the process: its device may be broken for good."""
+        failpoint("child.woken")
         try:
             self._runner.run()
         except Exception:
@@ -100,13 +110,14 @@ def begin() -> Child:
     switch = _DrainSwitch()
     settings = load_settings()
     configure_logs(settings)
+    arm(settings.failpoint, home=settings.home)
     order = ChildOrder.from_environment()
-    store = Store(settings.database, busy_seconds=settings.busy_seconds)
+    store = Store(settings.database, busy_seconds=min(settings.busy_seconds, _BUSY_SECONDS))
     generation = _answered(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
     try:
         child = _load(order, generation, settings=settings, store=store, switch=switch)
-    except ModelError as error:
-        _give_up(store, order.worker_id, str(error))
+    except (ModelError, AlreadyRunning) as error:
+        _give_up(store, order.worker_id, str(error), sick=is_device_error(error))
     except Exception as error:
         log.exception("this process cannot begin")
         _give_up(store, order.worker_id, f"{type(error).__name__}: {error}")
@@ -118,6 +129,10 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     spec = ModelSpec.from_canonical(order.spec)
     watchdog = Watchdog()
     device = describe_device(order.device)
+    if device.uuid is not None and not order.share_device:
+        DeviceLock(device.uuid).take()
+    capacity_of = device.uuid or f"{socket.gethostname()}/{device.torch_device}"
+    fits = _answered(lambda: store.health.fits(spec, capacity_of))
     meter = MemoryMeter(device)
 
     def progress() -> bool:
@@ -126,23 +141,27 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         return switch.asked.is_set()
 
     with watchdog.watching(settings.load_stall_seconds):
-        held = _hold_model(spec, device, settings=settings, progress=progress)
+        held = _hold_model(spec, device, settings=settings, progress=progress, fits=fits)
     meter.weights_bytes = held.weights_bytes
     loaded = _loaded(held, device)
     _answered(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))
-    reconciler = Reconciler(store, Broker(settings.broker), lease_seconds=settings.lease_seconds)
+    waker = Waker(Reconciler(store, Broker(settings.broker), lease_seconds=settings.lease_seconds).send_wakeups)
+    waker.start()
+    path = spool_path(settings.home, settings.database, order.worker_id, generation)
     saver = Saver(
         store,
         _seat(order, generation, held, device, settings),
         rows=held.engine.rows,
         save_seconds=settings.save_seconds,
         peak=meter.take,
-        wake=reconciler.send_wakeups,
+        wake=waker.wake,
         drain=switch.asked,
+        spool=Spool(path, limit_bytes=settings.spool_bytes),
+        capacity_of=capacity_of,
     )
     saver.start()
     log.info("ready", worker=order.worker_id, model=str(spec), device=device.name, load_seconds=held.load_seconds)
-    _answered(reconciler.send_wakeups)
+    waker.wake()
     return Child(Runner(held.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)))
 
 
@@ -168,16 +187,19 @@ def _answered(call: Callable[[], T]) -> T:
             time.sleep(_STORE_PAUSE_SECONDS)
 
 
-def _hold_model(spec: ModelSpec, device: DeviceInfo, *, settings: Settings, progress: Progress) -> _Held:
+def _hold_model(
+    spec: ModelSpec, device: DeviceInfo, *, settings: Settings, progress: Progress, fits: int | None
+) -> _Held:
     if spec.model == ECHO:
-        pace = settings.echo_step_seconds
-        return _Held(EchoEngine(rows=settings.engine_rows or ECHO_ROWS, progress=progress, seconds_per_step=pace))
+        kind = ChaosEngine if settings.chaos else EchoEngine
+        rows, pace = settings.engine_rows or ECHO_ROWS, settings.echo_step_seconds
+        return _Held(kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits))
     # Imported here, so that the echo engine works where torch is not installed.
     from worker.engine.generate import GENERATE_ROWS, GenerateEngine
     from worker.loader import load
 
     loaded = load(spec, device.torch_device)
-    engine = GenerateEngine(loaded, rows=settings.engine_rows or GENERATE_ROWS, progress=progress)
+    engine = GenerateEngine(loaded, rows=settings.engine_rows or GENERATE_ROWS, progress=progress, fits=fits)
     return _Held(engine, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
 
 
@@ -209,12 +231,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _give_up(store: Store, worker_id: int, reason: str) -> NoReturn:
+def _give_up(store: Store, worker_id: int, reason: str, *, sick: bool = False) -> NoReturn:
     """Says why, ends the parent, and waits for the parent's order to end.
 
     An exception here would be swallowed by Celery, and an exit would be answered by a new child, for ever.
     """
-    _answered(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
+    if sick:
+        _answered(lambda: store.health.enter_sick(worker_id, reason=reason))
+    else:
+        _answered(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
     os.kill(os.getppid(), signal.SIGTERM)
     while True:
         signal.pause()

@@ -6,6 +6,7 @@ import click
 
 from jobs.errors import UsageError
 from jobs.exits import one_line_errors
+from jobs.failpoints import arm
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
@@ -28,6 +29,7 @@ from worker.supervisor import Supervisor
 @click.option(
     "--exit-when-idle", type=click.FloatRange(min=0), metavar="SECONDS", help="End after so long without work."
 )
+@click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
 @click.option("--job", "only_job", hidden=True, help="Serve this job alone.")
 @one_line_errors()
 def main(
@@ -38,6 +40,7 @@ def main(
     devices: str | None,
     name: str | None,
     exit_when_idle: float | None,
+    share_device: bool,
     only_job: str | None,
 ) -> None:
     """Run a worker: it holds one quantized model on one device and answers the requests of its queue.
@@ -47,11 +50,12 @@ def main(
     """
     settings = load_settings()
     configure_logs(settings)
+    arm(settings.failpoint, home=settings.home)
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
     if devices is not None:
         if device is not None or name is not None:
             raise click.UsageError("--devices starts one worker per device: leave out --device and --name")
-        arguments = _arguments(spec, only_job, exit_when_idle)
+        arguments = _arguments(spec, only_job, exit_when_idle, share_device)
         Supervisor(
             _each_device(devices),
             arguments,
@@ -60,7 +64,7 @@ def main(
             store=open_store(settings),
         ).run()
         return
-    run_worker(WorkerOptions(spec, device or "auto", name, only_job, exit_when_idle), settings)
+    run_worker(WorkerOptions(spec, device or "auto", name, only_job, exit_when_idle, share_device), settings)
 
 
 def _each_device(written: str) -> list[str]:
@@ -76,10 +80,12 @@ def _each_device(written: str) -> list[str]:
     return devices
 
 
-def _arguments(spec: ModelSpec, only_job: str | None, exit_when_idle: float | None) -> list[str]:
+def _arguments(spec: ModelSpec, only_job: str | None, exit_when_idle: float | None, share_device: bool) -> list[str]:
     arguments = spec.command_line()[2:]
     if only_job is not None:
         arguments += ["--job", only_job]
     if exit_when_idle is not None:
         arguments += ["--exit-when-idle", str(exit_when_idle)]
+    if share_device:
+        arguments.append("--share-device")
     return arguments

@@ -27,6 +27,7 @@ _ALLOCATION_FAILURES = (
     "not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+_DEVICE_FAILURES = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS_", "ECC error", "NVML")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +126,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether something failed because the device does not work, and not for lack of memory.
+
+    Read from what the libraries say, down the chain of causes: their exceptions share no type.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    said = " ".join(map(str, chain))
+    return any(words in said for words in _DEVICE_FAILURES) and not any(words in said for words in _ALLOCATION_FAILURES)

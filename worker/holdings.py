@@ -86,10 +86,16 @@ class Holdings:
             holding = self._by_batch.get(each.lease.batch_id)
             if holding is not None:
                 del holding.answered[: len(each.outputs)]
-                self._enter(holding, said.entering[each.lease.batch_id])
+        self.enter(said)
         for claimed in turned.claimed:
             self._hold(claimed)
         return forgotten
+
+    def enter(self, said: Said) -> None:
+        """What was said to be in flight is on record now, so it may enter the engine."""
+        for batch_id, count in said.entering.items():
+            if batch_id in self._by_batch:
+                self._enter(self._by_batch[batch_id], count)
 
     def _hold(self, claimed: Claimed) -> None:
         holding = Holding(claimed.lease, deque(claimed.requests))

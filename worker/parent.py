@@ -26,13 +26,15 @@ from jobs.errors import BatchmillError, ModelError, StoreError
 from jobs.logs import get_logger
 from jobs.settings import Settings, environment_of
 from jobs.spec import ECHO, ModelSpec
-from jobs.states import WorkerState
+from jobs.states import RunOutcome, WorkerState
 from jobs.store import Store
-from jobs.store.workers import Heartbeat
+from jobs.store.workers import GIVEN_UP, Heartbeat
 from migrations import open_store
 from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
 from worker.devices import visible_devices
+from worker.leftovers import Leftovers
 from worker.reconciler import Reconciler
+from worker.waker import Waker
 
 log = get_logger(__name__)
 #: How often the keeper looks after its child.
@@ -41,6 +43,8 @@ _TICK_SECONDS = 0.25
 _MAX_FAILED_LOADS = 3
 #: Celery gives a child so much longer than the watchdog to load its model.
 _ALIVE_MARGIN_SECONDS = 60
+#: An ending worker waits so long for its last wake-ups to be sent.
+_LAST_WAKE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class WorkerOptions:
     name: str | None = None
     only_job: str | None = None
     exit_when_idle_seconds: float | None = None
+    share_device: bool = False
 
 
 def run_worker(options: WorkerOptions, settings: Settings) -> None:
@@ -79,7 +84,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     )
     keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=_Pool(celery_worker))
     try:
-        order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job)
+        order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job, options.share_device)
         os.environ[ORDER_VARIABLE] = order.to_environment()
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
         log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
@@ -170,9 +175,13 @@ class Keeper:
         self._settings = settings
         self._pool = pool
         self._reconciler = Reconciler(store, broker, lease_seconds=settings.lease_seconds)
+        self._leftovers = Leftovers(store, settings)
+        self._waker = Waker(self._reconciler.send_wakeups)
         self._heartbeat_due = _Due(settings.heartbeat_seconds)
         self._reconcile_due = _Due(settings.reconcile_seconds)
         self._last = Heartbeat(WorkerState.STARTING, 0, None, None, 0)
+        #: Of the children up to this generation nothing is left.
+        self._settled = 0
         self._failed_loads = 0
         self._idle_since = monotonic()
         self._draining = threading.Event()
@@ -180,6 +189,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
+        self._waker.start()
         self._thread.start()
 
     def on_shutdown(self, **_: object) -> None:
@@ -200,11 +210,13 @@ class Keeper:
         self._pool.signal(signal.SIGKILL)
         try:
             self._beat()
-            self._take_back(self._last.generation)
+            # What a child that was told to end did not hand back in time was cut short, and is not to blame.
+            self._settle(self._last.generation, RunOutcome.RELEASED if self._draining.is_set() else RunOutcome.CRASHED)
             if self.failure is None:
                 self._store.workers.enter(self._worker_id, WorkerState.STOPPED)
         except StoreError as error:
             log.warning("the store is away; others take back what is left", worker=self._worker_id, error=str(error))
+        self._waker.wait(seconds=_LAST_WAKE_SECONDS)
 
     def _run(self) -> None:
         told = False
@@ -226,24 +238,25 @@ class Keeper:
         if child_died:
             self._on_death()
         if self._reconcile_due.now():
-            self._reconciler.run_once()
+            self._leftovers.settle_orphans()
+            self._leftovers.discard_abandoned()
+            self._reconciler.repair()
+            self._waker.wake()
         self._end_when_idle()
 
     def _beat(self) -> None:
         """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
-        before = self._last
         self._last = self._store.workers.heartbeat(self._worker_id, beat=self._settings.heartbeat_seconds)
-        if self._last.state is WorkerState.FAILED:
+        if self._last.state in GIVEN_UP:
             self.failure = self._last.error
-        if self._last.generation > before.generation and self._last.generation > 1:
-            self._take_back(self._last.generation - 1)
+        self._settle(self._last.generation - 1)
 
     def _on_death(self) -> None:
         if self._last.child_pid is None or _is_running(self._last.child_pid):
             return  # the next child has reported already
         generation = self._last.generation
         log.warning("the child died", worker=self._worker_id, pid=self._last.child_pid, state=self._last.state.value)
-        self._take_back(generation)
+        self._settle(generation)
         loading = self._last.state is WorkerState.LOADING
         self._failed_loads = self._failed_loads + 1 if loading else 0
         self._last = Heartbeat(self._last.state, generation, None, None, 0)
@@ -252,11 +265,25 @@ class Keeper:
             self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=self.failure)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _take_back(self, generation: int) -> None:
-        taken = self._store.recovery.take_back(self._worker_id, generation=generation)
+    def _settle(self, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> None:
+        """Nothing is left of the children up to this generation, once the store has answered."""
+        if generation <= self._settled:
+            return
+        taken = self._leftovers.settle(self._worker_id, generation, outcome=outcome)
+        self._settled = generation
         if taken:
-            log.warning("took back the leases of a dead child", worker=self._worker_id, batches=taken)
-            self._reconciler.send_wakeups()
+            self._waker.wake()
+            if outcome is RunOutcome.CRASHED and self._store.health.is_sick(self._worker_id):
+                self._give_up_sick()
+
+    def _give_up_sick(self) -> None:
+        self.failure = (
+            f"{self._options.spec} on {self._options.device}: three different sets of requests in a row crashed this "
+            "worker while other workers answered theirs; look at the device (nvidia-smi, the kernel's log) and the "
+            "lines above"
+        )
+        self._store.health.enter_sick(self._worker_id, reason=self.failure)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _end_when_idle(self) -> None:
         seconds = self._options.exit_when_idle_seconds

@@ -10,6 +10,7 @@ from time import monotonic
 
 from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import BrokerUnavailable
+from jobs.failpoints import failpoint
 from jobs.logs import get_logger
 from jobs.spec import ModelSpec
 from jobs.store import Store
@@ -26,13 +27,18 @@ class Reconciler:
         self._sightings: dict[int, tuple[tuple[int, float], float]] = {}
 
     def run_once(self) -> None:
-        """One pass. Raises StoreError; a broker that is away is logged."""
+        """One pass, and the wake-ups after it. Raises StoreError; a broker that is away is logged."""
+        self.repair()
+        self.send_wakeups()
+
+    def repair(self) -> None:
+        """One pass. Raises StoreError."""
         reaped = self._reap()
         closed = self._store.closing.close_finished()
         discarded = self._store.loading.discard_expired()
         if reaped or closed or discarded:
             log.info("reconciled", reaped=reaped, closed=closed, discarded=discarded)
-        self.send_wakeups()
+        failpoint("reconciler.reaped")
 
     def send_wakeups(self) -> None:
         """Sends what the queues lack: pending batches of each ModelSpec minus the length of its queue."""

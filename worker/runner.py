@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
 
+from jobs.failpoints import failpoint
 from jobs.logs import get_logger
 from worker.engine import Engine
 from worker.saver import Saver
@@ -30,12 +31,14 @@ class Runner:
             engine.cancel(work.forget)
             for key, request in work.add:
                 engine.add(key, request)
+            failpoint("child.entered")
             if engine.waiting or engine.active:
                 step_begin = monotonic()
                 with self._watching():
                     outputs = engine.step()
                 in_steps_seconds += monotonic() - step_begin
-                self._saver.give(outputs)
+                failpoint("child.stepped")
+                self._saver.give(outputs, fits=engine.capacity.found)
         if in_steps_seconds:
             seconds = monotonic() - begin
             log.info("out of work", seconds=round(seconds, 3), in_steps_share=round(in_steps_seconds / seconds, 4))

@@ -1,7 +1,8 @@
 """The child's one hand in the store: a thread that claims, records what is in flight, saves and finishes.
 
-It commits at least every `save_seconds`, and at once when the engine needs more. The runner talks to it by
-`take` and `give`, and never touches the database; the saver never touches the engine.
+It commits at least every `save_seconds`, and at once when the engine needs more. While the store is away, what is
+answered and what is in flight go to the spool instead, and the engine goes on with what is claimed. The runner talks to
+it by `take` and `give`, and never touches the database; the saver never touches the engine.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 
 from jobs.errors import StoreError
+from jobs.failpoints import failpoint
 from jobs.logs import get_logger
 from jobs.schema import Memory, Output, Request, RequestKey
 from jobs.store import Store
 from jobs.store.lease import Seat, Turned
 from worker.holdings import Holdings, Said
+from worker.spool import Spool
 
 log = get_logger(__name__)
-_LONGEST_PAUSE_SECONDS = 10.0
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class Saver:
 
     `rows`: the engine's rows. `peak`: the largest memory read since it was last asked. `wake`: tells other
     workers that batches became pending. `drain`: once set, everything is saved or handed back, and no more claimed.
+    `capacity_of`: the device as `store.health` knows it.
     """
 
     def __init__(
@@ -48,9 +54,13 @@ class Saver:
         peak: Callable[[], Memory],
         wake: Callable[[], None],
         drain: threading.Event,
+        spool: Spool,
+        capacity_of: str,
     ) -> None:
         self._store = store
         self._seat = seat
+        self._spool = spool
+        self._device = capacity_of
         self._rows = rows
         #: A turn fills up to this, so that not every finished row asks for a turn of its own.
         self._fill = rows + max(1, rows // 4)
@@ -67,6 +77,13 @@ class Saver:
         self._turns = 0
         #: Nothing could be claimed at the last turn, so there is no hurry to ask again.
         self._dry = False
+        #: The store did not answer the last turn, so nobody knows whether it was committed.
+        self._away = False
+        self._full = False
+        self._pause = _FIRST_PAUSE_SECONDS
+        self._try_at = 0.0
+        self._fits: int | None = None
+        self._fits_kept: int | None = None
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
 
     def start(self) -> None:
@@ -97,16 +114,17 @@ class Saver:
                 if self._drain.is_set():
                     self._hand_back()
                     return None
-                if self._holdings.recorded or self._forget or not self._engine_empty:
+                if not self._full and (self._holdings.recorded or self._forget or not self._engine_empty):
                     return self._next(waiting)
                 if not self._open:
                     return None
                 self._condition.wait(self._save_seconds)
 
-    def give(self, outputs: Sequence[Output]) -> None:
-        """Outputs that the engine finished, to be saved."""
+    def give(self, outputs: Sequence[Output], *, fits: int | None = None) -> None:
+        """Outputs that the engine finished, to be saved, and what its device was found to hold."""
         with self._condition:
             self._holdings.answer(outputs)
+            self._fits = fits
 
     def _next(self, waiting: int) -> Work:
         """As many recorded requests as keep the engine's own queue at its rows."""
@@ -134,6 +152,8 @@ class Saver:
 
     def _hurry(self) -> bool:
         """Whether a turn now, before its time, gives the engine more to do or ends the task."""
+        if self._away:
+            return not self._full and self._recorded() < self._rows and self._holdings.waiting > 0
         if self._drain.is_set():
             return True
         if self._recorded() < self._rows and (self._holdings.waiting or not self._dry):
@@ -160,26 +180,59 @@ class Saver:
             wanted = 0 if release else max(0, self._rows - backlog)
             room = 0 if release else max(0, self._fill - self._recorded())
             said = self._holdings.said(room=room, memory=self._peak(), release=release)
-        turned = self._commit(said, wanted, room - sum(said.entering.values()))
+        turned = None
+        if monotonic() >= self._try_at:
+            turned = self._commit(said, wanted, room - sum(said.entering.values()))
+        if turned is None:
+            self._outlive(said)
+            return
+        self._spool.clear()
         with self._condition:
+            self._away = self._full = False
             self._absorb(said, turned, wanted)
             self._turns += 1
             self._condition.notify_all()
+        failpoint("turn.committed")
         if turned.released:
             self._wake()
+        self._keep_fits()
 
-    def _commit(self, said: Said, wanted: int, room: int) -> Turned:
-        """One turn in the store, tried until it is answered: what it says stays true."""
-        pause = 0.1
-        while True:
-            try:
-                return self._store.saving.turn(self._seat, said.held, wanted_requests=wanted, in_flight_room=room)
-            except StoreError as error:
-                if not error.retryable:
-                    raise
-                log.warning("the store is away; outputs wait", error=str(error), worker=self._seat.worker_id)
-                threading.Event().wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    def _commit(self, said: Said, wanted: int, room: int) -> Turned | None:
+        """One turn in the store; None when it is away. What the turn says stays true, so it is said again later."""
+        try:
+            turned = self._store.saving.turn(
+                self._seat, said.held, wanted_requests=wanted, in_flight_room=room, resumed=self._away
+            )
+        except StoreError as error:
+            if not error.retryable:
+                raise
+            log.warning("the store is away; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
+            self._try_at = monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            return None
+        if self._away:
+            log.info("the store is back", worker=self._seat.worker_id)
+        self._pause, self._try_at = _FIRST_PAUSE_SECONDS, 0.0
+        return turned
+
+    def _outlive(self, said: Said) -> None:
+        """Puts into the spool what the store does not take; what it then knows to be in flight may enter the engine."""
+        spooled = self._spool.append(said.held)
+        with self._condition:
+            self._away, self._full, self._dry = True, not spooled, True
+            if spooled:
+                self._holdings.enter(said)
+            self._turns += 1
+            self._condition.notify_all()
+
+    def _keep_fits(self) -> None:
+        """Keeps what the device holds for the next process; if the store is away now, a later turn does."""
+        with self._condition:
+            fits = self._fits
+        if fits is not None and fits != self._fits_kept:
+            with suppress(StoreError):
+                self._store.health.remember_fits(self._seat.spec, self._device, fits)
+                self._fits_kept = fits
 
     def _absorb(self, said: Said, turned: Turned, wanted: int) -> None:
         self._forget += self._holdings.absorb(said, turned)

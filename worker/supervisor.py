@@ -18,12 +18,15 @@ from jobs.embedded import start_process, wait_or_kill
 from jobs.errors import BatchmillError
 from jobs.logs import get_logger
 from jobs.settings import Settings, environment_of
+from jobs.states import WorkerState
 from jobs.store import Store
 
 log = get_logger(__name__)
 _TICK_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
+#: A device that was sick is tried again after so long.
+_SICK_PAUSE_SECONDS = 600.0
 #: A worker that lived so long starts again with the first pause.
 _HEALTHY_SECONDS = 300.0
 #: Beyond its drain a worker gets so long before it is killed.
@@ -47,6 +50,10 @@ class _Post:
         if self.process is None and not self.over and monotonic() >= self._start_at:
             self.process = start_process(self._command, log=sys.stderr.buffer, environ=self._environ)
             self._started_at = monotonic()
+
+    def rest(self, seconds: float) -> None:
+        """Starts the next process so late."""
+        self._start_at = monotonic() + seconds
 
     def ended(self) -> tuple[int, int] | None:
         """The pid and exit code of a process that has ended since the last call."""
@@ -107,9 +114,12 @@ class Supervisor:
         if code == 0 and self._ends_when_idle:
             post.over = True
             return False
-        if self._store.workers.gave_up(host=socket.gethostname(), pid=pid):
+        state = self._store.workers.gave_up(host=socket.gethostname(), pid=pid)
+        if state is WorkerState.FAILED:
             post.over = True
             return True
+        if state is WorkerState.SICK:
+            post.rest(_SICK_PAUSE_SECONDS)
         log.warning("a worker ended and is started again", device=post.device, pid=pid, exit_code=code)
         return False
 

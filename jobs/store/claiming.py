@@ -1,6 +1,7 @@
 """Claiming: which batch a worker gets next, and the one UPDATE that gives it to a single worker.
 
 The oldest job's lowest batch comes first. Beyond its first batch a worker gets only what no idle worker could start.
+Suspects of a crash run apart: a worker gets such a batch alone, when it holds nothing.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class Claiming:
                 if spare <= 0:
                     break
                 spare -= 1
-            batch = self._claim_one(connection, seat, in_flight_room)
+            batch = self._claim_one(connection, seat, in_flight_room, alone=not holds and not claimed)
             if batch is None:
                 break
             claimed.append(batch)
+            if batch.lease.apart:
+                break
             wanted_requests -= len(batch.requests)
             in_flight_room -= batch.in_flight
         return tuple(claimed)
@@ -62,11 +65,17 @@ class Claiming:
             now=self._database.now,
         )
 
-    def _claim_one(self, connection: Connection, seat: Seat, in_flight_room: int) -> Claimed | None:
+    def _claim_one(self, connection: Connection, seat: Seat, in_flight_room: int, *, alone: bool) -> Claimed | None:
+        """Claims the best pending batch; None if there is none, or if it runs apart and the worker is not alone.
+
+        What comes after a batch that runs apart is not claimed instead: a worker that always found more would never
+        be alone, and the suspects would wait for ever.
+        """
         best = _pending(seat.spec.canonical, seat.only_job).limit(1)
-        batch_id = connection.scalar(best.with_for_update(skip_locked=True, of=batches, key_share=True))
-        if batch_id is None:
+        found = connection.execute(best.with_for_update(skip_locked=True, of=batches, key_share=True)).first()
+        if found is None or (found.crashes and not alone):
             return None
+        batch_id = found.id
         won = connection.execute(
             update(batches)
             .where(batches.c.id == batch_id, batches.c.state.in_(BATCH_BEFORE[BatchState.LEASED]))
@@ -83,7 +92,8 @@ class Claiming:
         first = max(0, min(in_flight_room, len(prompts)))
         in_flight = [each.index for each in prompts[:first]]
         run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
-        return Claimed(Lease(batch_id, won.fence, run_id, won.job_id), prompts, first)
+        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0)
+        return Claimed(lease, prompts, first)
 
     def _unanswered(self, connection: Connection, seat: Seat, batch_id: int, job_id: str) -> tuple[Request, ...]:
         options = self._options(connection, seat, job_id)
@@ -157,7 +167,7 @@ def pending_batches(connection: Connection, spec: str, *, most: int, only_job: s
 
 def _pending(spec: str, only_job: str | None) -> Select[Any]:
     chosen = (
-        select(batches.c.id)
+        select(batches.c.id, batches.c.crashes)
         .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
         .where(jobs.c.spec == spec, jobs.c.state.in_(CLAIMABLE_JOB_STATES))
         .where(batches.c.state == BatchState.PENDING.value)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select, update
 
+from jobs.failpoints import failpoint
 from jobs.schema import MAX_BATCH_SIZE, ErrorCode
 from jobs.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
 from jobs.store.database import Database
@@ -40,6 +41,7 @@ class Closing:
         connection.execute(
             update(jobs).where(jobs.c.id == job_id).values(state=ends.value, finished_at=self._database.now)
         )
+        failpoint("job.closing")
         return True
 
     def close_finished(self) -> list[str]:

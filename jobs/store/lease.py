@@ -38,12 +38,16 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write one batch's outputs, proven by its fence; `run_id` is the attempt."""
+    """The right to write one batch's outputs, proven by its fence; `run_id` is the attempt.
+
+    `apart`: its requests were in flight when a process died, so nothing else may run beside them.
+    """
 
     batch_id: int
     fence: int
     run_id: int
     job_id: str
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from jobs.errors import LoadingLost
+from jobs.errors import KeyTaken, LoadingLost
 from jobs.schema import JobOptions, Provenance, Request, new_job_id
 from jobs.spec import ModelSpec
-from jobs.states import JOB_BEFORE, BatchState, JobState
+from jobs.states import JOB_BEFORE, JobState
 from jobs.store.database import Database
+from jobs.store.moving import new_batches
 from jobs.tables import batches, jobs, requests
 
 #: A loading transaction holds at most this many requests, or this many bytes of them: a tenth of a second or two.
@@ -97,25 +98,57 @@ class Loading:
         with self._database.write() as connection:
             self._hold(connection, job_id, lease_seconds)
 
-    def open(self, job_id: str, *, spec: ModelSpec, file_sha256: str, fingerprint: str, lease_seconds: float) -> None:
-        """Flips the job to `queued`: from now on it is seen and claimed. Raises LoadingLost."""
-        with self._database.write() as connection:
-            self._hold(connection, job_id, lease_seconds)
-            connection.execute(
-                update(jobs)
-                .where(jobs.c.id == job_id, jobs.c.state.in_(JOB_BEFORE[JobState.QUEUED]))
-                .values(
-                    state=JobState.QUEUED.value,
-                    spec=spec.canonical,
-                    model=spec.model,
-                    revision=spec.revision,
-                    quantization=spec.quantization.value,
-                    file_sha256=file_sha256,
-                    fingerprint=fingerprint,
-                    queued_at=self._database.now,
-                    loading_until=None,
-                )
-            )
+    def open(
+        self,
+        job_id: str,
+        *,
+        spec: ModelSpec,
+        file_sha256: str,
+        fingerprint: str,
+        lease_seconds: float,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Flips the job to `queued`: from now on it is seen and claimed.
+
+        Of all jobs one alone is opened under a key. Raises LoadingLost, KeyTaken.
+        """
+        values = {
+            "state": JobState.QUEUED.value,
+            "spec": spec.canonical,
+            "model": spec.model,
+            "revision": spec.revision,
+            "quantization": spec.quantization.value,
+            "file_sha256": file_sha256,
+            "fingerprint": fingerprint,
+            "idempotency_key": idempotency_key,
+            "queued_at": self._database.now,
+            "loading_until": None,
+        }
+        same = (jobs.c.id == job_id, jobs.c.state.in_(JOB_BEFORE[JobState.QUEUED]))
+        try:
+            with self._database.write() as connection:
+                self._hold(connection, job_id, lease_seconds)
+                connection.execute(update(jobs).where(*same).values(values))
+        except IntegrityError:
+            if idempotency_key is not None:
+                self.refuse_taken(idempotency_key, fingerprint=fingerprint)
+            raise
+
+    def refuse_taken(self, idempotency_key: str, *, fingerprint: str) -> None:
+        """Raises KeyTaken if a job was opened under this key."""
+        with self._database.read() as connection:
+            holder = connection.execute(
+                select(jobs.c.id, jobs.c.fingerprint).where(jobs.c.idempotency_key == idempotency_key)
+            ).first()
+        if holder is None:
+            return
+        is_same = holder.fingerprint == fingerprint
+        other = "" if is_same else " with another file, model or options; choose another key"
+        raise KeyTaken(
+            f"job {holder.id} was submitted under the key {idempotency_key!r}{other}",
+            job_id=holder.id,
+            is_same=is_same,
+        )
 
     def discard(self, job_id: str) -> None:
         """Deletes a job that is loading, with all its rows, in pages; any other is left alone."""
@@ -208,12 +241,3 @@ class Loading:
         with self._database.write() as connection:
             connection.execute(delete(batches).where(batches.c.job_id == job_id))
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
-
-
-def new_batches(connection: Connection, job_id: str, sizes: Sequence[int]) -> list[int]:
-    """Inserts pending batches of these sizes: their ids, in order."""
-    if not sizes:
-        return []
-    rows = [{"job_id": job_id, "state": BatchState.PENDING.value, "total": size} for size in sizes]
-    returning = insert(batches).returning(batches.c.id, sort_by_parameter_order=True)
-    return list(connection.scalars(returning, rows).all())

@@ -3,34 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, and_, select, update
 
+from jobs.failpoints import failpoint
 from jobs.spec import ModelSpec
 from jobs.states import BATCH_BEFORE, CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome
+from jobs.store.blame import Blaming
 from jobs.store.claiming import pending_batches
+from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE, end_runs
-from jobs.tables import batches, jobs, runs
+from jobs.tables import batches, jobs, runs, workers
 
 #: How many batches one transaction takes back.
 _PAGE = 500
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A worker that holds leases: its process, its children so far, and when it was last heard of."""
+
+    worker_id: int
+    pid: int
+    generation: int
+    seen_seconds: float
+
+
 class Recovery:
     """Every call is safe at any time, twice, and from several processes at once."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, closing: Closing) -> None:
         self._database = database
+        self._closing = closing
+        self._blaming = Blaming(database)
 
     def take_back(self, worker_id: int, *, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
-        """Takes back every lease of this worker's children up to a generation: how many there were."""
+        """Takes back every lease of this worker's children up to a generation: how many there were.
+
+        After a crash what was in flight is blamed (`jobs.store.blame`); what was released is not.
+        """
         whose = and_(batches.c.worker_id == worker_id, batches.c.worker_generation <= generation)
         taken = page = self._take_page(whose, outcome)
         while page == _PAGE:
             page = self._take_page(whose, outcome)
             taken += page
         return taken
+
+    def holders(self, host: str) -> list[Holder]:
+        """The workers of a host that hold leases."""
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(
+                    workers.c.id,
+                    workers.c.pid,
+                    workers.c.generation,
+                    (self._database.now - workers.c.heartbeat_at).label("seen_seconds"),
+                )
+                .where(workers.c.host == host, workers.c.id.in_(select(batches.c.worker_id).distinct()))
+                .order_by(workers.c.id)
+            ).all()
+        return [Holder(row.id, row.pid, row.generation, row.seen_seconds) for row in found]
 
     def expired(self, *, for_seconds: float = 0.0) -> dict[int, tuple[int, float]]:
         """Batches whose lease expired at least so long ago: {batch id: (fence, lease_until)}."""
@@ -75,11 +109,19 @@ class Recovery:
                 .limit(_PAGE)
                 .with_for_update(key_share=True)
             ).all()
-            if ids:
+            if not ids:
+                return 0
+            of_jobs: set[str | None] = set()
+            if outcome is RunOutcome.RELEASED:
                 connection.execute(
                     update(batches)
                     .where(batches.c.id.in_(ids), batches.c.state.in_(BATCH_BEFORE[BatchState.PENDING]))
                     .values(state=BatchState.PENDING.value, **NO_LEASE)
                 )
-                end_runs(connection, runs.c.batch_id.in_(ids), outcome, now=self._database.now)
+            else:
+                of_jobs = {self._blaming.blame(connection, batch_id) for batch_id in ids}
+            end_runs(connection, runs.c.batch_id.in_(ids), outcome, now=self._database.now)
+            for job_id in sorted(each for each in of_jobs if each is not None):
+                self._closing.close_if_done(connection, job_id)
+            failpoint("recovery.taken")
             return len(ids)

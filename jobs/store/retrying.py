@@ -12,7 +12,7 @@ from jobs.errors import JobStateError
 from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
 from jobs.store.closing import PAGE_REQUESTS
 from jobs.store.database import Database
-from jobs.store.loading import new_batches
+from jobs.store.moving import move
 from jobs.tables import batches, jobs, outputs, requests
 
 #: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id.
@@ -68,7 +68,7 @@ class Retrying:
             self._take_off(connection, page)
             indexes = [row.place for row in page]
             connection.execute(delete(outputs).where(outputs.c.job_id == job_id, outputs.c.index.in_(indexes)))
-            self._move(connection, job_id, indexes, batch_size)
+            move(connection, job_id, indexes, batch_size=batch_size)
         return len(page)
 
     def _unsuccessful(self, connection: Connection, job_id: str) -> Sequence[_Moving]:
@@ -130,13 +130,3 @@ class Retrying:
         for batch_id, count in sorted(by_batch.items()):
             less = {name: batches.c[name] - number for name, number in count.items()}
             connection.execute(update(batches).where(batches.c.id == batch_id).values(less))
-
-    def _move(self, connection: Connection, job_id: str, indexes: list[int], batch_size: int) -> None:
-        slices = [indexes[begin : begin + batch_size] for begin in range(0, len(indexes), batch_size)]
-        new = new_batches(connection, job_id, [len(each) for each in slices])
-        for batch_id, each in zip(new, slices, strict=True):
-            connection.execute(
-                update(requests)
-                .where(requests.c.job_id == job_id, requests.c.index.in_(each))
-                .values(batch_id=batch_id)
-            )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import Connection, select, update
 
+from jobs.failpoints import failpoint
 from jobs.schema import Output
 from jobs.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
 from jobs.store.claiming import Claiming, pending_batches
@@ -29,29 +30,67 @@ class Saving:
         self._closing = closing
         self._claiming = Claiming(database)
 
-    def turn(self, seat: Seat, held: Sequence[Held], *, wanted_requests: int = 0, in_flight_room: int = 0) -> Turned:
+    def turn(
+        self,
+        seat: Seat,
+        held: Sequence[Held],
+        *,
+        wanted_requests: int = 0,
+        in_flight_room: int = 0,
+        resumed: bool = False,
+    ) -> Turned:
         """One commit of a worker.
 
         Saves the outputs and counts of every batch whose fence still holds, renews its lease, finishes it when
         nothing is pending, closes what was cancelled, releases what is handed back or what an idle worker
         could start instead; then claims batches until `wanted_requests` are there, of which the first
-        `in_flight_room` are recorded as in flight.
+        `in_flight_room` are recorded as in flight. Beside a batch that runs apart nothing is claimed.
+
+        `resumed`: nobody knows whether the last turn was committed, so leases that it may have brought, and that
+        `held` does not name, are handed back.
         """
         with self._database.write() as connection:
+            if resumed:
+                self._hand_back_strays(connection, seat, held)
             mine = self._lock(connection, held)
             counted = {each.lease.batch_id: self._save(connection, each) for each in mine}
             for each in mine:
                 self._renew(connection, seat, each, counted[each.lease.batch_id])
+            failpoint("turn.saved")
             finished = self._finish(connection, mine)
             cancelled = self._close_cancelled(connection, mine, finished)
             rest = [each for each in mine if each.lease.batch_id not in finished | cancelled]
             released = self._release(connection, seat, rest)
             drain = self._draining(connection, seat)
-            holds = len(rest) > len(released)
-            claimed = () if drain else self._claiming.claim(connection, seat, holds, wanted_requests, in_flight_room)
+            kept = [each for each in rest if each.lease.batch_id not in released]
+            if drain or any(each.lease.apart for each in kept):
+                wanted_requests = 0
+            claimed = self._claiming.claim(connection, seat, bool(kept), wanted_requests, in_flight_room)
+            failpoint("turn.claimed")
             self._advance(connection, seat, mine, finished | cancelled, claimed)
         lost = {each.lease.batch_id for each in held} - {each.lease.batch_id for each in mine}
         return Turned(frozenset(lost), finished, cancelled, released, claimed, drain)
+
+    def _hand_back_strays(self, connection: Connection, seat: Seat, held: Sequence[Held]) -> None:
+        known = [each.lease.batch_id for each in held]
+        strays = connection.scalars(
+            select(batches.c.id)
+            .where(batches.c.worker_id == seat.worker_id, batches.c.worker_generation == seat.generation)
+            .where(batches.c.id.not_in(known))
+            .order_by(batches.c.id)
+            .with_for_update(key_share=True)
+        ).all()
+        if strays:
+            self._free(connection, strays)
+            which = runs.c.batch_id.in_(strays)
+            end_runs(connection, which, RunOutcome.RELEASED, now=self._database.now)
+
+    def _free(self, connection: Connection, batch_ids: Sequence[int]) -> None:
+        connection.execute(
+            update(batches)
+            .where(batches.c.id.in_(batch_ids), batches.c.state.in_(BATCH_BEFORE[BatchState.PENDING]))
+            .values(state=BatchState.PENDING.value, **NO_LEASE)
+        )
 
     def _lock(self, connection: Connection, held: Sequence[Held]) -> list[Held]:
         """Locks the batches; those whose fence still holds, by id."""
@@ -103,8 +142,8 @@ class Saving:
             .values({name: runs.c[name] + count for name, count in counted.items()})
             .values(
                 in_flight=json.dumps(list(held.in_flight)),
-                weights_bytes=memory.weights_bytes,
-                device_total_bytes=memory.device_total_bytes,
+                weights_bytes=larger(runs.c.weights_bytes, memory.weights_bytes),
+                device_total_bytes=larger(runs.c.device_total_bytes, memory.device_total_bytes),
                 peak_allocated_bytes=larger(runs.c.peak_allocated_bytes, memory.peak_allocated_bytes),
                 peak_reserved_bytes=larger(runs.c.peak_reserved_bytes, memory.peak_reserved_bytes),
             )
@@ -158,10 +197,7 @@ class Saving:
             idle = self._claiming.idle(connection, seat)
             leases += untouched[len(untouched) - min(idle, len(untouched)) :]
         if leases:
-            ids = [lease.batch_id for lease in leases]
-            connection.execute(
-                update(batches).where(batches.c.id.in_(ids)).values(state=BatchState.PENDING.value, **NO_LEASE)
-            )
+            self._free(connection, [lease.batch_id for lease in leases])
             self._end_runs(connection, leases, RunOutcome.RELEASED)
         return frozenset(lease.batch_id for lease in leases)
 

@@ -16,6 +16,8 @@ from jobs.tables import batches, workers
 
 #: A worker counts as dead after this many heartbeats that did not come.
 MISSED_HEARTBEATS = 4
+#: The states in which a worker takes no work any more, and for which its row keeps the reason.
+GIVEN_UP = frozenset({WorkerState.FAILED, WorkerState.SICK})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Workers:
             )
 
     def enter(self, worker_id: int, state: WorkerState, *, error: str | None = None) -> None:
-        """The worker drains, has stopped, or has failed for the reason given; one that has failed stays so."""
+        """The worker drains, has stopped, or has given up for the reason given; one that has given up stays so."""
         values: dict[str, object] = {"state": state.value}
         if error is not None:
             values["error"] = error
@@ -157,13 +159,11 @@ class Workers:
             values |= {"alive_until": self._database.now, "child_pid": None}
         with self._database.write() as connection:
             connection.execute(
-                update(workers)
-                .where(workers.c.id == worker_id, workers.c.state != WorkerState.FAILED.value)
-                .values(values)
+                update(workers).where(workers.c.id == worker_id, workers.c.state.not_in(GIVEN_UP)).values(values)
             )
 
-    def gave_up(self, *, host: str, pid: int) -> bool:
-        """Whether the newest worker of this process gave up because its model cannot be loaded."""
+    def gave_up(self, *, host: str, pid: int) -> WorkerState | None:
+        """FAILED or SICK if the newest worker of this process gave up, else None."""
         newest = (
             select(workers.c.state)
             .where(workers.c.host == host, workers.c.pid == pid)
@@ -171,7 +171,8 @@ class Workers:
             .limit(1)
         )
         with self._database.read() as connection:
-            return connection.scalar(newest) == WorkerState.FAILED.value
+            state = connection.scalar(newest)
+        return WorkerState(state) if state in GIVEN_UP else None
 
     def unserved_seconds(self, spec: ModelSpec, *, since: float) -> float:
         """How long no worker of this spec has lived: since the last one was seen, or since this time."""
@@ -214,7 +215,7 @@ class Workers:
 
 def alive(now: ColumnElement[float]) -> ColumnElement[bool]:
     """Whether a row of `workers` is of a live worker that has not given up."""
-    return and_(workers.c.alive_until > now, workers.c.state != WorkerState.FAILED.value)
+    return and_(workers.c.alive_until > now, workers.c.state.not_in(GIVEN_UP))
 
 
 def idle_workers(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 from jobs.schema import Output, Request, RequestKey, SamplingParams
+from worker.engine.capacity import Capacity
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from
 #: `step` as soon as it can, without what is unfinished.
@@ -27,6 +28,8 @@ class Engine(Protocol):
     rows: int
     #: What the model's generation_config asks for where neither request nor job does.
     defaults: SamplingParams
+    #: What the device holds at once; kept for the next process of this device once its memory ran out.
+    capacity: Capacity
 
     @property
     def waiting(self) -> int:

@@ -6,11 +6,12 @@ Owns nothing but the requests that wait. It imports no torch, knows no device, a
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import islice
 
 from jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
 from worker.engine import Progress
+from worker.engine.capacity import Capacity
 
 #: How many requests a step answers where nothing else is asked.
 ECHO_ROWS = 512
@@ -26,9 +27,15 @@ class EchoEngine:
     """
 
     def __init__(
-        self, *, rows: int = ECHO_ROWS, progress: Progress = lambda: False, seconds_per_step: float = 0.0
+        self,
+        *,
+        rows: int = ECHO_ROWS,
+        progress: Progress = lambda: False,
+        seconds_per_step: float = 0.0,
+        fits: int | None = None,
     ) -> None:
         self.rows = rows
+        self.capacity = Capacity(rows, found=fits)
         self.defaults = SamplingParams()
         self._progress = progress
         self._seconds_per_step = seconds_per_step
@@ -57,8 +64,15 @@ class EchoEngine:
         """Answers what waits, at most `rows` requests; none if progress asks to return."""
         if not self._waiting or self._interrupted():
             return []
-        keys = list(islice(self._waiting, self.rows))
-        return [_answer(key, self._waiting.pop(key)) for key in keys]
+        batch = dict(islice(self._waiting.items(), self.capacity.limit))
+        outputs = self._answer(batch)
+        for output in outputs:
+            self._waiting.pop(output.key, None)
+        self.capacity.held(len(outputs))
+        return outputs
+
+    def _answer(self, batch: Mapping[RequestKey, Request]) -> list[Output]:
+        return [_echo(key, request) for key, request in batch.items()]
 
     def _interrupted(self) -> bool:
         """Lets the time of a step pass; True as soon as progress asks to return."""
@@ -71,15 +85,19 @@ class EchoEngine:
         return True
 
 
-def _answer(key: RequestKey, request: Request) -> Output:
+def prompt_of(request: Request) -> str:
+    """What is echoed: the prompt, or the last message of the user."""
     if request.prompt is not None:
-        text = request.prompt
-        prompt_tokens = completion_tokens = len(text.split())
-    else:
-        messages = request.messages or ()
-        prompt_tokens = sum(len(each["content"].split()) for each in messages)
-        text = next((each["content"] for each in reversed(messages) if each["role"] == "user"), "")
-        completion_tokens = len(text.split())
+        return request.prompt
+    messages = request.messages or ()
+    return next((each["content"] for each in reversed(messages) if each["role"] == "user"), "")
+
+
+def _echo(key: RequestKey, request: Request) -> Output:
+    text = prompt_of(request)
+    prompt_tokens = completion_tokens = len(text.split())
+    if request.messages is not None:
+        prompt_tokens = sum(len(each["content"].split()) for each in request.messages)
     sampling, finish_reason = request.sampling, "stop"
     if sampling.max_tokens is not None and completion_tokens > sampling.max_tokens:
         rest = text.split(None, sampling.max_tokens)[-1]

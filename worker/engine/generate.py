@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from jobs.schema import ErrorCode, Output, Request, RequestKey
 from worker.devices import is_out_of_memory
 from worker.engine import Progress
+from worker.engine.capacity import Capacity
 from worker.engine.planning import Size, plan
 from worker.engine.sampler import RowSampler
 from worker.engine.stopping import RowStopping
@@ -36,17 +37,24 @@ class GenerateEngine:
     """Micro-batches of at most `rows` requests of similar length, each through one call of `generate`.
 
     A step runs one micro-batch to its end; progress is called before it and after each of its token steps. When the
-    device runs out of memory, the step tries again with half of the cache places and never plans above that again
-    (`tokens_that_fit`); a request that fails alone is answered by the error `out_of_memory`. An output's
-    completion_tokens count the end token, as OpenAI and vLLM do.
+    device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at `fits`
+    where an earlier process found that); a request that fails alone is answered by the error `out_of_memory`. An
+    output's completion_tokens count the end token, as OpenAI and vLLM do.
     """
 
-    def __init__(self, loaded: LoadedModel, *, rows: int = GENERATE_ROWS, progress: Progress = lambda: False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        rows: int = GENERATE_ROWS,
+        progress: Progress = lambda: False,
+        fits: int | None = None,
+    ) -> None:
         self.rows = rows
         self.defaults = loaded.defaults
         available = MemoryReader(str(loaded.device)).available_bytes()
-        #: Cache places of a micro-batch, at most.
-        self.tokens_that_fit = available // (MEMORY_PARTS * loaded.cache_token_bytes)
+        #: Cache places of a micro-batch.
+        self.capacity = Capacity(available // (MEMORY_PARTS * loaded.cache_token_bytes), found=fits)
         self._loaded = loaded
         self._progress = progress
         self._tokenization = Tokenization(
@@ -91,17 +99,18 @@ class GenerateEngine:
         outputs = list(self._refused.values())
         self._refused.clear()
         while self._waiting and not self._progress():
-            planned = plan(self._sizes(), rows=self.rows, tokens=self.tokens_that_fit)
+            planned = plan(self._sizes(), rows=self.rows, tokens=self.capacity.limit)
             keys = list(self._waiting)
             batch = {keys[place]: self._waiting[keys[place]] for place in planned.places}
             answered = self._answer(batch)
             if answered is not None:
+                self.capacity.held(planned.tokens)
                 # A request that was cancelled meanwhile gives no output.
                 return outputs + [each for each in answered if self._waiting.pop(each.key, None)]
             self._free_memory()
             if len(batch) == 1:
                 return outputs + [self._too_large(key) for key in batch]
-            self.tokens_that_fit = planned.tokens // 2
+            self.capacity.too_much(planned.tokens)
         return outputs
 
     def _sizes(self) -> list[Size]:

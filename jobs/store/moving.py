@@ -1,0 +1,49 @@
+"""Moving requests into new batches of their job: what a retry and a crash do. It decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, insert, update
+
+from jobs.states import BatchState
+from jobs.tables import batches, requests
+
+
+def new_batches(
+    connection: Connection, job_id: str, sizes: Sequence[int], *, crashes: int = 0, crashed_by: int | None = None
+) -> list[int]:
+    """Inserts pending batches of these sizes: their ids, in order."""
+    if not sizes:
+        return []
+    rows = [
+        {
+            "job_id": job_id,
+            "state": BatchState.PENDING.value,
+            "total": size,
+            "crashes": crashes,
+            "crashed_by": crashed_by,
+        }
+        for size in sizes
+    ]
+    returning = insert(batches).returning(batches.c.id, sort_by_parameter_order=True)
+    return list(connection.scalars(returning, rows).all())
+
+
+def move(
+    connection: Connection,
+    job_id: str,
+    indexes: Sequence[int],
+    *,
+    batch_size: int,
+    crashes: int = 0,
+    crashed_by: int | None = None,
+) -> None:
+    """Puts these requests into new pending batches of at most `batch_size`; the old ones' counts are the caller's."""
+    slices = [indexes[begin : begin + batch_size] for begin in range(0, len(indexes), batch_size)]
+    sizes = [len(each) for each in slices]
+    new = new_batches(connection, job_id, sizes, crashes=crashes, crashed_by=crashed_by)
+    for batch_id, each in zip(new, slices, strict=True):
+        connection.execute(
+            update(requests).where(requests.c.job_id == job_id, requests.c.index.in_(each)).values(batch_id=batch_id)
+        )

@@ -1,0 +1,130 @@
+"""Outputs that wait on this machine's disk while the store is away, so that a crash meanwhile loses none of them.
+
+A spool belongs to one child process. The child appends what it has answered and what is in flight, and empties it
+once the store has all of it; when the child dies first, its parent (or a worker started later) saves it, under the
+fences that held when it was written. Bounded, synced at every write; it knows no database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.failpoints import failpoint
+from jobs.schema import Output
+from jobs.store.lease import Held, Lease
+
+
+class _Written(NamedTuple):
+    """How many outputs of a batch are in the spool, and which requests it has there as in flight."""
+
+    outputs: int
+    in_flight: tuple[int, ...]
+
+
+_NOTHING = _Written(0, ())
+
+
+class Spool:
+    """The child's side: append and clear."""
+
+    def __init__(self, path: Path, *, limit_bytes: int) -> None:
+        self._path = path
+        self._limit_bytes = limit_bytes
+        self._size_bytes = 0
+        #: {batch id: what of it is written}
+        self._written: dict[int, _Written] = {}
+
+    def append(self, held: Sequence[Held]) -> bool:
+        """Writes what is new: outputs that were not yet written, and what is in flight now. False if it is full.
+
+        The outputs of a batch only grow until `clear`. A disk without space counts as full.
+        """
+        now = {each.lease.batch_id: _Written(len(each.outputs), tuple(each.in_flight)) for each in held}
+        new = [each for each in held if now[each.lease.batch_id] != self._written.get(each.lease.batch_id)]
+        if not new:
+            return True
+        lines = [_to_line(each, self._written.get(each.lease.batch_id, _NOTHING).outputs) for each in new]
+        data = "".join(lines).encode()
+        if self._size_bytes + len(data) > self._limit_bytes:
+            return False
+        try:
+            self._write(data)
+        except OSError:
+            return False
+        self._size_bytes += len(data)
+        self._written = now
+        failpoint("spool.written")
+        return True
+
+    def clear(self) -> None:
+        """Forgets everything: the store has it."""
+        if self._written or self._size_bytes:
+            self._path.unlink(missing_ok=True)
+            self._written, self._size_bytes = {}, 0
+
+    def _write(self, data: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            # What an earlier write left unfinished for lack of space is cut off.
+            os.ftruncate(descriptor, self._size_bytes)
+            os.lseek(descriptor, 0, os.SEEK_END)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def spool_path(home: Path, database: str, worker_id: int, generation: int) -> Path:
+    """Where one child of one worker of one store spools."""
+    digest = hashlib.sha256(database.encode()).hexdigest()[:8]
+    return home / "spool" / f"{digest}-{worker_id}-{generation}.jsonl"
+
+
+def spools(home: Path, database: str, worker_id: int, *, generation: int) -> list[tuple[int, Path]]:
+    """What children of a worker up to a generation left behind: (generation, path), oldest first."""
+    prefix = spool_path(home, database, worker_id, 0).name.removesuffix("0.jsonl")
+    found = ((int(path.stem.removeprefix(prefix)), path) for path in (home / "spool").glob(f"{prefix}*.jsonl"))
+    return sorted(each for each in found if each[0] <= generation)
+
+
+def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
+    """Spools that nobody has written to for so long."""
+    before = time.time() - older_than_seconds
+    return [path for path in (home / "spool").glob("*.jsonl") if path.stat().st_mtime < before]
+
+
+def read(path: Path) -> list[Held]:
+    """What a dead child had to say of each batch it held; a line that the crash cut off is left out."""
+    outputs: dict[Lease, list[Output]] = {}
+    in_flight: dict[Lease, list[int]] = {}
+    for line in _lines(path):
+        lease = Lease(*line["lease"])
+        outputs.setdefault(lease, []).extend(Output.from_json(each) for each in line["outputs"])
+        in_flight[lease] = line["in_flight"]
+    return [Held(lease, outputs=outputs[lease], in_flight=in_flight[lease]) for lease in outputs]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def _to_line(held: Held, written: int) -> str:
+    lease = held.lease
+    line = {
+        "lease": [lease.batch_id, lease.fence, lease.run_id, lease.job_id, lease.apart],
+        "in_flight": list(held.in_flight),
+        "outputs": [each.to_json() for each in held.outputs[written:]],
+    }
+    return json.dumps(line, separators=(",", ":")) + "\n"
