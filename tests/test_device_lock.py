@@ -1,0 +1,40 @@
+"""One worker per GPU: the second process is refused, and told who holds the device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import AlreadyRunning
+from worker import device_lock
+from worker.device_lock import DeviceLock
+
+HOLD = """
+import sys, pathlib
+from worker.device_lock import DeviceLock
+lock = DeviceLock("GPU-1", folder=pathlib.Path(sys.argv[1]))
+lock.take()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_second_worker_of_a_gpu_is_refused_until_the_first_process_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
+    root = Path(__file__).parent.parent
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(AlreadyRunning, match=f"GPU-1 .pid {holder.pid}.*--share-device"):
+        DeviceLock("GPU-1", folder=tmp_path).take()
+    DeviceLock("GPU-2", folder=tmp_path).take()
+    holder.kill()
+    holder.communicate()
+    DeviceLock("GPU-1", folder=tmp_path).take()

@@ -1,0 +1,159 @@
+"""Outputs that wait on disk while the store is away: what is written, what a crash leaves, who saves it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.schema import ErrorCode
+from jobs.settings import Settings, load_settings
+from jobs.states import JobState, RunOutcome
+from jobs.store import Store
+from jobs.store.lease import Held, Lease
+from tests import mill
+from tests.oracle import violations
+from worker import leftovers, spool
+from worker.leftovers import Leftovers
+from worker.spool import Spool, abandoned, read, spool_path
+
+LEASE = Lease(3, 1, 5, "job", apart=True)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "spool" / "x-1-1.jsonl"
+
+
+def held(*indexes: int, in_flight: tuple[int, ...] = ()) -> Held:
+    return Held(LEASE, outputs=[mill.output("job", index) for index in indexes], in_flight=in_flight)
+
+
+def test_what_is_appended_is_read_once_with_the_last_in_flight(path: Path) -> None:
+    own = Spool(path, limit_bytes=10_000)
+    assert own.append([held(0, in_flight=(1, 2))])
+    assert own.append([held(0, 1, in_flight=(2, 3))])
+    size = path.stat().st_size
+    assert own.append([held(0, 1, in_flight=(2, 3))])
+    assert path.stat().st_size == size
+    failed = mill.output("job", 2, error=ErrorCode.OUT_OF_MEMORY)
+    assert own.append([Held(LEASE, outputs=[mill.output("job", 0), mill.output("job", 1), failed])])
+    (found,) = read(path)
+    assert found == Held(LEASE, outputs=[mill.output("job", 0), mill.output("job", 1), failed], in_flight=[])
+    own.clear()
+    assert not path.exists()
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out(path: Path) -> None:
+    Spool(path, limit_bytes=10_000).append([held(0, in_flight=(1,))])
+    with path.open("ab") as file:
+        file.write(b'{"lease":[3,1,5,"jo')
+    assert read(path) == [held(0, in_flight=(1,))] or read(path)[0].outputs == [mill.output("job", 0)]
+    assert len(read(path)[0].outputs) == 1
+
+
+def test_it_is_bounded_and_says_when_it_is_full(path: Path) -> None:
+    own = Spool(path, limit_bytes=400)
+    assert own.append([held(0)])
+    assert not own.append([held(*range(20))])
+    assert path.stat().st_size <= 400
+    assert len(read(path)[0].outputs) == 1
+
+
+def test_a_disk_without_space_counts_as_full_and_is_used_again_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Spool(path, limit_bytes=10_000)
+    own.append([held(0)])
+    real = os.write
+
+    def half(descriptor: int, data: memoryview) -> int:
+        real(descriptor, data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool.os, "write", half)
+    assert not own.append([held(0, 1)])
+    monkeypatch.setattr(spool.os, "write", real)
+    assert own.append([held(0, 1)])
+    assert [each.key.index for each in read(path)[0].outputs] == [0, 1]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_nobody_else_can_read_it(path: Path) -> None:
+    Spool(path, limit_bytes=10_000).append([held(0)])
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_abandoned_spools_are_found_by_their_age(path: Path) -> None:
+    Spool(path, limit_bytes=10_000).append([held(0)])
+    home = path.parent.parent
+    assert abandoned(home, older_than_seconds=60) == []
+    os.utime(path, (time.time() - 120,) * 2)
+    assert abandoned(home, older_than_seconds=60) == [path]
+
+
+class TestLeftovers:
+    """A dead child's spool is saved under its fences before its leases are taken back."""
+
+    @pytest.fixture
+    def settings(self, store_url: str) -> Settings:
+        return load_settings(database_url=store_url)
+
+    def died(self, store: Store, settings: Settings) -> tuple[str, mill.Seat]:
+        """A child that answered 0 to 4 of 20 requests, had 5 to 9 in flight, and died while the store was away."""
+        job_id = mill.load(store, 20, batch_size=20)
+        who = mill.seat(store)
+        (claimed,) = mill.claim(store, who, room=8)
+        path = spool_path(settings.home, settings.database, who.worker_id, who.generation)
+        answers = [mill.output(job_id, index) for index in range(5)]
+        Spool(path, limit_bytes=10_000).append([Held(claimed.lease, outputs=answers, in_flight=range(5, 10))])
+        return job_id, who
+
+    def test_the_outputs_are_kept_and_who_was_in_flight_is_blamed(self, store: Store, settings: Settings) -> None:
+        job_id, who = self.died(store, settings)
+        assert Leftovers(store, settings).settle(who.worker_id, who.generation) == 1
+        assert store.reading.job(job_id).counts.succeeded == 5
+        assert list((settings.home / "spool").iterdir()) == []
+        next_one = mill.seat(store, name="next")
+        claimed = [mill.claim(store, next_one)[0]]
+        mill.save(store, next_one, [mill.answered(claimed[0])])
+        claimed += mill.claim(store, next_one)
+        assert [each.index for each in claimed[0].requests] == list(range(10, 20))
+        assert [each.index for each in claimed[1].requests] == list(range(5, 10))
+        assert claimed[1].lease.apart
+        mill.save(store, next_one, [mill.answered(claimed[1])])
+        assert store.reading.job(job_id).state is JobState.COMPLETED
+        assert violations(store) == []
+
+    def test_a_spool_whose_fence_is_lost_writes_nothing(self, store: Store, settings: Settings) -> None:
+        job_id, who = self.died(store, settings)
+        store.recovery.take_back(who.worker_id, generation=who.generation, outcome=RunOutcome.RELEASED)
+        Leftovers(store, settings).settle(who.worker_id, who.generation)
+        assert store.reading.job(job_id).counts.succeeded == 0
+        assert list((settings.home / "spool").iterdir()) == []
+
+    def test_orphans_of_this_host_are_settled_by_whoever_comes_next(
+        self, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id, _ = self.died(store, settings)
+        left = Leftovers(store, settings)
+        monkeypatch.setattr(leftovers.socket, "gethostname", lambda: "host")
+        monkeypatch.setattr(leftovers.psutil, "pid_exists", lambda pid: True)
+        assert left.settle_orphans() == 0
+        monkeypatch.setattr(leftovers.psutil, "pid_exists", lambda pid: False)
+        assert left.settle_orphans() == 0  # it was heard of a moment ago: another container's process, perhaps
+        left._silent_seconds = 0.0
+        assert left.settle_orphans() == 1
+        assert store.reading.job(job_id).counts.succeeded == 5
+
+    def test_a_spool_of_thousands_is_saved_in_pages(
+        self, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(leftovers, "_PAGE_OUTPUTS", 2)
+        job_id, who = self.died(store, settings)
+        Leftovers(store, settings).settle(who.worker_id, who.generation)
+        assert store.reading.job(job_id).counts.succeeded == 5
