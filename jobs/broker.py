@@ -1,33 +1,57 @@
 """The Celery app, queue names, and sending wake-ups; the broker's errors become BrokerUnavailable here.
 
 A wake-up is one message with one batch id. It may be lost, doubled or late without harm, since the store decides.
+What a worker takes out of a queue passes jobs.gate first.
 """
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
+from kombu.transport import TRANSPORT_ALIASES
 from redis.exceptions import RedisError
 
-from jobs.errors import BrokerUnavailable
+from jobs.errors import BrokerUnavailable, SettingsError
+from jobs.failpoints import failpoint
+from jobs.gate import TRANSPORT, WAKE_TASK
+from jobs.settings import Settings
 
-#: The one task there is; its implementation lives in worker.app.
-WAKE_TASK = "batchmill.wake"
 #: A queue never holds more wake-ups than this.
 MAX_WAKEUPS = 1_000
 _KEY_PREFIX = "batchmill:"
 _SOCKET_SECONDS = 10
 _CONNECT_SECONDS = 5
+#: What to do about some errors, by words of theirs; the first that fits is told.
+_REMEDIES = {
+    "mismatch, certificate is not valid": "; name the host as its certificate does",
+    "CERTIFICATE_VERIFY_FAILED": "; name who signed its certificate by BATCHMILL_BROKER_CA_FILE",
+    "invalid username-password pair": "; mend BATCHMILL_BROKER_URL",
+    "NOPERM": "; its user lacks a right that deploy/redis-users.acl gives",
+}
+_TLS = "rediss"
+_SOCKET = "redis+socket"
 
 
-def make_app(url: str, *, socket_seconds: float = _SOCKET_SECONDS) -> Celery:
-    """A Celery app for this Redis. JSON only, early ack, no results, no remote control, no time limits."""
+def make_app(
+    url: str, *, socket_seconds: float = _SOCKET_SECONDS, ca_file: Path | None = None, insecure: bool = False
+) -> Celery:
+    """A Celery app for this Redis. JSON only, early ack, no results, no remote control, no time limits.
+
+    With rediss:// the certificate and its host name are verified: against `ca_file` and the system's authorities,
+    or not at all if `insecure`. Raises SettingsError.
+    """
+    scheme = _scheme(url)
+    # Every connection of this process goes through the gate; kombu has no way to say so for one whose URL names
+    # the transport.
+    TRANSPORT_ALIASES.update(redis=TRANSPORT, rediss=TRANSPORT)
     app = Celery("batchmill", broker=url, set_as_current=False)
     app.conf.update(
         task_serializer="json",
@@ -44,6 +68,7 @@ def make_app(url: str, *, socket_seconds: float = _SOCKET_SECONDS) -> Celery:
             "interval_step": 0.2,
             "interval_max": 1,
         },
+        broker_use_ssl=_verification(scheme, ca_file, insecure),
         broker_connection_timeout=_CONNECT_SECONDS,
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
@@ -51,7 +76,7 @@ def make_app(url: str, *, socket_seconds: float = _SOCKET_SECONDS) -> Celery:
             "global_keyprefix": _KEY_PREFIX,
             "socket_timeout": socket_seconds,
             "socket_connect_timeout": _CONNECT_SECONDS,
-            "socket_keepalive": not url.startswith("redis+socket"),
+            "socket_keepalive": scheme != _SOCKET,
             "health_check_interval": 25,
         },
         worker_pool="prefork",
@@ -65,21 +90,27 @@ def make_app(url: str, *, socket_seconds: float = _SOCKET_SECONDS) -> Celery:
         worker_redirect_stdouts=False,
         worker_max_tasks_per_child=None,
     )
+    _forget_builtin_tasks(app)
     return app
 
 
 class Broker:
     """Sends wake-ups to the queues of Redis."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._app = make_app(url)
+    def __init__(self, url: str, *, ca_file: Path | None = None, insecure: bool = False) -> None:
+        self._url = url
+        self._app = make_app(url, ca_file=ca_file, insecure=insecure)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Broker:
+        """The Redis of these settings. Raises SettingsError."""
+        return cls(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
 
     @property
     def name(self) -> str:
-        """The URL without user and password."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        """The URL without user, password and options."""
+        scheme, _, rest = self._url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
     def send_wakeups(self, queue: str, batch_ids: Sequence[int]) -> int:
         """Sends wake-ups for pending batches, as many as the queue lacks: how many were sent.
@@ -94,7 +125,13 @@ class Broker:
                 task = self._app.signature(WAKE_TASK)
                 for batch_id in missing:
                     task.apply_async((batch_id,), queue=Queue(queue), producer=producer)
+                    failpoint("wakeup.sent")
         return len(missing)
+
+    def length(self, queue: str) -> int:
+        """How many wake-ups lie in a queue. Raises BrokerUnavailable."""
+        with self._translated(), self._app.connection_for_write() as connection:
+            return self._length(connection, queue)
 
     def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer."""
@@ -113,4 +150,44 @@ class Broker:
         try:
             yield
         except (OperationalError, RedisError, OSError) as error:
-            raise BrokerUnavailable(f"Redis at {self.name} is not reachable: {error}") from error
+            said = str(error)
+            remedy = next((remedy for words, remedy in _REMEDIES.items() if words in said), "")
+            raise BrokerUnavailable(f"Redis at {self.name} is not reachable: {said}{remedy}") from error
+
+
+def _scheme(url: str) -> str:
+    """The URL's scheme. Raises SettingsError for a URL that is no good, and says nothing of its password."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise SettingsError(
+            "BATCHMILL_BROKER_URL cannot be read; write the special characters of a password as %XX"
+        ) from None
+    if any(name.startswith("ssl") for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+        raise SettingsError(
+            "BATCHMILL_BROKER_URL: leave ssl options out; rediss:// verifies certificates, and the settings "
+            "broker_ca_file and broker_insecure say how"
+        )
+    return parts.scheme
+
+
+def _verification(scheme: str, ca_file: Path | None, insecure: bool) -> dict[str, Any] | None:
+    """What redis-py is to verify; None without TLS."""
+    if scheme != _TLS:
+        if ca_file is not None or insecure:
+            raise SettingsError("broker_ca_file and broker_insecure need a broker_url that begins with rediss://")
+        return None
+    if insecure:
+        return {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
+    if ca_file is not None and not ca_file.is_file():
+        raise SettingsError(f"broker_ca_file: there is no file {ca_file}")
+    authorities = {} if ca_file is None else {"ssl_ca_certs": str(ca_file)}
+    return {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True, **authorities}
+
+
+def _forget_builtin_tasks(app: Celery) -> None:
+    """Celery brings tasks of its own, such as celery.chord, that no message shall be able to name."""
+    app.finalize()
+    for name in [name for name in app.tasks if name.startswith("celery.")]:
+        app.tasks.unregister(name)

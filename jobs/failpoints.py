@@ -1,7 +1,8 @@
 """Named points at which a trial makes a process die: `BATCHMILL_FAILPOINT=name=kill9@3`, and nothing otherwise.
 
-The third time a process passes the point it is killed, as `kill -9` does, or raises the error that a full disk
-raises. A home's failpoint fires once: what is started again afterwards passes the point unharmed.
+The third time a process passes the point it is killed, as `kill -9` does (`kill9`), or gets the error of a full disk
+(`full`). A home's failpoint fires once: what is started again afterwards passes the point unharmed. `note` does nothing
+but write each passing down, so that a trial can see how many there are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jobs.errors import SettingsError
 POINTS = {
     "submit.page": "a page of requests is stored, and the job is not open",
     "submit.opened": "the job is open, and no wake-up is sent",
-    "submit.sent": "one wake-up of several is sent",
+    "wakeup.sent": "one wake-up of several is sent",
     "child.woken": "a task has begun, and nothing is claimed",
     "child.entered": "requests are recorded as in flight and enter the engine",
     "child.stepped": "the engine has answered, and the saver knows of nothing",
@@ -34,7 +35,7 @@ POINTS = {
     "export.written": "a part of the answers is written",
     "export.replaced": "the answers are whole, and not in their place",
 }
-_WRITTEN = re.compile(r"(?P<name>[a-z.]+)=(?P<action>kill9|full)@(?P<hit>[1-9][0-9]*)")
+_WRITTEN = re.compile(r"(?P<name>[a-z.]+)=(?P<action>kill9|full|note)@(?P<hit>[1-9][0-9]*)")
 
 
 def _kill() -> None:
@@ -46,14 +47,16 @@ def _fill() -> None:
 
 
 _ACTIONS: dict[str, Callable[[], None]] = {"kill9": _kill, "full": _fill}
+_NOTE = "note"
 
 
 @dataclass(slots=True)
 class _Armed:
     name: str
-    action: Callable[[], None]
+    action: str
     hits_left: int
-    marker: Path
+    #: Beside the home's files: it was fired, or who passed.
+    file: Path
 
 
 _armed: _Armed | None = None
@@ -68,9 +71,10 @@ def arm(written: str, *, home: Path) -> None:
     found = _WRITTEN.fullmatch(written)
     if found is None or found["name"] not in POINTS:
         raise SettingsError(
-            f"BATCHMILL_FAILPOINT={written}: write name=kill9@1 or name=full@1, the name one of {', '.join(POINTS)}"
+            f"BATCHMILL_FAILPOINT={written}: write name=kill9@1, name=full@1 or name=note@1, "
+            f"the name one of {', '.join(POINTS)}"
         )
-    _armed = _Armed(found["name"], _ACTIONS[found["action"]], int(found["hit"]), home / f"failpoint.{found['name']}")
+    _armed = _Armed(found["name"], found["action"], int(found["hit"]), home / f"failpoint.{found['name']}")
 
 
 def failpoint(name: str) -> None:
@@ -80,11 +84,15 @@ def failpoint(name: str) -> None:
 
 
 def _hit(armed: _Armed) -> None:
+    if armed.action == _NOTE:
+        with armed.file.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return
     armed.hits_left -= 1
     if armed.hits_left:
         return
     try:
-        armed.marker.touch(exist_ok=False)
+        armed.file.touch(exist_ok=False)
     except FileExistsError:
         return
-    armed.action()
+    _ACTIONS[armed.action]()

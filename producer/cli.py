@@ -93,15 +93,32 @@ def _revision() -> tuple[str | None, str]:
         store.close()
 
 
-@cli.command(epilog="Example: batchmill doctor -m ./my-model")
-@click.option("-m", "--model", help="A model that is to be readable here.")
+@cli.command(epilog="Example: batchmill doctor last")
+@click.argument("job", required=False)
+@click.option("-m", "--model", help="A model that is to be readable here (without JOB).")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def doctor(model: str | None, as_json: bool) -> None:
-    """Check what batchmill needs: a line each, with the fix. Exit code 1 if a required one fails."""
-    from jobs.settings import load_settings
-    from producer.doctor import examine, report
+def doctor(job: str | None, model: str | None, as_json: bool) -> None:
+    """Check what batchmill needs, or say why JOB does not move and what to do.
 
-    sys.exit(report(examine(load_settings(), model=model), as_json=as_json))
+    Without JOB: a line for each need, with the fix; exit code 1 if a required one fails. With JOB (an id, the
+    beginning of one, or `last`): exit code 1 if it is stuck until you act, 0 if it moves, waits or has ended.
+    """
+    from jobs.settings import load_settings
+
+    if job is not None and model is not None:
+        raise click.UsageError("JOB says which model it wants: leave --model out")
+    settings = load_settings()
+    if job is None:
+        from producer.doctor import examine, report
+
+        sys.exit(report(examine(settings, model=model), as_json=as_json))
+    import json
+
+    from producer.diagnosis import examine_job
+
+    found = examine_job(settings, job)
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    sys.exit(found.exit_code)
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 _MOST_JOBS = 20
+#: A worker whose model cannot be loaded, or whose device is sick, is shown for so long.
+_GIVEN_UP_SHOWN_SECONDS = 86_400
 
 
 def _open() -> tuple[Settings, Store]:
@@ -69,22 +71,23 @@ def jobs(most: int, as_json: bool) -> None:
 @click.option("--all", "everyone", is_flag=True, help="Those that have ended, too.")
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
-    """List the live workers: what each holds, on which device, and what it is at."""
-    from producer.status import duration, size, worker_json
+    """List the live workers: what each holds, on which device, and what it is at; and who gave up since yesterday."""
+    from jobs.store.workers import GIVEN_UP
+    from producer.status import worker_json, worker_line
 
-    found = _open()[1].workers.rows(only_alive=not everyone)
+    rows = _open()[1].workers.rows(only_alive=False)
+    found = [
+        each
+        for each in rows
+        if everyone or each.alive or (each.state in GIVEN_UP and each.seen_seconds < _GIVEN_UP_SHOWN_SECONDS)
+    ]
     if as_json:
         click.echo(json.dumps([worker_json(each) for each in found]))
         return
     if not found:
         click.echo("no live worker; `batchmill worker -m MODEL` starts one", err=True)
     for each in found:
-        state = each.state.value if each.alive or each.state.value in ("stopped", "failed") else "dead"
-        at = f", {each.leases} batches" if each.leases else ""
-        click.echo(
-            f"{each.name}  {state}{at}  {each.spec}  {each.device_name or each.device} on {each.host}"
-            f"  {size(each.weights_bytes)} weights  up {duration(each.uptime_seconds)}"
-        )
+        click.echo(worker_line(each))
 
 
 @click.command(epilog="Example: batchmill wait last --timeout 3600")
@@ -125,9 +128,11 @@ def results(job: str, out: Path | None, form: str, only: str) -> None:
 
     With --format openai and -o, errors go to a file beside, with .errors before the suffix.
     """
+    from jobs.failpoints import arm
     from producer.results import export
 
-    store = _open()[1]
+    settings, store = _open()
+    arm(settings.failpoint, home=settings.home)
     found = store.reading.job(store.reading.find(job))
     count = export(store, found, out=out, form=form, only=only)
     if out is not None:
@@ -164,7 +169,7 @@ def retry(job: str) -> None:
     moved = store.retrying.retry(job_id)
     click.echo(f"job {job_id}: {moved:,} requests are pending again", err=True)
     try:
-        send_wakeups(store.reading.job(job_id).spec, store=store, broker=Broker(settings.broker))
+        send_wakeups(store.reading.job(job_id).spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
         click.echo(f"workers take it up by themselves: {error}", err=True)
 

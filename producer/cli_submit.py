@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.errors import UsageError
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
 from producer.submit import Submission
+
+if TYPE_CHECKING:
+    from jobs.settings import Settings
 
 _Command = Callable[..., Any]
 
@@ -54,6 +59,8 @@ def _with(options: list[_Command]) -> _Command:
 @_with(_MODEL)
 @click.option("--remote-path", is_flag=True, help="MODEL is a folder that only the workers have.")
 @_with(_REQUESTS)
+@click.option("--idempotency-key", metavar="KEY", help="Your name for this job: a second submit of it finds the first.")
+@click.option("--once", is_flag=True, help="Find the job of the same file, model and options, if there is one.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended.")
 def submit(wait: bool, **options: Any) -> None:
     """Store FILE (- for stdin) as a job and wake its workers; prints the job's id.
@@ -62,22 +69,26 @@ def submit(wait: bool, **options: Any) -> None:
     """
     from jobs.broker import Broker
     from jobs.errors import BrokerUnavailable
-    from jobs.settings import load_settings
     from migrations import open_store
     from producer.progress import follow, require_success
+    from producer.results import standard_output
     from producer.status import JobStatus
-    from producer.submit import load_job, send_wakeups
+    from producer.submit import load_once, send_wakeups
 
-    settings = load_settings()
+    settings = _settings()
+    submission = _submission(options)
     store = open_store(settings)
-    job_id, spec = load_job(_submission(options), store=store, settings=settings)
+    job_id, spec, is_new = load_once(submission, store=store, settings=settings)
     try:
-        send_wakeups(spec, store=store, broker=Broker(settings.broker))
+        send_wakeups(spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
         click.echo(f"the job is stored, and workers take it up by themselves: {error}", err=True)
-    click.echo(job_id)
+    with standard_output(f"the id of job {job_id}") as stdout:
+        stdout.write(f"{job_id}\n")
     status = JobStatus.read(store, job_id)
-    if not status.served:
+    if not is_new:
+        click.echo(f"this was submitted before: job {job_id} is {status.job.state.value}", err=True)
+    if not (status.served or status.job.closed):
         for line in status.missing_lines():
             click.echo(line, err=True)
     if wait:
@@ -97,10 +108,9 @@ def run(out: Path | None, device: str, new: bool, **options: Any) -> None:
 
     The same command continues a job that was interrupted, and exports one that has ended.
     """
-    from jobs.settings import load_settings
     from producer.local import run_file
 
-    run_file(_submission(options), out=out, device=device, new=new, settings=load_settings())
+    run_file(_submission(options), out=out, device=device, new=new, settings=_settings())
 
 
 @click.command(epilog="Example: batchmill up -m demo")
@@ -109,18 +119,27 @@ def run(out: Path | None, device: str, new: bool, **options: Any) -> None:
 @click.option("--device", "devices", multiple=True, help="auto, cpu, cuda:N; repeat it for several workers.")
 def up(model: str, quantization: str | None, revision: str | None, devices: tuple[str, ...]) -> None:
     """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
-    from jobs.logs import configure_logs
-    from jobs.settings import load_settings
     from jobs.spec import ModelSpec
     from producer.local import run_mill
 
-    settings = load_settings()
-    configure_logs(settings)
+    settings = _settings()
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
     run_mill(spec, devices=devices or ("auto",), settings=settings)
 
 
+def _settings() -> Settings:
+    from jobs.failpoints import arm
+    from jobs.logs import configure_logs
+    from jobs.settings import load_settings
+
+    settings = load_settings()
+    configure_logs(settings)  # to stderr: stdout is for a job's id, or its answers
+    arm(settings.failpoint, home=settings.home)
+    return settings
+
+
 def _submission(options: dict[str, Any]) -> Submission:
+    _refuse_no_text(options)
     sampling = SamplingParams(
         max_tokens=options["max_tokens"],
         temperature=options["temperature"],
@@ -139,8 +158,26 @@ def _submission(options: dict[str, Any]) -> Submission:
         name=options["name"],
         options=JobOptions(options["system"], sampling),
         batch_size=options["batch_size"],
-        command=shlex.join(["batchmill", *sys.argv[1:]]),
+        command=os.fsencode(shlex.join(["batchmill", *sys.argv[1:]])).decode(errors="backslashreplace"),
+        idempotency_key=options.get("idempotency_key"),
+        once=options.get("once", False),
     )
+
+
+def _refuse_no_text(options: dict[str, Any]) -> None:
+    """A file's name may be any bytes; what is stored as text has to be some."""
+    for name, value in options.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if name != "file" and isinstance(text, str) and not _is_utf8(text):
+                raise UsageError(f"--{name.replace('_', '-')} is not UTF-8; the terminal's locale may be another")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 COMMANDS: tuple[click.Command, ...] = (run, up, submit)

@@ -99,7 +99,7 @@ def _cuda() -> Check:
 
 
 def _redis(settings: Settings) -> Check:
-    broker = Broker(settings.broker)
+    broker = Broker.of(settings)
     try:
         broker.ping()
     except BatchmillError as error:

@@ -87,7 +87,7 @@ def _known_job(submission: Submission, spec: ModelSpec, store: Store) -> str | N
 def _work_off(job_id: str, spec: ModelSpec, *, device: str, settings: Settings, store: Store) -> None:
     log_path = settings.home / "worker.log"
     with _redis(settings), log_path.open("wb") as log:
-        send_wakeups(spec, store=store, broker=Broker(settings.broker))
+        send_wakeups(spec, store=store, broker=Broker.of(settings))
         workers = _Workers(spec, devices=[device], settings=settings, log=log, only_job=job_id)
         try:
             follow(store, job_id, name_missing=False, check=lambda: workers.check(log_path))

@@ -30,6 +30,8 @@ from producer.lines import BadLine, json_request, shown, text_request
 MAX_LINE_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_PROBLEMS = 100
+#: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
+ENDLESS_BYTES = 1 << 28
 BUFFER_BYTES = 1 << 17
 #: The longest line with a byte order mark before it and CRLF behind, and one byte more.
 _READ_BYTES = MAX_LINE_BYTES + 6
@@ -55,6 +57,17 @@ _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NO_BRACKETS = re.compile(r"[^][{}]+")
 
 
+def is_plain_text(path: str) -> bool:
+    """Whether the file is one of plain lines; all else is JSONL."""
+    return path.lower().endswith(".txt")
+
+
+def _printable(path: str) -> str:
+    """A file's name, which may be any bytes, as text that goes into one line and into every database."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class Line(NamedTuple):
     """A request, the line that it stands on (from 1), and that line's size."""
 
@@ -75,15 +88,16 @@ class PromptFile:
     """
 
     def __init__(self, path: str, *, models: Collection[str] = (), ignore_line_model: bool = False) -> None:
-        self._shown_path = "stdin" if path == "-" else path
+        self._shown_path = "stdin" if path == "-" else _printable(path)
         self.name = PurePath(self._shown_path).name
         self.model: str | None = None
         self._models = frozenset(models)
         self._ignore_line_model = ignore_line_model
-        self._plain_text = path.lower().endswith(".txt")
+        self._plain_text = is_plain_text(path)
         self._hash = hashlib.sha256()
         self._problems: list[tuple[int, str]] = []
         self._bad_lines = 0
+        self._is_endless = False
         self._is_stdin = path == "-"
         self._stream = self._standard_input() if self._is_stdin else self._opened(path)
 
@@ -112,7 +126,10 @@ class PromptFile:
         if self._bad_lines:
             problems = [f"{self._shown_path}:{number}: {what}" for number, what in sorted(self._problems)]
             lines = "1 bad line" if self._bad_lines == 1 else f"{self._bad_lines} bad lines"
-            raise PromptFileError(f"{self._shown_path}: {lines}", problems=problems, count=self._bad_lines)
+            unread = (
+                f"; it was read no further than {ENDLESS_BYTES >> 20} MiB into the last" if self._is_endless else ""
+            )
+            raise PromptFileError(f"{self._shown_path}: {lines}{unread}", problems=problems, count=self._bad_lines)
 
     def __iter__(self) -> Iterator[Line]:
         index = 0
@@ -157,11 +174,15 @@ class PromptFile:
                 self._refuse_foreign(raw)
                 skipped = len(_BOM) if raw.startswith(_BOM) else 0
             yield offset + skipped, raw[skipped:]
+            begin = offset
             offset += len(raw)
             is_cut = len(raw) == _READ_BYTES and not raw.endswith(b"\n")
             while is_cut and (rest := self._read(BUFFER_BYTES)):
                 offset += len(rest)
                 is_cut = not rest.endswith(b"\n")
+                if is_cut and offset - begin > ENDLESS_BYTES:
+                    self._is_endless = True
+                    return
 
     def _read(self, most: int) -> bytes:
         try:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from jobs.errors import BatchmillError
+from jobs.failpoints import failpoint
 from jobs.schema import ErrorCode
 from jobs.states import RequestState
 from jobs.store import Store
 from jobs.store.reading import Job, OutputRow
 
 _PAGE = 2_000
+#: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
+_NAME_LENGTH = 40
 PASSTHROUGH = ("user", "metadata", "store", "service_tier")
 CSV_COLUMNS = (
     "index",
@@ -49,11 +52,12 @@ def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) ->
     """Writes a job's outputs to `out`, or to stdout: how many.
 
     With a file, the OpenAI form puts the successes there and the rest beside it, with `.errors` before the suffix.
-    Files are replaced whole, at the end.
+    Files are replaced whole, at the end; a pipe or a device is written to. Raises BatchmillError.
     """
     pages = store.reading.output_pages(job.id, states=ONLY[only], page=_PAGE)
     if out is None:
-        return _write(sys.stdout, pages, form=form, job=job)
+        with standard_output("the answers") as file:
+            return _write(file, pages, form=form, job=job)
     if form == "openai":
         return _export_openai(pages, job, out)
     with replaced(out) as file:
@@ -67,24 +71,63 @@ def errors_path(out: Path) -> Path:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when the block ends well, and is gone otherwise."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise BatchmillError(f"cannot write {path}: {error.strerror}") from error
+    """A text file that takes the place of `path` when the block ends well, and is gone otherwise.
+
+    The file that a link leads to is replaced, and not the link. What is no file (/dev/null, a FIFO) is written to.
+    """
+    with _one_line(path):
+        if path.exists() and not path.is_file():
+            with path.open("w", encoding="utf-8", newline="") as file:
+                yield file
+        else:
+            with _beside(Path(os.path.realpath(path))) as file:
+                yield file
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[IO[str]]:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_NAME_LENGTH]}.")
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         _keep_mode(path, temporary)
+        failpoint("export.replaced")
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise BatchmillError(f"cannot write {path}: {error.strerror}") from error
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def standard_output(what: str) -> Iterator[IO[str]]:
+    """stdout in UTF-8, whatever the locale: an export has the same bytes everywhere. Raises BatchmillError."""
+    if sys.stdout is None:
+        raise BatchmillError(f"cannot write {what} to stdout: it is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="")
+    with _one_line(f"{what} to stdout"):
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise  # whoever read it has seen enough; click ends the command without a word
+        except OSError:
+            # What is left in the buffer would be written once more at the end, and fail with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
+@contextmanager
+def _one_line(what: object) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BatchmillError(f"cannot write {what}: {error.strerror or error}") from error
 
 
 def _keep_mode(path: Path, temporary: str) -> None:
@@ -111,11 +154,13 @@ def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> int
     with ExitStack() as stack:
         good = stack.enter_context(replaced(out))
         bad = stack.enter_context(replaced(errors_path(out)))
+        stack.enter_context(_one_line(out))  # else the file that was opened last is named for either
         for page in pages:
             count += len(page)
             for row in page:
                 file = good if row.state == RequestState.SUCCEEDED else bad
                 file.write(_to_json(openai_line(row, job)) + "\n")
+            failpoint("export.written")
     return count
 
 
@@ -131,6 +176,7 @@ def _write(file: IO[str], pages: Iterable[list[OutputRow]], *, form: str, job: J
     for page in pages:
         file.write("".join(map(line_of[form], page)))
         count += len(page)
+        failpoint("export.written")
     return count
 
 
@@ -229,6 +275,7 @@ def _passthrough(row: OutputRow) -> dict[str, Any]:
 
 
 def _csv_text(values: Iterable[Any]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
+    """A line of CSV. Python quotes a lone CR, at which readers would break the line, only where lines end in one."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\r\n").writerow(values)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.effort import Effort
+from jobs.store.holders import Seen
 from jobs.store.reading import Job
-from jobs.store.workers import WorkerRow
+from jobs.store.workers import GIVEN_UP, WorkerRow
 
 _KIB = 1024.0
+_MOST_REASONS = 3
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model."""
+    """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model.
+
+    `given_up`: where nobody serves it, the workers that are sick or could not load it.
+    """
 
     job: Job
     effort: Effort
     workers: tuple[WorkerRow, ...]
     served: bool
     missing_seconds: float | None
+    given_up: tuple[Seen, ...] = ()
 
     @classmethod
     def read(cls, store: Store, job_id: str) -> JobStatus:
@@ -31,9 +40,11 @@ class JobStatus:
         serving = [each for each in serving if each.only_job in (None, job.id)]
         at_work = [] if job.closed else store.workers.rows(job_id=job.id)
         missing = None
+        given_up: tuple[Seen, ...] = ()
         if not serving and not job.closed:
             missing = store.workers.unserved_seconds(job.spec, since=job.queued_at)
-        return cls(job, store.effort.of(job.id), tuple(at_work), bool(serving), missing)
+            given_up = store.holders.given_up(job.spec, job_id=job.id)
+        return cls(job, store.effort.of(job.id), tuple(at_work), bool(serving), missing, given_up)
 
     @property
     def rate(self) -> float:
@@ -76,6 +87,16 @@ class JobStatus:
             "eta_seconds": self.eta_seconds,
             "workers": [worker_json(each) for each in self.workers],
             "unserved_seconds": self.missing_seconds,
+            "given_up": [
+                {
+                    "name": each.name,
+                    "host": each.host,
+                    "device": each.device,
+                    "state": each.state.value,
+                    "error": each.error,
+                }
+                for each in self.given_up
+            ],
             "options": dict(job.options),
             "sampling": None if job.sampling is None else dict(job.sampling),
             "batch_size": job.batch_size,
@@ -96,7 +117,7 @@ class JobStatus:
         lines = [
             f"{title}: {job.state.value}",
             f"  model      {job.spec}",
-            f"  file       {job.file_name}, submitted {_utc(job.queued_at)}",
+            f"  file       {job.file_name}, submitted {utc(job.queued_at)}",
             f"  requests   {counts.total:,} = {counts.succeeded:,} succeeded + {counts.failed:,} failed"
             f" + {counts.cancelled:,} cancelled + {counts.pending:,} pending",
             f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
@@ -126,11 +147,39 @@ class JobStatus:
         return lines
 
     def missing_lines(self) -> list[str]:
-        """Who is missing, for how long, and the command that helps."""
-        return [
-            f"no live worker has served {self.job.spec} for {duration(self.missing_seconds or 0.0)}; start one:",
-            " ".join(self.job.spec.command_line()),
-        ]
+        """Who is missing, for how long, why if it is known, and the command that helps."""
+        missing = f"no live worker has served {self.job.spec} for {duration(self.missing_seconds or 0.0)}"
+        start = shlex.join(self.job.spec.command_line())
+        if not self.given_up:
+            return [f"{missing}; start one:", start]
+        reasons = [f"{given_up_line(each)};" for each in self.given_up[:_MOST_REASONS]]
+        return [f"{missing}:", *reasons, f"{advice(self.given_up[0].state)}{start}"]
+
+
+def given_up_line(worker: Seen) -> str:
+    """Who gave up, and why."""
+    what = "is sick" if worker.state is WorkerState.SICK else "could not load the model"
+    why = one_line(worker.error or "no reason is known")
+    return f"worker {worker.name} on {worker.host} ({worker.device}) {what}: {why}"
+
+
+def advice(state: WorkerState) -> str:
+    """What to do about a worker that gave up, up to the command that starts it again."""
+    if state is WorkerState.SICK:
+        return "look at its device (the driver's log, the worker's log), then start it again: "
+    return "mend that, then start it again: "
+
+
+def worker_line(worker: WorkerRow) -> str:
+    """One worker for people: what it holds, on which device, what it is at, and why it gave up."""
+    ended = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
+    state = worker.state.value if worker.alive or ended else "dead"
+    at = f", {worker.leases} batches" if worker.leases else ""
+    line = (
+        f"{worker.name}  {state}{at}  {worker.spec}  {worker.device_name or worker.device} on {worker.host}"
+        f"  {size(worker.weights_bytes)} weights  up {duration(worker.uptime_seconds)}"
+    )
+    return line if worker.error is None else f"{line}  ({one_line(worker.error)})"
 
 
 def worker_json(worker: WorkerRow) -> dict[str, Any]:
@@ -204,8 +253,15 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
+    """A time of the store for people."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def one_line(text: str) -> str:
+    """A reason, of however many lines, as one that is not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
 
 
 def _pairs(values: Any) -> str:

@@ -44,6 +44,7 @@ def test_imports_point_one_way(room: str) -> None:
         "producer.local",
         "producer.submit",
         "producer.results",
+        "producer.diagnosis",
         "jobs.store",
         "jobs.broker",
         "jobs.embedded",

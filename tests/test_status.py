@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from jobs.schema import ErrorCode, JobOptions, SamplingParams
+from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held
-from producer.status import JobStatus, duration, job_json, size, worker_json
+from producer.status import JobStatus, duration, job_json, size, worker_json, worker_line
 from tests import mill
 
 NUMBER = (int, float)
@@ -39,6 +40,7 @@ STATUS: dict[str, Any] = {
     "eta_seconds": (*NUMBER, type(None)),
     "workers": list,
     "unserved_seconds": (*NUMBER, type(None)),
+    "given_up": list,
     "options": dict,
     "sampling": dict,
     "batch_size": int,
@@ -105,6 +107,7 @@ def test_the_json_of_a_running_job_has_the_public_keys(store: Store, job_id: str
     assert status["throughput"]["requests_per_second"] > 0
     assert status["eta_seconds"] > 0
     assert status["unserved_seconds"] is None
+    assert status["given_up"] == []
 
 
 def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
@@ -131,6 +134,51 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
     text = "\n".join(status.lines())
     assert "no live worker has served echo (none)" in text
     assert "batchmill worker -m echo" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "advice"),
+    [
+        (WorkerState.SICK, "worker w on host (cpu) is sick: Xid 79 fell off the bus;", "look at its device"),
+        (WorkerState.FAILED, "worker w on host (cpu) could not load the model: Xid 79 fell", "mend that"),
+    ],
+)
+def test_where_all_workers_gave_up_the_reason_is_given(
+    store: Store, state: WorkerState, said: str, advice: str
+) -> None:
+    job_id = mill.load(store, 3)
+    store.workers.enter(mill.seat(store).worker_id, state, error="Xid 79\nfell off the bus")
+    status = JobStatus.read(store, job_id)
+    assert not status.served
+    text = "\n".join(status.lines())
+    assert "no live worker has served echo (none) for 0 s:" in text
+    assert said in text
+    assert advice in text
+    assert "then start it again: batchmill worker -m echo" in text
+    check(
+        status.to_json()["given_up"][0],
+        {"name": str, "host": str, "device": str, "state": str, "error": str},
+    )
+
+
+def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> None:
+    job_id = mill.load(store, 3)
+    store.workers.enter(mill.seat(store).worker_id, WorkerState.SICK, error="Xid 79")
+    mill.seat(store)
+    status = JobStatus.read(store, job_id)
+    assert status.served
+    assert "Xid 79" not in "\n".join(status.lines())
+
+
+def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store, job_id: str) -> None:
+    assert worker_line(store.workers.rows()[0]).startswith(
+        "w  ready, 1 batches  echo (none)  cpu on host  100 B weights"
+    )
+    who = mill.seat(store, name="bad")
+    store.workers.enter(who.worker_id, WorkerState.SICK, error="x" * 1_000)
+    (bad,) = [each for each in store.workers.rows(only_alive=False) if each.name == "bad"]
+    assert worker_line(bad).startswith("bad  sick  echo (none)")
+    assert worker_line(bad).endswith("xxx...)")
 
 
 def test_a_worker_bound_to_another_job_serves_nobody_else(store: Store) -> None:

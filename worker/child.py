@@ -145,7 +145,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     meter.weights_bytes = held.weights_bytes
     loaded = _loaded(held, device)
     _answered(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))
-    waker = Waker(Reconciler(store, Broker(settings.broker), lease_seconds=settings.lease_seconds).send_wakeups)
+    waker = Waker(Reconciler(store, Broker.of(settings), lease_seconds=settings.lease_seconds).send_wakeups)
     waker.start()
     path = spool_path(settings.home, settings.database, order.worker_id, generation)
     saver = Saver(

@@ -1,7 +1,7 @@
 """A ModelSpec becomes a model and a tokenizer on a device: transformers' loading, bitsandbytes' quantization.
 
-Owns what may be loaded (safetensors weights, no code but transformers' own), how, and what the checkpoint asks of a
-sampler; whatever goes wrong becomes one ModelError. It knows no request and no engine.
+Owns how a model is fetched and loaded, and what its checkpoint asks of a sampler; whatever goes wrong becomes one
+ModelError. What may be loaded at all is worker.vetting's; this module knows no request and no engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import resolve_revision
+from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
     AutoConfig,
@@ -34,8 +34,11 @@ from jobs.schema import SamplingParams
 from jobs.spec import DEMO, ModelSpec, Quantization
 from worker.devices import is_out_of_memory
 from worker.telemetry import MemoryReader
+from worker.vetting import WEIGHTS, WEIGHTS_INDEX, Refusal, shard_names, vet
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
+#: What is fetched of a model beside its weights: configuration, vocabularies and chat templates.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 #: A foreign error is told in so many characters of its first line.
 ERROR_LENGTH = 300
 
@@ -74,6 +77,8 @@ def load(spec: ModelSpec, device: str) -> LoadedModel:
         return _load(spec, torch.device(device), started)
     except ModelError:
         raise
+    except Refusal as error:
+        raise ModelError(f"cannot load {spec}: {error}") from None
     except Exception as error:
         # The gateway of four libraries, whose errors have nothing in common.
         raise ModelError(f"cannot load {spec}: {_reason(error)}") from error
@@ -89,18 +94,20 @@ def _quiet() -> None:
 
 
 def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
-    source, revision, commit = _source(spec)
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    folder, commit = _fetched(spec) if spec.model != DEMO and spec.folder is None else (_folder(spec), None)
+    vet(folder)
+    source = str(folder)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         source,
-        revision=revision,
         config=config,
         trust_remote_code=False,
         use_safetensors=True,
+        local_files_only=True,
         device_map={"": device},
         **_precision(spec, config, device),
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     weights_bytes = MemoryReader(str(device)).read().allocated
     asked, model.generation_config = model.generation_config, GenerationConfig()
     end_token_ids = _end_token_ids(asked, tokenizer)
@@ -122,23 +129,34 @@ def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
     )
 
 
-def _source(spec: ModelSpec) -> tuple[str, str | None, str | None]:
-    """What to load from: a folder or an id, its revision, and the commit that this is now."""
+def _folder(spec: ModelSpec) -> Path:
+    """The folder that this spec names, or the bundled one."""
     folder = DEMO_FOLDER if spec.model == DEMO else spec.folder
-    if folder is None:
-        revision = resolve_revision(spec.model, revision=spec.revision)
-        return spec.model, revision, revision.resolved
-    if not folder.is_dir():
+    if folder is None or not folder.is_dir():
         remedy = "make it with `make demo-model`" if spec.model == DEMO else "copy the model there"
         raise ModelError(f"cannot load {spec}: there is no folder {folder} on this machine; {remedy}")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"cannot load {spec}: {folder} holds no config.json; name the folder of a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"cannot load {spec}: {folder} holds no safetensors weights, and others are not loaded; "
-            "convert them with transformers' save_pretrained"
+    return folder
+
+
+def _fetched(spec: ModelSpec) -> tuple[Path, str]:
+    """The folder of the Hub's cache that holds this model, and its commit; what is missing there is fetched.
+
+    Of a repository only safetensors, configuration and vocabularies come to this machine: no pickles, no code, and
+    of weights that it holds in several forms just the one that is loaded.
+    """
+    revision = resolve_revision(spec.model, revision=spec.revision)
+
+    def fetch(*names: str) -> Path:
+        return Path(
+            snapshot_download(
+                spec.model, revision=revision.resolved, allow_patterns=list(names), ignore_patterns=["*/*"]
+            )
         )
-    return str(folder), None, None
+
+    folder = fetch(*_SMALL_FILES)
+    index = folder / WEIGHTS_INDEX
+    fetch(*(shard_names(index) if index.is_file() else [WEIGHTS]))
+    return folder, revision.resolved
 
 
 def _precision(spec: ModelSpec, config: Any, device: torch.device) -> dict[str, Any]:
@@ -254,5 +272,4 @@ _SAYINGS = (
         f"transformers {version('transformers')} does not know its architecture; install a newer one",
     ),
     ("Unrecognized configuration class", "it is no model that continues a text; choose a causal language model"),
-    (".safetensors", "it has no safetensors weights, and others are not loaded; choose a model that has them"),
 )

@@ -43,6 +43,8 @@ _TICK_SECONDS = 0.25
 _MAX_FAILED_LOADS = 3
 #: Celery gives a child so much longer than the watchdog to load its model.
 _ALIVE_MARGIN_SECONDS = 60
+#: Celery gives no task to a new child while it waits for the dead one's result, of which there is none.
+_LOST_WAIT_SECONDS = 0.1
 #: An ending worker waits so long for its last wake-ups to be sent.
 _LAST_WAKE_SECONDS = 2.0
 
@@ -68,7 +70,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     store = open_store(settings)
-    broker = Broker(settings.broker)
+    broker = Broker.of(settings)
     if settings.embedded_broker:
         _check_embedded(broker, settings)
     name = options.name or f"{device.replace(':', '')}-{os.getpid()}"
@@ -109,10 +111,11 @@ def _check_embedded(broker: Broker, settings: Settings) -> None:
 def _celery_worker(settings: Settings, spec: ModelSpec, name: str) -> Any:
     # Celery's advice against root is about pickle; JSON alone is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    app = make_app(settings.broker)
+    app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
     app.conf.update(
         task_queues=[Queue(spec.queue)],
         include=["worker.app"],
+        worker_lost_wait=_LOST_WAIT_SECONDS,
         worker_proc_alive_timeout=settings.load_stall_seconds + _ALIVE_MARGIN_SECONDS,
     )
     return app.Worker(
@@ -231,8 +234,7 @@ class Keeper:
                 self._over.wait(1.0)
 
     def _look_after(self) -> None:
-        pid = self._last.child_pid
-        child_died = pid is not None and not self._draining.is_set() and not _is_running(pid)
+        child_died = not self._draining.is_set() and self._has_died()
         if self._heartbeat_due.now() or child_died:
             self._beat()
         if child_died:
@@ -251,15 +253,19 @@ class Keeper:
             self.failure = self._last.error
         self._settle(self._last.generation - 1)
 
+    def _has_died(self) -> bool:
+        """Whether the last child that has reported is gone, and nobody has seen to it."""
+        pid = self._last.child_pid
+        return pid is not None and self._last.generation > self._settled and not _is_running(pid)
+
     def _on_death(self) -> None:
-        if self._last.child_pid is None or _is_running(self._last.child_pid):
+        if not self._has_died():
             return  # the next child has reported already
         generation = self._last.generation
         log.warning("the child died", worker=self._worker_id, pid=self._last.child_pid, state=self._last.state.value)
         self._settle(generation)
         loading = self._last.state is WorkerState.LOADING
         self._failed_loads = self._failed_loads + 1 if loading else 0
-        self._last = Heartbeat(self._last.state, generation, None, None, 0)
         if self._failed_loads >= _MAX_FAILED_LOADS:
             self.failure = f"{self._options.spec}: the process died {self._failed_loads} times while loading it"
             self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=self.failure)

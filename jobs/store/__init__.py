@@ -1,8 +1,9 @@
 """The store: every query and every transaction, behind one class. No SQL stands anywhere else.
 
 `loading` puts a prompt file into it, `saving` is a worker's turn (with what it claims), `recovery` takes leases back
-and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again, `reading` and `effort`
-answer questions about jobs, `workers` keeps the workers' rows, `health` tells a broken device from a bad prompt.
+and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading` and `effort`
+answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the workers' rows,
+`health` tells a broken device from a bad prompt.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 
@@ -15,6 +16,7 @@ from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.effort import EffortReading
 from jobs.store.health import Health
+from jobs.store.holders import Holders
 from jobs.store.loading import Loading
 from jobs.store.reading import Reading
 from jobs.store.recovery import Recovery
@@ -36,6 +38,7 @@ class Store:
         self.recovery = Recovery(self.database, self.closing)
         self.effort = EffortReading(self.database)
         self.health = Health(self.database)
+        self.holders = Holders(self.database)
         self.reading = Reading(self.database)
         self.workers = Workers(self.database)
 

@@ -1,0 +1,76 @@
+"""All that is known of one open job: what the store and Redis say of it, and who of them all matters."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from jobs.settings import Settings
+from jobs.states import JobState
+from jobs.store.holders import Around, Hold, Seen
+from jobs.store.reading import Job
+from producer.status import JobStatus, duration
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What Redis says: why it is away, or how many wake-ups lie in the job's queue."""
+
+    error: str | None = None
+    wakeups: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All that is known of one open job."""
+
+    status: JobStatus
+    around: Around
+    queue: QueueState
+    settings: Settings
+
+    @property
+    def job(self) -> Job:
+        return self.status.job
+
+    @property
+    def cancelling(self) -> bool:
+        return self.job.state is JobState.CANCELLING
+
+    @property
+    def at_work(self) -> list[Hold]:
+        """Holds of live workers that renew their leases."""
+        return [each for each in self.around.holds if each.worker.alive and not each.expired]
+
+    @property
+    def lost(self) -> list[Hold]:
+        return [each for each in self.around.holds if not each.worker.alive or each.expired]
+
+    @property
+    def moves(self) -> bool:
+        return bool(self.at_work) and not self.cancelling
+
+    @property
+    def takers(self) -> list[Seen]:
+        """Live workers that may take this job."""
+        return [each for each in self.around.serving if each.alive and each.only_job in (None, self.job.id)]
+
+    @property
+    def gone(self) -> list[Seen]:
+        return [each for each in self.around.serving if not each.alive]
+
+    @property
+    def reaping_seconds(self) -> float:
+        """Within so long after its end a lease is taken back: it is seen expired twice, half a lease apart."""
+        return self.settings.lease_seconds / 2 + 2 * self.settings.reconcile_seconds
+
+    @property
+    def start(self) -> str:
+        """The command that starts a worker for this job; where even the embedded Redis is away, the whole mill."""
+        words = self.job.spec.command_line()
+        if self.settings.embedded_broker and self.queue.error is not None:
+            words = ["batchmill", "up", *words[2:]]
+        return shlex.join(words)
+
+    def ago(self, at: float) -> str:
+        return duration(max(0.0, self.around.now - at))

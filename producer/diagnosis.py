@@ -1,0 +1,101 @@
+"""Why a job moves or does not: one verdict, the finding that leads to it, and what else is to be known.
+
+It asks the store and Redis (`producer.case`); what each of it means stands in `producer.findings`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from jobs.broker import Broker
+from jobs.errors import BrokerUnavailable
+from jobs.settings import Settings
+from jobs.spec import ModelSpec
+from jobs.store import Store
+from jobs.store.reading import Job
+from migrations import open_store
+from producer.case import Case, QueueState
+from producer.findings import Finding, closed, open_findings
+from producer.status import JobStatus
+
+
+class Verdict(StrEnum):
+    """What is said of a job in one word."""
+
+    CLOSED = "closed"
+    MOVING = "moving"  #: a live worker holds some of it
+    WAITING = "waiting"  #: nobody works on it now, and it goes on by itself
+    STUCK = "stuck"  #: it does not go on until the user does something
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The verdict on one job; its first finding is the reason."""
+
+    job: Job
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """1 where the user has to act, else 0."""
+        return int(self.verdict is Verdict.STUCK)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job.id,
+            "state": self.job.state.value,
+            "verdict": self.verdict.value,
+            "findings": [{"code": each.code, "message": each.message, "remedy": each.remedy} for each in self.findings],
+        }
+
+    def lines(self) -> list[str]:
+        """For people: the verdict and what to do, then a fact a line."""
+        reason, *rest = self.findings
+        title = f"job {self.job.id}" + (f" ({self.job.name})" if self.job.name else "")
+        lines = [f"{title} is {self.verdict.value}: {reason.message}"]
+        lines += [f"  -> {reason.remedy}"] if reason.remedy else []
+        return lines + [f"  {each.message}" + (f" -> {each.remedy}" if each.remedy else "") for each in rest]
+
+
+def examine_job(settings: Settings, written: str) -> Diagnosis:
+    """The diagnosis of the job that a user wrote: an id, a unique beginning of one, or `last`.
+
+    Raises NotFound, also for a job whose file is still being loaded, and StoreError.
+    """
+    store = open_store(settings)
+    try:
+        job = store.reading.job(store.reading.find(written))
+        # Redis first: where it is away that takes seconds, and the store's word should be the newest.
+        queue = QueueState() if job.closed else queue_state(settings, job.spec)
+        return diagnose(JobStatus.read(store, job.id), store, queue, settings)
+    finally:
+        store.close()
+
+
+def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Settings) -> Diagnosis:
+    """What the store and Redis say of a job, judged. A job that a live worker holds is moving, whatever else is."""
+    if status.job.closed:
+        return Diagnosis(status.job, Verdict.CLOSED, (closed(status.job),))
+    case = Case(status, store.holders.around(status.job.id), queue, settings)
+    findings = open_findings(case)
+    if case.moves:
+        return Diagnosis(status.job, Verdict.MOVING, tuple(findings))
+    stuck = [each for each in findings if each.stuck]
+    if not stuck:
+        return Diagnosis(status.job, Verdict.WAITING, tuple(findings))
+    rest = [each for each in findings if each is not stuck[0]]
+    return Diagnosis(status.job, Verdict.STUCK, (stuck[0], *rest))
+
+
+def queue_state(settings: Settings, spec: ModelSpec) -> QueueState:
+    """Whether Redis answers, and how many wake-ups lie in the queue of this spec."""
+    broker = Broker.of(settings)
+    try:
+        return QueueState(wakeups=broker.length(spec.queue))
+    except BrokerUnavailable as error:
+        return QueueState(error=str(error))
+    finally:
+        broker.close()

@@ -1,0 +1,323 @@
+"""What can keep a job from its end, a finding each: what it is, in plain words, and what to do about it.
+
+It judges what it is given and asks nobody. No prompt and no address with a password gets into its words.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jobs.broker import MAX_WAKEUPS
+from jobs.states import RunOutcome, WorkerState
+from jobs.store.effort import RECENT_SECONDS
+from jobs.store.holders import Hold, Seen
+from jobs.store.reading import Job
+from jobs.store.workers import GIVEN_UP
+from producer.case import Case
+from producer.status import advice, duration, given_up_line, one_line, utc
+
+_MOST_NAMES = 3
+#: A pending batch beside an idle worker is sent a wake-up in every pass of a reconciler; so many passes are too many.
+_PASSES = 4
+_LONG_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is so. `stuck`: it keeps the job from moving until the user does something."""
+
+    code: str
+    message: str
+    remedy: str = ""
+    stuck: bool = False
+
+
+def closed(job: Job) -> Finding:
+    """A job that has ended."""
+    counts = job.counts
+    message = (
+        f"{job.state.value} since {utc(job.finished_at or job.queued_at)}, {counts.succeeded:,} succeeded,"
+        f" {counts.failed:,} failed, {counts.cancelled:,} cancelled"
+    )
+    if counts.succeeded == counts.total:
+        return Finding("closed", message, f"nothing to do; `batchmill results {job.id}` writes its outputs")
+    remedy = (
+        f"`batchmill results {job.id} --only failed` shows what did not succeed, `batchmill retry {job.id}` runs it"
+    )
+    return Finding("closed", message, f"{remedy} again")
+
+
+def open_findings(case: Case) -> list[Finding]:
+    """What is so of an open job, what matters most first."""
+    found: list[Finding] = []
+    if case.cancelling:
+        found.append(_cancelling(case))
+    elif case.at_work:
+        found.append(_moving(case))
+    if case.around.pending.batches and not case.cancelling:
+        found += _claimable(case)
+    elif not case.around.holds and not case.cancelling:
+        found.append(_closing(case))
+    found += [_lost(case, each) for each in case.lost]
+    found.append(_progress(case))
+    found += [_held(case, each) for each in case.at_work]
+    found += _suspects(case)
+    found += _crashes(case)
+    return found
+
+
+def _moving(case: Case) -> Finding:
+    last, settings = case.around.last_answer_at, case.settings
+    if last is not None and case.around.now - last <= RECENT_SECONDS:
+        eta, recent = case.status.eta_seconds, case.status.effort.recent_requests_per_second
+        ends = "" if eta is None else f"; at {recent:,.1f} requests/s it ends in about {duration(eta)}"
+        return Finding("moving", f"the last answer came {case.ago(last)} ago{ends}", "nothing to do")
+    quiet = "no answer yet" if last is None else f"no answer for {case.ago(last)}"
+    return Finding(
+        "at_work",
+        f"it is in the hands of {_names([each.worker for each in case.at_work])}, {quiet}",
+        f"wait: long answers take their time, and a worker that makes no token for {settings.stall_seconds:g} s is"
+        " ended and its batches are taken back; its log says more",
+    )
+
+
+def _cancelling(case: Case) -> Finding:
+    if case.at_work:
+        who = _names([each.worker for each in case.at_work])
+        return Finding(
+            "cancelling",
+            f"it is being cancelled and waits for {who} to let go of {_batches(case.at_work)}",
+            f"wait: a worker lets go at its next save, {case.settings.save_seconds:g} s apart, once its step is over",
+        )
+    if case.lost:
+        who = _names([each.worker for each in case.lost])
+        return Finding("cancelling", f"it is being cancelled, and {who} left {_batches(case.lost)} behind")
+    return _closing(case)
+
+
+def _closing(case: Case) -> Finding:
+    """Nothing of the job is open any more; whoever reconciles next closes it."""
+    message = "nothing of it is open any more, and nobody has closed it yet"
+    if case.around.live_workers:
+        return Finding("closing", message, f"wait: it is closed within {case.settings.reconcile_seconds:g} s")
+    return Finding("closing", message, f"`batchmill status {case.job.id}` closes it", stuck=True)
+
+
+def _claimable(case: Case) -> Iterator[Finding]:
+    """Why the pending batches are not claimed."""
+    takers = case.takers
+    ready = [each for each in takers if each.state is WorkerState.READY]
+    loading = [each for each in takers if each.state in (WorkerState.STARTING, WorkerState.LOADING)]
+    if ready:
+        yield from _ready(case, ready)
+    elif loading:
+        yield _loading(case, loading)
+    elif takers:
+        yield Finding(
+            "draining",
+            f"who is left is ending and takes no new work: {_names(takers)}",
+            f"start another: {case.start}",
+            stuck=True,
+        )
+    else:
+        yield from _nobody(case)
+    if takers:
+        yield from (_given_up(case, each) for each in case.gone if each.state in GIVEN_UP)
+
+
+def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
+    idle = [each for each in ready if not each.batches]
+    if case.queue.error is not None:
+        yield _redis_away(case, idle)
+    for job_id, batches in case.around.older:
+        yield Finding(
+            "older_job_first",
+            f"job {job_id} is older, of the same model, and has {_count(batches, 'batch')} pending, which go first",
+            f"wait, start another worker, or `batchmill cancel {job_id}`",
+        )
+    if idle and case.queue.error is None:
+        yield _not_claimed(case, idle)
+    elif not idle and not case.at_work:
+        yield Finding(
+            "workers_busy",
+            f"who could take it is at other batches: {_names(ready)}",
+            f"wait, or start another: {case.start}",
+        )
+
+
+def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
+    embedded = case.settings.embedded_broker
+    remedy = "start `batchmill up` again" if embedded else "start Redis, or mend BATCHMILL_BROKER_URL"
+    if idle:
+        message = f"Redis is away, so {_names(idle)} cannot be woken; once it is back the job is taken up by itself"
+    else:
+        message = "Redis is away; workers that are at work go on, and idle ones cannot be woken"
+    return Finding("redis_away", f"{message} ({one_line(case.queue.error or '')})", remedy, stuck=bool(idle))
+
+
+def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
+    pending, wakeups = case.around.pending, case.queue.wakeups
+    message = (
+        f"{_count(pending.batches, 'batch')} pending beside idle {_names(idle)},"
+        f" with {_count(wakeups, 'wake-up')} in the queue"
+    )
+    since = max([pending.waits_since or case.around.now, *(each.started_at for each in idle)])
+    if case.around.now - since > max(_LONG_SECONDS, _PASSES * case.settings.reconcile_seconds):
+        return Finding(
+            "not_claimed",
+            f"{message}, for {case.ago(since)}",
+            f"that is too long: look at the log of {idle[0].name} on {idle[0].host}, and start it again",
+            stuck=True,
+        )
+    if wakeups < min(pending.batches, MAX_WAKEUPS):
+        within = f"{case.settings.reconcile_seconds:g} s"
+        return Finding("not_claimed", message, f"wait: what wake-ups are missing the workers send within {within}")
+    return Finding("not_claimed", message, "wait: an idle worker takes a wake-up within seconds")
+
+
+def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
+    first = loading[-1]
+    again = f", for the {first.generation}. time" if first.generation > 1 else ""
+    return Finding(
+        "loading_model",
+        f"the model is being loaded{again} by {_names(loading)}, started {utc(first.started_at)}"
+        f" ({case.ago(first.started_at)} ago)",
+        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; the worker's log says how far it is",
+    )
+
+
+def _nobody(case: Case) -> Iterator[Finding]:
+    """No live worker may take this job: the reason first, then who comes near."""
+    gone = case.gone
+    if gone and gone[0].state in GIVEN_UP:
+        yield _given_up(case, gone[0], all_of_them=True)
+        gone = gone[1:]
+    else:
+        since = case.status.missing_seconds
+        yield Finding(
+            "no_worker",
+            f"no live worker serves {case.job.spec}" + ("" if since is None else f", for {duration(since)}"),
+            f"start one: {case.start}",
+            stuck=True,
+        )
+    held_by = {each.worker.id for each in case.lost}
+    yield from (_gone(case, each) for each in gone[:_MOST_NAMES] if each.id not in held_by)
+    for each in [each for each in case.around.serving if each.alive][:_MOST_NAMES]:
+        yield Finding("bound_worker", f"{_who(each)} serves job {each.only_job} alone")
+    yield from (_near_miss(case, each) for each in case.around.others[:_MOST_NAMES])
+
+
+def _near_miss(case: Case, worker: Seen) -> Finding:
+    flags = shlex.join(worker.spec.command_line()[2:])
+    return Finding(
+        "near_miss",
+        f"{_who(worker)} holds {worker.spec}, and this job wants {case.job.spec}",
+        f"if that one was meant: `batchmill cancel {case.job.id}`, and submit again with {flags}",
+    )
+
+
+def _gone(case: Case, worker: Seen) -> Finding:
+    if worker.state in GIVEN_UP:
+        return _given_up(case, worker)
+    ended = "stopped" if worker.state is WorkerState.STOPPED else f"was {worker.state.value} and is dead or cut off"
+    return Finding("worker_gone", f"{_who(worker)} {ended}, last seen {duration(worker.seen_seconds)} ago")
+
+
+def _given_up(case: Case, worker: Seen, *, all_of_them: bool = False) -> Finding:
+    """A worker that is sick, or whose model cannot be loaded."""
+    code = "sick" if worker.state is WorkerState.SICK else "load_failed"
+    before = f"no worker of {case.job.spec} is left: " if all_of_them else ""
+    remedy = f"{advice(worker.state)}{case.start}"
+    message = f"{before}{given_up_line(worker)}"
+    return Finding(f"all_{code}" if all_of_them else f"worker_{code}", message, remedy, stuck=all_of_them)
+
+
+def _lost(case: Case, hold: Hold) -> Finding:
+    """A hold that nobody renews: of a dead worker, or of one that is frozen."""
+    worker, now = hold.worker, case.around.now
+    is_over = hold.lease_until < now
+    lease = (
+        f"ran out at {utc(hold.lease_until)}, {case.ago(hold.lease_until)} ago"
+        if is_over
+        else f"runs until {utc(hold.lease_until)}, for another {duration(hold.lease_until - now)}"
+    )
+    state = "lives but does not renew it" if worker.alive else "has ended or is cut off"
+    message = (
+        f"{_who(worker)} holds {_count(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}) and"
+        f" {state}, last seen {duration(worker.seen_seconds)} ago; the lease {lease}"
+    )
+    if not case.around.live_workers:
+        remedy = f"no worker lives to take it back; start one: {case.start}"
+        if case.cancelling:
+            free_at = utc(hold.lease_until + case.settings.lease_seconds)
+            remedy = f"`batchmill status {case.job.id}` takes it back from {free_at} on"
+        return Finding("nobody_reconciles", message, remedy, stuck=True)
+    code = "lease_expired" if is_over else "dead_holder"
+    if now - hold.lease_until > case.reaping_seconds:
+        remedy = "that is too long for the live workers to have seen it; their logs say whether they reach the store"
+        return Finding(code, message, remedy, stuck=True)
+    within = duration(case.reaping_seconds)
+    return Finding(code, message, f"wait: within {within} of its end a live worker takes it back")
+
+
+def _progress(case: Case) -> Finding:
+    counts, pending = case.job.counts, case.around.pending
+    waits = "" if pending.waits_since is None else f" (the next one for {case.ago(pending.waits_since)})"
+    held = sum(each.batches for each in case.around.holds)
+    return Finding(
+        "progress",
+        f"{counts.total - counts.pending:,} of {counts.total:,} requests answered;"
+        f" {_count(pending.batches, 'batch')} pending{waits}, {held:,} held",
+    )
+
+
+def _held(case: Case, hold: Hold) -> Finding:
+    return Finding(
+        "held",
+        f"{_who(hold.worker)} holds {_count(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}),"
+        f" lease until {utc(hold.lease_until)}",
+    )
+
+
+def _suspects(case: Case) -> Iterator[Finding]:
+    pending = case.around.pending
+    if pending.suspects:
+        yield Finding(
+            "suspects",
+            f"{_count(pending.suspect_requests, 'request')} in {_count(pending.suspects, 'batch')} were in a worker"
+            " when its process died; such a batch runs alone on a worker",
+            "nothing to do: what kills its process again and again ends as the error `poison`",
+        )
+
+
+def _crashes(case: Case) -> Iterator[Finding]:
+    for each in case.around.crashes:
+        died = "died" if each.outcome is RunOutcome.CRASHED else "let its lease run out"
+        yield Finding(
+            "crashed",
+            f"a process of {each.worker} on {each.host} {died} at this job, {_count(each.times, 'time')},"
+            f" the last at {utc(each.last_at)}",
+            "its log says why",
+        )
+
+
+def _who(worker: Seen) -> str:
+    return f"worker {worker.name} on {worker.host} ({worker.device})"
+
+
+def _names(workers: Sequence[Seen]) -> str:
+    """`worker a on host`, or `workers a on host, b on host and 4 more`."""
+    shown = ", ".join(f"{each.name} on {each.host}" for each in workers[:_MOST_NAMES])
+    more = f" and {len(workers) - _MOST_NAMES} more" if len(workers) > _MOST_NAMES else ""
+    return f"worker{'s' if len(workers) > 1 else ''} {shown}{more}"
+
+
+def _batches(holds: Sequence[Hold]) -> str:
+    return _count(sum(each.batches for each in holds), "batch")
+
+
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"

@@ -1,0 +1,367 @@
+"""Why a job does not move: every finding, its verdict and what it tells the user to do, on both databases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import update
+
+from jobs.errors import NotFound
+from jobs.schema import ErrorCode
+from jobs.settings import Settings
+from jobs.spec import ModelSpec, Quantization
+from jobs.states import WorkerState
+from jobs.store import Store
+from jobs.store.lease import Held, Seat
+from jobs.tables import batches
+from producer.case import QueueState
+from producer.cli import cli
+from producer.diagnosis import Diagnosis, Verdict, diagnose
+from producer.findings import Finding
+from producer.status import JobStatus
+from tests import mill
+
+LLAMA = ModelSpec("org/llama", None, Quantization.NF4)
+AWAY = QueueState(error="Redis at redis://mill/0 is not reachable: Connection refused")
+START = "batchmill worker -m echo"
+
+
+@dataclass
+class Place:
+    """A store whose clock the test sets."""
+
+    store: Store
+    clock: mill.Clock
+
+    def diagnose(self, job_id: str, queue: QueueState | None = None, *, external: bool = True) -> Diagnosis:
+        settings = Settings(broker_url="redis://mill/0") if external else Settings()
+        return diagnose(JobStatus.read(self.store, job_id), self.store, queue or QueueState(), settings)
+
+    def later(self, seconds: float, *beating: Seat) -> None:
+        """Time passes; these workers live on."""
+        self.clock.seconds += seconds
+        for each in beating:
+            self.store.workers.heartbeat(each.worker_id, beat=5.0)
+
+
+@pytest.fixture
+def place(store_url: str) -> Iterator[Place]:
+    clock = mill.Clock()
+    store = Store(store_url, busy_seconds=10, now=clock.expression())
+    yield Place(store, clock)
+    store.close()
+
+
+def finding(diagnosis: Diagnosis, code: str) -> Finding:
+    found = [each for each in diagnosis.findings if each.code == code]
+    assert found, [each.code for each in diagnosis.findings]
+    return found[0]
+
+
+def expect(diagnosis: Diagnosis, verdict: Verdict, reason: str) -> Finding:
+    assert (diagnosis.verdict, diagnosis.findings[0].code) == (verdict, reason)
+    assert diagnosis.exit_code == (verdict is Verdict.STUCK)
+    return diagnosis.findings[0]
+
+
+class TestClosedAndMoving:
+    def test_a_job_that_succeeded_needs_nothing(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.work_off(place.store, mill.seat(place.store))
+        assert "nothing to do" in expect(place.diagnose(job_id), Verdict.CLOSED, "closed").remedy
+
+    def test_a_job_that_failed_names_results_and_retry(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.ENGINE_ERROR)
+        reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
+        assert "3 failed" in reason.message
+        assert f"batchmill retry {job_id}" in reason.remedy
+
+    def test_answers_in_the_last_minute_are_moving_with_an_end(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 20)
+        place.later(10, who)
+        (claimed,) = mill.claim(place.store, who)
+        place.later(10, who)
+        mill.save(place.store, who, [mill.answered(claimed, count=2)])
+        place.later(2, who)
+        diagnosis = place.diagnose(job_id, AWAY)
+        assert "the last answer came 2 s ago; at " in expect(diagnosis, Verdict.MOVING, "moving").message
+        assert (
+            "2 of 20 requests answered; 4 batches pending (the next one for 22 s), 1 held"
+            in finding(diagnosis, "progress").message
+        )
+        assert "worker w on host (cpu) holds 1 batch since" in finding(diagnosis, "held").message
+        assert "at work go on" in finding(diagnosis, "redis_away").message
+
+    def test_a_held_batch_without_answers_yet_is_in_somebodys_hands(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(15, who)
+        assert "no answer yet" in expect(place.diagnose(job_id), Verdict.MOVING, "at_work").message
+
+    def test_a_long_silence_under_a_renewed_lease_says_who_ends_it(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        (claimed,) = mill.claim(place.store, who)
+        mill.save(place.store, who, [mill.answered(claimed, count=1)])
+        for _ in range(3):
+            place.later(50, who)
+            mill.save(place.store, who, [Held(claimed.lease)])
+        reason = expect(place.diagnose(job_id), Verdict.MOVING, "at_work")
+        assert "no answer for 2 min 30 s" in reason.message
+        assert "600 s" in reason.remedy
+
+
+class TestNobodyServes:
+    def test_no_worker_names_the_command(self, place: Place) -> None:
+        job_id = mill.load(place.store, 30)
+        place.later(60)
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, "no_worker")
+        assert "no live worker serves echo (none), for 1 min 0 s" in reason.message
+        assert reason.remedy == f"start one: {START}"
+
+    def test_without_the_embedded_redis_the_whole_mill_is_to_be_started(self, place: Place) -> None:
+        diagnosis = place.diagnose(mill.load(place.store, 3), AWAY, external=False)
+        assert expect(diagnosis, Verdict.STUCK, "no_worker").remedy == "start one: batchmill up -m echo"
+
+    def test_a_typo_shows_as_a_near_miss(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3, spec=LLAMA)
+        mill.seat(place.store, name="near", spec=ModelSpec("org/Llama", "v2", Quantization.INT8))
+        mill.seat(place.store, name="far", spec=ModelSpec("org/other", None, Quantization.NF4))
+        diagnosis = place.diagnose(job_id)
+        expect(diagnosis, Verdict.STUCK, "no_worker")
+        near = finding(diagnosis, "near_miss")
+        assert "worker near on host (cpu) holds org/Llama@v2 (int8), and this job wants org/llama (nf4)" in near.message
+        assert near.remedy.endswith("submit again with -m org/Llama -q int8 --revision v2")
+        assert "far" not in "\n".join(diagnosis.lines())
+
+    def test_a_worker_of_another_job_alone_does_not_count(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.seat(place.store, only_job="another")
+        diagnosis = place.diagnose(job_id)
+        expect(diagnosis, Verdict.STUCK, "no_worker")
+        assert "serves job another alone" in finding(diagnosis, "bound_worker").message
+
+    def test_dead_and_stopped_workers_are_told_apart(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        place.store.workers.enter(mill.seat(place.store, name="one").worker_id, WorkerState.STOPPED)
+        place.later(100)
+        assert "worker one on host (cpu) stopped" in finding(place.diagnose(job_id), "worker_gone").message
+        mill.seat(place.store, name="two")
+        place.later(300)
+        gone = finding(place.diagnose(job_id), "worker_gone").message
+        assert "worker two on host (cpu) was ready and is dead or cut off, last seen 5 min 0 s ago" in gone
+
+    @pytest.mark.parametrize(
+        ("state", "code", "advice"),
+        [(WorkerState.SICK, "all_sick", "look at its device"), (WorkerState.FAILED, "all_load_failed", "mend that")],
+    )
+    def test_workers_that_gave_up_say_why(self, place: Place, state: WorkerState, code: str, advice: str) -> None:
+        job_id = mill.load(place.store, 3)
+        place.store.workers.enter(mill.seat(place.store, name="bad").worker_id, state, error="Xid 79\nfell off")
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, code)
+        assert reason.message.startswith("no worker of echo (none) is left: worker bad on host (cpu) ")
+        assert reason.message.endswith(": Xid 79 fell off")
+        assert advice in reason.remedy
+        assert reason.remedy.endswith(START)
+
+    def test_a_sick_worker_beside_a_good_one_is_told_and_blocks_nobody(self, place: Place) -> None:
+        place.store.workers.enter(mill.seat(place.store, name="bad").worker_id, WorkerState.SICK, error="Xid 79")
+        good = place.store.workers.register(
+            host="other", name="good", pid=1, spec=mill.ECHO_SPEC, device="cpu", only_job=None, beat=5.0
+        )
+        place.store.workers.new_generation(good, child_pid=2)
+        diagnosis = place.diagnose(mill.load(place.store, 3))
+        expect(diagnosis, Verdict.WAITING, "loading_model")
+        assert "worker bad on host (cpu) is sick: Xid 79" in finding(diagnosis, "worker_sick").message
+
+    def test_a_sick_worker_that_was_started_again_is_forgotten(self, place: Place) -> None:
+        place.store.workers.enter(mill.seat(place.store).worker_id, WorkerState.SICK, error="Xid 79")
+        place.store.workers.enter(mill.seat(place.store).worker_id, WorkerState.STOPPED)
+        expect(place.diagnose(mill.load(place.store, 3)), Verdict.STUCK, "no_worker")
+
+    def test_a_model_that_is_being_loaded_is_waited_for(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        who = mill.seat(place.store, ready=False)
+        place.later(90, who)
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
+        assert "being loaded by worker w on host" in reason.message
+        assert "(1 min 30 s ago)" in reason.message
+        place.store.workers.new_generation(who.worker_id, child_pid=3)
+        assert "for the 2. time" in place.diagnose(job_id).findings[0].message
+
+    def test_workers_that_are_ending_take_nothing_new(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        place.store.workers.enter(mill.seat(place.store).worker_id, WorkerState.DRAINING)
+        assert START in expect(place.diagnose(job_id), Verdict.STUCK, "draining").remedy
+
+
+class TestReadyWorkers:
+    def test_idle_workers_cannot_be_woken_without_redis(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.seat(place.store)
+        reason = expect(place.diagnose(job_id, AWAY), Verdict.STUCK, "redis_away")
+        assert "worker w on host cannot be woken; once it is back the job is taken up by itself" in reason.message
+        assert reason.remedy == "start Redis, or mend BATCHMILL_BROKER_URL"
+        assert "batchmill up" in place.diagnose(job_id, AWAY, external=False).findings[0].remedy
+
+    def test_missing_wakeups_follow_with_the_next_pass(self, place: Place) -> None:
+        job_id = mill.load(place.store, 10)
+        mill.seat(place.store)
+        reason = expect(place.diagnose(job_id, QueueState(wakeups=1)), Verdict.WAITING, "not_claimed")
+        assert "3 batches pending beside idle worker w on host, with 1 wake-up in the queue" in reason.message
+        assert "within 15 s" in reason.remedy
+
+    def test_a_full_queue_is_taken_within_seconds(self, place: Place) -> None:
+        job_id = mill.load(place.store, 10)
+        mill.seat(place.store)
+        reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.WAITING, "not_claimed")
+        assert "within seconds" in reason.remedy
+
+    def test_an_idle_worker_that_never_claims_is_to_be_started_again(self, place: Place) -> None:
+        job_id = mill.load(place.store, 10)
+        who = mill.seat(place.store)
+        place.later(61, who)
+        reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.STUCK, "not_claimed")
+        assert "with 3 wake-ups in the queue, for 1 min 1 s" in reason.message
+        assert "the log of w on host" in reason.remedy
+
+    def test_an_older_job_goes_first(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        older = mill.load(place.store, 20)
+        place.later(1, who)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        diagnosis = place.diagnose(job_id)
+        reason = expect(diagnosis, Verdict.WAITING, "older_job_first")
+        assert f"job {older} is older, of the same model, and has 4 batches pending" in reason.message
+        assert f"batchmill cancel {older}" in reason.remedy
+        assert "who could take it is at other batches: worker w on host" in finding(diagnosis, "workers_busy").message
+
+
+class TestLeases:
+    def test_a_dead_holder_loses_its_lease_at_a_known_time(self, place: Place) -> None:
+        dead = mill.seat(place.store, name="dead")
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, dead)
+        place.later(30)
+        mill.seat(place.store, name="other", spec=LLAMA)
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "dead_holder")
+        assert "worker dead on host (cpu) holds 1 batch since 1970-01-12 13:46:40 UTC (30 s)" in reason.message
+        assert "last seen 30 s ago; the lease runs until 1970-01-12 13:47:40 UTC, for another 30 s" in reason.message
+        assert "within 1 min 0 s of its end a live worker takes it back" in reason.remedy
+
+    def test_a_lease_without_anybody_alive_is_never_taken_back(self, place: Place) -> None:
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, mill.seat(place.store))
+        place.later(100)
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, "nobody_reconciles")
+        assert "the lease ran out at 1970-01-12 13:47:40 UTC, 40 s ago" in reason.message
+        assert reason.remedy.endswith(f"start one: {START}")
+
+    def test_a_frozen_process_loses_its_lease_while_its_worker_lives(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(70, who)
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "lease_expired")
+        assert "lives but does not renew it" in reason.message
+
+    def test_a_lease_that_live_workers_leave_alone_is_a_reason_to_act(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(200, who)
+        assert "their logs" in expect(place.diagnose(job_id), Verdict.STUCK, "lease_expired").remedy
+
+    def test_suspects_and_crashes_are_named(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.store.recovery.take_back(who.worker_id, generation=1)
+        diagnosis = place.diagnose(job_id)
+        assert "4 requests in 1 batch were in a worker when its process died" in finding(diagnosis, "suspects").message
+        assert "a process of w on host died at this job, 1 time, the last at" in finding(diagnosis, "crashed").message
+
+    def test_a_lease_that_ran_out_is_no_death(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(100, who)
+        place.store.recovery.reap(place.store.recovery.expired())
+        assert "let its lease run out" in finding(place.diagnose(job_id), "crashed").message
+
+
+class TestEnding:
+    def test_a_cancel_waits_for_who_holds_the_rest(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 8)
+        mill.claim(place.store, who)
+        place.store.closing.cancel(job_id)
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "cancelling")
+        assert "waits for worker w on host to let go of 1 batch" in reason.message
+
+    def test_a_cancel_of_what_the_dead_hold_is_ended_by_status(self, place: Place) -> None:
+        job_id = mill.load(place.store, 8)
+        mill.claim(place.store, mill.seat(place.store))
+        place.store.closing.cancel(job_id)
+        place.later(30)
+        diagnosis = place.diagnose(job_id)
+        reason = expect(diagnosis, Verdict.STUCK, "nobody_reconciles")
+        assert f"`batchmill status {job_id}` takes it back from 1970-01-12 13:48:40 UTC on" in reason.remedy
+        assert "worker w on host left 1 batch behind" in finding(diagnosis, "cancelling").message
+
+    def test_a_job_with_nothing_open_is_closed_by_the_next_pass(self, place: Place) -> None:
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who := mill.seat(place.store))
+        with place.store.database.write() as connection:
+            leased = {"worker_id": None, "worker_generation": None, "lease_until": None}
+            connection.execute(update(batches).values(state="done", **leased))
+        assert "within 15 s" in expect(place.diagnose(job_id), Verdict.WAITING, "closing").remedy
+        place.store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        assert f"batchmill status {job_id}" in expect(place.diagnose(job_id), Verdict.STUCK, "closing").remedy
+
+    def test_a_job_that_is_loading_is_no_job_yet(self, place: Place) -> None:
+        job_id = mill.begin(place.store)
+        with pytest.raises(NotFound):
+            place.store.holders.around(job_id)
+
+
+class TestWords:
+    def test_the_json_has_its_keys_and_no_prompt(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3, name="nightly")
+        said = place.diagnose(job_id, AWAY).to_json()
+        assert list(said) == ["job", "state", "verdict", "findings"]
+        assert (said["job"], said["state"], said["verdict"]) == (job_id, "queued", "stuck")
+        assert all(list(each) == ["code", "message", "remedy"] for each in said["findings"])
+        assert "prompt " not in str(said)
+
+    def test_the_lines_begin_with_the_verdict_and_what_to_do(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3, name="nightly")
+        place.later(4)
+        assert place.diagnose(job_id).lines() == [
+            f"job {job_id} (nightly) is stuck: no live worker serves echo (none), for 4 s",
+            f"  -> start one: {START}",
+            "  0 of 3 requests answered; 1 batch pending (the next one for 4 s), 0 held",
+        ]
+
+    def test_many_workers_are_counted_rather_than_named(self, place: Place) -> None:
+        for number in range(5):
+            mill.seat(place.store, name=f"w{number}", ready=False)
+        message = place.diagnose(mill.load(place.store, 3)).findings[0].message
+        assert "and 2 more" in message
+
+
+class TestCommand:
+    def test_a_model_goes_without_a_job(self) -> None:
+        done = CliRunner().invoke(cli, ["doctor", "last", "-m", "echo"])
+        assert done.exit_code == 2
+        assert "leave --model out" in done.output
+
+    def test_no_such_job_is_exit_3(self) -> None:
+        assert CliRunner().invoke(cli, ["doctor", "nosuchjob"]).exit_code == 3

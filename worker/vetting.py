@@ -1,0 +1,161 @@
+"""Looks a model folder over before anything of it is loaded, and says in one line what is wrong with it and why.
+
+A model folder is data from strangers: its configuration can name code to fetch and run, its index files anywhere on
+this machine, and a pickle runs code when it is read. What is looked at here are names, keys and sizes; no tensor is
+read. It knows what transformers reads of a folder, and loads nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+#: JSON files that are large and hold words of the model's, of which any may look like one of the keys below.
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
+#: Keys that make transformers run code of the model's own, whatever trust_remote_code says.
+_CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
+#: Parts of keys that name code to compute attention and experts with, which may be a repository of the Hub.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+#: A key that names another file of weights.
+_WEIGHTS_KEY = "transformers_weights"
+_MOST_CONFIG_BYTES = 32 * 1024**2
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 100 * 1024**2
+
+
+class Refusal(Exception):
+    """A folder that is not loaded; its text says what was found, why that is not loaded, and what to do."""
+
+
+def vet(folder: Path) -> None:
+    """Looks over what transformers would read of this folder. Raises Refusal."""
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder} holds no config.json; name the folder of a transformers model")
+    if (folder / "adapter_config.json").exists():
+        raise Refusal(
+            f"{folder} holds adapter_config.json: an adapter names another model to load, which nobody looked over; "
+            "merge the two with peft's merge_and_unload, and save the result"
+        )
+    for file in _files(folder):
+        _stays_inside(file, folder)
+    for file in _configurations(folder):
+        _refuse_code(file)
+    for file in weights(folder):
+        _refuse_broken(file)
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files of weights that transformers takes. Raises Refusal unless all are there."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).is_file():
+        raise Refusal(
+            f"{folder} holds no safetensors weights, and others are not loaded, since a pickle can run code; "
+            "convert them with transformers' save_pretrained"
+        )
+    names = shard_names(folder / WEIGHTS_INDEX)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise Refusal(f"{folder} lacks {missing[0]}, which {WEIGHTS_INDEX} names; copy or fetch it again")
+    return [folder / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of weights names. Raises Refusal when one is not a safetensors file beside it."""
+    content = _read(index)
+    mapping = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(mapping, dict) or not mapping:
+        raise Refusal(f"{index.name} has no weight_map; copy or fetch it again")
+    names = sorted({str(name) for name in mapping.values()})
+    for name in names:
+        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise Refusal(
+                f"{index.name} names the weights {name[:100]!r}, which is not a safetensors file beside it; "
+                "files elsewhere are never read"
+            )
+    return names
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything in the folder itself: of folders in it, transformers reads templates alone."""
+    yield from sorted(folder.iterdir())
+    yield from sorted(folder.glob("additional_chat_templates/*"))
+
+
+def _stays_inside(file: Path, folder: Path) -> None:
+    """Raises Refusal for a link out of the folder; the Hub's cache links from its snapshots to its blobs."""
+    if not file.is_symlink():
+        return
+    home, target = folder.resolve(), file.resolve()
+    in_cache = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
+    if not in_cache and not target.is_relative_to(home):
+        raise Refusal(f"{file} is a link that leaves the folder; files elsewhere are never read: copy the file there")
+
+
+def _configurations(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.glob("*.json")):
+        if file.name not in _VOCABULARIES and not file.name.endswith(".index.json"):
+            yield file
+
+
+def _refuse_code(file: Path) -> None:
+    for key in _keys(_read(file)):
+        if key in _CODE_KEYS:
+            raise Refusal(
+                f"its {file.name} has {key}: it asks for code of its own, which is never run; choose a model that "
+                f"transformers knows, or take {key} out of a copy if transformers can do without"
+            )
+        if any(part in key for part in _IMPLEMENTATIONS):
+            raise Refusal(
+                f"its {file.name} has {key[:100]}: it can name code to fetch and run, which is never done; "
+                "take the key out of a copy, and transformers chooses by itself"
+            )
+        if key == _WEIGHTS_KEY:
+            raise Refusal(f"its {file.name} has {key}, and weights are read from {WEIGHTS} alone; rename them so")
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Every key at any depth."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case dict() as mapping:
+                yield from mapping
+                waiting += mapping.values()
+            case list() as values:
+                waiting += values
+
+
+def _read(file: Path) -> Any:
+    """A JSON file's content. Raises Refusal."""
+    if file.stat().st_size > _MOST_CONFIG_BYTES:
+        raise Refusal(f"{file.name} has more than {_MOST_CONFIG_BYTES // 1024**2} MiB, which no configuration has")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise Refusal(f"{file.name} is not JSON; copy or fetch it again") from None
+
+
+def _refuse_broken(file: Path) -> None:
+    """Compares a safetensors file's header with its size. Format: 8 bytes of length, JSON of that length, data."""
+    size_bytes = file.stat().st_size
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, size_bytes - _LENGTH_BYTES):
+            raise Refusal(f"{file.name} is not a safetensors file, or was cut off; copy or fetch it again")
+        header = opened.read(header_bytes)
+    try:
+        tensors = json.loads(header)
+        ends = [each["data_offsets"][1] for name, each in tensors.items() if name != "__metadata__"]
+        expected_bytes = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise Refusal(f"{file.name} has no safetensors header; copy or fetch it again") from None
+    if expected_bytes != size_bytes:
+        raise Refusal(
+            f"{file.name} has {size_bytes:,} bytes and its safetensors header tells of {expected_bytes:,}; "
+            "copy or fetch it again"
+        )
