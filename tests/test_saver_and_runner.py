@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,15 @@ from jobs.errors import StoreUnavailable
 from jobs.schema import Memory
 from jobs.states import JobState, RequestState, WorkerState
 from jobs.store import Store
+from jobs.store.lease import Turned
 from tests import mill
+from tests.integration.conftest import until
+from tests.oracle import violations
+from worker import saver
 from worker.engine.echo import EchoEngine
 from worker.runner import Runner
 from worker.saver import Saver
-from worker.spool import Spool
+from worker.spool import Spool, read
 
 
 class Desk:
@@ -145,3 +150,89 @@ def test_alone_it_reads_ahead_as_far_as_its_engine_has_rows(store: Store, desk: 
     desk.on_step = lambda: held.append(store.workers.rows()[0].leases)
     desk.runner.run()
     assert max(held) == 2
+
+
+class Outage:
+    """A store whose turns fail while it lasts, before or after their commit."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._turn = store.saving.turn
+        self.on = False
+        self.commits = False
+        self.refused = 0
+        monkeypatch.setattr(store.saving, "turn", self.turn)
+        monkeypatch.setattr(saver, "_LONGEST_PAUSE_SECONDS", 0.3)
+
+    def turn(self, *args: Any, **kwargs: Any) -> Turned:
+        if not self.on:
+            return self._turn(*args, **kwargs)
+        self.refused += 1
+        if self.commits:
+            self._turn(*args, **kwargs)
+        raise StoreUnavailable("away")
+
+
+def test_the_engine_goes_on_with_what_is_claimed_and_the_spool_has_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(store, tmp_path, rows=4)
+    job_id = mill.load(store, 40, batch_size=20)
+    outage = Outage(store, monkeypatch)
+    spooled: list[int] = []
+
+    def on_step() -> None:
+        outage.on = outage.on or desk.steps == 2
+        if outage.on and (tmp_path / "spool" / "1.jsonl").exists():
+            (held,) = read(tmp_path / "spool" / "1.jsonl")
+            spooled.append(len(held.outputs))
+
+    desk.on_step = on_step
+    heal = threading.Timer(1.5, lambda: setattr(outage, "on", False))
+    heal.start()
+    desk.runner.run()
+    heal.cancel()
+    assert store.reading.job(job_id).counts.succeeded == 40
+    assert max(spooled) > 8  # more than what was in flight when the store went away
+    assert not (tmp_path / "spool" / "1.jsonl").exists()
+    assert violations(store) == []
+
+
+def test_a_full_spool_makes_the_engine_wait(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(store, tmp_path, rows=4)
+    desk.spool._limit_bytes = 700
+    job_id = mill.load(store, 100, batch_size=50)
+    outage = Outage(store, monkeypatch)
+    desk.on_step = lambda: setattr(outage, "on", outage.on or desk.steps == 2)
+    worker = threading.Thread(target=desk.runner.run)
+    worker.start()
+    until(lambda: outage.refused > 3, "the outage goes on")
+    stopped_at = desk.steps
+    until(lambda: outage.refused > 5, "and on")
+    assert desk.steps == stopped_at < 20
+    outage.on = False
+    worker.join(30)
+    assert store.reading.job(job_id).counts.succeeded == 100
+    assert violations(store) == []
+
+
+def test_what_a_lost_answer_claimed_is_not_lost(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(store, tmp_path, rows=4)
+    job_id = mill.load(store, 60, batch_size=5)
+    outage = Outage(store, monkeypatch)
+    outage.commits = True
+    desk.on_step = lambda: setattr(outage, "on", desk.steps % 3 == 0)
+    worker = threading.Thread(target=desk.runner.run)
+    worker.start()
+    while worker.is_alive():
+        worker.join(0.3)
+        outage.on = False
+    assert outage.refused
+    assert store.reading.job(job_id).counts.succeeded == 60
+    assert violations(store) == []
+
+
+def test_what_the_device_holds_is_kept(store: Store, desk: Desk) -> None:
+    mill.load(store, 20)
+    desk.engine.capacity.too_much(8)
+    desk.runner.run()
+    assert store.health.fits(mill.ECHO_SPEC, "host/cpu") == 4
