@@ -28,6 +28,7 @@ from jobs.errors import SettingsError
 
 PREFIX = "BATCHMILL_"
 TOML_FILE = "batchmill.toml"
+_WORKER_BUSY_SECONDS = 2.0
 
 
 class Settings(BaseSettings):
@@ -121,6 +122,11 @@ class Settings(BaseSettings):
     def broker(self) -> str:
         """The URL of Redis, embedded or not."""
         return self.broker_url or f"redis+socket://{self.redis_socket}"
+
+    @property
+    def worker_busy_seconds(self) -> float:
+        """A worker waits less for a locked SQLite store: its outputs have a spool, and its end a limit."""
+        return min(self.busy_seconds, _WORKER_BUSY_SECONDS)
 
     @property
     def database_file(self) -> Path:

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jobs.errors import NotAllSucceeded, WaitTimedOut
+from jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
 from jobs.states import JobState
 from jobs.store import Store
 from producer.status import JobStatus, duration
@@ -38,16 +38,29 @@ def follow(
     pause = _FIRST_PAUSE_SECONDS
     with shown:
         while True:
-            status = JobStatus.read(store, job_id)
-            shown.show(status)
-            if status.job.closed:
-                return status
+            status = _answered(store, job_id, shown)
+            if status is not None:
+                shown.show(status)
+                if status.job.closed:
+                    return status
             check()
             left = pause if deadline is None else min(pause, deadline - monotonic())
             if left <= 0:
-                raise WaitTimedOut(f"job {job_id} is still {status.job.state.value} after {timeout_seconds:g} s")
+                state = "out of sight, the store is away," if status is None else f"still {status.job.state.value}"
+                raise WaitTimedOut(f"job {job_id} is {state} after {timeout_seconds:g} s")
             time.sleep(left)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _answered(store: Store, job_id: str, shown: _Shown) -> JobStatus | None:
+    """The job's status; None while the store is away, which a job outlives, so that whoever waits does too."""
+    try:
+        return JobStatus.read(store, job_id)
+    except StoreError as error:
+        if not error.retryable:
+            raise
+        shown.say(f"waiting for the store: {error}")
+        return None
 
 
 def require_success(status: JobStatus) -> None:
@@ -101,6 +114,12 @@ class _Shown:
         if line != self._last_line and (monotonic() >= self._next_line_at or job.closed):
             click.echo(line, err=True)
             self._last_line, self._next_line_at = line, monotonic() + _LINE_SECONDS
+
+    def say(self, line: str) -> None:
+        """A line about the waiting itself, once in a while."""
+        if monotonic() >= self._next_line_at:
+            self._console.print(line, markup=False, highlight=False)
+            self._next_line_at = monotonic() + _LINE_SECONDS
 
     def _note(self, status: JobStatus) -> str:
         if status.missing_seconds is not None:

@@ -51,6 +51,7 @@ def test_imports_point_one_way(room: str) -> None:
         "migrations",
         "worker.cli",
         "worker.parent",
+        "worker.keeper",
         "worker.app",
         "worker.supervisor",
     ],

@@ -49,8 +49,6 @@ ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
 _STORE_PAUSE_SECONDS = 1.0
-#: A child waits so long for a locked SQLite store before it puts its outputs into the spool and tries again.
-_BUSY_SECONDS = 2.0
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
@@ -112,7 +110,7 @@ def begin() -> Child:
     configure_logs(settings)
     arm(settings.failpoint, home=settings.home)
     order = ChildOrder.from_environment()
-    store = Store(settings.database, busy_seconds=min(settings.busy_seconds, _BUSY_SECONDS))
+    store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
     generation = _answered(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
     try:
         child = _load(order, generation, settings=settings, store=store, switch=switch)

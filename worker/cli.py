@@ -12,7 +12,8 @@ from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
 from migrations import open_store
 from worker.devices import all_cuda_devices
-from worker.parent import WorkerOptions, run_worker
+from worker.keeper import WorkerOptions
+from worker.parent import run_worker
 from worker.supervisor import Supervisor
 
 

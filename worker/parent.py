@@ -1,64 +1,35 @@
-"""A worker's parent process: runs Celery, keeps the worker's row alive, reconciles, and replaces nothing itself.
+"""A worker's parent process: prepares the child's environment, runs Celery beside the keeper, and says how it ended.
 
-It imports no torch. Celery's pool spawns the one child that holds the model, and spawns another when it dies;
-the keeper, one plain thread, takes back at once every lease of a child that died.
+It imports no torch. Celery's pool spawns the one child that holds the model, and spawns another when it dies.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import threading
 import warnings
-from contextlib import suppress
-from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any
 
-import psutil
 from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 from kombu import Queue
 
 from jobs.broker import Broker, make_app
-from jobs.errors import BatchmillError, ModelError, StoreError
+from jobs.errors import BatchmillError, ModelError
 from jobs.logs import get_logger
 from jobs.settings import Settings, environment_of
 from jobs.spec import ECHO, ModelSpec
-from jobs.states import RunOutcome, WorkerState
 from jobs.store import Store
-from jobs.store.workers import GIVEN_UP, Heartbeat
 from migrations import open_store
-from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
+from worker.child import ORDER_VARIABLE, ChildOrder
 from worker.devices import visible_devices
-from worker.leftovers import Leftovers
-from worker.reconciler import Reconciler
-from worker.waker import Waker
+from worker.keeper import Keeper, Pool, WorkerOptions
 
 log = get_logger(__name__)
-#: How often the keeper looks after its child.
-_TICK_SECONDS = 0.25
-#: So many children in a row that die before they hold the model end the worker.
-_MAX_FAILED_LOADS = 3
 #: Celery gives a child so much longer than the watchdog to load its model.
 _ALIVE_MARGIN_SECONDS = 60
 #: Celery gives no task to a new child while it waits for the dead one's result, of which there is none.
 _LOST_WAIT_SECONDS = 0.1
-#: An ending worker waits so long for its last wake-ups to be sent.
-_LAST_WAKE_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What a worker was started as; `only_job` binds it to one job."""
-
-    spec: ModelSpec
-    device: str = "auto"
-    name: str | None = None
-    only_job: str | None = None
-    exit_when_idle_seconds: float | None = None
-    share_device: bool = False
 
 
 def run_worker(options: WorkerOptions, settings: Settings) -> None:
@@ -69,7 +40,8 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     # torch's threads wait asleep: awake they take the very cores that the slowest of them waits for, and beside one
     # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    store = open_store(settings)
+    open_store(settings).close()
+    store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
     broker = Broker.of(settings)
     if settings.embedded_broker:
         _check_embedded(broker, settings)
@@ -84,7 +56,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
         only_job=options.only_job,
         beat=settings.heartbeat_seconds,
     )
-    keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=_Pool(celery_worker))
+    keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=Pool(celery_worker))
     try:
         order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job, options.share_device)
         os.environ[ORDER_VARIABLE] = order.to_environment()
@@ -126,188 +98,3 @@ def _celery_worker(settings: Settings, spec: ModelSpec, name: str) -> Any:
         without_heartbeat=True,
         quiet=True,
     )
-
-
-@dataclass(slots=True)
-class _Pool:
-    """The processes of Celery's pool; there is none before it starts and after it stopped."""
-
-    celery_worker: Any
-
-    def pids(self) -> list[int]:
-        pool = getattr(getattr(self.celery_worker, "pool", None), "_pool", None)
-        return [process.pid for process in getattr(pool, "_pool", ()) if process.pid]
-
-    def signal(self, number: int) -> None:
-        for pid in self.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-@dataclass(slots=True)
-class _Due:
-    """When a repeated thing is due next, on this process's clock."""
-
-    every_seconds: float
-    at: float = field(default_factory=monotonic)
-
-    def now(self) -> bool:
-        if monotonic() < self.at:
-            return False
-        self.at = monotonic() + self.every_seconds
-        return True
-
-
-class Keeper:
-    """The parent's one thread. An outage of store or broker is logged and outlived."""
-
-    def __init__(
-        self,
-        store: Store,
-        broker: Broker,
-        worker_id: int,
-        *,
-        options: WorkerOptions,
-        settings: Settings,
-        pool: _Pool,
-    ) -> None:
-        self.failure: str | None = None
-        self._store = store
-        self._worker_id = worker_id
-        self._options = options
-        self._settings = settings
-        self._pool = pool
-        self._reconciler = Reconciler(store, broker, lease_seconds=settings.lease_seconds)
-        self._leftovers = Leftovers(store, settings)
-        self._waker = Waker(self._reconciler.send_wakeups)
-        self._heartbeat_due = _Due(settings.heartbeat_seconds)
-        self._reconcile_due = _Due(settings.reconcile_seconds)
-        self._last = Heartbeat(WorkerState.STARTING, 0, None, None, 0)
-        #: Of the children up to this generation nothing is left.
-        self._settled = 0
-        self._failed_loads = 0
-        self._idle_since = monotonic()
-        self._draining = threading.Event()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
-
-    def start(self) -> None:
-        self._waker.start()
-        self._thread.start()
-
-    def on_shutdown(self, **_: object) -> None:
-        """Celery was told to end: so is the child, which has `drain_seconds` to hand everything back."""
-        if self._draining.is_set():
-            return
-        self._draining.set()
-        self._pool.signal(DRAIN_SIGNAL)
-        deadline = threading.Timer(self._settings.drain_seconds, self._pool.signal, [signal.SIGKILL])
-        deadline.daemon = True
-        deadline.start()
-
-    def finish(self) -> None:
-        """Celery has ended: whatever its children still held is taken back, and the row says so."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._pool.signal(signal.SIGKILL)
-        try:
-            self._beat()
-            # What a child that was told to end did not hand back in time was cut short, and is not to blame.
-            self._settle(self._last.generation, RunOutcome.RELEASED if self._draining.is_set() else RunOutcome.CRASHED)
-            if self.failure is None:
-                self._store.workers.enter(self._worker_id, WorkerState.STOPPED)
-        except StoreError as error:
-            log.warning("the store is away; others take back what is left", worker=self._worker_id, error=str(error))
-        self._waker.wait(seconds=_LAST_WAKE_SECONDS)
-
-    def _run(self) -> None:
-        told = False
-        while not self._over.wait(_TICK_SECONDS):
-            try:
-                if self._draining.is_set() and not told:
-                    self._store.workers.enter(self._worker_id, WorkerState.DRAINING)
-                    told = True
-                self._look_after()
-            except StoreError as error:
-                log.warning("the store is away", worker=self._worker_id, error=str(error))
-                self._over.wait(1.0)
-
-    def _look_after(self) -> None:
-        child_died = not self._draining.is_set() and self._has_died()
-        if self._heartbeat_due.now() or child_died:
-            self._beat()
-        if child_died:
-            self._on_death()
-        if self._reconcile_due.now():
-            self._leftovers.settle_orphans()
-            self._leftovers.discard_abandoned()
-            self._reconciler.repair()
-            self._waker.wake()
-        self._end_when_idle()
-
-    def _beat(self) -> None:
-        """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
-        self._last = self._store.workers.heartbeat(self._worker_id, beat=self._settings.heartbeat_seconds)
-        if self._last.state in GIVEN_UP:
-            self.failure = self._last.error
-        self._settle(self._last.generation - 1)
-
-    def _has_died(self) -> bool:
-        """Whether the last child that has reported is gone, and nobody has seen to it."""
-        pid = self._last.child_pid
-        return pid is not None and self._last.generation > self._settled and not _is_running(pid)
-
-    def _on_death(self) -> None:
-        if not self._has_died():
-            return  # the next child has reported already
-        generation = self._last.generation
-        log.warning("the child died", worker=self._worker_id, pid=self._last.child_pid, state=self._last.state.value)
-        self._settle(generation)
-        loading = self._last.state is WorkerState.LOADING
-        self._failed_loads = self._failed_loads + 1 if loading else 0
-        if self._failed_loads >= _MAX_FAILED_LOADS:
-            self.failure = f"{self._options.spec}: the process died {self._failed_loads} times while loading it"
-            self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=self.failure)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def _settle(self, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> None:
-        """Nothing is left of the children up to this generation, once the store has answered."""
-        if generation <= self._settled:
-            return
-        taken = self._leftovers.settle(self._worker_id, generation, outcome=outcome)
-        self._settled = generation
-        if taken:
-            self._waker.wake()
-            if outcome is RunOutcome.CRASHED and self._store.health.is_sick(self._worker_id):
-                self._give_up_sick()
-
-    def _give_up_sick(self) -> None:
-        self.failure = (
-            f"{self._options.spec} on {self._options.device}: three different sets of requests in a row crashed this "
-            "worker while other workers answered theirs; look at the device (nvidia-smi, the kernel's log) and the "
-            "lines above"
-        )
-        self._store.health.enter_sick(self._worker_id, reason=self.failure)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _end_when_idle(self) -> None:
-        seconds = self._options.exit_when_idle_seconds
-        if seconds is None or self._draining.is_set():
-            return
-        busy = self._last.state is not WorkerState.READY or self._last.leases
-        if busy or monotonic() - self._idle_since >= seconds:
-            self._beat()
-            pending = self._store.recovery.pending_of(self._options.spec, most=1)
-            if self._last.state is not WorkerState.READY or self._last.leases or pending:
-                self._idle_since = monotonic()
-            elif monotonic() - self._idle_since >= seconds:
-                log.info("idle, so this worker ends", worker=self._worker_id, seconds=seconds)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
