@@ -43,6 +43,8 @@ _REQUESTS = [
     click.option("--ignore-line-model", is_flag=True, help="Run lines that name another model, too."),
 ]
 
+_SHARE = click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
+
 
 def _with(options: list[_Command]) -> _Command:
     def add(command: _Command) -> _Command:
@@ -101,30 +103,34 @@ def submit(wait: bool, **options: Any) -> None:
 @_with(_MODEL)
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Answers go here (default: stdout).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_SHARE
 @click.option("--new", is_flag=True, help="Run it anew, even if it has been run before.")
 @_with(_REQUESTS)
-def run(out: Path | None, device: str, new: bool, **options: Any) -> None:
+def run(out: Path | None, device: str, share_device: bool, new: bool, **options: Any) -> None:
     """Answer the prompts of FILE on this machine: everything in one command, nothing to set up.
 
     The same command continues a job that was interrupted, and exports one that has ended.
     """
     from producer.local import run_file
 
-    run_file(_submission(options), out=out, device=device, new=new, settings=_settings())
+    run_file(_submission(options), out=out, device=device, share_device=share_device, new=new, settings=_settings())
 
 
 @click.command(epilog="Example: batchmill up -m demo")
 @click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
 @_with(_MODEL)
 @click.option("--device", "devices", multiple=True, help="auto, cpu, cuda:N; repeat it for several workers.")
-def up(model: str, quantization: str | None, revision: str | None, devices: tuple[str, ...]) -> None:
+@_SHARE
+def up(
+    model: str, quantization: str | None, revision: str | None, devices: tuple[str, ...], share_device: bool
+) -> None:
     """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
     from jobs.spec import ModelSpec
     from producer.local import run_mill
 
     settings = _settings()
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
-    run_mill(spec, devices=devices or ("auto",), settings=settings)
+    run_mill(spec, devices=devices or ("auto",), share_device=share_device, settings=settings)
 
 
 def _settings() -> Settings:

@@ -33,7 +33,9 @@ _STOP_MARGIN_SECONDS = 6.0
 _LAST_LOG_LINES = 15
 
 
-def run_file(submission: Submission, *, out: Path | None, device: str, new: bool, settings: Settings) -> None:
+def run_file(
+    submission: Submission, *, out: Path | None, device: str, share_device: bool, new: bool, settings: Settings
+) -> None:
     """Runs one file to its end and exports it; a job of the same file and options is continued.
 
     Raises NotAllSucceeded after the export when some requests did not succeed.
@@ -51,16 +53,16 @@ def run_file(submission: Submission, *, out: Path | None, device: str, new: bool
         else:
             click.echo(f"job {job_id} goes on where it was interrupted", err=True)
         if not store.reading.job(job_id).closed:
-            _work_off(job_id, spec, device=device, settings=settings, store=store)
+            _work_off(job_id, spec, device=device, share_device=share_device, settings=settings, store=store)
         _deliver(job_id, store, out)
 
 
-def run_mill(spec: ModelSpec, *, devices: Sequence[str], settings: Settings) -> None:
+def run_mill(spec: ModelSpec, *, devices: Sequence[str], share_device: bool, settings: Settings) -> None:
     """Runs Redis and workers until Ctrl-C or SIGTERM."""
     _require_embedded(settings)
     with MillLock(settings.home), _ended_by_signal(), _redis(settings):
         open_store(settings).close()
-        workers = _Workers(spec, devices=devices, settings=settings, log=sys.stderr.buffer)
+        workers = _Workers(spec, devices=devices, share_device=share_device, settings=settings, log=sys.stderr.buffer)
         click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C ends it", err=True)
         try:
             workers.wait()
@@ -84,11 +86,15 @@ def _known_job(submission: Submission, spec: ModelSpec, store: Store) -> str | N
     return None if fingerprint is None else store.reading.resumable(fingerprint)  # every run of a stream is a new one
 
 
-def _work_off(job_id: str, spec: ModelSpec, *, device: str, settings: Settings, store: Store) -> None:
+def _work_off(
+    job_id: str, spec: ModelSpec, *, device: str, share_device: bool, settings: Settings, store: Store
+) -> None:
     log_path = settings.home / "worker.log"
     with _redis(settings), log_path.open("wb") as log:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
-        workers = _Workers(spec, devices=[device], settings=settings, log=log, only_job=job_id)
+        workers = _Workers(
+            spec, devices=[device], share_device=share_device, settings=settings, log=log, only_job=job_id
+        )
         try:
             follow(store, job_id, name_missing=False, check=lambda: workers.check(log_path))
         except KeyboardInterrupt:
@@ -130,6 +136,7 @@ class _Workers:
         spec: ModelSpec,
         *,
         devices: Sequence[str],
+        share_device: bool,
         settings: Settings,
         log: IO[bytes],
         only_job: str | None = None,
@@ -141,6 +148,8 @@ class _Workers:
         arguments = spec.command_line()[2:]
         if only_job is not None:
             arguments += ["--job", only_job]
+        if share_device:
+            arguments.append("--share-device")
         self._process = start_process(
             [sys.executable, "-m", "worker", *arguments, "--devices", ",".join(devices)],
             log=log,

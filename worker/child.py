@@ -71,10 +71,11 @@ class ChildOrder:
 
 
 class Child:
-    """One child of one worker, with its engine."""
+    """One child of one worker, with its engine, and with its device for as long as it lives."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, lock: DeviceLock | None = None) -> None:
         self._runner = runner
+        self._lock = lock
 
     def work(self) -> None:
         """Works while there is work. An engine that fails ends the process: its device may be broken for good."""
@@ -127,8 +128,10 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     spec = ModelSpec.from_canonical(order.spec)
     watchdog = Watchdog()
     device = describe_device(order.device)
+    lock = None
     if device.uuid is not None and not order.share_device:
-        DeviceLock(device.uuid).take()
+        lock = DeviceLock(device.uuid)
+        lock.take()
     capacity_of = device.uuid or f"{socket.gethostname()}/{device.torch_device}"
     fits = _answered(lambda: store.health.fits(spec, capacity_of))
     meter = MemoryMeter(device)
@@ -160,7 +163,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     saver.start()
     log.info("ready", worker=order.worker_id, model=str(spec), device=device.name, load_seconds=held.load_seconds)
     waker.wake()
-    return Child(Runner(held.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)))
+    return Child(Runner(held.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)), lock)
 
 
 @dataclass(frozen=True, slots=True)

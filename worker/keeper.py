@@ -35,9 +35,9 @@ _TICK_SECONDS = 0.25
 #: So many children in a row that die before they hold the model end the worker.
 _MAX_FAILED_LOADS = 3
 #: An ending worker waits so long for its last wake-ups to be sent.
-_LAST_WAKE_SECONDS = 2.0
+_LAST_WAKE_SECONDS = 1.0
 #: An ending worker waits so long for a look after its child that an absent store holds up.
-_LAST_LOOK_SECONDS = 3.0
+_LAST_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ _SICK_PAUSE_SECONDS = 600.0
 #: A worker that lived so long starts again with the first pause.
 _HEALTHY_SECONDS = 300.0
 #: Beyond its drain a worker gets so long before it is killed.
-_KILL_MARGIN_SECONDS = 3.0
+_KILL_MARGIN_SECONDS = 4.0
 
 
 class _Post:
