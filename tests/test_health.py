@@ -97,3 +97,11 @@ def test_what_fits_is_remembered_by_spec_and_device(store: Store) -> None:
         store.health.remember_fits(mill.ECHO_SPEC, "GPU-1", fits)
     assert store.health.fits(mill.ECHO_SPEC, "GPU-1") == 32
     assert store.health.fits(mill.ECHO_SPEC, "GPU-2") is None
+
+
+def test_a_child_of_a_sick_worker_claims_nothing(store: Store, broken: Seat) -> None:
+    mill.load(store, 4)
+    store.health.enter_sick(broken.worker_id, reason="it broke")
+    turned = store.saving.turn(broken, [], wanted_requests=4, in_flight_room=4)
+    assert turned.drain
+    assert turned.claimed == ()

@@ -151,6 +151,13 @@ class Keeper:
         self._waker.wait(seconds=_LAST_WAKE_SECONDS)
 
     def _run(self) -> None:
+        try:
+            self._keep()
+        except Exception:
+            log.exception("the keeper failed; this process ends, and others take back what its child holds")
+            os._exit(1)
+
+    def _keep(self) -> None:
         told = False
         while not self._over.wait(_TICK_SECONDS):
             try:

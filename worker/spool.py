@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,12 @@ def spools(home: Path, database: str, worker_id: int, *, generation: int) -> lis
 def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
     """Spools that nobody has written to for so long."""
     before = time.time() - older_than_seconds
-    return [path for path in (home / "spool").glob("*.jsonl") if path.stat().st_mtime < before]
+    found = []
+    for path in (home / "spool").glob("*.jsonl"):
+        with suppress(FileNotFoundError):  # its owner has just emptied it
+            if path.stat().st_mtime < before:
+                found.append(path)
+    return found
 
 
 def read(path: Path) -> list[Held]:
@@ -116,8 +122,10 @@ def read(path: Path) -> list[Held]:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
+            try:
                 yield json.loads(line)
+            except ValueError:
+                return
 
 
 def _to_line(held: Held, written: int) -> str:

@@ -44,6 +44,9 @@ class Waker:
                 self._send()
             except StoreError as error:
                 log.warning("no wake-ups sent; the next pass sends them", error=str(error))
+            except Exception:
+                # The bottom of this thread: it has to outlive whatever a library makes of a broken connection.
+                log.exception("no wake-ups sent; the next pass sends them")
             with self._condition:
                 self._sent = asked
                 self._condition.notify_all()

@@ -19,7 +19,10 @@ from jobs.store.claiming import Claiming, pending_batches
 from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
+from jobs.store.workers import GIVEN_UP
 from jobs.tables import batches, jobs, outputs, runs, workers
+
+_ENDING = GIVEN_UP | {WorkerState.DRAINING, WorkerState.STOPPED}
 
 
 class Saving:
@@ -202,8 +205,9 @@ class Saving:
         return frozenset(lease.batch_id for lease in leases)
 
     def _draining(self, connection: Connection, seat: Seat) -> bool:
+        """Whether the worker is to end, or has given up: a child of it may not know yet."""
         state = connection.scalar(select(workers.c.state).where(workers.c.id == seat.worker_id))
-        return state == WorkerState.DRAINING.value
+        return state in _ENDING
 
     def _advance(
         self,
