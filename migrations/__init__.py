@@ -23,10 +23,11 @@ def upgrade(url: str, *, revision: str = "head") -> None:
     """Brings the store at this URL to a revision; at that revision already, nothing happens. Raises StoreError."""
     store = Store(url)
     try:
-        store.revision()  # a store that cannot be reached is told of here, in one line
+        store.revision()  # a store that cannot be reached is told of before alembic logs
+        with store.database.translated():
+            command.upgrade(alembic_config(url), revision)
     finally:
         store.close()
-    command.upgrade(alembic_config(url), revision)
 
 
 def alembic_config(url: str) -> Config:

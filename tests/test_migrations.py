@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 import migrations
-from jobs.errors import SchemaMismatch, StoreUnavailable
+from jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
 from jobs.settings import load_settings
 from jobs.store import Store
 from jobs.tables import REVISION
@@ -102,3 +104,14 @@ def test_a_store_that_cannot_be_reached_is_one_clear_error(tmp_path: Path) -> No
         migrations.upgrade("postgresql://mill:hunter2@127.0.0.1:1/mill")
     with pytest.raises(StoreUnavailable):
         migrations.upgrade(f"sqlite:///{tmp_path}/no/such/folder/s.db")
+
+
+def test_a_disk_that_is_full_at_the_first_use_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def upgrade(*_: object) -> None:
+        raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(migrations.command, "upgrade", upgrade)
+    with pytest.raises(StoreFull, match="no space left"):
+        migrations.upgrade(f"sqlite:///{tmp_path}/s.db")

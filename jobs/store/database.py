@@ -50,7 +50,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection in a transaction that only reads; keep it short and fetch everything at once."""
-        with self._translated(), self._engine.connect() as connection, connection.begin():
+        with self.translated(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -59,7 +59,7 @@ class Database:
 
         On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE).
         """
-        with self._translated(), self._engine.connect() as plain:
+        with self.translated(), self._engine.connect() as plain:
             connection = plain.execution_options(writes=True)
             with connection.begin():
                 yield connection
@@ -104,7 +104,8 @@ class Database:
         return create_engine(self.url, pool_pre_ping=True, pool_recycle=1_800, connect_args=arguments)
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
+        """Foreign errors of the block become ours; for whoever brings a connection of their own, as alembic does."""
         try:
             yield
         except (DBAPIError, TimeoutError) as error:
