@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_HOME := .demo
+MINUTES ?= 10
+SEED ?= 1
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-all lint bench demo-model clean
+.PHONY: help demo test test-all lint bench mutants soak demo-model clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +32,12 @@ lint: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp  ## measure submit, queue, export and engine; prints tables
 	$(BIN)/python -m tests.bench
+
+mutants: $(VENV)/test.stamp  ## take one guard out at a time, and see the suite go red for each
+	$(BIN)/python -m tests.mutants
+
+soak: $(VENV)/test.stamp  ## jobs under random faults with the real timers: make soak MINUTES=60 SEED=7
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 demo-model: $(VENV)/run.stamp  ## train the bundled demo model again (under 30 minutes on 2 cores)
 	$(BIN)/python -m worker.demo.train

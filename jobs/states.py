@@ -66,5 +66,7 @@ BATCH_BEFORE: Mapping[BatchState, frozenset[BatchState]] = {
     BatchState.CANCELLED: frozenset({BatchState.PENDING, BatchState.LEASED}),
 }
 CLAIMABLE_JOB_STATES = frozenset({JobState.QUEUED, JobState.RUNNING})
+#: The states of jobs of which batches may be leased.
+HOLDING_JOB_STATES = frozenset({JobState.RUNNING, JobState.CANCELLING})
 CLOSED_JOB_STATES = frozenset({JobState.COMPLETED, JobState.CANCELLED})
 OPEN_BATCH_STATES = frozenset({BatchState.PENDING, BatchState.LEASED})

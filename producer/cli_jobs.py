@@ -151,9 +151,9 @@ def cancel(job: str) -> None:
     if before.closed:
         click.echo(f"job {job_id} has ended already: {before.state.value}", err=True)
         return
+    store.closing.cancel(job_id)
     tidy(settings)
-    state = store.closing.cancel(job_id)
-    click.echo(f"job {job_id} is {state.value}", err=True)
+    click.echo(f"job {job_id} is {store.reading.job(job_id).state.value}", err=True)
 
 
 @click.command(epilog="Example: batchmill retry last")

@@ -1,12 +1,15 @@
 """One careful pass of reconciling, for commands: so that they work with no worker alive.
 
-It sends nothing, takes back only leases that expired a whole lease's length ago, and skips a locked store.
+It sends nothing, takes leases back only where a cancelled job waits for them, a whole lease's length after they ended,
+and does without a store that is locked or away. All other leases are left to the workers: after an outage of the store
+they may have ended though their holders live, who renew them with their next save.
 """
 
 from __future__ import annotations
 
-from jobs.errors import StoreBusy
+from jobs.errors import StoreError
 from jobs.settings import Settings
+from jobs.states import JobState
 from jobs.store import Store
 
 #: How long a command waits for a locked store before it does without this pass.
@@ -14,13 +17,14 @@ _BUSY_SECONDS = 0.2
 
 
 def tidy(settings: Settings) -> None:
-    """Takes back long expired leases, deletes dead submits, closes what is finished."""
+    """Takes back what cancelled jobs wait for, deletes dead submits, closes what is finished."""
     store = Store(settings.database, busy_seconds=_BUSY_SECONDS)
     try:
-        store.recovery.reap(store.recovery.expired(for_seconds=settings.lease_seconds))
+        cancelling = frozenset({JobState.CANCELLING})
+        store.recovery.reap(store.recovery.expired(for_seconds=settings.lease_seconds, of_jobs=cancelling))
         store.loading.discard_expired()
         store.closing.close_finished()
-    except StoreBusy:
+    except StoreError:
         pass
     finally:
         store.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from jobs.errors import ModelError
 from jobs.schema import Request, RequestKey, SamplingParams
@@ -155,12 +157,12 @@ def test_weights_other_than_safetensors_are_not_loaded(copy: Path) -> None:
 
 def test_broken_weights_are_an_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"\0" * 100)
-    assert "Safetensor" in refusal(spec(copy))
+    assert "model.safetensors is not a safetensors file" in refusal(spec(copy))
 
 
 def test_a_broken_config_is_an_error(copy: Path) -> None:
     (copy / "config.json").write_text("{")
-    assert "config.json" in refusal(spec(copy))
+    assert "config.json is not JSON; copy or fetch it again" in refusal(spec(copy))
 
 
 def test_an_unknown_architecture_says_which_transformers(copy: Path) -> None:
@@ -172,6 +174,22 @@ def test_a_model_that_needs_code_of_its_own_is_refused(copy: Path) -> None:
     rewrite(copy / "config.json", model_type="unheard_of", auto_map={"AutoConfig": "own.Config"})
     (copy / "own.py").write_text("raise SystemExit('this code must not run')")
     assert "code of its own, which is never run" in refusal(spec(copy))
+
+
+def test_nothing_is_loaded_of_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.delattr(loader, name)
+    assert "its tokenizer_config.json has auto_map" in refusal(spec(copy))
+
+
+def test_no_caller_can_ask_for_a_models_own_code() -> None:
+    calls = re.findall(r"from_pretrained\((.*?)\n", Path(loader.__file__).read_text())
+    assert len(calls) == 3
+    source = Path(loader.__file__).read_text()
+    assert source.count("trust_remote_code=False") == 3
+    assert source.count("trust_remote_code=") == 3
+    assert source.count("use_safetensors=True") == 1
 
 
 def test_a_model_that_does_not_continue_text_is_refused(copy: Path) -> None:
@@ -203,20 +221,52 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def cached(folder: Path, cache: Path) -> None:
-    """Puts a folder where the Hub's cache keeps the commit of some-org/some-model's main branch."""
+def cached(folder: Path, cache: Path) -> Path:
+    """Puts a folder where the Hub's cache keeps the commit of some-org/some-model's main branch, as links."""
     repository = cache / "models--some-org--some-model"
-    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(folder, repository / "blobs")
+    snapshot.mkdir(parents=True)
+    for file in sorted((repository / "blobs").iterdir()):
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
 
 
-def test_a_model_of_the_hub_says_which_commit_it_is(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def snapshot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    cached(folder, tmp_path / "hub")
-    assert load(spec("some-org/some-model"), "cpu").commit == COMMIT
+    return cached(folder, tmp_path / "hub")
+
+
+def test_a_model_of_the_hub_says_which_commit_it_is(snapshot: Path) -> None:
+    loaded = load(spec("some-org/some-model"), "cpu")
+    assert loaded.commit == COMMIT
+    assert Path(loaded.model.name_or_path) == snapshot, "the folder that was looked over"
+
+
+def test_a_model_of_the_hub_is_looked_over_like_a_folder(snapshot: Path) -> None:
+    rewrite(snapshot / "config.json", _attn_implementation_internal="some-org/some-kernel")
+    assert "its config.json has _attn_implementation_internal" in refusal(spec("some-org/some-model"))
+
+
+def test_of_the_hub_only_what_is_safe_is_fetched(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    everything = [
+        *("config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "own.py"),
+        *("model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "model.pt", "onnx/model.safetensors"),
+        *("original/params.json", "custom_generate/generate.py", "x.pkl", "x.msgpack", "x.gguf"),
+    ]
+
+    def pretend(_model: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert revision == COMMIT
+        fetched.extend(filter_repo_objects(everything, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr(loader, "snapshot_download", pretend)
+    load(spec("some-org/some-model"), "cpu")
+    assert sorted(fetched) == sorted([*everything[:5], "model.safetensors"])

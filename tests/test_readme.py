@@ -47,3 +47,10 @@ def test_links_lead_to_files_that_are_there() -> None:
 
 def test_nothing_was_left_to_fill_in() -> None:
     assert "@@" not in README
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    promises = re.findall(r"\| \[(test_\w+)\]\((tests/[\w/]+\.py)\) \|$", README, re.MULTILINE)
+    assert len(promises) > 20
+    for name, path in promises:
+        assert f"def {name}(" in (ROOT / path).read_text(), name

@@ -68,6 +68,8 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
         keeper.finish()
     if keeper.failure is not None:
         raise ModelError(keeper.failure)
+    if celery_worker.exitcode:
+        raise BatchmillError("the worker ended because Redis cannot be used; see the lines above")
 
 
 def _check_embedded(broker: Broker, settings: Settings) -> None:

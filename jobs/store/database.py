@@ -44,8 +44,8 @@ class Database:
 
     @property
     def name(self) -> str:
-        """The URL without its password."""
-        return self.url.render_as_string(hide_password=True)
+        """The URL without its password and options, among which another may be."""
+        return self.url.set(query={}).render_as_string(hide_password=True)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -77,7 +77,9 @@ class Database:
         self._engine.dispose()
 
     def _sqlite(self, busy_seconds: float) -> Engine:
-        engine = create_engine(self.url, pool_reset_on_return=None, connect_args={"timeout": busy_seconds})
+        engine = create_engine(
+            self.url, pool_reset_on_return=None, hide_parameters=True, connect_args={"timeout": busy_seconds}
+        )
 
         @event.listens_for(engine, "connect")
         def configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -101,7 +103,9 @@ class Database:
 
     def _postgresql(self) -> Engine:
         arguments = {"connect_timeout": _CONNECT_SECONDS, "options": _POSTGRESQL_OPTIONS}
-        return create_engine(self.url, pool_pre_ping=True, pool_recycle=1_800, connect_args=arguments)
+        return create_engine(
+            self.url, pool_pre_ping=True, pool_recycle=1_800, hide_parameters=True, connect_args=arguments
+        )
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -111,17 +115,34 @@ class Database:
         except (DBAPIError, TimeoutError) as error:
             ours = self._ours(error)
             if ours is None:
-                raise
-            raise ours from error
+                raise _without_rows(error).with_traceback(error.__traceback__) from None
+            raise ours from None
 
     def _ours(self, error: DBAPIError | TimeoutError) -> StoreError | None:
         """Our error for a foreign one; None for one that is a bug of ours (a constraint, a syntax)."""
         cause = error.orig if isinstance(error, DBAPIError) else error
-        text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        text = _first_line(cause or error)
         if "locked" in text or "lock timeout" in text or isinstance(error, TimeoutError):
             return StoreBusy(f"the store {self.name} is locked by another process ({text}); try again")
         if "disk is full" in text or "No space left" in text:
             return StoreFull(f"no space left for the store {self.name}; free some and try again")
-        if isinstance(error, OperationalError) or getattr(error, "connection_invalidated", False):
+        if "permission denied" in text:
+            return StoreError(
+                f"the store {self.name} refuses this to its user: {text}; see deploy/postgresql-roles.sql"
+            )
+        failed_over = "read-only transaction" in text  # for a while, after PostgreSQL has failed over
+        if isinstance(error, OperationalError) or failed_over or getattr(error, "connection_invalidated", False):
             return StoreUnavailable(f"cannot use the store {self.name}: {text}")
         return None
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says first; PostgreSQL's further lines quote the row that it is about, so prompts."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _without_rows(error: DBAPIError | TimeoutError) -> DBAPIError | TimeoutError:
+    """The same error with nothing of the rows in its text."""
+    if isinstance(error, TimeoutError) or error.orig is None:
+        return error
+    return type(error)(error.statement, None, type(error.orig)(_first_line(error.orig)), hide_parameters=True)

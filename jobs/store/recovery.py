@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, and_, select, update
 
 from jobs.failpoints import failpoint
 from jobs.spec import ModelSpec
-from jobs.states import BATCH_BEFORE, CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome
+from jobs.states import (
+    BATCH_BEFORE,
+    CLAIMABLE_JOB_STATES,
+    HOLDING_JOB_STATES,
+    BatchState,
+    JobState,
+    RunOutcome,
+)
 from jobs.store.blame import Blaming
 from jobs.store.claiming import pending_batches
 from jobs.store.closing import Closing
@@ -66,13 +73,15 @@ class Recovery:
             ).all()
         return [Holder(row.id, row.pid, row.generation, row.seen_seconds) for row in found]
 
-    def expired(self, *, for_seconds: float = 0.0) -> dict[int, tuple[int, float]]:
+    def expired(
+        self, *, for_seconds: float = 0.0, of_jobs: Collection[JobState] = HOLDING_JOB_STATES
+    ) -> dict[int, tuple[int, float]]:
         """Batches whose lease expired at least so long ago: {batch id: (fence, lease_until)}."""
         with self._database.read() as connection:
             found = connection.execute(
                 select(batches.c.id, batches.c.fence, batches.c.lease_until)
                 .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
-                .where(jobs.c.state.in_([JobState.RUNNING.value, JobState.CANCELLING.value]))
+                .where(jobs.c.state.in_(of_jobs))
                 .where(batches.c.state == BatchState.LEASED.value)
                 .where(batches.c.lease_until < self._database.now - for_seconds)
             ).all()
