@@ -84,6 +84,8 @@ def make_app(
         worker_pool_start_method="spawn",
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
+        # It concerns late acknowledgement, of which there is none; unset, Celery warns at each lost connection.
+        worker_cancel_long_running_tasks_on_connection_loss=True,
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         worker_hijack_root_logger=False,

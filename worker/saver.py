@@ -26,6 +26,7 @@ from worker.spool import Spool
 log = get_logger(__name__)
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
+_PAUSES_A_LEASE = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class Saver:
         self._away = False
         self._full = False
         self._pause = _FIRST_PAUSE_SECONDS
+        #: Well below half a lease, after which others may take back what was not renewed.
+        self._longest_pause = min(_LONGEST_PAUSE_SECONDS, seat.lease_seconds / _PAUSES_A_LEASE)
         self._try_at = 0.0
         self._fits: int | None = None
         self._fits_kept: int | None = None
@@ -208,7 +211,7 @@ class Saver:
                 raise
             log.warning("the store is away; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
             self._try_at = monotonic() + self._pause
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            self._pause = min(2 * self._pause, self._longest_pause)
             return None
         if self._away:
             log.info("the store is back", worker=self._seat.worker_id)

@@ -37,6 +37,7 @@ class Spool:
     def __init__(self, path: Path, *, limit_bytes: int) -> None:
         self._path = path
         self._limit_bytes = limit_bytes
+        self._exists = False
         self._size_bytes = 0
         #: {batch id: what of it is written}
         self._written: dict[int, _Written] = {}
@@ -57,6 +58,7 @@ class Spool:
         try:
             self._write(data)
         except OSError:
+            self._cut_off()
             return False
         self._size_bytes += len(data)
         self._written = now
@@ -65,23 +67,27 @@ class Spool:
 
     def clear(self) -> None:
         """Forgets everything: the store has it."""
-        if self._written or self._size_bytes:
+        if self._exists:
             self._path.unlink(missing_ok=True)
-            self._written, self._size_bytes = {}, 0
+            self._exists, self._written, self._size_bytes = False, {}, 0
 
     def _write(self, data: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._exists = True
         try:
-            # What an earlier write left unfinished for lack of space is cut off.
-            os.ftruncate(descriptor, self._size_bytes)
-            os.lseek(descriptor, 0, os.SEEK_END)
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def _cut_off(self) -> None:
+        """Takes back what a write left unfinished for lack of space: half of it would say the wrong things."""
+        if self._exists:
+            with suppress(OSError):
+                os.truncate(self._path, self._size_bytes)
 
 
 def spool_path(home: Path, database: str, worker_id: int, generation: int) -> Path:

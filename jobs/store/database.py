@@ -28,6 +28,14 @@ _CONNECT_SECONDS = 5
 _POSTGRESQL_OPTIONS = (
     "-c timezone=UTC -c lock_timeout=30s -c statement_timeout=120s -c idle_in_transaction_session_timeout=60s"
 )
+#: A connection whose other end is silent (a network that drops everything) breaks after about so long.
+_POSTGRESQL_LIVENESS = {
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
 
 
 class Database:
@@ -102,7 +110,7 @@ class Database:
         return engine
 
     def _postgresql(self) -> Engine:
-        arguments = {"connect_timeout": _CONNECT_SECONDS, "options": _POSTGRESQL_OPTIONS}
+        arguments = {"connect_timeout": _CONNECT_SECONDS, "options": _POSTGRESQL_OPTIONS} | _POSTGRESQL_LIVENESS
         return create_engine(
             self.url, pool_pre_ping=True, pool_recycle=1_800, hide_parameters=True, connect_args=arguments
         )

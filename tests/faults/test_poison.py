@@ -84,7 +84,8 @@ def test_memory_that_runs_out_fails_nobody_but_who_needs_too_much_alone(mill: Mi
     mill.command("wait", job_id, "--timeout", "60", code=5)
     check(mill, job_id, 200, {50: ErrorCode.OUT_OF_MEMORY})
     assert crashes(mill) == 0
-    until(lambda: mill.store.health.fits(ModelSpec.parse("echo"), f"{os.uname().nodename}/cpu"), "the size is remembered")
+    device = f"{os.uname().nodename}/cpu"
+    until(lambda: mill.store.health.fits(ModelSpec.parse("echo"), device), "the size is remembered")
 
 
 def test_without_chaos_magic_prompts_are_ordinary_text(mill: Mill, tmp_path: Path) -> None:
