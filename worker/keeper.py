@@ -117,6 +117,11 @@ class Keeper:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
+    @property
+    def draining(self) -> bool:
+        """Whether the worker was told to end."""
+        return self._draining.is_set()
+
     def start(self) -> None:
         self._waker.start()
         self._thread.start()
@@ -161,6 +166,8 @@ class Keeper:
         told = False
         while not self._over.wait(_TICK_SECONDS):
             try:
+                if self._draining.is_set():
+                    self._pool.signal(DRAIN_SIGNAL)  # again: a child that has just been started may have missed it
                 if self._draining.is_set() and not told:
                     self._store.workers.enter(self._worker_id, WorkerState.DRAINING)
                     told = True

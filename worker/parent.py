@@ -6,6 +6,7 @@ It imports no torch. Celery's pool spawns the one child that holds the model, an
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import warnings
 from typing import Any
@@ -21,7 +22,7 @@ from jobs.settings import Settings, environment_of
 from jobs.spec import ECHO, ModelSpec
 from jobs.store import Store
 from migrations import open_store
-from worker.child import ORDER_VARIABLE, ChildOrder
+from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
 from worker.devices import visible_devices
 from worker.keeper import Keeper, Pool, WorkerOptions
 
@@ -60,6 +61,8 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     try:
         order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job, options.share_device)
         os.environ[ORDER_VARIABLE] = order.to_environment()
+        # A child inherits this: it would die of the signal, were it told to hand back before it can.
+        signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
         log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
         keeper.start()
@@ -68,7 +71,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
         keeper.finish()
     if keeper.failure is not None:
         raise ModelError(keeper.failure)
-    if celery_worker.exitcode:
+    if celery_worker.exitcode and not keeper.draining:
         raise BatchmillError("the worker ended because Redis cannot be used; see the lines above")
 
 
