@@ -11,6 +11,8 @@ import base64
 import functools
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from kombu.transport import redis
@@ -72,12 +74,8 @@ class _Client(redis.PrefixedStrictRedis):  # type: ignore[misc]
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         if command_name != "BRPOP":
             return super().parse_response(connection, command_name, **options)
-        try:
+        with _lost_when_refused():
             answer = super().parse_response(connection, command_name, **options)
-        except ResponseError as error:
-            # A key of another kind, say, or a server that was made a replica: Celery connects again after a lost
-            # connection, and would end the worker for anything else.
-            raise ConnectionError(f"Redis refuses to hand out wake-ups: {error}") from error
         if not answer:
             return None
         key, item = answer
@@ -96,11 +94,27 @@ class Channel(redis.Channel):  # type: ignore[misc]
     def _get_client(self) -> functools.partial[_Client]:
         return functools.partial(_Client, global_keyprefix=self.global_keyprefix)
 
+    def _size(self, queue: str) -> Any:
+        with _lost_when_refused():
+            return super()._size(queue)
+
 
 class Transport(redis.Transport):  # type: ignore[misc]
     """kombu's transport, with such channels."""
 
     Channel: ClassVar[type[Channel]] = Channel
+
+
+@contextmanager
+def _lost_when_refused() -> Iterator[None]:
+    """A refusal of Redis (a key of another kind, say, or a server that was made a replica) as a lost connection.
+
+    Celery connects again after a lost connection, and would end the worker for anything else.
+    """
+    try:
+        yield
+    except ResponseError as error:
+        raise ConnectionError(f"Redis refuses to hand out wake-ups: {error}") from error
 
 
 def _parsed(text: bytes) -> Any:

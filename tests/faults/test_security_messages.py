@@ -101,8 +101,9 @@ def test_a_key_of_the_wrong_kind_does_not_end_a_worker(mill: Mill, tmp_path: Pat
     with redis.Redis(unix_socket_path=str(mill.settings.redis_socket)) as client:
         until(lambda: client.info("clients")["blocked_clients"], "the worker waits in BRPOP")
         client.set(QUEUE_KEY, CANARY)
-        job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 20), "-m", "echo").strip()
+        until(lambda: not client.info("clients")["blocked_clients"], "the worker was refused")
         client.delete(QUEUE_KEY)
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 20), "-m", "echo").strip()
     mill.command("wait", job_id, "--timeout", "60")
     assert worker.poll() is None
     worker.terminate()
