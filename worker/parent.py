@@ -72,7 +72,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     if keeper.failure is not None:
         raise ModelError(keeper.failure)
     if celery_worker.exitcode and not keeper.draining:
-        raise BatchmillError("the worker ended because Redis cannot be used; see the lines above")
+        raise BatchmillError("the worker ended by itself; the lines above say why")
 
 
 def _check_embedded(broker: Broker, settings: Settings) -> None:
