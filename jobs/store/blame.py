@@ -11,10 +11,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Integer, and_, literal, select, update
+from sqlalchemy import Connection, and_, select, update
 
 from jobs.schema import ErrorCode
 from jobs.states import BATCH_BEFORE, BatchState, RequestState
+from jobs.store.closing import end_unanswered
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE
 from jobs.store.moving import move
@@ -99,22 +100,16 @@ class Blaming:
         return False
 
     def _end(self, connection: Connection, crashed: _Crashed) -> None:
-        values: dict[str, Any] = {
-            "job_id": requests.c.job_id,
-            "index": requests.c.index,
-            "run_id": literal(crashed.run_id, Integer),
-            "state": literal(RequestState.FAILED.value),
-            "choices": literal("[]"),
-            "prompt_tokens": literal(0, Integer),
-            "completion_tokens": literal(0, Integer),
-            "error_code": literal(ErrorCode.POISON.value),
-            "error_message": literal(_POISON_MESSAGE),
-            "finished_at": self._database.now,
-        }
-        ended = select(*values.values()).where(
-            requests.c.batch_id == crashed.batch.id, requests.c.index.in_(crashed.suspects)
+        which = and_(requests.c.batch_id == crashed.batch.id, requests.c.index.in_(crashed.suspects))
+        end_unanswered(
+            self._database,
+            connection,
+            which,
+            state=RequestState.FAILED,
+            code=ErrorCode.POISON,
+            message=_POISON_MESSAGE,
+            run_id=crashed.run_id,
         )
-        connection.execute(self._database.insert(outputs).from_select(list(values), ended))
         count = len(crashed.suspects)
         codes = json.dumps({ErrorCode.POISON.value: count})
         connection.execute(

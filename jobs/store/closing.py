@@ -67,25 +67,13 @@ class Closing:
         """Gives every unanswered request of these locked batches the error `cancelled`, and ends them."""
         if not batch_ids:
             return
-        answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
-        values: dict[str, ColumnElement[Any]] = {
-            "job_id": requests.c.job_id,
-            "index": requests.c.index,
-            "state": literal(RequestState.CANCELLED.value),
-            "choices": literal("[]"),
-            "prompt_tokens": literal(0, Integer),
-            "completion_tokens": literal(0, Integer),
-            "error_code": literal(ErrorCode.CANCELLED.value),
-            "error_message": literal(_CANCELLED_MESSAGE),
-            "finished_at": self._database.now,
-        }
-        unanswered = (
-            select(*values.values())
-            .select_from(requests.outerjoin(outputs, answered))
-            .where(requests.c.batch_id.in_(batch_ids), outputs.c.index.is_(None))
-        )
-        connection.execute(
-            self._database.insert(outputs).from_select(list(values), unanswered).on_conflict_do_nothing()
+        end_unanswered(
+            self._database,
+            connection,
+            requests.c.batch_id.in_(batch_ids),
+            state=RequestState.CANCELLED,
+            code=ErrorCode.CANCELLED,
+            message=_CANCELLED_MESSAGE,
         )
         connection.execute(
             update(batches)
@@ -145,3 +133,35 @@ class Closing:
                 break
             page.append(row.id)
         return page
+
+
+def end_unanswered(
+    database: Database,
+    connection: Connection,
+    which: ColumnElement[bool],
+    *,
+    state: RequestState,
+    code: ErrorCode,
+    message: str,
+    run_id: int | None = None,
+) -> None:
+    """Gives those of these requests that have no output yet an error; their batches' counts are the caller's."""
+    answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+    values: dict[str, ColumnElement[Any]] = {
+        "job_id": requests.c.job_id,
+        "index": requests.c.index,
+        "run_id": literal(run_id, Integer),
+        "state": literal(state.value),
+        "choices": literal("[]"),
+        "prompt_tokens": literal(0, Integer),
+        "completion_tokens": literal(0, Integer),
+        "error_code": literal(code.value),
+        "error_message": literal(message),
+        "finished_at": database.now,
+    }
+    unanswered = (
+        select(*values.values())
+        .select_from(requests.outerjoin(outputs, answered))
+        .where(which, outputs.c.index.is_(None))
+    )
+    connection.execute(database.insert(outputs).from_select(list(values), unanswered).on_conflict_do_nothing())
