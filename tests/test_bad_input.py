@@ -422,14 +422,23 @@ def test_an_option_that_is_no_text_is_refused_in_one_line(environ: dict[str, str
     assert len(done.stderr.splitlines()) == 1
 
 
+#: Runs a command from a small process: the kernel counts what a process had before its exec as its own.
+MEASURED = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+_, status, used = os.wait4(process.pid, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_maxrss)
+os._exit(0)
+"""
+
+
 def peak_of(environ: dict[str, str], *words: str | Path, stdin: int) -> tuple[int, int, float]:
     """Exit code, peak resident bytes and seconds of a command."""
     begin = time.monotonic()
-    line = [sys.executable, "-m", "producer", *map(str, words)]
-    process = subprocess.Popen(line, stdin=stdin, stderr=subprocess.DEVNULL, env=environ)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, used.ru_maxrss * 1024, time.monotonic() - begin
+    line = [sys.executable, "-c", MEASURED, sys.executable, "-m", "producer", *map(str, words)]
+    done = subprocess.run(line, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ, check=True)
+    code, peak_kib = done.stdout.split()[-2:]
+    return int(code), int(peak_kib) * 1024, time.monotonic() - begin
 
 
 def test_an_endless_line_is_given_up_soon_and_in_flat_memory(environ: dict[str, str], tmp_path: Path) -> None:
