@@ -132,3 +132,13 @@ def test_a_retry_cut_short_is_finished_by_the_same_command(store: Store, monkeyp
     assert mill.work_off(store, who) == 5
     assert states_of(store, job_id) == {"succeeded": 8, "failed": 0, "cancelled": 0, "pending": 0}
     assert RequestState.FAILED.value not in output_states(store)
+
+
+def test_a_retry_after_the_clock_was_set_back_leaves_nothing_out(store_url: str) -> None:
+    clock = mill.Clock()
+    store = Store(store_url, now=clock.expression())
+    job_id = mill.load(store, 8)
+    mill.work_off(store, mill.seat(store), error=ErrorCode.OUT_OF_MEMORY)
+    clock.seconds -= 100
+    assert store.retrying.retry(job_id) == 8
+    store.close()

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, select, update
 
 from jobs.errors import JobStateError
 from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
@@ -45,13 +45,20 @@ class Retrying:
                     jobs.c.id == job_id,
                     or_(jobs.c.state.in_(CLOSED_JOB_STATES), jobs.c.retry_started_at.is_not(None)),
                 )
-                .values(retry_started_at=func.coalesce(jobs.c.retry_started_at, self._database.now))
+                .values(retry_started_at=func.coalesce(jobs.c.retry_started_at, self._mark(job_id)))
             )
             if marked.rowcount == 0:
                 state = connection.scalar(select(jobs.c.state).where(jobs.c.id == job_id))
                 raise JobStateError(
                     f"job {job_id} is {state}: wait until it has ended (`batchmill wait {job_id}`), then retry it"
                 )
+
+    def _mark(self, job_id: str) -> ColumnElement[float]:
+        """Now, or the time of the job's last output where the clock was set back since."""
+        last = select(func.max(outputs.c.finished_at)).where(
+            outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value
+        )
+        return self._database.larger(self._database.now, func.coalesce(last.scalar_subquery(), 0.0))
 
     def _retry_page(self, job_id: str) -> int | None:
         """Moves one page: how many requests, None when nothing is left to move.

@@ -75,14 +75,14 @@ class Saving:
         return Turned(frozenset(lost), finished, cancelled, released, claimed, drain)
 
     def _hand_back_strays(self, connection: Connection, seat: Seat, held: Sequence[Held]) -> None:
-        known = [each.lease.batch_id for each in held]
-        strays = connection.scalars(
-            select(batches.c.id)
+        known = {(each.lease.batch_id, each.lease.fence) for each in held}
+        mine = connection.execute(
+            select(batches.c.id, batches.c.fence)
             .where(batches.c.worker_id == seat.worker_id, batches.c.worker_generation == seat.generation)
-            .where(batches.c.id.not_in(known))
             .order_by(batches.c.id)
             .with_for_update(key_share=True)
         ).all()
+        strays = [row.id for row in mine if (row.id, row.fence) not in known]
         if strays:
             self._free(connection, strays)
             which = runs.c.batch_id.in_(strays)
