@@ -25,7 +25,6 @@ from tests.faults.site import DEPLOY, ROLES_SQL, Site, site, site_mill  # noqa: 
 from tests.integration.conftest import Mill, until, write_prompts
 from tests.tls_proxy import Authority
 
-pytestmark = pytest.mark.xdist_group("site")
 ECHO_QUEUE = ModelSpec.parse("echo").queue
 TABLES = sorted([*metadata.tables, "alembic_version"])
 
@@ -33,20 +32,20 @@ TABLES = sorted([*metadata.tables, "alembic_version"])
 def test_a_whole_job_runs_under_these_users_and_through_tls(site_mill: Mill, site: Site, tmp_path: Path) -> None:
     as_worker = {"broker_url": site.broker_url("worker"), "database_url": site.database_url("worker")}
     site.client("admin").acl_log_reset()
-    prompts = write_prompts(tmp_path / "p.jsonl", 1_000)
+    prompts = write_prompts(tmp_path / "p.jsonl", 400)
     served = site.redis_tls.served, site.postgresql_tls.served
     job_id = site_mill.command("submit", prompts, "-m", "echo", "--batch-size", "50").strip()
-    assert site.client("admin").llen(f"batchmill:{ECHO_QUEUE}") == 20
-    worker = site_mill.start("worker", "-m", "echo", echo_step_seconds=1, engine_rows=50, **as_worker)
+    assert site.client("admin").llen(f"batchmill:{ECHO_QUEUE}") == 8
+    worker = site_mill.start("worker", "-m", "echo", echo_step_seconds=0.5, engine_rows=50, **as_worker)
     until(lambda: site_mill.succeeded(job_id) > 10, "some answers")
     site_mill.command("cancel", job_id)
     site_mill.command("wait", job_id, "--timeout", "30", code=5)
     site_mill.command("retry", job_id)
     site_mill.command("wait", job_id, "--timeout", "60")
-    assert site_mill.status(job_id)["counts"]["succeeded"] == 1_000
+    assert site_mill.status(job_id)["counts"]["succeeded"] == 400
     site_mill.command("doctor", code=0)
     by_reader = {"database_url": site.database_url("reader")}
-    assert len(site_mill.command("results", job_id, **by_reader).splitlines()) == 1_000
+    assert len(site_mill.command("results", job_id, **by_reader).splitlines()) == 400
     site_mill.command("status", job_id, **by_reader)
     site_mill.command("jobs", **by_reader)
     site_mill.command("workers", **by_reader)
