@@ -100,7 +100,7 @@ class TestBeginning:
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(child, "describe_device", lambda device: DeviceInfo("fake", "GPU-7", 1, "cpu"))
-        monkeypatch.setattr(device_lock.tempfile, "gettempdir", lambda: str(tmp_path))
+        monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
         monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
         other = DeviceLock("GPU-7")
         other.take()
@@ -112,7 +112,7 @@ class TestBeginning:
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(child, "describe_device", lambda device: DeviceInfo("fake", "GPU-7", 1, "cpu"))
-        monkeypatch.setattr(device_lock.tempfile, "gettempdir", lambda: str(tmp_path))
+        monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
         monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
         begun = child.begin()
         gc.collect()

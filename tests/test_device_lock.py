@@ -38,3 +38,19 @@ def test_the_second_worker_of_a_gpu_is_refused_until_the_first_process_is_gone(
     holder.kill()
     holder.communicate()
     DeviceLock("GPU-1", folder=tmp_path).take()
+
+
+def test_another_users_lock_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(device_lock.FileLock, "acquire", refuse)
+    with pytest.raises(AlreadyRunning, match=r"another user's worker.*delete .*batchmill-GPU-1.lock"):
+        DeviceLock("GPU-1", folder=tmp_path).take()
+
+
+def test_it_lies_where_services_with_a_private_tmp_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
+    assert device_lock._folder() == tmp_path
+    monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path / "none")
+    assert device_lock._folder() == Path(device_lock.tempfile.gettempdir())

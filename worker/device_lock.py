@@ -1,6 +1,7 @@
 """One worker per GPU: a lock per GPU UUID, held by the process that holds the model, for as long as it lives.
 
-It is the machine's, not a home's. Devices without a UUID (the CPU) are shared freely.
+It is the machine's, not a home's: `/run/lock`, which a service with a private `/tmp` shares with others, or else the
+folder for temporary files. Devices without a UUID (the CPU) are shared freely.
 """
 
 from __future__ import annotations
@@ -13,27 +14,36 @@ from filelock import FileLock, Timeout
 
 from jobs.errors import AlreadyRunning
 
+_MACHINES_FOLDER = Path("/run/lock")
 #: A process that was just killed may take so long to let go of its device.
 _PATIENCE_SECONDS = 5.0
+_REMEDY = "stop it, choose another --device, or start this one with --share-device"
 
 
 class DeviceLock:
     """Taken once, and given back by the end of the process."""
 
     def __init__(self, device_uuid: str, *, folder: Path | None = None) -> None:
-        folder = folder or Path(tempfile.gettempdir())
+        folder = folder or _folder()
         self._uuid = device_uuid
         self._pid_file = folder / f"batchmill-{device_uuid}.pid"
-        self._lock = FileLock(folder / f"batchmill-{device_uuid}.lock", timeout=_PATIENCE_SECONDS, mode=0o666)
+        self._path = folder / f"batchmill-{device_uuid}.lock"
+        self._lock = FileLock(self._path, timeout=_PATIENCE_SECONDS, mode=0o666)
 
     def take(self) -> None:
         """Raises AlreadyRunning, which names the process that works on this device."""
         try:
             self._lock.acquire()
-        except (Timeout, PermissionError):
+        except Timeout:
             pid = self._pid_file.read_text().strip() if self._pid_file.exists() else "unknown"
+            raise AlreadyRunning(f"another worker holds the device {self._uuid} (pid {pid}): {_REMEDY}") from None
+        except PermissionError:
             raise AlreadyRunning(
-                f"another worker holds the device {self._uuid} (pid {pid}): stop it, choose another --device, "
-                "or start this one with --share-device"
+                f"another user's worker holds, or has held, the device {self._uuid}: {_REMEDY}; "
+                f"if there is none, delete {self._path}"
             ) from None
         self._pid_file.write_text(f"{os.getpid()}\n")
+
+
+def _folder() -> Path:
+    return _MACHINES_FOLDER if os.access(_MACHINES_FOLDER, os.W_OK) else Path(tempfile.gettempdir())
