@@ -36,8 +36,9 @@ bench: $(VENV)/test.stamp  ## measure submit, queue, export and engine; prints t
 mutants: $(VENV)/test.stamp  ## take one guard out at a time, and see the suite go red for each
 	$(BIN)/python -m tests.mutants
 
-soak: $(VENV)/test.stamp  ## jobs under random faults with the real timers: make soak MINUTES=60 SEED=7
+soak: $(VENV)/test.stamp  ## random faults with the real timers (MINUTES=60 SEED=7), then a crash at every named point
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
+	$(BIN)/python -m tests.soak --failpoints
 
 demo-model: $(VENV)/run.stamp  ## train the bundled demo model again (under 30 minutes on 2 cores)
 	$(BIN)/python -m worker.demo.train
