@@ -108,6 +108,13 @@ batches = Table(
     CheckConstraint("(state = 'leased') = (worker_id IS NOT NULL)", name="lease"),
     Index("ix_batches_job_state", "job_id", "state", "id"),
     Index(
+        "ix_batches_suspects",
+        "job_id",
+        "id",
+        sqlite_where=text("crashes > 0"),
+        postgresql_where=text("crashes > 0"),
+    ),
+    Index(
         "ix_batches_worker",
         "worker_id",
         sqlite_where=text("worker_id IS NOT NULL"),

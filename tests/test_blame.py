@@ -51,15 +51,16 @@ def work_off(store: Store, who: Seat, poison: set[int]) -> int:
     return crashes
 
 
-def test_what_was_in_flight_runs_apart_and_the_rest_goes_on(store: Store) -> None:
-    job_id = mill.load(store, 64, batch_size=64)
-    who = mill.seat(store)
+def test_what_was_in_flight_runs_apart_at_once_and_the_rest_goes_on(store: Store) -> None:
+    job_id = mill.load(store, 128, batch_size=64)
+    who, busy = mill.seat(store), mill.seat(store, name="busy")
     mill.claim(store, who, room=20)
+    (held,) = mill.claim(store, busy)
     crash(store, who)
-    (rest,) = mill.claim(store, who)
+    turned = store.saving.turn(busy, [mill.answered(held, count=9)], wanted_requests=1_000, in_flight_room=100)
+    (rest,) = turned.claimed  # who is at work goes on with the rest, and stops before the suspects
     assert indexes(rest) == list(range(20, 64))
     assert not rest.lease.apart
-    mill.save(store, who, [mill.answered(rest)])
     groups = []
     while claimed_now := mill.claim(store, who, wanted=1_000):
         (group,) = claimed_now  # never two at once
@@ -67,6 +68,7 @@ def test_what_was_in_flight_runs_apart_and_the_rest_goes_on(store: Store) -> Non
         groups.append(indexes(group))
         mill.save(store, who, [mill.answered(group)])
     assert groups == [list(range(16)), [16, 17, 18, 19]]
+    mill.save(store, busy, [mill.answered(held), mill.answered(rest)])
     assert store.reading.job(job_id).state is JobState.COMPLETED
     assert violations(store) == []
 

@@ -119,13 +119,13 @@ class TestLeftovers:
         assert store.reading.job(job_id).counts.succeeded == 5
         assert list((settings.home / "spool").iterdir()) == []
         next_one = mill.seat(store, name="next")
-        claimed = [mill.claim(store, next_one)[0]]
-        mill.save(store, next_one, [mill.answered(claimed[0])])
-        claimed += mill.claim(store, next_one)
-        assert [each.index for each in claimed[0].requests] == list(range(10, 20))
-        assert [each.index for each in claimed[1].requests] == list(range(5, 10))
-        assert claimed[1].lease.apart
-        mill.save(store, next_one, [mill.answered(claimed[1])])
+        (suspects,) = mill.claim(store, next_one)
+        assert [each.index for each in suspects.requests] == list(range(5, 10))
+        assert suspects.lease.apart
+        mill.save(store, next_one, [mill.answered(suspects)])
+        (rest,) = mill.claim(store, next_one)
+        assert [each.index for each in rest.requests] == list(range(10, 20))
+        mill.save(store, next_one, [mill.answered(rest)])
         assert store.reading.job(job_id).state is JobState.COMPLETED
         assert violations(store) == []
 

@@ -17,7 +17,7 @@ NOTES = {
     "worker/demo/model/": "the demo model's weights, tokenizer and chat template",
     "migrations/script.py.mako": "what a new migration looks like",
     "migrations/versions/": "the migrations, one file each",
-    "tests/": "test_<module>.py; integration/ and faults/ with real processes, gpu/ with a device; bench, mutants, soak",
+    "tests/": "test_<module>.py; integration/, faults/: real processes; gpu/: a device; bench/, mutants/, soak/",
     "examples/": "prompt files to try",
     "deploy/": "compose file, Dockerfiles, systemd unit",
     "Makefile": "every target does its own set-up",

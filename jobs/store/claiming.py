@@ -1,7 +1,7 @@
 """Claiming: which batch a worker gets next, and the one UPDATE that gives it to a single worker.
 
 The oldest job's lowest batch comes first. Beyond its first batch a worker gets only what no idle worker could start.
-Suspects of a crash run apart: a worker gets such a batch alone, when it holds nothing.
+Suspects of a crash run apart: a worker that holds nothing gets such a batch before any other, and nothing beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, func, insert, literal_column, select, update
 
 from jobs.schema import JobOptions, Request, SamplingParams
 from jobs.states import BATCH_BEFORE, CLAIMABLE_JOB_STATES, JOB_BEFORE, BatchState, JobState
@@ -20,6 +20,8 @@ from jobs.tables import batches, jobs, outputs, requests, runs
 
 #: How far pending batches are counted when they are compared with idle workers.
 _COUNT_LIMIT = 500
+#: Written as the partial index has it.
+_SUSPECT = batches.c.crashes > literal_column("0")
 
 
 class Claiming:
@@ -68,11 +70,13 @@ class Claiming:
     def _claim_one(self, connection: Connection, seat: Seat, in_flight_room: int, *, alone: bool) -> Claimed | None:
         """Claims the best pending batch; None if there is none, or if it runs apart and the worker is not alone.
 
-        What comes after a batch that runs apart is not claimed instead: a worker that always found more would never
-        be alone, and the suspects would wait for ever.
+        A worker that is alone (after a crash its new process is) takes suspects first, while the others go on. Who
+        meets them behind the rest of their job claims nothing that comes after them: a worker that always found more
+        would never be alone, and they would wait for ever.
         """
-        best = _pending(seat.spec.canonical, seat.only_job).limit(1)
-        found = connection.execute(best.with_for_update(skip_locked=True, of=batches, key_share=True)).first()
+        pending = _pending(seat.spec.canonical, seat.only_job)
+        found = self._best(connection, pending.where(_SUSPECT)) if alone else None
+        found = found or self._best(connection, pending)
         if found is None or (found.crashes and not alone):
             return None
         batch_id = found.id
@@ -94,6 +98,10 @@ class Claiming:
         run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
         lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0)
         return Claimed(lease, prompts, first)
+
+    def _best(self, connection: Connection, pending: Select[Any]) -> Row[Any] | None:
+        best = pending.limit(1).with_for_update(skip_locked=True, of=batches, key_share=True)
+        return connection.execute(best).first()
 
     def _unanswered(self, connection: Connection, seat: Seat, batch_id: int, job_id: str) -> tuple[Request, ...]:
         options = self._options(connection, seat, job_id)

@@ -32,6 +32,13 @@ def upgrade() -> None:
             comment="the worker whose process died last with these requests",
         ),
     )
+    op.create_index(
+        "ix_batches_suspects",
+        "batches",
+        ["job_id", "id"],
+        sqlite_where=sa.text("crashes > 0"),
+        postgresql_where=sa.text("crashes > 0"),
+    )
     with op.batch_alter_table("workers") as batch_op:
         if op.get_bind().dialect.name != "sqlite":  # where it makes the table anew, and leaves such a constraint out
             batch_op.drop_constraint(op.f("ck_workers_state"), type_="check")

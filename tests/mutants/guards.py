@@ -81,7 +81,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a claim locks the batch it takes",
-        (Edit("jobs/store/claiming.py", "best.with_for_update(skip_locked=True, of=batches, key_share=True)", "best"),),
+        (
+            Edit(
+                "jobs/store/claiming.py",
+                "pending.limit(1).with_for_update(skip_locked=True, of=batches, key_share=True)",
+                "pending.limit(1)",
+            ),
+        ),
         (f"{_RACES}::TestClaiming",),
     ),
     Mutant(
