@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from kombu.transport import redis
+from kombu.transport import redis, virtual
 from redis.exceptions import ConnectionError, ResponseError
 
 from jobs.logs import get_logger
@@ -88,8 +88,24 @@ class _Client(redis.PrefixedStrictRedis):  # type: ignore[misc]
             return None  # as if the wait had timed out
 
 
+class _QoS(redis.QoS):  # type: ignore[misc]
+    """kombu's count of what is delivered and not acknowledged, for which an acknowledgement that fails counts too.
+
+    Else a connection that breaks between the two would leave the count at its limit, and a worker that waits for its
+    next wake-up on another connection, which did not break, would never take one again.
+    """
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            self._remove_from_indices(delivery_tag).execute()
+        finally:
+            virtual.QoS.ack(self, delivery_tag)
+
+
 class Channel(redis.Channel):  # type: ignore[misc]
     """kombu's channel, with a gate in front of what it consumes."""
+
+    QoS: ClassVar[type[_QoS]] = _QoS
 
     def _get_client(self) -> functools.partial[_Client]:
         return functools.partial(_Client, global_keyprefix=self.global_keyprefix)

@@ -8,11 +8,13 @@ import pickle
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from kombu import Queue
-from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import TRANSPORT_ALIASES, virtual
 
+from jobs import gate
 from jobs.broker import make_app
 from jobs.gate import NoWakeUp, batch_id_of, made_anew
 
@@ -119,3 +121,13 @@ def test_a_worker_has_no_task_but_its_own() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["batchmill.wake"]
+
+
+def test_an_acknowledgement_that_fails_does_not_stop_the_next_wake_up() -> None:
+    qos = gate.Channel.QoS(Mock(), prefetch_count=1)
+    qos._remove_from_indices = Mock(side_effect=ConnectionResetError)  # type: ignore[method-assign]
+    virtual.QoS.append(qos, Mock(), "tag")
+    assert not qos.can_consume()
+    with pytest.raises(ConnectionResetError):
+        qos.ack("tag")
+    assert qos.can_consume()
