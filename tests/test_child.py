@@ -132,6 +132,17 @@ class TestBeginning:
         state, error = self.gave_up(worker_id[0])
         assert (state, error) == (WorkerState.SICK, "cannot load it")
 
+    def test_a_device_that_cannot_even_be_described_makes_the_worker_sick(
+        self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def describe(device: str) -> DeviceInfo:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        monkeypatch.setattr(child, "describe_device", describe)
+        state, error = self.gave_up(worker_id[0])
+        assert state is WorkerState.SICK
+        assert "device-side assert" in str(error)
+
     def test_too_little_memory_is_no_sickness(
         self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:

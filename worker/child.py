@@ -119,7 +119,7 @@ def begin() -> Child:
         _give_up(store, order.worker_id, str(error), sick=is_device_error(error))
     except Exception as error:
         log.exception("this process cannot begin")
-        _give_up(store, order.worker_id, f"{type(error).__name__}: {error}")
+        _give_up(store, order.worker_id, f"{type(error).__name__}: {error}", sick=is_device_error(error))
     switch.loaded()
     return child
 
