@@ -57,12 +57,15 @@ def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
     queue = QueueOfOne()
     reconciler = Reconciler(store, queue, lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds += 61
-    reconciler.run_once()
+    reconciler.repair()
+    reconciler.send_wakeups()
     own_clock.seconds += 29
-    reconciler.run_once()
+    reconciler.repair()
+    reconciler.send_wakeups()
     assert queue.sent == {}
     own_clock.seconds += 1
-    reconciler.run_once()
+    reconciler.repair()
+    reconciler.send_wakeups()
     assert list(queue.sent) == [mill.ECHO_SPEC.queue]
     assert store.reading.job(job_id).counts.pending == 4
 
@@ -74,11 +77,13 @@ def test_an_outage_of_the_store_reaps_nobody(store: Store, clock: mill.Clock, ow
     reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds += 600  # nobody could renew; the worker does as soon as the store is back
     own_clock.seconds += 600
-    reconciler.run_once()
+    reconciler.repair()
+    reconciler.send_wakeups()
     assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
     clock.seconds += 30
     own_clock.seconds += 31
-    reconciler.run_once()
+    reconciler.repair()
+    reconciler.send_wakeups()
     assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
 
 
@@ -91,7 +96,8 @@ def test_a_lease_renewed_between_two_sightings_starts_again(
     reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
     for _ in range(4):
         clock.seconds += 61
-        reconciler.run_once()
+        reconciler.repair()
+        reconciler.send_wakeups()
         own_clock.seconds += 40
         assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
 
@@ -104,7 +110,9 @@ def test_dead_submits_are_deleted_and_cancelled_jobs_closed(store: Store, clock:
     store.closing.cancel(job_id)
     store.recovery.take_back(who.worker_id, generation=1)
     clock.seconds += 61
-    Reconciler(store, QueueOfOne(), lease_seconds=60).run_once()  # type: ignore[arg-type]
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
+    reconciler.repair()
+    reconciler.send_wakeups()
     assert mill.rows(store, "jobs") == 1
     assert store.reading.job(job_id).state is JobState.CANCELLED
 
@@ -113,7 +121,9 @@ def test_a_broker_that_is_away_stops_nothing_else(store: Store) -> None:
     mill.load(store, 4)
     queue = QueueOfOne()
     queue.away = True
-    Reconciler(store, queue, lease_seconds=60).run_once()  # type: ignore[arg-type]
+    reconciler = Reconciler(store, queue, lease_seconds=60)  # type: ignore[arg-type]
+    reconciler.repair()
+    reconciler.send_wakeups()
     queue.away = False
     Reconciler(store, queue, lease_seconds=60).send_wakeups()  # type: ignore[arg-type]
     assert list(queue.sent) == [mill.ECHO_SPEC.queue]

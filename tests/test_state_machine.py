@@ -440,7 +440,8 @@ class Mill(RuleBasedStateMachine):
             if renewed and desk.child is not None and not desk.child.frozen:
                 self.take_turn_asleep(desk)
         for place in sorted(reconcilers):
-            self.desks[place].reconciler.run_once()
+            self.desks[place].reconciler.repair()
+            self.desks[place].reconciler.send_wakeups()
         for desk in self.desks:
             if self.queues.waiting and desk.child is not None and not desk.child.frozen and not desk.child.open:
                 self.queues.waiting.popleft()
@@ -609,7 +610,8 @@ class Mill(RuleBasedStateMachine):
             assert rounds <= bound, f"L1: something is open after {rounds} rounds"
             self.bed.clock.seconds += 31.0
             self.bed.own_clock.seconds += 31.0
-            last.reconciler.run_once()
+            last.reconciler.repair()
+            last.reconciler.send_wakeups()
             if self.queues.waiting and last.child is not None:
                 self.queues.waiting.popleft()
                 last.child.open = True

@@ -26,11 +26,6 @@ class Reconciler:
         #: {batch id: ((fence, lease_until), first seen on this process's clock)}
         self._sightings: dict[int, tuple[tuple[int, float], float]] = {}
 
-    def run_once(self) -> None:
-        """One pass, and the wake-ups after it. Raises StoreError; a broker that is away is logged."""
-        self.repair()
-        self.send_wakeups()
-
     def repair(self) -> None:
         """One pass. Raises StoreError."""
         reaped = self._reap()

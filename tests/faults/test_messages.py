@@ -83,7 +83,8 @@ def reconcile(mill: ProxiedMill, over: threading.Event, lengths: list[int]) -> N
     store, broker = Store(mill.settings.database), Broker(mill.settings.broker)
     reconciler = Reconciler(store, broker, lease_seconds=mill.settings.lease_seconds)
     while not over.wait(0.1):
-        reconciler.run_once()
+        reconciler.repair()
+        reconciler.send_wakeups()
         lengths.append(mill.queue_length(ECHO_QUEUE))
     store.close()
     broker.close()
