@@ -30,6 +30,8 @@ class ErrorCode(StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     NO_CHAT_TEMPLATE = "no_chat_template"
     CHAT_TEMPLATE_ERROR = "chat_template_error"
+    INVALID_RESPONSE_FORMAT = "invalid_response_format"
+    UNSUPPORTED_OPTION = "unsupported_option"
     OUT_OF_MEMORY = "out_of_memory"
     ENGINE_ERROR = "engine_error"
     POISON = "poison"
@@ -42,16 +44,30 @@ class SamplingParams:
 
     The levels: the request's own line, then the job's flags, then the model's generation_config, then
     temperature 1.0 and max_tokens 256 (`SamplingParams.fallback()`).
+
+    `logit_bias`: pairs of a token id and what is added to its logit. `n`: choices of one output. `top_logprobs`:
+    how many alternatives each token of `logprobs` lists. `response_format`: `{"type": "json_object"}`,
+    `{"type": "json_schema", "schema": ...}`, `{"type": "regex", "regex": ...}` or `{"type": "choice", "choice": [...]}`.
     """
 
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
     stop: tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool | None = None
     seed: int | None = None
+    n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
 
     @classmethod
     def fallback(cls) -> SamplingParams:
@@ -62,14 +78,20 @@ class SamplingParams:
     def from_json(cls, value: Mapping[str, Any]) -> SamplingParams:
         """The inverse of `to_json`; an unknown key is refused."""
         values = dict(value)
-        if values.get("stop") is not None:
-            values["stop"] = tuple(values["stop"])
+        for name in ("stop", "stop_token_ids"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        if values.get("logit_bias") is not None:
+            values["logit_bias"] = tuple((int(token), bias) for token, bias in values["logit_bias"].items())
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that were asked for, ready for json."""
+        """The keys that were asked for, ready for json; `logit_bias` as an object by token id."""
         values = ((name, getattr(self, name)) for name in _SAMPLING_NAMES)
-        return {name: list(v) if name == "stop" else v for name, v in values if v is not None}
+        asked = {name: list(v) if isinstance(v, tuple) else v for name, v in values if v is not None}
+        if self.logit_bias is not None:
+            asked["logit_bias"] = {str(token): bias for token, bias in self.logit_bias}
+        return asked
 
     def over(self, lower: SamplingParams) -> SamplingParams:
         """These parameters, filled up from a lower level."""
@@ -130,11 +152,15 @@ class Request:
         return cls(index, custom_id, **values)
 
     def under(self, options: JobOptions) -> Request:
-        """This request as its job wants it run: sampling filled up, the job's system message in front.
+        """This request as its job wants it run: sampling and chat_template_kwargs filled up, the job's system message
+        in front.
 
         With a system message of the job, a plain prompt becomes the user's message of a chat.
         """
         request = replace(self, sampling=self.sampling.over(options.sampling))
+        if options.chat_template_kwargs:
+            own = self.chat_template_kwargs or {}
+            request = replace(request, chat_template_kwargs={**options.chat_template_kwargs, **own})
         if options.system is None:
             return request
         messages = self.messages or ({"role": "user", "content": self.prompt},)
@@ -152,25 +178,44 @@ class JobOptions:
 
     system: str | None = None
     sampling: SamplingParams = NO_SAMPLING
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """`{"system": ..., sampling keys ...}` without what was not asked for."""
-        system = {} if self.system is None else {"system": self.system}
-        return system | self.sampling.to_json()
+        """`{"system": ..., "chat_template_kwargs": ..., sampling keys ...}` without what was not asked for."""
+        own = {"system": self.system, "chat_template_kwargs": self.chat_template_kwargs}
+        return {key: each for key, each in own.items() if each is not None} | self.sampling.to_json()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> JobOptions:
         """The inverse of `to_json`; an unknown key is refused."""
-        sampling = {key: each for key, each in value.items() if key != "system"}
-        return cls(value.get("system"), SamplingParams.from_json(sampling))
+        sampling = {key: each for key, each in value.items() if key not in ("system", "chat_template_kwargs")}
+        return cls(value.get("system"), SamplingParams.from_json(sampling), value.get("chat_template_kwargs"))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer to a request; `finish_reason` is `stop` or `length`."""
+    """One answer to a request; `finish_reason` is `stop` or `length`.
+
+    `logprobs`, where asked for, is OpenAI's object: `{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`.
+    """
 
     text: str
     finish_reason: str
+    logprobs: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json; `logprobs` only where there are some."""
+        logprobs = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        return {"text": self.text, "finish_reason": self.finish_reason} | logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds that one request waited in the engine, that its prompt took, and that its answer took."""
+
+    queued_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +228,17 @@ class OutputError:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What came back for one request: choices and token counts, or an error."""
+    """What came back for one request: choices, token counts and timings, or an error.
+
+    `timings` is None where the engine answers a whole micro-batch at once. `completion_tokens` are those of all choices.
+    """
 
     key: RequestKey
     choices: tuple[Choice, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: OutputError | None = None
+    timings: Timings | None = None
 
     @property
     def state(self) -> RequestState:
@@ -200,7 +249,7 @@ class Output:
 
     def choices_json(self) -> str:
         """The choices as the store keeps them."""
-        return _to_json([asdict(choice) for choice in self.choices])
+        return _to_json([choice.to_json() for choice in self.choices])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json."""
@@ -209,13 +258,14 @@ class Output:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Output:
         """The inverse of `to_json`."""
-        error = value["error"]
+        error, timings = value["error"], value["timings"]
         return cls(
             RequestKey(*value["key"]),
             tuple(Choice(**each) for each in value["choices"]),
             value["prompt_tokens"],
             value["completion_tokens"],
             None if error is None else OutputError(**error),
+            None if timings is None else Timings(**timings),
         )
 
     @classmethod
