@@ -20,7 +20,7 @@ from worker.devices import is_out_of_memory
 from worker.engine import Progress
 from worker.engine.capacity import Capacity
 from worker.engine.planning import Size, plan
-from worker.engine.sampler import RowSampler
+from worker.engine.row_sampler import RowSampler
 from worker.engine.stopping import RowStopping
 from worker.engine.tokenization import Prompt, Refused, Tokenization
 from worker.loader import LoadedModel
@@ -63,8 +63,6 @@ class GenerateEngine:
             context_tokens=loaded.context_tokens,
             end_token_ids=loaded.end_token_ids,
         )
-        self._generator = torch.Generator()
-        self._generator.seed()
         self._waiting: dict[RequestKey, Prompt] = {}
         self._refused: dict[RequestKey, Output] = {}
 
@@ -149,9 +147,7 @@ class GenerateEngine:
             device=device,
             progress=self._progress,
         )
-        sampler = RowSampler(
-            [each.sampling for each in prompts], padding=padding, generator=self._generator, device=device
-        )
+        sampler = RowSampler(prompts, vocabulary=self._loaded.vocabulary, device=device)
         with self._positions_within_context(width + most):
             sequences = self._loaded.model.generate(
                 inputs=torch.tensor(rows, device=device),

@@ -41,7 +41,7 @@ class RowStopping:
         self._progress = progress
         ends = frozenset(end_token_ids)
         self._watched = {
-            row: _StopWatch(prompt, tokenization)
+            row: StopWatch(prompt, tokenization)
             for row, prompt in enumerate(prompts)
             if prompt.stop or prompt.end_token_ids > ends
         }
@@ -69,7 +69,7 @@ class RowStopping:
                 del self._watched[row]
 
 
-class _StopWatch:
+class StopWatch:
     """Looks for the stop strings of one row in what it has written."""
 
     def __init__(self, prompt: Prompt, tokenization: Tokenization) -> None:

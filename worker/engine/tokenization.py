@@ -51,7 +51,8 @@ class Prompt:
     """A request as the device sees it.
 
     `max_tokens` is shortened to what the context leaves. `tail`: the tokens that its answer continues as text.
-    `end_token_ids` are the model's and those of its stop strings that are special tokens; `stop` are the others.
+    `end_token_ids` are the model's, unless they are to be ignored, those of its stop strings that are special tokens,
+    and its `stop_token_ids`; `stop` are the other stop strings.
     """
 
     tokens: Sequence[int]
@@ -91,13 +92,15 @@ class Tokenization:
         else:
             tokens = self._tokens(request.prompt or "", special=True)
             tail = tokens[-TAIL_TOKENS:]
-        stop = request.sampling.stop or ()
+        sampling = request.sampling
+        stop = sampling.stop or ()
+        ends = {self._special[each] for each in stop if each in self._special}.union(sampling.stop_token_ids or ())
         return Prompt(
             tokens,
-            self._max_tokens(len(tokens), request.sampling.max_tokens),
-            request.sampling,
+            self._max_tokens(len(tokens), sampling.max_tokens),
+            sampling,
             tail,
-            self._end_token_ids.union(self._special[each] for each in stop if each in self._special),
+            frozenset(ends) if sampling.ignore_eos else self._end_token_ids.union(ends),
             tuple(each for each in stop if each not in self._special),
         )
 
@@ -107,14 +110,22 @@ class Tokenization:
         together = self._decode([*after, *tokens])
         return together[len(before) :] if together.startswith(before) else self._decode(tokens)
 
-    def choice(self, prompt: Prompt, tokens: Sequence[int]) -> Choice:
-        """The answer that these generated tokens are, cut before its first stop string."""
+    def token_text(self, token: int) -> str:
+        """What one token says, special ones included."""
+        text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return text
+
+    def choice(self, prompt: Prompt, tokens: Sequence[int], *, complete: bool = False) -> Choice:
+        """The answer that these generated tokens are, cut before its first stop string.
+
+        `complete`: it ended because nothing could follow.
+        """
         ended = tokens[-1] in prompt.end_token_ids
         text = self.text(tokens[:-1] if ended else tokens, after=prompt.tail)
         stops = [place for place in map(text.find, prompt.stop) if place >= 0]
         if stops:
             return Choice(text[: min(stops)], "stop")
-        return Choice(text, "stop" if ended else "length")
+        return Choice(text, "stop" if ended or complete else "length")
 
     def _decode(self, tokens: Sequence[int]) -> str:
         # Cleaning up would remove spaces before punctuation that the model wrote.

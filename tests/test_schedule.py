@@ -1,0 +1,219 @@
+"""The scheduler alone: no tensors. What it plans is carried out on a list of what each place of the cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.engine.prefixes import BLOCK_TOKENS
+from worker.engine.schedule import PATIENCE, Row, Schedule, Step
+from worker.engine.slots import SMALLEST_TOKENS, Slots
+
+LONGEST = 4 * SMALLEST_TOKENS
+
+
+@dataclass
+class Device:
+    """Carries steps out: a place of the cache holds the hash of all tokens up to its own."""
+
+    slots: Slots
+    schedule: Schedule[Row]
+    budget: int
+    places: dict[int, int] = field(default_factory=dict)
+    seated: dict[int, Row] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    chains: dict[Row, list[int]] = field(default_factory=dict)
+    computed_tokens: int = 0
+
+    @classmethod
+    def of(cls, *, tokens: int, seats: int = 4, budget: int = 64, alone: bool = False) -> Device:
+        slots = Slots(tokens, longest=LONGEST)
+        return cls(slots, Schedule(slots, seats=seats, alone=alone), budget)
+
+    def add(self, prompt: Sequence[int], answer_tokens: int) -> Row:
+        row = Row(list(prompt), len(prompt) + answer_tokens)
+        self.rows.append(row)
+        self.schedule.add(row)
+        return row
+
+    def cancel(self, row: Row) -> None:
+        if row in self.rows:
+            self._leave(row)
+
+    def step(self) -> Step[Row]:
+        step = self.schedule.plan(self.budget)
+        for seat in step.vacated:
+            del self.seated[seat]
+        for row in step.entered:
+            assert row.seat not in self.seated
+            self.seated[row.seat] = row
+        for source, target, tokens in step.copies:
+            for place in range(tokens):
+                self.places[target + place] = self.places[source + place]
+        self._check(step)
+        for row, begin, end in step.pieces:
+            for place in range(begin, end):
+                self.places[row.held.start + place] = self._chain(row)[place]
+        self.computed_tokens += step.tokens
+        self.schedule.computed(step)
+        for piece in step.pieces:
+            if piece.sampled:
+                piece.row.tokens.append(self._chain(piece.row)[-1] % 7)
+                if len(piece.row.tokens) == piece.row.most_tokens:
+                    self._leave(piece.row)
+        return step
+
+    def drain(self) -> None:
+        steps = 0
+        while self.rows:
+            self.step()
+            steps += 1
+            assert steps < 10_000, "a row starves"
+        assert not self.schedule.plan(self.budget).pieces
+
+    def _leave(self, row: Row) -> None:
+        if row.seat >= 0:
+            del self.seated[row.seat]
+        self.schedule.leave(row)
+        self.rows.remove(row)
+
+    def _chain(self, row: Row) -> list[int]:
+        chain = self.chains.setdefault(row, [])
+        for token in row.tokens[len(chain) :]:
+            chain.append(hash((chain[-1] if chain else 0, token)))
+        return chain
+
+    def _check(self, step: Step[Row]) -> None:
+        assert 0 < step.tokens <= self.budget or not self.rows
+        assert len({id(piece.row) for piece in step.pieces}) == len(step.pieces)
+        held = sorted((row.held for row in self.seated.values()), key=lambda slot: slot.start)
+        assert all(one.end <= other.start for one, other in zip(held, held[1:], strict=False))
+        assert all(slot.end <= self.slots.tokens for slot in held)
+        for row, begin, end in step.pieces:
+            assert begin == row.computed < end <= min(len(row.tokens), row.held.size)
+            before = [self.places[row.held.start + place] for place in range(begin)]
+            assert before == self._chain(row)[:begin]
+
+
+PROMPTS = st.builds(
+    lambda shared, own: [1] * shared + own,
+    st.sampled_from([0, 0, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 5]),
+    st.lists(st.integers(0, 3), min_size=1, max_size=90),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_arrivals_cancels_and_a_full_cache_lose_nothing_and_use_nothing_twice(data: st.DataObject) -> None:
+    draw = data.draw
+    device = Device.of(
+        tokens=draw(st.sampled_from([LONGEST, 2 * LONGEST, 16 * LONGEST])),
+        seats=draw(st.integers(1, 6)),
+        budget=draw(st.sampled_from([8, 33, 200])),
+        alone=draw(st.booleans()),
+    )
+    for _ in range(draw(st.integers(1, 25))):
+        action = draw(st.sampled_from(["add", "add", "cancel", "step", "step"]))
+        if action == "add":
+            prompt = draw(PROMPTS)
+            device.add(prompt, draw(st.integers(1, LONGEST - len(prompt))))
+        elif action == "cancel" and device.rows:
+            device.cancel(draw(st.sampled_from(device.rows)))
+        elif action == "step":
+            device.step()
+    device.drain()
+    assert (device.schedule.waiting, device.schedule.running) == (0, 0)
+    assert device.slots.free_tokens == device.slots.tokens
+
+
+def test_the_longest_enter_first() -> None:
+    device = Device.of(tokens=16 * LONGEST, seats=2)
+    rows = [device.add([place, *range(5)], answer) for place, answer in enumerate([3, 90, 10, 40])]
+    assert device.step().entered == [rows[1], rows[3]]
+
+
+def test_a_short_row_does_not_wait_for_ever_behind_longer_ones() -> None:
+    device = Device.of(tokens=16 * LONGEST, seats=2)
+    short = device.add([9], 1)
+    for number in range(2 * PATIENCE + 3):
+        for _ in range(2):
+            device.add([number, 1], 20)
+        while len(device.rows) > 3:
+            device.step()
+    assert short not in device.rows
+
+
+def test_a_common_beginning_is_computed_once() -> None:
+    beginning = [5] * (3 * BLOCK_TOKENS)
+    device = Device.of(tokens=16 * LONGEST, seats=4, budget=512)
+    for number in range(4):
+        device.add([*beginning, number, number], 1)
+    device.drain()
+    assert device.computed_tokens == len(beginning) + 4 * 2
+
+
+def test_a_beginning_outlives_its_row_while_others_wait_for_it() -> None:
+    beginning = [5] * (3 * BLOCK_TOKENS)
+    device = Device.of(tokens=16 * LONGEST, seats=1, budget=512)
+    for number in range(4):
+        device.add([*beginning, number, number], 1)
+    device.drain()
+    assert device.computed_tokens == len(beginning) + 4 * 2
+    assert device.slots.free_tokens == device.slots.tokens
+
+
+def test_rows_with_a_known_beginning_enter_before_longer_ones() -> None:
+    beginning = [5] * BLOCK_TOKENS
+    device = Device.of(tokens=16 * LONGEST, seats=2, budget=512)
+    device.add([*beginning, 1], 200)
+    device.step()
+    longer = device.add([7] * BLOCK_TOKENS, 100)
+    alike = device.add([*beginning, 2], 5)
+    assert device.step().entered == [alike]
+    assert longer in device.rows
+
+
+def test_when_the_cache_is_full_the_row_that_came_last_is_put_back_with_its_tokens() -> None:
+    device = Device.of(tokens=LONGEST, seats=2)
+    first, second = device.add([1] * 10, LONGEST - 10), device.add([2] * 10, LONGEST - 10)
+    put_back = []
+    while first in device.rows:
+        step = device.step()
+        if step.vacated:
+            put_back.append(len(second.tokens))
+    assert put_back
+    assert put_back[0] > 10
+    assert second in device.rows
+    device.drain()
+    assert len(second.tokens) == LONGEST
+
+
+def test_a_long_prompt_is_read_between_the_steps_of_others() -> None:
+    device = Device.of(tokens=16 * LONGEST, seats=2, budget=32)
+    first = device.add([1] * 4, 40)
+    device.step()
+    device.add([2] * 150, 2)
+    steps = [device.step() for _ in range(5)]
+    assert all(any(piece.row is first for piece in step.pieces) for step in steps)
+    assert [step.tokens for step in steps[:4]] == [32] * 4
+
+
+def test_a_hole_in_the_cache_is_closed() -> None:
+    device = Device.of(tokens=16 * LONGEST, seats=3)
+    rows = [device.add([number] * 5, 9) for number in range(3)]
+    device.step()
+    device.cancel(rows[0])
+    device.step()
+    assert sorted(row.held.start for row in rows[1:]) == [0, SMALLEST_TOKENS]
+
+
+def test_alone_each_prompt_is_read_by_itself_and_keeps_its_slot() -> None:
+    device = Device.of(tokens=16 * LONGEST, seats=3, alone=True)
+    for number in range(3):
+        device.add([number] * 5, 100)
+    steps = [device.step() for _ in range(80)]
+    assert [len(step.pieces) for step in steps[:5]] == [1, 1, 1, 3, 3]
+    assert not any(step.copies for step in steps)

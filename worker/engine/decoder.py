@@ -1,0 +1,185 @@
+"""A transformers model as a function from tokens to logits, over the engine's own cache; and whether it can be one.
+
+Owns the door into the model: the attention function under a name of its own, and the trial of a model before it is
+served. What a model can do is seen by what it does, never by its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from worker.engine.attention import Attention
+from worker.engine.cache import Cache, CacheShape
+from worker.engine.schedule import Copy, Piece, Row
+from worker.engine.slots import Slots
+from worker.loader import LoadedModel
+
+#: What a layer may ask of attention, and what asks for nothing here.
+_UNDERSTOOD = {"scaling", "sliding_window", "softcap"}
+_WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "output_router_logits", "is_causal", "cache_position"}
+#: Kinds of layers whose attention sees all tokens before it, or a window of them.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+#: Rotary embeddings of these kinds turn all rows by the length of the longest.
+_BY_LONGEST = {"dynamic", "longrope"}
+_TRIAL_TOKENS = 12
+#: How far the trial's logits may be from the model's own, as a part of their largest.
+_TRIAL_TOLERANCE = {torch.float32: 1e-3}
+_ROUGH_TOLERANCE = 0.1
+_NAMES = count()
+
+
+class Unsupported(Exception):
+    """A model that this engine cannot serve; the text says why."""
+
+
+class Decoder:
+    """One model with its cache of `slots.tokens` places. Raises Unsupported."""
+
+    def __init__(self, loaded: LoadedModel, shape: CacheShape, slots: Slots) -> None:
+        self._cache = Cache(shape, slots.tokens, loaded.device)
+        self._model = loaded.model
+        self._device = loaded.device
+        self._attention = Attention(self._cache)
+        self._name = f"batchmill-{next(_NAMES)}"
+        AttentionInterface.register(self._name, self._attention)
+        _try(self, loaded, slots)
+
+    @property
+    def attention_seconds(self) -> float:
+        """Spent in attention so far, by the CPU's clock."""
+        return self._attention.seconds
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copies within the cache, before what follows is computed."""
+        self._cache.copy(copies)
+
+    def logits(self, pieces: Sequence[Piece[Any]]) -> torch.Tensor:
+        """The next token's logits, (rows, vocabulary), for each piece that ends at its row's newest token."""
+        tokens = [token for row, begin, end in pieces for token in row.tokens[begin:end]]
+        positions = [place for _, begin, end in pieces for place in range(begin, end)]
+        last, first = [], 0
+        for piece in pieces:
+            first += piece.end - piece.begin
+            if piece.sampled:
+                last.append(first - 1)
+        self._attention.plan(pieces)
+        with _attending(self._model, self._name):
+            output = self._model(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                logits_to_keep=torch.tensor(last, device=self._device),
+                use_cache=False,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def cache_shape(loaded: LoadedModel) -> CacheShape:
+    """What the model keeps of a token, seen by a forward of two tokens. Raises Unsupported."""
+    model, config = loaded.model, loaded.model.config
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise Unsupported("it computes the logits of every token of a prompt")
+    if config.is_encoder_decoder:
+        raise Unsupported("it has an encoder")
+    _refuse_longest(config.get_text_config(), loaded.context_tokens)
+    seen = _Seen()
+    name = f"batchmill-{next(_NAMES)}"
+    AttentionInterface.register(name, seen)
+    positions = torch.arange(2, device=loaded.device)[None]
+    try:
+        with torch.inference_mode(), _attending(model, name):
+            model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    except Exception as error:
+        # Whatever a model does with an attention function that it does not expect.
+        raise Unsupported(f"its attention takes no other function ({type(error).__name__})") from error
+    return seen.shape(config.get_text_config())
+
+
+class _Seen:
+    """An attention function that notes what it is asked."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[tuple[int, int, int], torch.dtype]] = {}
+        self._asked: set[str] = set()
+        self._windows: dict[int, int | None] = {}
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **asked: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = int(module.layer_idx)
+        self._layers[layer] = (key.shape[1], key.shape[3], value.shape[3]), key.dtype
+        self._windows[layer] = asked.get("sliding_window")
+        self._asked |= {name for name, each in asked.items() if each is not None}
+        if attention_mask is not None:
+            self._asked.add("attention_mask")
+        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3])), None
+
+    def shape(self, config: Any) -> CacheShape:
+        layers = config.num_hidden_layers
+        if sorted(self._layers) != list(range(layers)):
+            raise Unsupported(f"{len(self._layers)} of its {layers} layers attend through transformers' interface")
+        if unknown := sorted(self._asked - _UNDERSTOOD - _WITHOUT_EFFECT):
+            raise Unsupported(f"its attention asks for {', '.join(unknown)}")
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+        if unknown := sorted(set(kinds) - _LAYER_TYPES):
+            raise Unsupported(f"it has layers of {', '.join(unknown)}")
+        if any(kind == "sliding_attention" and self._windows[place] is None for place, kind in enumerate(kinds)):
+            raise Unsupported("its layers do not say how far they see")
+        if len(set(self._layers.values())) > 1:
+            raise Unsupported("its layers keep keys of different sizes")
+        (heads, key_size, value_size), dtype = self._layers[0]
+        return CacheShape(layers, heads, key_size, value_size, dtype)
+
+
+def _refuse_longest(config: Any, context_tokens: int | None) -> None:
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = [rotary, *(each for each in rotary.values() if isinstance(each, dict))]
+    for each in kinds:
+        original = each.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if each.get("rope_type") in _BY_LONGEST and (context_tokens is None or original is None or context_tokens > original):
+            limit = f"; with --context {original} it can be served" if original else ""
+            raise Unsupported(f"its positions depend on the longest row of a batch{limit}")
+
+
+@torch.inference_mode()
+def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
+    """Computes a prompt in three pieces, and compares with the model's own forward."""
+    tokens = [7 * place % loaded.vocabulary for place in range(_TRIAL_TOKENS)]
+    own = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits[0].float()
+    row = Row(list(tokens), _TRIAL_TOKENS, share=False)
+    row.slot = slots.take(_TRIAL_TOKENS)
+    found = []
+    for begin, end in ((0, 7), (7, 11), (11, 12)):
+        row.tokens = tokens[:end]
+        found.append(decoder.logits([Piece(row, begin, end)])[0].float())
+    slots.give(row.held)
+    wanted = own[[6, 10, 11]]
+    tolerance = _TRIAL_TOLERANCE.get(next(loaded.model.parameters()).dtype, _ROUGH_TOLERANCE)
+    distance = (torch.stack(found) - wanted).abs().max() / wanted.abs().max()
+    if not distance <= tolerance:
+        raise Unsupported(f"its answers change when a prompt is read in pieces (by {float(distance):.1%})")
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Between two forwards the model is as it was, for whoever else calls it."""
+    before, model.config._attn_implementation = model.config._attn_implementation, name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

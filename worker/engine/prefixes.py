@@ -1,0 +1,86 @@
+"""Which rows begin with the same tokens, so that what one has computed another copies.
+
+Owns the index of the beginnings of the rows that are in the cache. It knows no tensor and no slot.
+
+A prompt is cut into blocks; the hash of a block covers everything before it, so that one lookup finds the row with
+the longest common beginning. Hashes only propose: the tokens themselves are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
+
+#: Shorter beginnings are computed again: that costs no more than copying them.
+BLOCK_TOKENS = 32
+
+
+class Beginning(Protocol):
+    """A row as its beginning is looked for: its tokens, the hashes of its prompt's blocks, and what is computed."""
+
+    tokens: list[int]
+    blocks: tuple[int, ...]
+    computed: int
+
+
+B = TypeVar("B", bound=Beginning)
+
+
+def block_hashes(tokens: Sequence[int]) -> tuple[int, ...]:
+    """One hash a full block, each of all tokens up to the block's end."""
+    return tuple(_chained(tokens))
+
+
+def _chained(tokens: Sequence[int]) -> Iterator[int]:
+    chain = 0
+    for begin in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        chain = hash((chain, *tokens[begin : begin + BLOCK_TOKENS]))
+        yield chain
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(place for place in range(length) if one[place] != other[place])
+
+
+class Prefixes(Generic[B]):
+    """The rows in the cache by the blocks that their prompts begin with."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[B, None]] = {}
+
+    def enter(self, row: B) -> None:
+        """This row is in the cache, or about to be."""
+        for block in row.blocks:
+            self._rows.setdefault(block, {})[row] = None
+
+    def leave(self, row: B) -> None:
+        for block in row.blocks:
+            rows = self._rows[block]
+            del rows[row]
+            if not rows:
+                del self._rows[block]
+
+    def knows(self, row: B) -> bool:
+        """Whether a row in the cache begins as this one does."""
+        return bool(row.blocks) and row.blocks[0] in self._rows
+
+    def alone(self, row: B) -> bool:
+        """Whether no other row in the cache begins with this one's first block."""
+        return bool(row.blocks) and len(self._rows[row.blocks[0]]) == 1
+
+    def nearest(self, row: B) -> tuple[B, int] | None:
+        """The row with the longest common beginning, and its tokens; of several, the one that has computed most.
+
+        One token of a prompt is always left to compute: what follows it is read from it.
+        """
+        for block in reversed(row.blocks):
+            rows = self._rows.get(block)
+            if rows:
+                found = max(rows, key=lambda each: each.computed)
+                tokens = min(common(row.tokens, found.tokens), len(row.tokens) - 1)
+                return (found, tokens) if tokens >= BLOCK_TOKENS else None
+        return None

@@ -1,0 +1,307 @@
+"""Which tokens of which rows the next step computes: plain Python, apart from tensors.
+
+Owns the rows between their arrival and their last token: who waits, who runs, and who holds which slot of the cache.
+It knows no tensor, no text and no sampling.
+
+Each step computes one token of every row that decodes, and as many tokens of prompts as the budget leaves. Rows
+enter longest first, so that no long one runs alone at the end; those whose beginning is in the cache enter before,
+and those that waited long before all. When the cache is full, the row that came last is put back: it keeps its
+tokens, and computes them again later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from worker.engine.prefixes import Prefixes, block_hashes
+from worker.engine.slots import Slot, Slots
+
+#: A row that waited while this many others per seat entered enters next.
+PATIENCE = 4
+#: Rows enter while this part of the cache stays free for the growth of those that run.
+RESERVE = 1 / 16
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence of tokens: a prompt and the answer so far.
+
+    `most_tokens`: its length at the most. `computed`: how many of its tokens have keys and values in the cache.
+    `seat`: its place among the rows that run, which it keeps while it does; -1 before.
+    """
+
+    tokens: list[int]
+    most_tokens: int
+    share: bool = True
+    prompt_tokens: int = field(init=False)
+    blocks: tuple[int, ...] = field(init=False)
+    computed: int = 0
+    slot: Slot | None = None
+    seat: int = -1
+    arrival: int = 0
+    entries: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+        self.blocks = block_hashes(self.tokens) if self.share else ()
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all but its newest token is in the cache."""
+        return self.computed == len(self.tokens) - 1
+
+    @property
+    def held(self) -> Slot:
+        assert self.slot is not None, "a row that runs has a slot"
+        return self.slot
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Piece(NamedTuple, Generic[R]):
+    """What one step computes of one row: its tokens from `begin` to before `end`."""
+
+    row: R
+    begin: int
+    end: int
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the row's next token follows from it."""
+        return self.end == len(self.row.tokens)
+
+
+class Copy(NamedTuple):
+    """Tokens of the cache that are copied from one place to another before the step."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Step(Generic[R]):
+    """The next step. Decoding rows come first, and each kind in the order of the cache.
+
+    `copies` are done one after the other before anything is computed. Then rows lost the seats `vacated`, and others
+    `entered`.
+    """
+
+    pieces: list[Piece[R]] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    entered: list[R] = field(default_factory=list)
+    vacated: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(piece.end - piece.begin for piece in self.pieces)
+
+
+class Schedule(Generic[R]):
+    """The rows of one engine.
+
+    `seats`: how many run at once. `close_holes`: neighbours in the cache are worth a copy. `alone`: what is computed
+    with a row depends on that row alone: prompts one by one, and a slot for the whole of it from its first step on.
+    """
+
+    def __init__(self, slots: Slots, *, seats: int, close_holes: bool = True, alone: bool = False) -> None:
+        self._slots = slots
+        self._seats = list(range(seats))
+        self._patience = PATIENCE * seats
+        self._close_holes = close_holes
+        self._alone = alone
+        self._prefixes: Prefixes[R] = Prefixes()
+        self._waiting: list[R] = []
+        self._running: list[R] = []
+        self._kept: list[R] = []
+        self._arrivals = 0
+        self._entries = 0
+
+    @property
+    def waiting(self) -> int:
+        """Rows without a seat."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Rows with a seat."""
+        return len(self._running)
+
+    def add(self, row: R) -> None:
+        """Takes a row whose `most_tokens` a slot can hold."""
+        self._arrivals += 1
+        row.arrival, row.entries = self._arrivals, self._entries
+        insort(self._waiting, row, key=_longest_first)
+
+    def leave(self, row: R) -> None:
+        """Forgets a row that has ended or was cancelled."""
+        if row.seat < 0:
+            self._waiting.remove(row)
+            return
+        self._running.remove(row)
+        self._unseat(row)
+        if row.computed < row.prompt_tokens:
+            self._forget(row)
+        else:
+            self._kept.append(row)
+
+    def computed(self, step: Step[R]) -> None:
+        """What this step planned is in the cache now."""
+        for piece in step.pieces:
+            piece.row.computed = piece.end
+
+    def plan(self, budget: int) -> Step[R]:
+        """The next step: at most `budget` tokens, and none only if there are no rows."""
+        step: Step[R] = Step()
+        if self._alone:
+            self._plan_alone(step, budget)
+        else:
+            self._decode(step, budget)
+            self._prefill(step, budget)
+            self._admit(step, budget)
+        self._forget_unwanted()
+        if self._close_holes:
+            self._move_down(step)
+        step.pieces.sort(key=_in_cache_order)
+        return step
+
+    def _plan_alone(self, step: Step[R], budget: int) -> None:
+        """A piece of one prompt, or else one token of each row that decodes."""
+        self._prefill(step, budget, most=1)
+        if not step.pieces:
+            self._admit(step, budget, most=1)
+        if not step.pieces:
+            self._decode(step, budget)
+
+    def _decode(self, step: Step[R], budget: int) -> None:
+        for row in sorted(self._running, key=lambda each: each.arrival):
+            if row.seat >= 0 and row.decodes and self._room_for_next(row, step):
+                step.pieces.append(Piece(row, row.computed, row.computed + 1))
+        while len(step.pieces) > budget:
+            self._put_back(step.pieces.pop().row, step)
+
+    def _room_for_next(self, row: R, step: Step[R]) -> bool:
+        """Whether the row's slot holds one more token, if others are put back for it; else it was put back itself."""
+        while row.held.size < len(row.tokens):
+            slot = self._take(min(row.most_tokens, 2 * row.held.size))
+            if slot is not None:
+                self._move(row, slot, step)
+                return True
+            youngest = max(self._running, key=lambda each: each.arrival)
+            self._put_back(youngest, step)
+            if youngest is row:
+                return False
+        return True
+
+    def _prefill(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
+        for row in [row for row in self._running if not row.decodes][:most]:
+            self._add_piece(step, row, budget)
+
+    def _admit(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
+        """Lets waiting rows enter, while there are seats, slots and a budget for them."""
+        for row in self._candidates():
+            if not self._seats or step.tokens >= budget or len(step.entered) == most:
+                return
+            if self._enter(row, step):
+                self._add_piece(step, row, budget)
+            elif self._impatient(row):
+                return
+
+    def _add_piece(self, step: Step[R], row: R, budget: int) -> None:
+        end = min(len(row.tokens), row.computed + budget - step.tokens)
+        if end > row.computed:
+            step.pieces.append(Piece(row, row.computed, end))
+
+    def _candidates(self) -> list[R]:
+        """Those that waited too long, then those whose beginning is in the cache, then the longest."""
+        if not self._seats:
+            return []
+        return sorted(self._waiting, key=self._rank)
+
+    def _rank(self, row: R) -> tuple[int, int]:
+        return (0, row.arrival) if self._impatient(row) else (1 if self._prefixes.knows(row) else 2, 0)
+
+    def _impatient(self, row: R) -> bool:
+        return self._entries - row.entries > self._patience
+
+    def _enter(self, row: R, step: Step[R]) -> bool:
+        whole = row.most_tokens if self._alone else min(row.most_tokens, 2 * len(row.tokens))
+        size = self._slots.size_for(whole)
+        if self._running and self._slots.free_tokens - size < RESERVE * self._slots.tokens:
+            return False
+        nearest = self._prefixes.nearest(row)
+        if nearest is not None and nearest[0].computed < min(nearest[1], nearest[0].prompt_tokens):
+            return False  # the row that computes this beginning right now is copied in a later step
+        slot = self._take(whole)
+        if slot is None:
+            return False
+        row.slot, row.seat = slot, heappop(self._seats)
+        if nearest is not None and nearest[0].slot is not None:
+            row.computed = min(nearest[1], nearest[0].computed)
+            step.copies.append(Copy(nearest[0].slot.start, slot.start, row.computed))
+        self._waiting.remove(row)
+        self._running.append(row)
+        self._prefixes.enter(row)
+        self._entries += 1
+        step.entered.append(row)
+        return True
+
+    def _take(self, tokens: int) -> Slot | None:
+        """A slot, if need be of a row that was kept."""
+        slot = self._slots.take(tokens)
+        while slot is None and self._kept:
+            self._forget(self._kept.pop(0))
+            slot = self._slots.take(tokens)
+        return slot
+
+    def _put_back(self, row: R, step: Step[R]) -> None:
+        self._running.remove(row)
+        step.vacated.append(row.seat)
+        self._unseat(row)
+        self._forget(row)
+        row.computed = 0
+        insort(self._waiting, row, key=_longest_first)
+
+    def _unseat(self, row: R) -> None:
+        heappush(self._seats, row.seat)
+        row.seat = -1
+
+    def _forget(self, row: R) -> None:
+        self._prefixes.leave(row)
+        self._slots.give(row.held)
+        row.slot = None
+
+    def _forget_unwanted(self) -> None:
+        """Of the rows that ended those stay that alone have in the cache what a waiting row begins with."""
+        if not self._kept:
+            return
+        beginnings = {row.blocks[0] for row in self._waiting if row.blocks}
+        for row in list(self._kept):
+            if not (self._prefixes.alone(row) and row.blocks[0] in beginnings):
+                self._kept.remove(row)
+                self._forget(row)
+
+    def _move_down(self, step: Step[R]) -> None:
+        """Closes the holes that rows left, so that those which stay are neighbours."""
+        for row in sorted(self._running, key=lambda each: -each.held.start):
+            if self._slots.below(row.held):
+                slot = self._slots.take(row.held.size)
+                assert slot is not None, "a free slot was seen"
+                self._move(row, slot, step)
+
+    def _move(self, row: R, slot: Slot, step: Step[R]) -> None:
+        step.copies.append(Copy(row.held.start, slot.start, row.computed))
+        self._slots.give(row.held)
+        row.slot = slot
+
+
+def _longest_first(row: Row) -> tuple[int, int]:
+    return -row.most_tokens, row.arrival
+
+
+def _in_cache_order(piece: Piece[Any]) -> tuple[bool, int]:
+    return piece.end - piece.begin > 1, piece.row.held.start
