@@ -6,9 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 DEMO_HOME := .demo
 MINUTES ?= 10
 SEED ?= 1
+BENCH ?= --peers
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-all lint bench mutants soak demo-model clean
+.PHONY: help demo test test-all lint bench bench-engine bench-peers mutants soak demo-model clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +31,14 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp  ## measure submit, queue, export and engine; prints tables
+bench: $(VENV)/test.stamp  ## measure submit, queue, export and the whole line; prints tables
 	$(BIN)/python -m tests.bench
+
+bench-engine: $(VENV)/test.stamp  ## the engine against its peers, minutes to an hour (BENCH='--all', BENCH='--help')
+	$(BIN)/python -m tests.bench engine $(BENCH)
+
+bench-peers: $(VENV)/test.stamp  ## install the peers of bench-engine into .venv; compiles for minutes
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PIP) --requirement tests/bench/peers.txt
 
 mutants: $(VENV)/test.stamp  ## take one guard out at a time, and see the suite go red for each
 	$(BIN)/python -m tests.mutants

@@ -46,8 +46,8 @@ class SamplingParams:
     temperature 1.0 and max_tokens 256 (`SamplingParams.fallback()`).
 
     `logit_bias`: pairs of a token id and what is added to its logit. `n`: choices of one output. `top_logprobs`:
-    how many alternatives each token of `logprobs` lists. `response_format`: `{"type": "json_object"}`,
-    `{"type": "json_schema", "schema": ...}`, `{"type": "regex", "regex": ...}` or `{"type": "choice", "choice": [...]}`.
+    how many alternatives each token of `logprobs` lists. `response_format`: `{"type": "json_object"}`, `{"type":
+    "json_schema", "schema": ...}`, `{"type": "regex", "regex": ...}` or `{"type": "choice", "choice": [...]}`.
     """
 
     max_tokens: int | None = None
@@ -230,7 +230,7 @@ class OutputError:
 class Output:
     """What came back for one request: choices, token counts and timings, or an error.
 
-    `timings` is None where the engine answers a whole micro-batch at once. `completion_tokens` are those of all choices.
+    `timings` is None where the engine answers a whole micro-batch at once. `completion_tokens`: of all choices.
     """
 
     key: RequestKey
@@ -257,8 +257,8 @@ class Output:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Output:
-        """The inverse of `to_json`."""
-        error, timings = value["error"], value["timings"]
+        """The inverse of `to_json`, also of what was written before outputs had timings."""
+        error, timings = value["error"], value.get("timings")
         return cls(
             RequestKey(*value["key"]),
             tuple(Choice(**each) for each in value["choices"]),

@@ -25,6 +25,7 @@ from sqlalchemy.exc import ArgumentError
 
 from jobs.embedded import socket_path
 from jobs.errors import SettingsError
+from jobs.flags import FLAG_OF_SETTING
 
 PREFIX = "BATCHMILL_"
 TOML_FILE = "batchmill.toml"
@@ -57,7 +58,17 @@ class Settings(BaseSettings):
     load_stall_seconds: float = Field(default=3_600.0, gt=0, description="for loading a model")
     busy_seconds: float = Field(default=30.0, gt=0, description="to wait for a locked SQLite database")
 
-    engine_rows: int | None = Field(default=None, ge=1, description="requests a device works on at once")
+    engine: Literal["auto", "continuous", "generate"] = Field(
+        default="auto", description="what serves the model; auto: continuous wherever the model allows it"
+    )
+    engine_rows: int | None = Field(default=None, ge=1, description="most requests a device works on at once")
+    context_tokens: int | None = Field(default=None, ge=1, description="most tokens of a prompt and its answer")
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1, description="part of a GPU for weights and cache")
+    cache_bytes: int | None = Field(default=None, gt=0, description="keys and values, at most; empty: by free memory")
+    dequantize: Literal["auto", "never", "always"] = Field(
+        default="auto", description="full-precision copies of 4-bit weights; auto: where memory is left for them"
+    )
+    deterministic: bool = Field(default=False, description="an answer does not depend on what else runs")
     spool_bytes: int = Field(default=256 * 1024**2, gt=0, description="outputs that wait while the store is away")
     echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")
     chaos: bool = Field(default=False, description="the echo engine obeys magic prompts such as !kill9, for trials")
@@ -148,7 +159,7 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise SettingsError("; ".join(_spell(each) for each in error.errors())) from None
+        raise SettingsError("; ".join(_spell(each, given) for each in error.errors())) from None
     except ValueError as error:  # batchmill.toml that is not TOML
         raise SettingsError(f"{TOML_FILE}: {error}") from None
 
@@ -167,12 +178,15 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
             raise SettingsError(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _spell(error: Mapping[str, Any]) -> str:
+def _spell(error: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """One error of pydantic's, under the name by which the value was written."""
     name = ".".join(str(part) for part in error["loc"])
     message = str(error["msg"]).removeprefix("Value error, ")
     if not name:
         return message
     if error["type"] == "extra_forbidden":
         return f"unknown setting {name} in {TOML_FILE}"
+    if name in given:
+        return f"{FLAG_OF_SETTING.get(name, name)}: {message}"
     where = f"{PREFIX}{name.upper()}"
     return f"{where if where in os.environ else name}: {message}"

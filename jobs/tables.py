@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0002"
+REVISION = "0003"
 
 metadata = MetaData(
     naming_convention={
@@ -142,12 +142,19 @@ outputs = Table(
     Column("index", Integer, nullable=False),
     Column("run_id", _Id, ForeignKey("runs.id"), comment="who wrote it; none for what a cancel closed"),
     Column("state", String(_STATE_LENGTH), nullable=False),
-    Column("choices", Text, nullable=False, comment="JSON: list of {text, finish_reason}"),
+    Column("choices", Text, nullable=False, comment="JSON: list of {text, finish_reason, logprobs where asked for}"),
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("error_code", Text),
     Column("error_message", Text),
     Column("finished_at", Float, nullable=False),
+    Column(
+        "queued_seconds",
+        Float,
+        comment="what the request waited in the engine; none where it answers a micro-batch at once",
+    ),
+    Column("prefill_seconds", Float, comment="what its prompt took"),
+    Column("decode_seconds", Float, comment="what its answer took"),
     PrimaryKeyConstraint("job_id", "index"),
     ForeignKeyConstraint(["job_id", "index"], ["requests.job_id", "requests.index"]),
     CheckConstraint("state IN ('succeeded', 'failed', 'cancelled')", name="state"),
@@ -214,6 +221,10 @@ workers = Table(
     Column("child_pid", Integer),
     Column("model_load_seconds", Float),
     _count("weights_bytes"),
+    Column("engine", Text, comment="what serves the model"),
+    Column("engine_rows", BigInteger),
+    Column("context_tokens", BigInteger),
+    Column("cache_tokens", BigInteger),
     Column("versions", Text, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("heartbeat_at", Float, nullable=False),

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.errors import UsageError
+from jobs.flags import ENGINE_FLAGS
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
+from producer.checks import OBJECT, BadLine
+from producer.options import sampling_of_flags
+from producer.strict_json import json_value
 from producer.submit import Submission
 
 if TYPE_CHECKING:
@@ -27,12 +31,25 @@ _MODEL = [
 _REQUESTS = [
     click.option("--name", help="A name for the job, for people."),
     click.option("--system", help="A system message for every request that has none of its own."),
+    click.option("--chat-template-kwargs", metavar="JSON", help="An object of the chat template's own variables."),
     click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens (default 256)."),
+    click.option("--min-tokens", type=int, help="Shortest answer, in tokens."),
     click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy (default 1.0)."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
     click.option("--top-k", type=click.IntRange(1), help="Sample from so many tokens."),
+    click.option("--min-p", type=float, help="Sample from what has this share of the likeliest token, 0 to 1."),
+    click.option("--repetition-penalty", type=float, help="Above 1: against what prompt and answer have said."),
+    click.option("--presence-penalty", type=float, help="-2 to 2: against what the answer has said."),
+    click.option("--frequency-penalty", type=float, help="-2 to 2: the same, for each time that it has."),
+    click.option("--n", type=int, help="Choices of each answer, 1 to 128."),
     click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="A sampler of its own for each request."),
     click.option("--stop", multiple=True, help="End an answer before this text (repeatable)."),
+    click.option("--ignore-eos", is_flag=True, help="Answer on after the model's end token, up to --max-tokens."),
+    click.option(
+        "--response-format",
+        metavar="JSON",
+        help="What answers have to look like: json_object, or an object as in a line's response_format.",
+    ),
     click.option(
         "--batch-size",
         type=click.IntRange(1, MAX_BATCH_SIZE),
@@ -43,7 +60,19 @@ _REQUESTS = [
     click.option("--ignore-line-model", is_flag=True, help="Run lines that name another model, too."),
 ]
 
+#: Those of the flags above that SamplingParams has by the same name, and with the same value.
+_SAMPLING = (
+    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "n", "seed",
+)  # fmt: skip
+
 _SHARE = click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
+_ENGINE = [
+    click.option(
+        each.name, each.setting, metavar=each.values, is_flag=each.values is None, default=None, help=each.help
+    )
+    for each in ENGINE_FLAGS
+]
 
 
 def _with(options: list[_Command]) -> _Command:
@@ -104,6 +133,7 @@ def submit(wait: bool, **options: Any) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Answers go here (default: stdout).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_SHARE
+@_with(_ENGINE)
 @click.option("--new", is_flag=True, help="Run it anew, even if it has been run before.")
 @_with(_REQUESTS)
 def run(out: Path | None, device: str, share_device: bool, new: bool, **options: Any) -> None:
@@ -113,7 +143,8 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     """
     from producer.local import run_file
 
-    run_file(_submission(options), out=out, device=device, share_device=share_device, new=new, settings=_settings())
+    settings = _settings(**{each.setting: options.pop(each.setting) for each in ENGINE_FLAGS})
+    run_file(_submission(options), out=out, device=device, share_device=share_device, new=new, settings=settings)
 
 
 @click.command(epilog="Example: batchmill up -m demo")
@@ -121,24 +152,30 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
 @_with(_MODEL)
 @click.option("--device", "devices", multiple=True, help="auto, cpu, cuda:N; repeat it for several workers.")
 @_SHARE
+@_with(_ENGINE)
 def up(
-    model: str, quantization: str | None, revision: str | None, devices: tuple[str, ...], share_device: bool
+    model: str,
+    quantization: str | None,
+    revision: str | None,
+    devices: tuple[str, ...],
+    share_device: bool,
+    **engine: Any,
 ) -> None:
     """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
     from jobs.spec import ModelSpec
     from producer.local import run_mill
 
-    settings = _settings()
+    settings = _settings(**engine)
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
     run_mill(spec, devices=devices or ("auto",), share_device=share_device, settings=settings)
 
 
-def _settings() -> Settings:
+def _settings(**flags: Any) -> Settings:
     from jobs.failpoints import arm
     from jobs.logs import configure_logs
     from jobs.settings import load_settings
 
-    settings = load_settings()
+    settings = load_settings(**flags)
     configure_logs(settings)  # to stderr: stdout is for a job's id, or its answers
     arm(settings.failpoint, home=settings.home)
     return settings
@@ -146,14 +183,6 @@ def _settings() -> Settings:
 
 def _submission(options: dict[str, Any]) -> Submission:
     _refuse_no_text(options)
-    sampling = SamplingParams(
-        max_tokens=options["max_tokens"],
-        temperature=options["temperature"],
-        top_p=options["top_p"],
-        top_k=options["top_k"],
-        seed=options["seed"],
-        stop=options["stop"] or None,
-    )
     return Submission(
         path=options["file"],
         model=options["model"],
@@ -162,12 +191,51 @@ def _submission(options: dict[str, Any]) -> Submission:
         remote_path=options.get("remote_path", False),
         ignore_line_model=options["ignore_line_model"],
         name=options["name"],
-        options=JobOptions(options["system"], sampling),
+        options=JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options)),
         batch_size=options["batch_size"],
         command=os.fsencode(shlex.join(["batchmill", *sys.argv[1:]])).decode(errors="backslashreplace"),
         idempotency_key=options.get("idempotency_key"),
         once=options.get("once", False),
     )
+
+
+def _sampling(options: dict[str, Any]) -> SamplingParams:
+    form = options["response_format"]
+    asked = {name: options[name] for name in _SAMPLING} | {
+        "stop": list(options["stop"]),
+        "ignore_eos": options["ignore_eos"] or None,
+        "response_format": form if form is None else _response_format(form),
+    }
+    try:
+        return sampling_of_flags(asked)
+    except BadLine as error:
+        raise _bad_flag(*error.at.split(".", 1), error.what) from None
+
+
+def _response_format(written: str) -> Any:
+    """Whoever writes no JSON names a type alone."""
+    return _json("response_format", written) if written.lstrip().startswith("{") else {"type": written}
+
+
+def _chat_template_kwargs(options: dict[str, Any]) -> dict[str, Any] | None:
+    written = options["chat_template_kwargs"]
+    if written is None:
+        return None
+    try:
+        return OBJECT(_json("chat_template_kwargs", written)) or None
+    except BadLine as error:
+        raise _bad_flag("chat_template_kwargs", str(error)) from None
+
+
+def _json(name: str, written: str) -> Any:
+    try:
+        return json_value(written)
+    except BadLine as error:
+        raise _bad_flag(name, str(error)) from None
+
+
+def _bad_flag(name: str, *what: str) -> UsageError:
+    return UsageError(f"--{name.replace('_', '-')} {' '.join(what)}")
 
 
 def _refuse_no_text(options: dict[str, Any]) -> None:

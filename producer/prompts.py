@@ -1,8 +1,8 @@
 """A prompt file -> its Requests, one by one, in constant memory; and every line of it that is bad.
 
-It owns bytes, line ends, UTF-8, strict JSON, the file's hash, its one model, and the list of problems. It
-does not know what the keys of a line mean (producer.lines does), nor what becomes of a Request: its caller
-may `report` more bad lines, such as a custom_id that the store has seen before.
+It owns bytes, line ends, UTF-8, the file's hash, its one model, and the list of problems. It does not know JSON
+(producer.strict_json does), nor what the keys of a line mean (producer.lines), nor what becomes of a Request: its
+caller may `report` more bad lines, such as a custom_id that the store has seen before.
 
 A file is opened once and read once. Lines end at a line feed alone; any other line end of Unicode is text.
 """
@@ -11,31 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import math
 import os
 import re
 import stat
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import PurePath
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from jobs.errors import PromptFileError
 from jobs.schema import Request
-from producer.lines import BadLine, json_request, shown, text_request
+from producer.checks import BadLine, shown
+from producer.lines import json_request, text_request
+from producer.strict_json import json_value
 
 MAX_LINE_BYTES = 1 << 20
-MAX_DEPTH = 64
 MAX_PROBLEMS = 100
 #: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
 ENDLESS_BYTES = 1 << 28
 BUFFER_BYTES = 1 << 17
 #: The longest line with a byte order mark before it and CRLF behind, and one byte more.
 _READ_BYTES = MAX_LINE_BYTES + 6
-_JSON_BLANKS = " \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 
 _UTF8_ALONE = "prompt files are UTF-8, so convert it: iconv -f"
@@ -52,9 +49,6 @@ _FOREIGN = (
     (rb"BZh[1-9]1AY&SY", f"is compressed by bzip2, {_PACKED} bunzip2 first"),
     (rb"\xfd7zXZ\0", f"is compressed by xz, {_PACKED} unxz first"),
 )
-#: Possessive, and content with a string that never ends, so that no line makes it slow.
-_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_NO_BRACKETS = re.compile(r"[^][{}]+")
 
 
 def is_plain_text(path: str) -> bool:
@@ -153,7 +147,7 @@ class PromptFile:
     def _request(self, text: str, index: int) -> Request:
         if self._plain_text:
             return text_request(text, index)
-        return json_request(_json(text), index, check_model=self._check_model)
+        return json_request(json_value(text), index, check_model=self._check_model)
 
     def _check_model(self, name: str) -> None:
         if self._ignore_line_model or name in self._models:
@@ -236,78 +230,3 @@ def _text(raw: bytes, offset: int) -> str:
         return line.decode()
     except UnicodeDecodeError as exc:
         raise BadLine(f"not UTF-8: byte {offset + exc.start} is 0x{line[exc.start]:02x}") from None
-
-
-def _json(text: str) -> Any:
-    """The one JSON value of a line, of finite numbers and of text that every database can hold."""
-    line = text.rstrip(_JSON_BLANKS)
-    if line.count("{") + line.count("[") > MAX_DEPTH and _is_too_deep(line):
-        raise BadLine(f"nested deeper than {MAX_DEPTH} levels")
-    try:
-        value, end = _decoder.raw_decode(line, len(line) - len(line.lstrip(_JSON_BLANKS)))
-    except json.JSONDecodeError as exc:
-        if "\0" in line:
-            raise BadLine(f"holds a NUL character at column {line.index(chr(0)) + 1}") from None
-        what = exc.msg.removesuffix(" at").rstrip(": ")
-        raise BadLine(f"not JSON: {what} at column {exc.pos + 1}") from None
-    except ValueError:
-        raise BadLine(f"holds a number of more than {sys.get_int_max_str_digits()} digits") from None
-    if end != len(line):
-        raise BadLine(f"not JSON: more text after the value, at column {end + 1}")
-    if "\\u" in line:
-        _refuse_half_characters(value)
-    return value
-
-
-def _is_too_deep(line: str) -> bool:
-    depth = 0
-    for bracket in _NO_BRACKETS.sub("", _STRING.sub("", line)):
-        depth += 1 if bracket in "{[" else -1
-        if depth > MAX_DEPTH:
-            return True
-    return False
-
-
-def _refuse_half_characters(value: Any) -> None:
-    """Databases store neither NUL nor half a surrogate pair; into JSON they come as escapes alone."""
-    for text in _strings(value):
-        if "\0" in text:
-            raise BadLine("holds a NUL character (\\u0000)")
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise BadLine(f"holds half a surrogate pair (\\u{ord(text[exc.start]):04x})") from None
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if type(value) is str:
-        yield value
-    elif type(value) is dict:
-        yield from value
-        for each in value.values():
-            yield from _strings(each)
-    elif type(value) is list:
-        for each in value:
-            yield from _strings(each)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise BadLine(f"has the key {shown(twice)} twice in one object")
-    return value
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise BadLine("holds a number that is too large for a float")
-    return value
-
-
-def _no_number(name: str) -> NoReturn:
-    raise BadLine(f"not JSON: {name} is not a JSON number")
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_number)

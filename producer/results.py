@@ -1,51 +1,37 @@
 """From the store to a file of answers: JSONL, the OpenAI Batch format, or CSV, in file order.
 
-It reads the store alone, in short pages, and holds no transaction while it writes.
+It reads the store alone, in short pages, and holds no transaction while it writes. It owns files and stdout, and does
+not know what a line says (producer.answers does).
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from jobs.errors import BatchmillError
 from jobs.failpoints import failpoint
-from jobs.schema import ErrorCode
 from jobs.states import RequestState
 from jobs.store import Store
 from jobs.store.reading import Job, OutputRow
+from producer.answers import CSV_COLUMNS, csv_row, jsonl_line, openai_line, to_json
 
 _PAGE = 2_000
 #: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
 _NAME_LENGTH = 40
-PASSTHROUGH = ("user", "metadata", "store", "service_tier")
-CSV_COLUMNS = (
-    "index",
-    "custom_id",
-    "text",
-    "finish_reason",
-    "prompt_tokens",
-    "completion_tokens",
-    "error_code",
-    "error_message",
-    *PASSTHROUGH,
-)
 #: What `--only` takes, as the states that it lets through.
 ONLY = {
     "all": frozenset({RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED}),
     "succeeded": frozenset({RequestState.SUCCEEDED}),
     "failed": frozenset({RequestState.FAILED, RequestState.CANCELLED}),
 }
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> int:
@@ -159,15 +145,15 @@ def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> int
             count += len(page)
             for row in page:
                 file = good if row.state == RequestState.SUCCEEDED else bad
-                file.write(_to_json(openai_line(row, job)) + "\n")
+                file.write(to_json(openai_line(row, job)) + "\n")
             failpoint("export.written")
     return count
 
 
 def _write(file: IO[str], pages: Iterable[list[OutputRow]], *, form: str, job: Job) -> int:
     line_of: dict[str, Callable[[OutputRow], str]] = {
-        "jsonl": lambda row: _to_json(jsonl_line(row)) + "\n",
-        "openai": lambda row: _to_json(openai_line(row, job)) + "\n",
+        "jsonl": lambda row: to_json(jsonl_line(row)) + "\n",
+        "openai": lambda row: to_json(openai_line(row, job)) + "\n",
         "csv": lambda row: _csv_text(csv_row(row)),
     }
     if form == "csv":
@@ -178,100 +164,6 @@ def _write(file: IO[str], pages: Iterable[list[OutputRow]], *, form: str, job: J
         count += len(page)
         failpoint("export.written")
     return count
-
-
-def jsonl_line(row: OutputRow) -> dict[str, Any]:
-    """One output as batchmill writes it; what the request passed through follows under its own keys."""
-    first = _first_choice(row)
-    line: dict[str, Any] = {
-        "index": row.index,
-        "custom_id": row.custom_id,
-        "text": first.get("text"),
-        "finish_reason": first.get("finish_reason"),
-        "prompt_tokens": row.prompt_tokens,
-        "completion_tokens": row.completion_tokens,
-        "error": None if row.error_code is None else {"code": row.error_code, "message": row.error_message},
-    }
-    return line | _passthrough(row)
-
-
-def csv_row(row: OutputRow) -> tuple[Any, ...]:
-    """The values of CSV_COLUMNS; passed through objects are JSON text."""
-    first, passed = _first_choice(row), _passthrough(row)
-    return (
-        row.index,
-        row.custom_id,
-        first.get("text"),
-        first.get("finish_reason"),
-        row.prompt_tokens,
-        row.completion_tokens,
-        row.error_code,
-        row.error_message,
-        *(value if isinstance(value := passed.get(name), str | None) else _to_json(value) for name in PASSTHROUGH),
-    )
-
-
-def openai_line(row: OutputRow, job: Job) -> dict[str, Any]:
-    """One line of the OpenAI Batch API; its ids follow from job and index, so that two exports are equal."""
-    response = None
-    error = None
-    if row.error_code is None:
-        response = {"status_code": 200, "request_id": _id("req_", job, row), "body": _completion(row, job)}
-    elif row.error_code == ErrorCode.CANCELLED:
-        error = {"code": "batch_cancelled", "message": row.error_message}
-    else:
-        status_code = 500 if row.error_code in _OUR_FAULT else 400
-        response = {"status_code": status_code, "request_id": _id("req_", job, row), "body": {"error": _api_error(row)}}
-    return {"id": _id("batch_req_", job, row), "custom_id": row.custom_id, "response": response, "error": error}
-
-
-def _completion(row: OutputRow, job: Job) -> dict[str, Any]:
-    chat = '"messages":' in row.body and "messages" in json.loads(row.body)
-    body: dict[str, Any] = {
-        "id": _id("chatcmpl-" if chat else "cmpl-", job, row),
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(row.finished_at),
-        "model": job.spec.model,
-        "choices": [_choice(place, each, chat) for place, each in enumerate(json.loads(row.choices))],
-        "usage": {
-            "prompt_tokens": row.prompt_tokens,
-            "completion_tokens": row.completion_tokens,
-            "total_tokens": row.prompt_tokens + row.completion_tokens,
-        },
-        "system_fingerprint": None,
-    }
-    return body | _passthrough(row)
-
-
-def _choice(place: int, choice: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    text = choice["text"]
-    said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-    return {"index": place, **said, "logprobs": None, "finish_reason": choice["finish_reason"]}
-
-
-def _api_error(row: OutputRow) -> dict[str, Any]:
-    kind = "server_error" if row.error_code in _OUR_FAULT else "invalid_request_error"
-    return {"message": row.error_message, "type": kind, "param": None, "code": row.error_code}
-
-
-_OUR_FAULT = frozenset({ErrorCode.OUT_OF_MEMORY.value, ErrorCode.ENGINE_ERROR.value})
-
-
-def _id(prefix: str, job: Job, row: OutputRow) -> str:
-    return prefix + hashlib.sha256(f"{prefix}{job.id}/{row.index}".encode()).hexdigest()[:24]
-
-
-def _first_choice(row: OutputRow) -> Mapping[str, Any]:
-    choices = json.loads(row.choices)
-    first: Mapping[str, Any] = choices[0] if choices else {}
-    return first
-
-
-def _passthrough(row: OutputRow) -> dict[str, Any]:
-    if '"passthrough":' not in row.body:
-        return {}
-    passed: dict[str, Any] = json.loads(row.body).get("passthrough", {})
-    return passed
 
 
 def _csv_text(values: Iterable[Any]) -> str:

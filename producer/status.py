@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -177,9 +178,17 @@ def worker_line(worker: WorkerRow) -> str:
     at = f", {worker.leases} batches" if worker.leases else ""
     line = (
         f"{worker.name}  {state}{at}  {worker.spec}  {worker.device_name or worker.device} on {worker.host}"
-        f"  {size(worker.weights_bytes)} weights  up {duration(worker.uptime_seconds)}"
+        f"  {size(worker.weights_bytes)} weights{_limits(worker)}  up {duration(worker.uptime_seconds)}"
     )
     return line if worker.error is None else f"{line}  ({one_line(worker.error)})"
+
+
+def _limits(worker: WorkerRow) -> str:
+    """The worker's engine and what it takes at once; nothing before the model is loaded."""
+    if worker.engine is None:
+        return ""
+    limits = ((worker.engine_rows, "rows"), (worker.context_tokens, "context"), (worker.cache_tokens, "cache tokens"))
+    return f"  {worker.engine}: " + ", ".join(f"{number:,} {what}" for number, what in limits if number is not None)
 
 
 def worker_json(worker: WorkerRow) -> dict[str, Any]:
@@ -198,6 +207,10 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
         "device_uuid": worker.device_uuid,
         "weights_bytes": worker.weights_bytes,
         "model_load_seconds": worker.model_load_seconds,
+        "engine": worker.engine,
+        "rows": worker.engine_rows,
+        "context_tokens": worker.context_tokens,
+        "cache_tokens": worker.cache_tokens,
         "uptime_seconds": worker.uptime_seconds,
         "seen_seconds": worker.seen_seconds,
         "error": worker.error,
@@ -265,4 +278,6 @@ def one_line(text: str) -> str:
 
 
 def _pairs(values: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+    """Options for people; one with a structure of its own is JSON, cut short."""
+    shown = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in values.items()}
+    return ", ".join(one_line(f"{key} {each}") for key, each in shown.items())

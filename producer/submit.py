@@ -196,8 +196,8 @@ def _stream(
     lease_seconds: float,
 ) -> None:
     plain_only = spec if spec is not None and _lacks_chat_template(spec) else None
-    if plain_only is not None and submission.options.system is not None:
-        raise UsageError(f"--system makes chats, and the model folder {plain_only.model} has no chat template")
+    if plain_only is not None:
+        _refuse_chat_options(submission.options, plain_only)
     for page in _pages(prompts):
         if plain_only is not None:
             _refuse_messages(page, plain_only)
@@ -227,6 +227,14 @@ def _pages(prompts: PromptFile) -> Iterator[list[Line]]:
             page, size = [], 0
     if page:
         yield page
+
+
+def _refuse_chat_options(options: JobOptions, spec: ModelSpec) -> None:
+    lacking = f"the model folder {spec.model} has no chat template"
+    if options.system is not None:
+        raise UsageError(f"--system makes chats, and {lacking}")
+    if options.chat_template_kwargs is not None:
+        raise UsageError(f"--chat-template-kwargs is for a chat template, and {lacking}")
 
 
 def _refuse_messages(page: list[Line], spec: ModelSpec) -> None:

@@ -112,7 +112,8 @@ class Desk:
 
     def spawn(self) -> None:
         self.generation = self.store.workers.new_generation(self.worker_id, child_pid=self.generation + 1)
-        self.store.workers.loaded(self.worker_id, self.generation, loaded=Loaded("cpu", None, 0.5, 100, {}))
+        loaded = Loaded("cpu", None, 0.5, 100, {}, "echo", self.rows)
+        self.store.workers.loaded(self.worker_id, self.generation, loaded=loaded)
         seat = Seat(self.worker_id, self.generation, mill.ECHO_SPEC, "cpu", mill.LEASE_SECONDS)
         path = spool_path(self.bed.folder, self.bed.settings.database, self.worker_id, self.generation)
         self.child = Child(seat, Spool(path, limit_bytes=self.bed.spool_bytes), self.rows)

@@ -67,7 +67,7 @@ def seat(
     )
     generation = store.workers.new_generation(worker_id, child_pid=2)
     if ready:
-        loaded = Loaded("cpu", None, 0.5, 100, {"torch": "2"})
+        loaded = Loaded("cpu", None, 0.5, 100, {"torch": "2"}, "echo", 8, 128, 1_024)
         store.workers.loaded(worker_id, generation, loaded=loaded)
     return Seat(
         worker_id,

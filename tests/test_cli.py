@@ -78,6 +78,10 @@ def test_worker_help_comes_from_the_workers_room() -> None:
         (["submit", "x.jsonl", "-m", "echo", "--temperature", "-1"], "temperature"),
         (["run", "x.jsonl", "-m", "demo", "-q", "nf5"], "nf4, fp4, int8, none"),
         (["status", "--colour"], "--colour"),
+        (["run", "x.jsonl", "-m", "echo", "--engine", "fast"], "--engine"),
+        (["up", "-m", "echo", "--max-rows", "0"], "--max-rows"),
+        (["worker", "-m", "echo", "--gpu-memory-fraction", "1.5"], "--gpu-memory-fraction"),
+        (["worker", "-m", "echo", "--dequantize", "sometimes", "--context", "many"], "--dequantize"),
     ],
 )
 def test_bad_usage_is_exit_2_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:

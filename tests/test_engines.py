@@ -11,8 +11,10 @@ from jobs.schema import Output, Request, RequestKey, SamplingParams
 from jobs.spec import ModelSpec, Quantization
 from tests.tiny import save_tiny_model
 from worker.engine import Engine, Progress
+from worker.engine.continuous import ContinuousEngine
 from worker.engine.echo import EchoEngine
 from worker.engine.generate import GenerateEngine
+from worker.engine.options import EngineOptions
 from worker.loader import LoadedModel, load
 
 Make = Callable[..., Engine]
@@ -26,17 +28,22 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load(ModelSpec(str(folder), quantization=Quantization.NONE), "cpu")
 
 
-@pytest.fixture(params=["echo", "generate"])
+@pytest.fixture(params=["echo", "generate", "continuous"])
 def make(request: pytest.FixtureRequest) -> Make:
     """Makes an engine of a kind with these rows and this progress."""
     if request.param == "echo":
         return EchoEngine
     loaded: LoadedModel = request.getfixturevalue("loaded")
 
+    def make_continuous(*, rows: int = 8, progress: Progress = lambda: False) -> Engine:
+        engine = ContinuousEngine(loaded, options=EngineOptions(max_rows=rows), progress=progress)
+        request.addfinalizer(engine.close)
+        return engine
+
     def make_generate(*, rows: int = 8, progress: Progress = lambda: False) -> Engine:
         return GenerateEngine(loaded, rows=rows, progress=progress)
 
-    return make_generate
+    return make_continuous if request.param == "continuous" else make_generate
 
 
 def key(index: int) -> RequestKey:
@@ -130,7 +137,7 @@ def test_progress_ends_a_step_early_and_what_is_unfinished_waits_again(make: Mak
     assert indices(drain(engine)) == list(range(5))
 
 
-def test_requests_with_any_sampling_run_in_one_step(make: Make) -> None:
+def test_requests_with_any_sampling_run_together(make: Make) -> None:
     engine = make(rows=8)
     mixed: list[dict[str, object]] = [
         {},
@@ -141,7 +148,9 @@ def test_requests_with_any_sampling_run_in_one_step(make: Make) -> None:
     ]
     for index, sampling in enumerate(mixed):
         engine.add(key(index), request(index, **sampling))
-    assert indices(engine.step()) == list(range(len(mixed)))
+    outputs = engine.step()
+    assert engine.waiting == 0
+    assert indices(outputs + drain(engine)) == list(range(len(mixed)))
 
 
 def test_the_same_seed_gives_the_same_answer_alone_and_in_company(make: Make) -> None:

@@ -17,9 +17,19 @@ from sqlalchemy.exc import OperationalError
 import migrations
 from jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
 from jobs.settings import load_settings
+from jobs.states import RequestState
 from jobs.store import Store
 from jobs.tables import REVISION
 from tests import mill
+
+OLD_JOB = """INSERT INTO jobs
+    (id, state, spec, batch_size, options, file_name, command, versions, created_at, queued_at)
+    VALUES ('old', 'completed', 'echo', 4, '{}', 'p.jsonl', '', '{}', 1, 1)"""
+OLD_BATCH = "INSERT INTO batches (id, job_id, state, total, succeeded) VALUES (1, 'old', 'done', 1, 1)"
+OLD_REQUEST = "INSERT INTO requests (job_id, \"index\", custom_id, batch_id, body) VALUES ('old', 0, 'a', 1, '{}')"
+OLD_OUTPUT = """INSERT INTO outputs
+    (job_id, "index", state, choices, prompt_tokens, completion_tokens, finished_at)
+    VALUES ('old', 0, 'succeeded', '[{"text":"a","finish_reason":"stop"}]', 1, 1, 1)"""
 
 
 def test_the_code_works_at_the_newest_revision() -> None:
@@ -62,6 +72,21 @@ def test_a_newer_embedded_store_is_left_alone() -> None:
     set_revision(settings.database, "9999")
     with pytest.raises(SchemaMismatch, match="newer batchmill"):
         migrations.open_store(settings)
+
+
+def test_a_store_of_before_timings_keeps_its_outputs(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/old.db"
+    migrations.upgrade(url, revision="0002")
+    store = Store(url)
+    with store.database.write() as connection:
+        connection.execute(text(OLD_JOB))
+        connection.execute(text(OLD_BATCH))
+        connection.execute(text(OLD_REQUEST))
+        connection.execute(text(OLD_OUTPUT))
+    migrations.upgrade(url)
+    ((row,),) = store.reading.output_pages("old", states=frozenset(RequestState), page=10)
+    assert (row.choices, row.queued_seconds) == ('[{"text":"a","finish_reason":"stop"}]', None)
+    store.close()
 
 
 def test_any_other_store_refuses_to_work_and_names_the_command(tmp_path: Path) -> None:

@@ -116,7 +116,9 @@ def test_every_sampling_key_arrives(one: Callable[..., Request]) -> None:
         "max_tokens": 7, "temperature": 1, "top_p": 0.5, "top_k": 40, "min_p": 0, "repetition_penalty": 1.1,
         "stop": ["a", "b"], "seed": 3,
     }  # fmt: skip
-    wanted = SamplingParams(7, 1.0, 0.5, 40, 0.0, 1.1, ("a", "b"), 3)
+    wanted = SamplingParams(
+        max_tokens=7, temperature=1.0, top_p=0.5, top_k=40, min_p=0.0, repetition_penalty=1.1, stop=("a", "b"), seed=3
+    )
     assert one({"prompt": "x"} | asked).sampling == wanted
     assert one({"messages": [HELLO]} | asked).sampling == wanted
     assert one(openai({"messages": [HELLO]} | asked)).sampling == wanted
@@ -166,8 +168,7 @@ def test_a_line_that_asks_for_nothing_shares_its_sampling(one: Callable[..., Req
 
 
 NOTHING: list[dict[str, Any]] = [
-    {"n": 1}, {"best_of": 1}, {"stream": False}, {"presence_penalty": 0}, {"frequency_penalty": 0.0},
-    {"logprobs": False}, {"logprobs": None}, {"top_logprobs": 0}, {"response_format": {"type": "text"}},
+    {"best_of": 1}, {"stream": False}, {"top_logprobs": 0}, {"response_format": {"type": "text"}},
     {"stop": ""}, {"stop": []}, {"top_k": 0}, {"top_k": -1}, {"tools": []}, {"tool_choice": "none"},
     {"stream_options": None}, {"logit_bias": {}}, {"suffix": None}, {"echo": False}, {"functions": []},
     {"modalities": ["text"]}, {"parallel_tool_calls": True}, {"user": None}, {"custom_id": None},
@@ -336,22 +337,12 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (X | {"store": 1}, "store must be a boolean, not a number"),
     (X | {"service_tier": {}}, "service_tier must be a string, not an object"),
     # what is not supported
-    (X | {"n": 2}, "n is not supported as 2; remove it or write 1"),
-    (X | {"n": True}, "n is not supported as true; remove it or write 1"),
-    (X | {"best_of": 3}, "best_of is not supported as 3; remove it or write 1"),
     (X | {"stream": True}, "stream is not supported as true; remove it or write false"),
     (X | {"stream": 0}, "stream is not supported as 0"),
-    (X | {"presence_penalty": 0.5}, "presence_penalty is not supported as 0.5; remove it or write 0"),
-    (X | {"frequency_penalty": False}, "frequency_penalty is not supported as false"),
-    (X | {"logprobs": True}, "logprobs is not supported as true"),
-    (X | {"logprobs": 0}, "logprobs is not supported as 0"),
-    (X | {"top_logprobs": 5}, "top_logprobs is not supported as 5"),
-    (M | {"response_format": {"type": "json_object"}}, 'response_format is not supported; remove it or'),
     (M | {"tools": [{}]}, "tools is not supported; remove it or write []"),
     (M | {"tool_choice": "required"}, "tool_choice is not supported; remove it"),
     (M | {"parallel_tool_calls": 1}, "parallel_tool_calls is not supported as 1"),
     (M | {"modalities": ["text", "audio"]}, "modalities is not supported"),
-    (X | {"logit_bias": {"5": 1}}, "logit_bias is not supported; remove it or write {}"),
     (X | {"suffix": "SECRET"}, "suffix is not supported; remove it"),
     (X | {"echo": True}, "echo is not supported as true"),
     (M | {"stream_options": {"include_usage": True}}, "stream_options is not supported; remove it"),
@@ -707,10 +698,21 @@ LIKELY_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(-(2**63), 2**63 - 1),
     "metadata": st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False) | st.none() | TEXT),
     "user": TEXT,
+    "min_tokens": st.integers(0, 9),
+    "n": st.integers(1, 128),
+    "logprobs": st.booleans(),
+    "presence_penalty": st.floats(-2, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 99).map(str), st.floats(-100, 100)),
+    "stop_token_ids": st.lists(st.integers(0, 99)),
+    "guided_choice": st.lists(TEXT),
+    "response_format": st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema", "regex"])},
+        optional={"schema": st.dictionaries(TEXT, TEXT), "regex": TEXT},
+    ),
 }
 KEYS = [
     "custom_id", "method", "url", "body", "messages", "prompt", "model", "role", "content", "type", "text",
-    "n", "chat_template_kwargs", "stream", "response_format", "tools", "logprobs", "other", *LIKELY_KEYS,
+    "chat_template_kwargs", "stream", "tools", "top_logprobs", "best_of", "structured_outputs", "other", *LIKELY_KEYS,
 ]  # fmt: skip
 ANY_KEY = st.sampled_from(KEYS)
 ANY_JSON = st.recursive(

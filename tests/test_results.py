@@ -19,12 +19,13 @@ import pytest
 
 from jobs.errors import BatchmillError
 from jobs.failpoints import arm
-from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey
+from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, Timings
 from jobs.store import Store
 from jobs.store.lease import Held
 from jobs.store.reading import Job
 from producer import results
-from producer.results import CSV_COLUMNS, errors_path, export, replaced
+from producer.answers import CSV_COLUMNS
+from producer.results import errors_path, export, replaced
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +165,110 @@ def test_csv_quotes_what_needs_it(store: Store, job: Job, capsys: pytest.Capture
     assert rows[1][:4] == ["1", "plain", 'a,"b"\nc', "length"]
     assert dict(zip(header, rows[0], strict=True))["metadata"] == '{"a":"b"}'
     assert rows[2][6:8] == ["context_length_exceeded", "too long"]
+
+
+LOGPROBS = {
+    "content": [
+        {
+            "token": "he",
+            "logprob": -0.1,
+            "bytes": [104, 101],
+            "top_logprobs": [
+                {"token": "he", "logprob": -0.1, "bytes": [104, 101]},
+                {"token": "ho", "logprob": -2.5, "bytes": [104, 111]},
+            ],
+        },
+        {"token": "y", "logprob": -0.5, "bytes": [121], "top_logprobs": []},
+    ]
+}
+
+
+@pytest.fixture
+def rich(store: Store) -> Job:
+    """A job whose outputs have several choices, logprobs and timings: one of messages, one of a prompt."""
+    job_id = mill.begin(store, batch_size=4)
+    store.loading.add(job_id, prompts=REQUESTS[:2], batch_size=4, lease_seconds=60)
+    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
+    who = mill.seat(store)
+    (claimed,) = mill.claim(store, who)
+    choices = (Choice("hey", "stop", LOGPROBS), Choice("ho", "length", {"content": []}))
+    timings = Timings(0.25, 0.5, 1.0)
+    outputs = [Output(RequestKey(job_id, index), choices, 3, 5, timings=timings) for index in (0, 1)]
+    mill.save(store, who, [Held(claimed.lease, outputs=outputs)])
+    return store.reading.job(job_id)
+
+
+def test_jsonl_has_choices_logprobs_and_timings_where_there_are_some(
+    store: Store, rich: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(store, rich, out=None, form="jsonl", only="all")
+    first = json.loads(capsys.readouterr().out.split("\n")[0])
+    assert first == {
+        "index": 0,
+        "custom_id": "chat",
+        "text": "hey",
+        "finish_reason": "stop",
+        "prompt_tokens": 3,
+        "completion_tokens": 5,
+        "error": None,
+        "logprobs": LOGPROBS,
+        "choices": [
+            {"text": "hey", "finish_reason": "stop", "logprobs": LOGPROBS},
+            {"text": "ho", "finish_reason": "length", "logprobs": {"content": []}},
+        ],
+        "timings": {"queued_seconds": 0.25, "prefill_seconds": 0.5, "decode_seconds": 1.0},
+        "user": "u",
+        "metadata": {"a": "b"},
+    }
+
+
+def test_the_openai_format_has_every_choice_with_the_logprobs_of_its_endpoint(
+    store: Store, rich: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(store, rich, out=None, form="openai", only="all")
+    chat, plain = [json.loads(line)["response"]["body"] for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert chat["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "hey", "refusal": None},
+            "logprobs": LOGPROBS | {"refusal": None},
+            "finish_reason": "stop",
+        },
+        {
+            "index": 1,
+            "message": {"role": "assistant", "content": "ho", "refusal": None},
+            "logprobs": {"content": [], "refusal": None},
+            "finish_reason": "length",
+        },
+    ]
+    first, second = plain["choices"]
+    assert first["text"] == "hey"
+    assert first["logprobs"] == {
+        "text_offset": [0, 2],
+        "token_logprobs": [-0.1, -0.5],
+        "tokens": ["he", "y"],
+        "top_logprobs": [{"he": -0.1, "ho": -2.5}, {"y": -0.5}],
+    }
+    assert second["logprobs"] == {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+
+
+def test_csv_keeps_its_columns_and_has_the_first_choice(
+    store: Store, rich: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(store, rich, out=None, form="csv", only="all")
+    header, first, _ = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert tuple(header) == CSV_COLUMNS
+    assert first[:4] == ["0", "chat", "hey", "stop"]
+
+
+def test_an_output_without_anything_new_has_the_bytes_it_always_had(
+    store: Store, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(store, job, out=None, form="jsonl", only="succeeded")
+    assert capsys.readouterr().out.split("\n")[1] == (
+        '{"index":1,"custom_id":"plain","text":"a,\\"b\\"\\nc","finish_reason":"length","prompt_tokens":5,'
+        '"completion_tokens":6,"error":null}'
+    )
 
 
 def test_a_failed_export_leaves_the_old_file(tmp_path: Path) -> None:

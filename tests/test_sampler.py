@@ -1,152 +1,292 @@
-"""Each row's next token, against transformers' own processors."""
+"""The sampler's state and order: who sits where, in whose company, and what comes back. Distributions: see beside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs.schema import SamplingParams
-from worker.engine.sampler import DRAWS, NUCLEUS_TOKENS, RowSampler
+from worker.engine.sampler import Sampled, Sampler
 
 CPU = torch.device("cpu")
-DRAWN_ROWS = 20_000
-VOCABULARY = 12
-TOKENS = [3, 5, 5, 9]
-
-OPTIONS: dict[str, tuple[SamplingParams, list[LogitsProcessor]]] = {
-    "plain": (SamplingParams(temperature=1.0), []),
-    "temperature": (SamplingParams(temperature=0.6), [TemperatureLogitsWarper(0.6)]),
-    "hot": (SamplingParams(temperature=3.0), [TemperatureLogitsWarper(3.0)]),
-    "top_k": (SamplingParams(temperature=1.0, top_k=4), [TopKLogitsWarper(4)]),
-    "top_k of all": (SamplingParams(temperature=1.0, top_k=500), []),
-    "top_p": (SamplingParams(temperature=1.0, top_p=0.8), [TopPLogitsWarper(0.8)]),
-    "tiny top_p": (SamplingParams(temperature=1.0, top_p=1e-6), [TopPLogitsWarper(1e-6)]),
-    "min_p": (SamplingParams(temperature=1.0, min_p=0.2), [MinPLogitsWarper(0.2)]),
-    "penalty": (SamplingParams(temperature=1.0, repetition_penalty=1.8), [RepetitionPenaltyLogitsProcessor(1.8)]),
-    "reward": (SamplingParams(temperature=1.0, repetition_penalty=0.5), [RepetitionPenaltyLogitsProcessor(0.5)]),
-    "all": (
-        SamplingParams(temperature=1.5, top_k=8, top_p=0.9, min_p=0.05, repetition_penalty=1.3),
-        [
-            RepetitionPenaltyLogitsProcessor(1.3),
-            TemperatureLogitsWarper(1.5),
-            TopKLogitsWarper(8),
-            TopPLogitsWarper(0.9),
-            MinPLogitsWarper(0.05),
-        ],
-    ),
-}  # fmt: skip
+#: Searched whole, in blocks, and in blocks by rows.
+VOCABULARIES = (40, 700, 2_500)
+PROMPT = [3, 5, 5, 9]
+ENDS = [1, 4]
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(11)
+def sampler(vocabulary: int = VOCABULARIES[0], *, seats: int = 8) -> Sampler:
+    return Sampler(seats=seats, vocabulary=vocabulary, device=CPU)
 
 
-def logits(vocabulary: int = VOCABULARY) -> torch.Tensor:
-    """One row of logits, of both signs."""
-    return torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(5)) * 1.5
+def logits(*names: int, vocabulary: int = VOCABULARIES[0]) -> torch.Tensor:
+    """Some rows of logits, the same for the same name."""
+    rows = [torch.randn(vocabulary, generator=torch.Generator().manual_seed(name)) * 2 for name in names]
+    return torch.stack(rows)
 
 
-def sampler(sampling: Sequence[SamplingParams], padding: Sequence[int] | None = None) -> RowSampler:
-    padding = padding or [0] * len(sampling)
-    return RowSampler(sampling, padding=padding, generator=generator(), device=CPU)
+def packed(allowed: Sequence[Sequence[int] | None], vocabulary: int = VOCABULARIES[0]) -> torch.Tensor:
+    """The bitmask that allows each row these tokens; None allows all."""
+    words = np.zeros((len(allowed), (vocabulary + 31) // 32), dtype=np.uint32)
+    for row, tokens in enumerate(allowed):
+        for token in range(32 * words.shape[1]) if tokens is None else tokens:
+            words[row, token // 32] |= np.uint32(1 << (token % 32))
+    return torch.from_numpy(words.view(np.int32))
 
 
-def next_tokens(rows: RowSampler, scores: torch.Tensor, tokens: Sequence[Sequence[int]]) -> list[int]:
-    return rows(torch.tensor(tokens), scores.clone()).argmax(dim=-1).tolist()
+def steps(of: Sampler, seat: int, count: int, *, start: int = 0, vocabulary: int = VOCABULARIES[0]) -> list[int]:
+    """The tokens that one seat gets alone, from logits that differ from step to step."""
+    return [int(of.sample([seat], logits(start + step, vocabulary=vocabulary)).tokens) for step in range(count)]
 
 
-def expected(processors: list[LogitsProcessor], scores: torch.Tensor) -> torch.Tensor:
-    """The probabilities that transformers draws from."""
-    return LogitsProcessorList(processors)(torch.tensor([TOKENS]), scores.clone()).softmax(dim=-1)[0]
+def greedy(**options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, **options)
 
 
-def assert_drawn_from(probabilities: torch.Tensor, drawn: Sequence[int]) -> None:
-    """A chi-square test; the draws are the same in every run, so it passes always or never."""
-    counts = torch.bincount(torch.tensor(drawn), minlength=len(probabilities)).double()
-    possible = probabilities > 0
-    assert not counts[~possible].any(), "a token was drawn that is excluded"
-    wanted = probabilities[possible].double() * len(drawn)
-    squares = ((counts[possible] - wanted) ** 2 / wanted).sum().item()
-    freedom = int(possible.sum()) - 1
-    assert squares <= freedom + 4 * (2 * freedom) ** 0.5, (squares, freedom)
+def one(sampling: SamplingParams, scores: Sequence[float], **given: Any) -> int:
+    """The next token of one sequence."""
+    rows = sampler(len(scores))
+    rows.enter(0, sampling, **{"prompt": [0], **given})
+    return int(rows.sample([0], torch.tensor([scores])).tokens)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_draws_follow_the_distribution_of_transformers(name: str) -> None:
-    sampling, processors = OPTIONS[name]
-    rows = sampler([sampling] * DRAWN_ROWS)
-    drawn = next_tokens(rows, logits().expand(DRAWN_ROWS, -1), [TOKENS] * DRAWN_ROWS)
-    assert_drawn_from(expected(processors, logits()), drawn)
+EVERYTHING = {
+    "temperature": st.sampled_from([0.0, 0.7, 1.0, 2.0]),
+    "top_p": st.sampled_from([None, 0.0, 0.5, 0.9, 0.999, 1.0]),
+    "top_k": st.sampled_from([None, -1, 0, 1, 5, 3_000]),
+    "min_p": st.sampled_from([None, 0.0, 0.1, 1.0]),
+    "min_tokens": st.sampled_from([None, 0, 2]),
+    "repetition_penalty": st.sampled_from([None, 1.0, 1.5]),
+    "presence_penalty": st.sampled_from([None, 0.0, 0.8]),
+    "frequency_penalty": st.sampled_from([None, -0.5, 0.5]),
+    "logit_bias": st.sampled_from([None, (), ((1, 3.0), (9, -100.0))]),
+    "logprobs": st.booleans(),
+    "top_logprobs": st.sampled_from([None, 0, 3]),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+}
+SEQUENCES = st.lists(st.builds(SamplingParams, **EVERYTHING), min_size=1, max_size=6)
 
 
-def test_all_options_mix_in_one_micro_batch() -> None:
-    each = DRAWN_ROWS // 4
-    sampling = [params for params, _ in OPTIONS.values()]
-    rows = sampler([*sampling, SamplingParams(temperature=0.0)] * each)
-    count = len(sampling) + 1
-    drawn = next_tokens(rows, logits().expand(count * each, -1), [TOKENS] * count * each)
-    for place, (_, processors) in enumerate(OPTIONS.values()):
-        assert_drawn_from(expected(processors, logits()), drawn[place::count])
-    assert set(drawn[count - 1 :: count]) == {int(logits().argmax())}
+@given(SEQUENCES, st.sampled_from(VOCABULARIES), st.data())
+def test_a_row_gets_the_same_whatever_the_company(
+    sequences: list[SamplingParams], vocabulary: int, data: st.DataObject
+) -> None:
+    """Its token and its logprobs, bit for bit: alone, and among any of the others in any order at any step."""
+    alone, together = [sampler(vocabulary) for _ in sequences], sampler(vocabulary)
+    forbidden = data.draw(st.sampled_from([None, range(7, vocabulary, 2)]))
+    for seat, sampling in enumerate(sequences):
+        alone[seat].enter(0, sampling, prompt=PROMPT, end_token_ids=ENDS)
+        together.enter(seat, sampling, prompt=PROMPT, end_token_ids=ENDS)
+    for _ in range(3):
+        some = data.draw(st.lists(st.sampled_from(range(len(sequences))), unique=True, min_size=1))
+        masks = [None if seat % 2 else forbidden for seat in some]
+        allowed = packed(masks, vocabulary) if any(masks) else None
+        found = together.sample(some, logits(*some, vocabulary=vocabulary), allowed=allowed)
+        for place, seat in enumerate(some):
+            own = packed([masks[place]], vocabulary) if masks[place] else None
+            wanted = alone[seat].sample([0], logits(seat, vocabulary=vocabulary), allowed=own)
+            assert_same(found, place, wanted)
 
 
-def test_a_nucleus_wider_than_the_first_look_is_found() -> None:
-    scores = logits(4 * NUCLEUS_TOKENS) / 10
-    sampling = [SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperature=0.01, top_p=0.9)]
-    drawn = next_tokens(sampler(sampling * 20_000), scores.expand(40_000, -1), [TOKENS] * 40_000)
-    assert_drawn_from(expected([TopPLogitsWarper(0.9)], scores), drawn[::2])
-    assert_drawn_from(expected([TemperatureLogitsWarper(0.01), TopPLogitsWarper(0.9)], scores), drawn[1::2])
+def assert_same(found: Sampled, place: int, wanted: Sampled) -> None:
+    assert found.tokens[place] == wanted.tokens[0]
+    if wanted.logprobs is None:
+        assert found.logprobs is None or place not in found.logprobs.places
+        return
+    assert found.logprobs is not None
+    row, most = found.logprobs.places.index(place), wanted.logprobs.top.shape[1]
+    assert torch.equal(found.logprobs.chosen[row], wanted.logprobs.chosen[0])
+    assert torch.equal(found.logprobs.top[row, :most], wanted.logprobs.top[0])
+    assert torch.equal(found.logprobs.top_ids[row, :most], wanted.logprobs.top_ids[0])
 
 
-def test_greedy_rows_take_the_largest_score_after_the_penalty() -> None:
-    scores = torch.tensor([[1.0, 3.0, 2.9, -1.0]])
-    greedy = SamplingParams(temperature=0.0, top_p=0.1, top_k=2, seed=3)
-    penalised = SamplingParams(temperature=0.0, repetition_penalty=1.2)
-    assert next_tokens(sampler([greedy, penalised]), scores.expand(2, -1), [[0, 1], [0, 1]]) == [1, 2]
+def test_many_rows_of_a_large_vocabulary_get_the_same_as_each_alone() -> None:
+    """Enough of them that they are worked on in several parts, and by several threads."""
+    vocabulary, rows = 33_000, 70
+    sampling = [
+        SamplingParams(
+            temperature=1.0 + seat % 3, top_p=(None, 0.9)[seat % 2], min_p=(None, 1e-5)[seat // 2 % 2], seed=1
+        )
+        for seat in range(rows)
+    ]
+    alone, together = sampler(vocabulary, seats=rows), sampler(vocabulary, seats=rows)
+    for seat in range(rows):
+        alone.enter(seat, sampling[seat], prompt=PROMPT, choice=seat)
+        together.enter(seat, sampling[seat], prompt=PROMPT, choice=seat)
+    scores = logits(*range(rows), vocabulary=vocabulary)
+    tokens = together.sample(range(rows), scores.clone()).tokens.tolist()
+    assert tokens == [int(alone.sample([seat], scores[seat : seat + 1].clone()).tokens) for seat in range(rows)]
+    assert len(set(tokens)) > rows // 2
 
 
-def test_where_no_row_asks_for_anything_the_scores_are_not_touched() -> None:
-    scores = logits()
-    assert sampler([SamplingParams(temperature=0.0)])(torch.tensor([TOKENS]), scores) is scores
+MANY = SamplingParams(
+    temperature=1.3,
+    top_p=0.95,
+    min_tokens=6,
+    repetition_penalty=1.4,
+    presence_penalty=0.5,
+    frequency_penalty=0.9,
+    seed=3,
+)
 
 
-def test_padding_is_no_token_of_the_prompt() -> None:
-    penalty = SamplingParams(temperature=0.0, repetition_penalty=5.0)
-    scores = torch.tensor([[2.0, 1.9, 1.8, 1.7]]).expand(2, -1)
-    tokens = [[0, 0, 1, 2]] * 2
-    assert next_tokens(sampler([penalty, penalty], padding=[2, 0]), scores, tokens) == [0, 3]
+@pytest.mark.parametrize("generated", [0, 1, 4, 9])
+def test_a_sequence_that_was_put_back_goes_on_as_if_it_had_stayed(generated: int) -> None:
+    stays, moves = sampler(), sampler()
+    stays.enter(0, MANY, prompt=PROMPT, end_token_ids=ENDS)
+    whole = steps(stays, 0, 20)
+    moves.enter(0, MANY, prompt=PROMPT, end_token_ids=ENDS)
+    assert steps(moves, 0, generated) == whole[:generated]
+    moves.leave(0)
+    moves.enter(0, SamplingParams(temperature=1.0, repetition_penalty=2.0), prompt=[8, 9])
+    steps(moves, 0, 3)
+    moves.enter(5, MANY, prompt=PROMPT, generated=whole[:generated], end_token_ids=ENDS)
+    assert steps(moves, 5, 20 - generated, start=generated) == whole[generated:]
 
 
-def draws_of(sampling: Sequence[SamplingParams], row: int, *, steps: int = DRAWS + 20) -> list[int]:
-    """What one row draws in several steps, always from the same logits."""
-    rows = sampler(sampling)
-    scores = logits(50).expand(len(sampling), -1)
-    return [next_tokens(rows, scores, [TOKENS] * len(sampling))[row] for _ in range(steps)]
+@pytest.mark.parametrize("after", [greedy(), greedy(frequency_penalty=0.1), SamplingParams(temperature=1.0, seed=2)])
+def test_nothing_of_a_sequence_stays_on_its_seat(after: SamplingParams) -> None:
+    used, fresh = sampler(), sampler()
+    everything = SamplingParams(
+        temperature=0.5, top_k=2, top_p=0.5, min_p=0.5, logit_bias=((6, 100.0),), logprobs=True, top_logprobs=4, seed=9
+    )
+    used.enter(2, everything.over(MANY), prompt=PROMPT, end_token_ids=ENDS)
+    steps(used, 2, 5)
+    used.leave(2)
+    for each in (used, fresh):
+        each.enter(2, after, prompt=PROMPT)
+    assert used.sample([2], logits(1)).logprobs is None
+    fresh.sample([2], logits(1))
+    assert steps(used, 2, 12) == steps(fresh, 2, 12)
+    assert used.greedy == fresh.greedy == (after == greedy())
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])
-def test_a_seed_draws_the_same_alone_and_in_company(seed: int) -> None:
-    seeded = SamplingParams(temperature=1.0, top_p=0.95, seed=seed)
-    other = SamplingParams(temperature=0.7, top_k=3)
-    alone = draws_of([seeded], 0)
-    assert len(set(alone)) > 5
-    assert draws_of([other, SamplingParams(temperature=0.0), other, seeded, other], 3) == alone
-    assert draws_of([seeded, SamplingParams(temperature=1.0, seed=7)], 0) == alone
+def test_the_same_seed_draws_the_same(seed: int) -> None:
+    seeded = SamplingParams(temperature=1.0, seed=seed)
+    first, again = sampler(), sampler()
+    first.enter(0, seeded, prompt=PROMPT)
+    again.enter(3, seeded, prompt=PROMPT)
+    tokens = steps(first, 0, 20)
+    assert tokens == steps(again, 3, 20)
+    assert len(set(tokens)) > 5
 
 
-def test_different_seeds_and_rows_without_one_draw_differently() -> None:
-    plain = SamplingParams(temperature=1.0)
-    one, two = SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, seed=2)
-    drawn = [draws_of([one, two, plain, plain], row) for row in range(4)]
-    assert len({tuple(each) for each in drawn}) == 4
+def test_seeds_choices_and_sequences_without_a_seed_draw_differently() -> None:
+    rows = sampler()
+    seeds = [SamplingParams(temperature=1.0, seed=seed) for seed in (1, 2, 2**64 - 1, None, None)]
+    for seat, sampling in enumerate(seeds):
+        rows.enter(seat, sampling, prompt=PROMPT)
+    rows.enter(5, seeds[0], prompt=PROMPT, choice=1)
+    rows.enter(6, seeds[1], prompt=PROMPT, choice=1)
+    assert len({tuple(steps(rows, seat, 20)) for seat in range(7)}) == 7
+
+
+def test_greedy_takes_the_largest_logit_whatever_is_asked_of_a_draw() -> None:
+    scores = [1.0, 3.0, 2.9, -1.0]
+    assert one(greedy(top_p=0.1, top_k=2, min_p=0.3, seed=3), scores) == 1
+    assert one(SamplingParams(temperature=1e-6, seed=3), scores) == 1
+    assert one(SamplingParams(seed=3), scores) == 1
+
+
+def test_penalties_and_biases_hold_where_the_choice_is_greedy() -> None:
+    scores = [1.0, 3.0, 2.9, -1.0]
+    assert one(greedy(repetition_penalty=1.2), scores, prompt=[0, 1]) == 2
+    assert one(greedy(repetition_penalty=1.2), scores, prompt=[0], generated=[1]) == 2
+    assert one(greedy(presence_penalty=0.2), scores, generated=[1, 1]) == 2
+    assert one(greedy(frequency_penalty=0.06), scores, generated=[1, 1]) == 2
+    assert one(greedy(frequency_penalty=0.06), scores, generated=[1]) == 1
+    assert one(greedy(logit_bias=((3, 5.0),)), scores) == 3
+
+
+def test_presence_and_frequency_count_no_token_of_the_prompt() -> None:
+    assert one(greedy(presence_penalty=2.0, frequency_penalty=2.0), [1.0, 3.0, 2.9], prompt=[1, 1]) == 1
+    both = greedy(presence_penalty=2.0, repetition_penalty=1.01)
+    assert one(both, [1.0, 3.0, 2.9], prompt=[1, 1]) == 1
+
+
+def test_an_empty_prompt_has_no_token_to_penalise() -> None:
+    assert one(greedy(repetition_penalty=9.0), [3.0, 2.9, 1.0], prompt=[]) == 0
+
+
+def test_no_end_token_comes_before_min_tokens() -> None:
+    rows = sampler(6)
+    sampling = greedy(min_tokens=2, stop_token_ids=(3,), logit_bias=((1, 50.0), (3, 50.0)))
+    rows.enter(0, sampling, prompt=[0], end_token_ids=[1, 2, 777])
+    scores = torch.tensor([[0.0, 9.0, 9.0, 9.0, 5.0, 4.0]])
+    assert [int(rows.sample([0], scores.clone()).tokens) for _ in range(3)] == [4, 4, 1]
+
+
+def test_a_grammar_allows_and_its_neighbours_are_free() -> None:
+    rows = sampler(40)
+    for seat in range(4):
+        rows.enter(seat, (greedy(), SamplingParams(temperature=1.0, seed=1))[seat % 2], prompt=PROMPT)
+    scores = logits(1, vocabulary=40)
+    free = rows.sample([0, 1], scores.repeat(2, 1)).tokens.tolist()
+    for seat in range(4):
+        rows.leave(seat)
+        rows.enter(seat, (greedy(), SamplingParams(temperature=1.0, seed=1))[seat % 2], prompt=PROMPT)
+    allowed = packed([[33, 39], [39], None, None], 40)
+    tokens = rows.sample(range(4), scores.repeat(4, 1), allowed=allowed).tokens.tolist()
+    assert tokens == [33 if scores[0, 33] > scores[0, 39] else 39, 39, *free]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_row_that_may_take_nothing_takes_something_and_leaves_the_others_alone(vocabulary: int) -> None:
+    rows = sampler(vocabulary)
+    restricted = SamplingParams(temperature=1.0, top_p=0.9, top_k=7, min_p=0.1, seed=1)
+    for seat, sampling in enumerate([restricted, SamplingParams(temperature=1.0, top_p=0.5), greedy(), restricted]):
+        rows.enter(seat, sampling, prompt=PROMPT)
+    scores = logits(1, vocabulary=vocabulary).repeat(4, 1)
+    scores[1] = torch.nan
+    tokens = rows.sample(range(4), scores, allowed=packed([[], None, [], None], vocabulary)).tokens
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+    rows.leave(3)
+    rows.enter(3, restricted, prompt=PROMPT)
+    assert rows.sample([3], logits(1, vocabulary=vocabulary)).tokens[0] == tokens[3]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    rows = sampler()
+    changed = SamplingParams(temperature=3.0, top_k=9, repetition_penalty=5.0, logit_bias=((2, 9.0),), logprobs=True)
+    rows.enter(0, greedy(), prompt=PROMPT)
+    rows.enter(1, changed, prompt=PROMPT)
+    rows.enter(2, greedy(logprobs=True, top_logprobs=5), prompt=PROMPT)
+    rows.enter(3, greedy(logprobs=True, top_logprobs=2), prompt=PROMPT)
+    scores = logits(1, 2, 3, 4)
+    model = scores.log_softmax(dim=-1)
+    sampled = rows.sample([3, 0, 2, 1], scores.clone()[[3, 0, 2, 1]])
+    found = sampled.logprobs
+    assert found is not None
+    assert found.places == (0, 2, 3)
+    wanted = [model[seat, sampled.tokens[place]] for place, seat in ((0, 3), (2, 2), (3, 1))]
+    torch.testing.assert_close(found.chosen, torch.stack(wanted))
+    top = model[[3, 2, 1]].topk(5)
+    torch.testing.assert_close(found.top, top.values)
+    assert torch.equal(found.top_ids, top.indices)
+
+
+def test_logprobs_may_be_asked_without_alternatives() -> None:
+    rows = sampler(5)
+    rows.enter(0, greedy(logprobs=True), prompt=PROMPT)
+    found = rows.sample([0], torch.zeros(1, 5)).logprobs
+    assert found is not None
+    assert found.top.shape == found.top_ids.shape == (1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_any_precision_are_taken(dtype: torch.dtype) -> None:
+    rows = sampler()
+    rows.enter(0, greedy(), prompt=PROMPT)
+    rows.enter(1, MANY, prompt=PROMPT)
+    scores = logits(1, 2).to(dtype)
+    before = scores.clone()
+    assert rows.sample([0], scores[:1]).tokens.tolist() == [int(before[0].float().argmax())]
+    assert rows.sample([0, 1], scores).tokens.dtype == torch.int64
+    assert torch.equal(scores, before)

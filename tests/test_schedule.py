@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ class Device:
             self.seated[row.seat] = row
         for source, target, tokens in step.copies:
             for place in range(tokens):
-                self.places[target + place] = self.places[source + place]
+                self.places[target.start + place] = self.places[source.start + place]
         self._check(step)
         for row, begin, end in step.pieces:
             for place in range(begin, end):
@@ -90,7 +91,7 @@ class Device:
         assert 0 < step.tokens <= self.budget or not self.rows
         assert len({id(piece.row) for piece in step.pieces}) == len(step.pieces)
         held = sorted((row.held for row in self.seated.values()), key=lambda slot: slot.start)
-        assert all(one.end <= other.start for one, other in zip(held, held[1:], strict=False))
+        assert all(one.end <= other.start for one, other in pairwise(held))
         assert all(slot.end <= self.slots.tokens for slot in held)
         for row, begin, end in step.pieces:
             assert begin == row.computed < end <= min(len(row.tokens), row.held.size)

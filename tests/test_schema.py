@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from jobs.schema import (
     Request,
     RequestKey,
     SamplingParams,
+    Timings,
     new_job_id,
 )
 from jobs.states import RequestState
@@ -53,8 +55,33 @@ def test_requests_and_options_survive_their_json() -> None:
     for request in (full, bare):
         assert Request.from_body(request.index, request.custom_id, request.to_body()) == request
     assert Request.from_body(4, "d", bare.to_body()).sampling is NO_SAMPLING
-    options = JobOptions("s", full.sampling)
+    options = JobOptions("s", full.sampling, {"enable_thinking": True})
     assert JobOptions.from_json(options.to_json()) == options
+
+
+def test_outputs_survive_their_json_and_so_do_those_of_before_timings() -> None:
+    key = RequestKey("job", 3)
+    logprobs = {"content": [{"token": "x", "logprob": -1.5, "bytes": [120], "top_logprobs": []}]}
+    choices = (Choice("x", "stop", logprobs), Choice("y", "length"))
+    full = Output(key, choices, prompt_tokens=2, completion_tokens=3, timings=Timings(0.1, 0.2, 0.3))
+    failed = Output.failed(key, ErrorCode.UNSUPPORTED_OPTION, "it has no logprobs", prompt_tokens=2)
+    for output in (full, failed):
+        assert Output.from_json(json.loads(json.dumps(output.to_json()))) == output
+    before = {
+        "key": ["job", 3],
+        "choices": [{"text": "x", "finish_reason": "stop"}],
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "error": None,
+    }
+    assert Output.from_json(before) == Output(key, (Choice("x", "stop"),), 2, 3)
+
+
+def test_choices_are_kept_with_their_logprobs_and_nothing_where_there_are_none() -> None:
+    output = Output(RequestKey("job", 0), (Choice("x", "stop"), Choice("y", "length", {"content": []})))
+    assert output.choices_json() == (
+        '[{"text":"x","finish_reason":"stop"},{"text":"y","finish_reason":"length","logprobs":{"content":[]}}]'
+    )
 
 
 @pytest.mark.parametrize("body", ['{"prompt": "x", "colour": 1}', '{"sampling": {"warmth": 1}}'])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from jobs.embedded import socket_path
 from jobs.errors import SettingsError
+from jobs.flags import ENGINE_FLAGS, FLAG_OF_SETTING
 from jobs.settings import Settings, environment_of, load_settings
+from worker.engine.options import Dequantize, EngineKind
 
 
 def test_flags_win_over_environment_over_file_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -32,12 +35,39 @@ def test_flags_win_over_environment_over_file_over_defaults(monkeypatch: pytest.
         ("BATCHMILL_DATABASE_URL", "mysql://host", "BATCHMILL_DATABASE_URL: must begin with sqlite"),
         ("BATCHMILL_DATABASE_URL", "nonsense", "BATCHMILL_DATABASE_URL: must begin with sqlite"),
         ("BATCHMILL_LOG_LEVEL", "loud", "BATCHMILL_LOG_LEVEL"),
+        ("BATCHMILL_ENGINE", "fast", "BATCHMILL_ENGINE: .*'auto', 'continuous' or 'generate'"),
+        ("BATCHMILL_ENGINE_ROWS", "0", "BATCHMILL_ENGINE_ROWS"),
+        ("BATCHMILL_CONTEXT_TOKENS", "0", "BATCHMILL_CONTEXT_TOKENS"),
+        ("BATCHMILL_GPU_MEMORY_FRACTION", "0", "BATCHMILL_GPU_MEMORY_FRACTION"),
+        ("BATCHMILL_GPU_MEMORY_FRACTION", "1.1", "BATCHMILL_GPU_MEMORY_FRACTION"),
+        ("BATCHMILL_GPU_MEMORY_FRACTION", "nan", "BATCHMILL_GPU_MEMORY_FRACTION"),
+        ("BATCHMILL_DEQUANTIZE", "sometimes", "BATCHMILL_DEQUANTIZE: .*'auto', 'never' or 'always'"),
+        ("BATCHMILL_DETERMINISTIC", "perhaps", "BATCHMILL_DETERMINISTIC"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=said):
         load_settings()
+
+
+def test_a_bad_value_of_a_flag_is_refused_by_the_flag_even_where_the_environment_has_a_good_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BATCHMILL_ENGINE_ROWS", "4")
+    with pytest.raises(SettingsError, match=r"^--max-rows: ") as refused:
+        load_settings(engine_rows="0", deterministic=True)
+    assert "BATCHMILL" not in str(refused.value)
+
+
+def test_every_flag_gives_a_setting_and_no_two_the_same() -> None:
+    assert len(FLAG_OF_SETTING) == len(ENGINE_FLAGS)
+    assert set(FLAG_OF_SETTING) <= set(Settings.model_fields)
+
+
+def test_the_engine_has_every_word_of_the_settings() -> None:
+    for name, words in (("engine", EngineKind), ("dequantize", Dequantize)):
+        assert get_args(Settings.model_fields[name].annotation) == tuple(word.value for word in words)
 
 
 def test_a_refused_url_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +88,16 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_process_started_with_the_environment_of_settings_has_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load_settings(lease_seconds=7.5, engine_rows=3, database_url="sqlite:////tmp/x.db")
+    settings = load_settings(
+        lease_seconds=7.5,
+        database_url="sqlite:////tmp/x.db",
+        engine="generate",
+        engine_rows=3,
+        context_tokens=100,
+        gpu_memory_fraction=0.5,
+        dequantize="always",
+        deterministic=True,
+    )
     for name, value in environment_of(settings).items():
         monkeypatch.setenv(name, value)
     assert load_settings() == settings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.schema import ErrorCode
+from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
 from jobs.settings import Settings, load_settings
 from jobs.states import JobState, RunOutcome
 from jobs.store import Store
@@ -53,6 +53,20 @@ def test_a_line_that_a_crash_cut_off_is_left_out(path: Path) -> None:
         file.write(b'{"lease":[3,1,5,"jo')
     assert read(path) == [held(0, in_flight=(1,))] or read(path)[0].outputs == [mill.output("job", 0)]
     assert len(read(path)[0].outputs) == 1
+
+
+def test_what_an_older_batchmill_spooled_is_read(path: Path) -> None:
+    path.parent.mkdir()
+    output = '{"key":["job",0],"choices":[{"text":"a","finish_reason":"stop"}],"prompt_tokens":2,"completion_tokens":3'
+    path.write_text(f'{{"lease":[3,1,5,"job",true],"in_flight":[1],"outputs":[{output},"error":null}}]}}\n')
+    assert read(path) == [Held(LEASE, outputs=[mill.output("job", 0, text="a")], in_flight=[1])]
+
+
+def test_timings_and_every_choice_are_read_back(path: Path) -> None:
+    choices = (Choice("a", "stop", {"content": []}), Choice("b", "length"))
+    output = Output(RequestKey("job", 0), choices, 2, 3, timings=Timings(0.0, 0.25, 1.5))
+    assert Spool(path, limit_bytes=10_000).append([Held(LEASE, outputs=[output])])
+    assert read(path)[0].outputs == [output]
 
 
 def test_it_is_bounded_and_says_when_it_is_full(path: Path) -> None:

@@ -68,6 +68,10 @@ WORKER = {
     "device_uuid": type(None),
     "weights_bytes": int,
     "model_load_seconds": NUMBER,
+    "engine": str,
+    "rows": int,
+    "context_tokens": int,
+    "cache_tokens": int,
     "uptime_seconds": NUMBER,
     "seen_seconds": NUMBER,
     "error": type(None),
@@ -108,6 +112,16 @@ def test_the_json_of_a_running_job_has_the_public_keys(store: Store, job_id: str
     assert status["eta_seconds"] > 0
     assert status["unserved_seconds"] is None
     assert status["given_up"] == []
+
+
+def test_an_option_with_a_structure_of_its_own_is_shown_as_json_and_cut_short(store: Store) -> None:
+    schema = {"type": "object", "description": "x" * 1_000}
+    options = JobOptions(None, SamplingParams(n=2, response_format={"type": "json_schema", "schema": schema}))
+    job_id = mill.load(store, 1, options=options)
+    mill.claim(store, mill.seat(store))
+    (line,) = [each for each in JobStatus.read(store, job_id).lines() if each.startswith("  sampling")]
+    assert 'n 2, response_format {"type": "json_schema", "schema": {"type": "object", "d' in line
+    assert len(line) < 500
 
 
 def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
@@ -173,12 +187,21 @@ def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> N
 def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store, job_id: str) -> None:
     assert worker_line(store.workers.rows()[0]).startswith(
         "w  ready, 1 batches  echo (none)  cpu on host  100 B weights"
+        "  echo: 8 rows, 128 context, 1,024 cache tokens  up "
     )
     who = mill.seat(store, name="bad")
     store.workers.enter(who.worker_id, WorkerState.SICK, error="x" * 1_000)
     (bad,) = [each for each in store.workers.rows(only_alive=False) if each.name == "bad"]
     assert worker_line(bad).startswith("bad  sick  echo (none)")
     assert worker_line(bad).endswith("xxx...)")
+
+
+def test_a_worker_that_loads_has_no_limits_yet(store: Store) -> None:
+    mill.seat(store, ready=False)
+    (row,) = store.workers.rows()
+    assert "weights  up " in worker_line(row)
+    said = worker_json(row)
+    assert [said[key] for key in ("engine", "rows", "context_tokens", "cache_tokens")] == [None] * 4
 
 
 def test_a_worker_bound_to_another_job_serves_nobody_else(store: Store) -> None:

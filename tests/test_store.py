@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select, update
 
 from jobs.errors import LoadingLost, NotFound
-from jobs.schema import ErrorCode, JobOptions, SamplingParams
+from jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams, Timings
 from jobs.spec import ModelSpec, Quantization
 from jobs.states import JobState, RequestState, RunOutcome, WorkerState
 from jobs.store import Store
@@ -174,6 +174,24 @@ class TestSaving:
         assert (counts.succeeded, counts.prompt_tokens) == (2, 4)
         page = next(store.reading.output_pages(job_id, states=ALL, page=10))
         assert '"answer 0"' in page[0].choices
+
+    def test_timings_and_every_choice_are_kept(self, store: Store) -> None:
+        job_id = mill.load(store, 2)
+        who = mill.seat(store)
+        (claimed,) = mill.claim(store, who)
+        choices = (Choice("a", "stop", {"content": []}), Choice("b", "length"))
+        timed = Output(RequestKey(job_id, 0), choices, 2, 6, timings=Timings(0.0, 0.25, 1.5))
+        mill.save(store, who, [Held(claimed.lease, outputs=[timed, mill.output(job_id, 1)])])
+        ((one, other),) = store.reading.output_pages(job_id, states=frozenset(RequestState), page=10)
+        assert (one.queued_seconds, one.prefill_seconds, one.decode_seconds) == (0.0, 0.25, 1.5)
+        assert one.choices == timed.choices_json()
+        assert (other.queued_seconds, other.prefill_seconds, other.decode_seconds) == (None, None, None)
+
+    def test_the_jobs_template_variables_reach_every_claim(self, store: Store) -> None:
+        mill.load(store, 2, batch_size=1, options=JobOptions(chat_template_kwargs={"enable_thinking": False}))
+        for name in ("first", "second"):
+            (claimed,) = mill.claim(store, mill.seat(store, name=name))
+            assert claimed.requests[0].chat_template_kwargs == {"enable_thinking": False}
 
     def test_a_lost_fence_writes_nothing(self, store: Store) -> None:
         job_id = mill.load(store, 4)

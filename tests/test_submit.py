@@ -111,6 +111,9 @@ def test_messages_for_a_folder_without_a_chat_template_are_refused(sqlite_store:
     asked = Submission(plain, str(model), options=JobOptions("be brief"))
     with pytest.raises(UsageError, match="--system"):
         load_job(asked, store=sqlite_store, settings=SETTINGS)
+    asked = Submission(plain, str(model), options=JobOptions(chat_template_kwargs={"enable_thinking": False}))
+    with pytest.raises(UsageError, match="--chat-template-kwargs is for a chat template"):
+        load_job(asked, store=sqlite_store, settings=SETTINGS)
     load_job(Submission(plain, str(model)), store=sqlite_store, settings=SETTINGS)
     for name, text in (("chat_template.jinja", "x"), ("tokenizer_config.json", '{"chat_template": "x"}')):
         before = (model / name).read_text() if (model / name).exists() else None

@@ -31,9 +31,11 @@ from jobs.store.lease import Seat
 from jobs.store.workers import Loaded
 from worker.device_lock import DeviceLock
 from worker.devices import DeviceInfo, describe_device, is_device_error
-from worker.engine import Engine, Progress
+from worker.engine import Progress
 from worker.engine.chaos import ChaosEngine
+from worker.engine.choice import Chosen, choose
 from worker.engine.echo import ECHO_ROWS, EchoEngine
+from worker.engine.options import Dequantize, EngineKind, EngineOptions
 from worker.reconciler import Reconciler
 from worker.runner import Runner
 from worker.saver import Saver
@@ -132,7 +134,8 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     if device.uuid is not None and not order.share_device:
         lock = DeviceLock(device.uuid)
         lock.take()
-    capacity_of = device.uuid or f"{socket.gethostname()}/{device.torch_device}"
+    # What fits is counted in the engine's own unit, so that each choice of one has a figure of its own.
+    capacity_of = f"{device.uuid or f'{socket.gethostname()}/{device.torch_device}'}/{settings.engine}"
     fits = _answered(lambda: store.health.fits(spec, capacity_of))
     meter = MemoryMeter(device)
 
@@ -152,7 +155,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     saver = Saver(
         store,
         _seat(order, generation, held, device, settings),
-        rows=held.engine.rows,
+        rows=held.chosen.engine.rows,
         save_seconds=settings.save_seconds,
         peak=meter.take,
         wake=waker.wake,
@@ -161,16 +164,16 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         capacity_of=capacity_of,
     )
     saver.start()
-    log.info("ready", worker=order.worker_id, model=str(spec), device=device.name, load_seconds=held.load_seconds)
+    _say_ready(order, loaded)
     waker.wake()
-    return Child(Runner(held.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)), lock)
+    return Child(Runner(held.chosen.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)), lock)
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A model in an engine, and what is known of it."""
 
-    engine: Engine
+    chosen: Chosen
     load_seconds: float = 0.0
     weights_bytes: int = 0
     commit: str | None = None
@@ -194,14 +197,25 @@ def _hold_model(
     if spec.model == ECHO:
         kind = ChaosEngine if settings.chaos else EchoEngine
         rows, pace = settings.engine_rows or ECHO_ROWS, settings.echo_step_seconds
-        return _Held(kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits))
+        return _Held(Chosen(kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits), ECHO))
     # Imported here, so that the echo engine works where torch is not installed.
-    from worker.engine.generate import GENERATE_ROWS, GenerateEngine
     from worker.loader import load
 
     loaded = load(spec, device.torch_device)
-    engine = GenerateEngine(loaded, rows=settings.engine_rows or GENERATE_ROWS, progress=progress, fits=fits)
-    return _Held(engine, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
+    chosen = choose(loaded, options=_engine_options(settings), progress=progress, fits=fits)
+    return _Held(chosen, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
+
+
+def _engine_options(settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        EngineKind(settings.engine),
+        max_rows=settings.engine_rows,
+        context_tokens=settings.context_tokens,
+        memory_fraction=settings.gpu_memory_fraction,
+        cache_bytes=settings.cache_bytes,
+        dequantize=Dequantize(settings.dequantize),
+        deterministic=settings.deterministic,
+    )
 
 
 def _seat(order: ChildOrder, generation: int, held: _Held, device: DeviceInfo, settings: Settings) -> Seat:
@@ -214,14 +228,38 @@ def _seat(order: ChildOrder, generation: int, held: _Held, device: DeviceInfo, s
         model_load_seconds=held.load_seconds,
         model_commit=held.commit,
         device_uuid=device.uuid,
-        defaults=held.engine.defaults,
+        defaults=held.chosen.engine.defaults,
         versions=_versions(),
         only_job=order.only_job,
     )
 
 
 def _loaded(held: _Held, device: DeviceInfo) -> Loaded:
-    return Loaded(device.name, device.uuid, held.load_seconds, held.weights_bytes, _versions())
+    return Loaded(
+        device.name,
+        device.uuid,
+        held.load_seconds,
+        held.weights_bytes,
+        _versions(),
+        engine=held.chosen.kind,
+        engine_rows=held.chosen.engine.rows,
+        context_tokens=held.chosen.context_tokens,
+        cache_tokens=held.chosen.cache_tokens,
+    )
+
+
+def _say_ready(order: ChildOrder, loaded: Loaded) -> None:
+    log.info(
+        "ready",
+        worker=order.worker_id,
+        model=str(ModelSpec.from_canonical(order.spec)),
+        device=loaded.device_name,
+        load_seconds=loaded.model_load_seconds,
+        engine=loaded.engine,
+        rows=loaded.engine_rows,
+        context_tokens=loaded.context_tokens,
+        cache_tokens=loaded.cache_tokens,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 from jobs.errors import UsageError
 from jobs.exits import one_line_errors
 from jobs.failpoints import arm
+from jobs.flags import ENGINE_FLAGS
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
@@ -15,6 +19,15 @@ from worker.devices import all_cuda_devices
 from worker.keeper import WorkerOptions
 from worker.parent import run_worker
 from worker.supervisor import Supervisor
+
+
+def _engine_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    for each in reversed(ENGINE_FLAGS):
+        option = click.option(
+            each.name, each.setting, metavar=each.values, is_flag=each.values is None, default=None, help=each.help
+        )
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -31,6 +44,7 @@ from worker.supervisor import Supervisor
     "--exit-when-idle", type=click.FloatRange(min=0), metavar="SECONDS", help="End after so long without work."
 )
 @click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
+@_engine_flags
 @click.option("--job", "only_job", hidden=True, help="Serve this job alone.")
 @one_line_errors()
 def main(
@@ -43,13 +57,14 @@ def main(
     exit_when_idle: float | None,
     share_device: bool,
     only_job: str | None,
+    **engine: Any,
 ) -> None:
     """Run a worker: it holds one quantized model on one device and answers the requests of its queue.
 
     It takes batches of every job that names the same model, revision and quantization, until it is told to end
     (Ctrl-C or SIGTERM): then it saves what is finished and hands the rest back.
     """
-    settings = load_settings()
+    settings = load_settings(**engine)
     configure_logs(settings)
     arm(settings.failpoint, home=settings.home)
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)

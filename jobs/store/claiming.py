@@ -7,6 +7,7 @@ Suspects of a crash run apart: a worker that holds nothing gets such a batch bef
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, insert, literal_column, select, update
@@ -119,8 +120,8 @@ class Claiming:
         row = connection.execute(select(jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
         asked = JobOptions.from_json(json.loads(row.options))
         if row.sampling is not None:
-            return JobOptions(asked.system, SamplingParams.from_json(json.loads(row.sampling)))
-        return JobOptions(asked.system, asked.sampling.over(seat.defaults).over(SamplingParams.fallback()))
+            return replace(asked, sampling=SamplingParams.from_json(json.loads(row.sampling)))
+        return replace(asked, sampling=asked.sampling.over(seat.defaults).over(SamplingParams.fallback()))
 
     def begin_job(self, connection: Connection, seat: Seat, job_id: str) -> None:
         """A batch of this job was claimed: it runs, and what holds for its requests is written down.

@@ -62,7 +62,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One request with its output, as exports need it; `body` is the request's JSON text."""
+    """One request with its output, as exports need it; `body` is the request's JSON text.
+
+    The three seconds are those of schema.Timings: all of them, or none.
+    """
 
     index: int
     custom_id: str
@@ -74,6 +77,9 @@ class OutputRow:
     error_code: str | None
     error_message: str | None
     finished_at: float
+    queued_seconds: float | None
+    prefill_seconds: float | None
+    decode_seconds: float | None
 
 
 class Reading:
@@ -143,6 +149,9 @@ class Reading:
                 outputs.c.error_code,
                 outputs.c.error_message,
                 outputs.c.finished_at,
+                outputs.c.queued_seconds,
+                outputs.c.prefill_seconds,
+                outputs.c.decode_seconds,
             )
             .select_from(outputs.join(requests, same))
             .where(outputs.c.job_id == job_id)

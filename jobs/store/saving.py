@@ -233,7 +233,7 @@ class Saving:
 
 
 def _output_row(output: Output, run_id: int) -> dict[str, object]:
-    error = output.error
+    error, timings = output.error, output.timings
     return {
         "job_id": output.key.job_id,
         "index": output.key.index,
@@ -244,4 +244,7 @@ def _output_row(output: Output, run_id: int) -> dict[str, object]:
         "completion_tokens": output.completion_tokens,
         "error_code": None if error is None else error.code,
         "error_message": None if error is None else error.message,
+        "queued_seconds": None if timings is None else timings.queued_seconds,
+        "prefill_seconds": None if timings is None else timings.prefill_seconds,
+        "decode_seconds": None if timings is None else timings.decode_seconds,
     }

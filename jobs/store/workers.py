@@ -33,18 +33,29 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a child says of itself once it holds its model."""
+    """What a child says of itself once it holds its model.
+
+    Its engine works on `engine_rows` requests at once, each of at most `context_tokens` (None: no limit) with its
+    answer; its cache holds `cache_tokens` of them together (None: it has no cache).
+    """
 
     device_name: str
     device_uuid: str | None
     model_load_seconds: float
     weights_bytes: int
     versions: Mapping[str, str]
+    engine: str
+    engine_rows: int
+    context_tokens: int | None = None
+    cache_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """One worker as the store has it; `leases` is how many batches it holds, `seen_seconds` how long ago it was."""
+    """One worker as the store has it; `leases` is how many batches it holds, `seen_seconds` how long ago it was.
+
+    The engine and its limits are those of its newest child that held the model; None before.
+    """
 
     id: int
     name: str
@@ -59,6 +70,10 @@ class WorkerRow:
     device_uuid: str | None
     model_load_seconds: float | None
     weights_bytes: int
+    engine: str | None
+    engine_rows: int | None
+    context_tokens: int | None
+    cache_tokens: int | None
     alive: bool
     seen_seconds: float
     uptime_seconds: float
@@ -147,6 +162,10 @@ class Workers:
                     model_load_seconds=loaded.model_load_seconds,
                     weights_bytes=loaded.weights_bytes,
                     versions=json.dumps(dict(loaded.versions)),
+                    engine=loaded.engine,
+                    engine_rows=loaded.engine_rows,
+                    context_tokens=loaded.context_tokens,
+                    cache_tokens=loaded.cache_tokens,
                 )
             )
 
@@ -253,6 +272,10 @@ def _worker(row: Row[Any]) -> WorkerRow:
         device_uuid=row.device_uuid,
         model_load_seconds=row.model_load_seconds,
         weights_bytes=row.weights_bytes,
+        engine=row.engine,
+        engine_rows=row.engine_rows,
+        context_tokens=row.context_tokens,
+        cache_tokens=row.cache_tokens,
         alive=bool(row.alive),
         seen_seconds=row.seen_seconds,
         uptime_seconds=row.uptime_seconds,

@@ -1,35 +1,43 @@
-"""`make bench`: measures batchmill on this machine and prints a table. It asserts nothing.
+"""Measures batchmill on this machine and prints tables. It asserts nothing.
 
-python -m tests.bench [submit|echo|results|engine ...]
+python -m tests.bench [submit|echo|results|line ...] [--lines N]
+python -m tests.bench engine --help
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
-
-from tests.bench import mill, model
 from tests.bench.table import Row, show
 
-BENCHES = {
-    "submit": mill.submit,
-    "echo": mill.echo,
-    "results": mill.results_and_status,
-    "engine": model.engine,
-}
+
+def mill(words: Sequence[str]) -> None:
+    """`make bench`: queue, store and the whole line."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
+    from tests.bench import line, mill
+
+    benches = {"submit": mill.submit, "echo": mill.echo, "results": mill.results_and_status, "line": line.line}
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("bench", nargs="*", help=f"of {', '.join(benches)} (default: all)")
+    parser.add_argument("--lines", type=int, default=1_000_000, help="lines of the submitted file")
+    arguments = parser.parse_args(words)
+    rows: list[Row] = []
+    for name in arguments.bench or benches:
+        rows += benches[name](arguments.lines)
+    show(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("bench", nargs="*", help=f"of {', '.join(BENCHES)} (default: all)")
-    parser.add_argument("--lines", type=int, default=1_000_000, help="lines of the submitted file")
-    arguments = parser.parse_args()
-    rows: list[Row] = []
-    for name in arguments.bench or BENCHES:
-        rows += BENCHES[name](arguments.lines)
-    show(rows)
+    words = sys.argv[1:]
+    if words[:1] == ["engine"]:
+        from tests.bench import lineup
+
+        lineup.main(words[1:])
+    else:
+        mill(words)
 
 
 if __name__ == "__main__":

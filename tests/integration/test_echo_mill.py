@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from kombu import Queue
 
 from jobs.broker import make_app
 from jobs.spec import ModelSpec
-from jobs.states import JobState
+from jobs.states import JobState, WorkerState
 from tests.integration.conftest import Mill, child_of, until, write_prompts
 
 ECHO_QUEUE = ModelSpec.parse("echo").queue
@@ -221,6 +222,17 @@ def test_a_supervised_worker_is_replaced_when_it_dies(mill: Mill, tmp_path: Path
     until(lambda: any(row.pid != first.pid for row in mill.store.workers.rows()), "another worker")
     job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 10), "-m", "echo", "--wait").strip()
     check_whole(mill, job_id, 10)
+
+
+def test_a_flag_of_a_worker_reaches_its_child_before_the_environment_and_is_shown(mill: Mill) -> None:
+    worker = mill.start("worker", "-m", "echo", "--max-rows", "7", "--devices", "cpu", engine_rows=5)
+    until(lambda: [each.state for each in mill.store.workers.rows()] == [WorkerState.READY], "a worker is ready")
+    (found,) = json.loads(mill.command("workers", "--json"))
+    assert (found["engine"], found["rows"], found["context_tokens"], found["cache_tokens"]) == ("echo", 7, None, None)
+    assert "echo: 7 rows  up" in mill.command("workers")
+    worker.terminate()
+    said, _ = worker.communicate(timeout=30)
+    assert re.search(r"ready .*engine=echo .*rows=7", said), said
 
 
 @pytest.mark.parametrize("words", [["status"], ["results", "zzz"], ["cancel", "zzz"], ["retry", "zzz"], ["wait", "x"]])

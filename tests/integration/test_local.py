@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -62,6 +63,10 @@ class Home:
             return jobs[0].counts.succeeded if jobs else 0
         finally:
             store.close()
+
+    def workers(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.run("workers", "--json").stdout)
+        return found
 
     def processes(self) -> list[str]:
         """Command lines of the processes that belong to this home."""
@@ -168,6 +173,20 @@ def test_a_mill_that_is_up_takes_jobs_from_other_terminals(home: Home, tmp_path:
     mill.send_signal(signal.SIGINT)
     _, said = mill.communicate(timeout=30)
     assert mill.returncode == 0, said
+
+
+def test_what_the_flags_of_up_ask_of_the_engine_reaches_the_worker(home: Home) -> None:
+    mill = home.start("up", "-m", "echo", "--max-rows", "7", "--context", "100", BATCHMILL_ENGINE_ROWS="5")
+    found: list[dict[str, Any]] = []
+
+    def ready() -> bool:
+        found[:] = [each for each in home.workers() if each["state"] == "ready"]
+        return bool(found)
+
+    until(ready, "a worker is ready")
+    assert (found[0]["engine"], found[0]["rows"]) == ("echo", 7)
+    mill.terminate()
+    mill.communicate(timeout=30)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_reason(home: Home, tmp_path: Path) -> None:

@@ -3,45 +3,55 @@
 Owns what is read and written of the cache in a step. It knows no schedule but the pieces that it is given.
 
 Pieces whose slots are neighbours form a group, and each layer reads a group's keys and values as one view of the
-cache: nothing is gathered, and heads that share keys are folded into the queries instead of repeating the keys. A
-group's mask is made once for all layers.
+cache: nothing is gathered, and keys that several heads share are never repeated. A group's mask is made once for all
+layers. Rows that decode are two batched products; the fused kernel takes longer for a single query.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from worker.engine.cache import Cache
 from worker.engine.schedule import Piece
 
 #: Longer pieces are grouped while padding takes at most this many times what they need.
 PADDING = 1.5
-#: Above this many scores of a head, queries of heads that share keys are computed one after the other.
-FOLDED_SCORES = 2**18
 
 
 class Attention:
-    """`plan` a step, run the model's forward, in which every layer calls this."""
+    """`plan` a step, run the model's forward, in which every layer calls this.
 
-    def __init__(self, cache: Cache) -> None:
+    `fixed`: a row's numbers depend on its own length alone, and not on its neighbours'.
+    """
+
+    def __init__(self, cache: Cache, *, fixed: bool = False) -> None:
         self._cache = cache
+        self._fixed = fixed
         #: Spent in this function so far, by the CPU's clock.
         self.seconds = 0.0
         self._groups: list[_Group] = []
         self._places = torch.empty(0, dtype=torch.long)
 
-    def plan(self, pieces: Sequence[Piece[Any]]) -> None:
-        """Takes the pieces of a step, in the order of their tokens in the forward."""
-        places: list[int] = []
-        for row, begin, end in pieces:
-            places.extend(range(row.held.start + begin, row.held.start + end))
-        self._places = torch.tensor(places)
-        self._groups = list(_groups(pieces))
+    def plan(self, pieces: Sequence[Piece[Any]], *, unused: Sequence[int] = ()) -> None:
+        """Takes the pieces of a step, in the order of their tokens in the forward.
+
+        `unused`: places of the cache for tokens that follow them and belong to no row.
+        """
+        heads = self._cache.heads
+        firsts = [row.held.start * heads + place for row, begin, end in pieces for place in range(begin, end)]
+        sizes = [row.held.size for row, begin, end in pieces for _ in range(begin, end)]
+        first = torch.tensor([*firsts, *(place * heads for place in unused)], device=self._cache.device)
+        size = torch.tensor([*sizes, *(1 for _ in unused)], device=self._cache.device)
+        # (heads, tokens): where in a layer's memory each token's keys and values are.
+        self._places = (first + torch.arange(heads, device=self._cache.device)[:, None] * size).flatten()
+        self._tokens = len(first)
+        self._groups = list(_groups(pieces, self._cache, fixed=self._fixed))
 
     def __call__(
         self,
@@ -61,100 +71,94 @@ class Attention:
         Returns (1, tokens, heads, size of a value), as transformers' attention functions do.
         """
         begin = perf_counter()
-        try:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            layer = int(module.layer_idx)
-            return self._answer(layer, query, key, value, scale, sliding_window, softcap)[None], None
-        finally:
-            self.seconds += perf_counter() - begin
-
-    def _answer(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+        layer: Any = module.layer_idx
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(0, self._places, key[0].transpose(0, 1))
-        values.index_copy_(0, self._places, value[0].transpose(0, 1))
-        queries = query[0].transpose(0, 1)
-        if len(self._groups) == 1 and self._groups[0].longest == 1:
-            return self._groups[0].decode(queries, keys, values, scaling, window, softcap)
-        found = queries.new_empty((*queries.shape[:2], values.shape[-1]))
+        keys.index_copy_(0, self._places, key.reshape(-1, key.shape[-1]))
+        values.index_copy_(0, self._places, value.reshape(-1, value.shape[-1]))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        how = _How(scale, sliding_window, softcap)
+        found = self._answer(query[0].transpose(0, 1), keys, values, how)
+        self.seconds += perf_counter() - begin
+        return found[None], None
+
+    def _answer(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: _How) -> torch.Tensor:
+        """(tokens, heads, size) -> (tokens, heads, size of a value)."""
+        if self._groups[0].rows == self._tokens:
+            return self._groups[0].decode(queries, keys, values, how)
+        found = queries.new_zeros((*queries.shape[:2], values.shape[-1]))
         for group in self._groups:
             attend = group.decode if group.longest == 1 else group.prefill
-            found[group.tokens] = attend(queries[group.tokens], keys, values, scaling, window, softcap)
+            found[group.tokens] = attend(queries[group.tokens], keys, values, how)
         return found
 
 
+class _How(NamedTuple):
+    """What a layer asks of its attention."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
 class _Group:
-    """Pieces of neighbouring slots of one size; `first` is the place of their first token in the forward.
+    """Pieces of neighbouring slots of one size; `tokens` are theirs in the forward.
 
     `longest`: the tokens of the longest piece. `reach`: the places of each slot that are read.
     """
 
-    def __init__(self, pieces: Sequence[Piece[Any]], first: int) -> None:
+    def __init__(self, pieces: Sequence[Piece[Any]], first: int, cache: Cache, *, fixed: bool) -> None:
         slot = pieces[0].row.held
         self.rows = len(pieces)
         self.counts = [end - begin for _, begin, end in pieces]
         self.tokens = slice(first, first + sum(self.counts))
         self.longest = max(self.counts)
-        self.reach = max(piece.end for piece in pieces)
+        self.reach = slot.size if fixed else max(piece.end for piece in pieces)
+        self._fixed = fixed
+        self._heads, self._device = cache.heads, cache.device
         self._size = slot.size
-        self._slots = slice(slot.start, slot.start + self.rows * slot.size)
+        self._memory = slice(slot.start * cache.heads, (slot.start + self.rows * slot.size) * cache.heads)
         self._begins = [piece.begin for piece in pieces]
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def decode(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def decode(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: _How) -> torch.Tensor:
         """One token a row: (rows, heads, size) -> (rows, heads, size of a value)."""
-        folded = queries.unflatten(1, (keys.shape[1], -1))
-        mask = self._mask(window, queries.dtype)
-        found = _attend(folded, self._view(keys), self._view(values), mask, scaling, softcap)
-        return found.flatten(1, 2)
-
-    def prefill(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Several tokens a row, packed: (tokens, heads, size) -> (tokens, heads, size of a value)."""
-        padded = self._padded(queries).unflatten(2, (keys.shape[1], -1))
-        mask = self._mask(window, queries.dtype)
+        shared = queries.shape[1] // self._heads
+        folded = queries.reshape(self.rows, self._heads, shared, -1)
+        mask = self._mask(how.window, queries.dtype)
         read_keys, read_values = self._view(keys), self._view(values)
-        rows, longest, heads, shared, _ = padded.shape
-        at_once = shared if longest * self.reach * shared <= FOLDED_SCORES else 1
-        found = queries.new_empty((rows, longest, heads, shared, values.shape[-1]))
-        for begin in range(0, shared, at_once):
-            part = padded[:, :, :, begin : begin + at_once].permute(0, 2, 3, 1, 4).flatten(2, 3)
-            answer = _attend(part, read_keys, read_values, mask.repeat(1, 1, at_once, 1), scaling, softcap)
-            found[:, :, :, begin : begin + at_once] = answer.unflatten(2, (at_once, longest)).permute(0, 3, 1, 2, 4)
+        if self._fixed:
+            # A single query is multiplied by another kernel, whose rounding depends on where in memory it stands.
+            folded = torch.cat([folded, folded[:, :, : shared % 2]], dim=2)
+            found = _attend(folded, read_keys, read_values, mask, how)
+            return found[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
+        scores = torch.bmm(folded.flatten(0, 1), read_keys.flatten(0, 1).transpose(1, 2))
+        scores = scores.view(self.rows, self._heads, shared, self.reach)
+        weights = _weights(scores, mask, how).to(values.dtype)
+        found = torch.bmm(weights.flatten(0, 1), read_values.flatten(0, 1))
+        return found.view(self.rows, self._heads * shared, -1)
+
+    def prefill(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: _How) -> torch.Tensor:
+        """Several tokens a row, packed: (tokens, heads, size) -> (tokens, heads, size of a value)."""
+        padded = self._padded(queries)
+        padded = padded.reshape(*padded.shape[:2], self._heads, -1, padded.shape[-1])
+        read_keys, read_values = self._view(keys), self._view(values)
+        causal = not any(self._begins) and not self._fixed and how.window is None and how.softcap is None
+        mask = None if causal else self._mask(how.window, queries.dtype)
+        found = padded.new_empty((*padded.shape[:4], values.shape[-1]))
+        for shared in range(padded.shape[3]):
+            part = padded[:, :, :, shared].transpose(1, 2)
+            found[:, :, :, shared] = _attend(part, read_keys, read_values, mask, how).transpose(1, 2)
         return self._packed(found.flatten(2, 3))
 
-    def _view(self, cached: torch.Tensor) -> torch.Tensor:
-        """(tokens, heads, size) of the cache -> (rows, heads, reach, size), without a copy."""
-        slots = cached[self._slots].unflatten(0, (self.rows, self._size))
-        return slots[:, : self.reach].transpose(1, 2)
+    def _view(self, layer: torch.Tensor) -> torch.Tensor:
+        """A layer's memory -> (rows, heads, reach, size), without a copy."""
+        slots = layer[self._memory].view(self.rows, self._heads, self._size, -1)
+        return slots[:, :, : self.reach]
 
     def _padded(self, packed: torch.Tensor) -> torch.Tensor:
         if self.rows == 1:
             return packed[None]
-        return torch.nn.utils.rnn.pad_sequence(list(packed.split(self.counts)), batch_first=True)
+        return pad_sequence(list(packed.split_with_sizes(self.counts)), batch_first=True)
 
     def _packed(self, padded: torch.Tensor) -> torch.Tensor:
         if self.rows == 1:
@@ -165,41 +169,49 @@ class _Group:
         """(rows, 1, longest, reach): what is added to the scores. A query sees itself and what is before it."""
         mask = self._masks.get(window)
         if mask is None:
-            queries = torch.tensor(self._begins)[:, None] + torch.arange(self.longest)
-            keys = torch.arange(self.reach)
+            begins = torch.tensor(self._begins, device=self._device)
+            queries = begins[:, None] + torch.arange(self.longest, device=self._device)
+            keys = torch.arange(self.reach, device=self._device)
             hidden = keys > queries[:, :, None]
             if window is not None:
                 hidden |= keys <= queries[:, :, None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -torch.inf)[:, None]
             self._masks[window] = mask
         return mask
 
 
 def _attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: _How
 ) -> torch.Tensor:
-    if softcap is None:
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
-    scores = torch.matmul(queries, keys.transpose(2, 3)).mul_(scaling / softcap).tanh_().mul_(softcap).add_(mask)
-    return torch.matmul(scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype), values)
+    """(rows, heads, queries, size) over (rows, heads, reach, size); no mask means that it is causal."""
+    if how.softcap is None:
+        return scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=how.scaling
+        )
+    assert mask is not None, "the kernel knows no soft cap, so the mask is made"
+    weights = _weights(torch.matmul(queries, keys.transpose(2, 3)), mask, how)
+    return torch.matmul(weights.to(values.dtype), values)
 
 
-def _groups(pieces: Sequence[Piece[Any]]) -> Iterator[_Group]:
+def _weights(scores: torch.Tensor, mask: torch.Tensor, how: _How) -> torch.Tensor:
+    """The softmax of scores, in float32; it overwrites them."""
+    scores.mul_(how.scaling)
+    if how.softcap is not None:
+        scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    return scores.add_(mask).softmax(dim=-1, dtype=torch.float32)
+
+
+def _groups(pieces: Sequence[Piece[Any]], cache: Cache, *, fixed: bool) -> Iterator[_Group]:
     """Pieces that are read together, in their order."""
     first = 0
     together: list[Piece[Any]] = []
     for piece in pieces:
         if together and not _joins(piece, together):
-            group = _Group(together, first)
+            group = _Group(together, first, cache, fixed=fixed)
             yield group
             first, together = group.tokens.stop, []
         together.append(piece)
-    yield _Group(together, first)
+    yield _Group(together, first, cache, fixed=fixed)
 
 
 def _joins(piece: Piece[Any], group: Sequence[Piece[Any]]) -> bool:
@@ -210,8 +222,8 @@ def _joins(piece: Piece[Any], group: Sequence[Piece[Any]]) -> bool:
     single, singles = piece.end - piece.begin == 1, before.end - before.begin == 1
     if single or singles:
         return single and singles
-    all_pieces = [*group, piece]
-    longest = max(each.end - each.begin for each in all_pieces)
-    reach = max(each.end for each in all_pieces)
-    needed = sum((each.end - each.begin) * each.end for each in all_pieces)
-    return len(all_pieces) * longest * reach <= PADDING * needed
+    together = [*group, piece]
+    longest = max(each.end - each.begin for each in together)
+    reach = max(each.end for each in together)
+    needed = sum((each.end - each.begin) * each.end for each in together)
+    return len(together) * longest * reach <= PADDING * needed

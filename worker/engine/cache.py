@@ -1,6 +1,6 @@
 """The keys and values of all rows and layers: one block of memory, allocated once and written in place.
 
-Owns the tensors. Who has which places is `slots`' matter, what is read of them `attention`'s.
+Owns the tensors and how a slot lies in them. Who has which slot is `slots`' matter, what is read `attention`'s.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import numpy as np
 import torch
 
 from worker.engine.schedule import Copy
+from worker.engine.slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What a model keeps of a token: in each layer `heads` keys of `key_size` and values of `value_size`."""
+    """What a model keeps of a token: in each layer `heads` keys of `key_size` and values of `value_size`.
+
+    `capped`: its scores go through a soft cap.
+    """
 
     layers: int
     heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
+    capped: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -30,17 +35,36 @@ class CacheShape:
 
 
 class Cache:
-    """`keys` and `values`: (layers, tokens, heads, size). Every place reads as zeros until it is written."""
+    """`keys` and `values`: (layers, tokens * heads, size). Every place reads as zeros until it is written.
 
-    def __init__(self, shape: CacheShape, tokens: int, device: torch.device) -> None:
-        self.keys = _zeros((shape.layers, tokens, shape.heads, shape.key_size), shape.dtype, device)
-        self.values = _zeros((shape.layers, tokens, shape.heads, shape.value_size), shape.dtype, device)
+    `heads_first`: a slot holds one head's tokens after the other's, (heads, tokens, size), so that the heads of
+    neighbouring slots are one batch of matrices. Else it holds (tokens, heads, size), as FlashAttention reads it.
+    """
+
+    def __init__(self, shape: CacheShape, tokens: int, device: torch.device, *, heads_first: bool) -> None:
+        self.heads = shape.heads
+        self._heads_first = heads_first
+        places = tokens * shape.heads
+        self.keys = _zeros((shape.layers, places, shape.key_size), shape.dtype, device)
+        self.values = _zeros((shape.layers, places, shape.value_size), shape.dtype, device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
     def copy(self, copies: Iterable[Copy]) -> None:
         """Copies tokens of all layers, one copy after the other; none overlaps itself."""
         for source, target, tokens in copies:
             for each in (self.keys, self.values):
-                each[:, target : target + tokens] = each[:, source : source + tokens]
+                self._slot(each, target)[:, :, :tokens] = self._slot(each, source)[:, :, :tokens]
+
+    def _slot(self, memory: torch.Tensor, slot: Slot) -> torch.Tensor:
+        """(layers, heads, tokens of the slot, size), a view."""
+        held = memory[:, slot.start * self.heads : slot.end * self.heads]
+        layers, _, size = held.shape
+        if self._heads_first:
+            return held.view(layers, self.heads, slot.size, size)
+        return held.view(layers, slot.size, self.heads, size).transpose(1, 2)
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from jobs.spec import Quantization
 from worker.engine.attention import Attention
 from worker.engine.cache import Cache, CacheShape
+from worker.engine.flash import PAGE_TOKENS, FlashAttention, serves
+from worker.engine.graphs import DecodeGraphs
 from worker.engine.schedule import Copy, Piece, Row
 from worker.engine.slots import Slots
 from worker.loader import LoadedModel
@@ -29,9 +32,9 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Rotary embeddings of these kinds turn all rows by the length of the longest.
 _BY_LONGEST = {"dynamic", "longrope"}
 _TRIAL_TOKENS = 12
-#: How far the trial's logits may be from the model's own, as a part of their largest.
-_TRIAL_TOLERANCE = {torch.float32: 1e-3}
-_ROUGH_TOLERANCE = 0.1
+#: How far the trial's logits may be from the model's own, as a part of their largest: in float32, and where a
+#: quantization or a shorter float rounds by the shape of a batch.
+_TRIAL_TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 0.1
 _NAMES = count()
 
 
@@ -40,13 +43,27 @@ class Unsupported(Exception):
 
 
 class Decoder:
-    """One model with its cache of `slots.tokens` places. Raises Unsupported."""
+    """One model with its cache of `slots.tokens` places. Raises Unsupported.
 
-    def __init__(self, loaded: LoadedModel, shape: CacheShape, slots: Slots) -> None:
-        self._cache = Cache(shape, slots.tokens, loaded.device)
+    `rows` and `tokens`: the most of one step. `fixed`: rows that decode are always `rows` in a forward, so that its
+    shapes say nothing of the others.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, shape: CacheShape, slots: Slots, *, rows: int, tokens: int, fixed: bool = False
+    ) -> None:
+        flash = serves(shape, loaded.device)
+        # Behind the slots are places for the tokens of no one.
+        self._cache = Cache(shape, slots.tokens + PAGE_TOKENS, loaded.device, heads_first=not flash)
         self._model = loaded.model
         self._device = loaded.device
-        self._attention = Attention(self._cache)
+        self._rows, self._fixed = rows, fixed
+        self._unused = slots.tokens
+        self._graphs: DecodeGraphs | None = None
+        self._attention: Attention | FlashAttention = Attention(self._cache, fixed=fixed)
+        if flash:
+            self._attention = FlashAttention(self._cache, rows=rows, tokens=tokens, longest=slots.longest, fixed=fixed)
+            self._graphs = DecodeGraphs(self._decoded, rows=rows, device=loaded.device)
         self._name = f"batchmill-{next(_NAMES)}"
         AttentionInterface.register(self._name, self._attention)
         _try(self, loaded, slots)
@@ -64,21 +81,35 @@ class Decoder:
         """The next token's logits, (rows, vocabulary), for each piece that ends at its row's newest token."""
         tokens = [token for row, begin, end in pieces for token in row.tokens[begin:end]]
         positions = [place for _, begin, end in pieces for place in range(begin, end)]
-        last, first = [], 0
-        for piece in pieces:
-            first += piece.end - piece.begin
-            if piece.sampled:
-                last.append(first - 1)
+        if len(tokens) == len(pieces) and all(piece.sampled for piece in pieces):
+            return self._decode(pieces, tokens, positions)
+        ends = accumulate(end - begin for _, begin, end in pieces)
+        last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.sampled]
         self._attention.plan(pieces)
+        return self._forward(self._row(tokens), self._row(positions), self._row(last)[0])
+
+    def _decode(self, pieces: Sequence[Piece[Any]], tokens: list[int], positions: list[int]) -> torch.Tensor:
+        """One token of each row, and perhaps of rows that are no one's."""
+        rows = len(pieces)
+        more = (self._rows if self._fixed else self._graphs.padded(rows) if self._graphs else rows) - rows
+        tokens, positions = tokens + [0] * more, positions + [0] * more
+        self._attention.plan(pieces, unused=[self._unused] * more)
+        if self._graphs is not None:
+            return self._graphs.run(tokens, positions)[:rows]
+        return self._decoded(self._row(tokens), self._row(positions))[:rows]
+
+    def _decoded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self._forward(tokens, positions, 0)
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        """`keep`: the places whose logits are computed, 0 for all."""
         with _attending(self._model, self._name):
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                logits_to_keep=torch.tensor(last, device=self._device),
-                use_cache=False,
-            )
+            output = self._model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _row(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([numbers], dtype=torch.long, device=self._device)
 
 
 def cache_shape(loaded: LoadedModel) -> CacheShape:
@@ -119,7 +150,7 @@ class _Seen:
         attention_mask: torch.Tensor | None,
         **asked: Any,
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
+        layer: Any = module.layer_idx
         self._layers[layer] = (key.shape[1], key.shape[3], value.shape[3]), key.dtype
         self._windows[layer] = asked.get("sliding_window")
         self._asked |= {name for name, each in asked.items() if each is not None}
@@ -141,17 +172,26 @@ class _Seen:
         if len(set(self._layers.values())) > 1:
             raise Unsupported("its layers keep keys of different sizes")
         (heads, key_size, value_size), dtype = self._layers[0]
-        return CacheShape(layers, heads, key_size, value_size, dtype)
+        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._asked)
+
+
+def refuse_outliers(model: PreTrainedModel) -> None:
+    """Raises Unsupported for a model whose layers round a row by what its neighbours hold."""
+    states = (getattr(module, "state", None) for module in model.modules())
+    if any(getattr(state, "threshold", 0.0) for state in states):
+        raise Unsupported("LLM.int8() looks for outlier columns in all rows of a batch together")
 
 
 def _refuse_longest(config: Any, context_tokens: int | None) -> None:
+    """Raises Unsupported for rotary embeddings that this context stretches by the longest row of a batch."""
     rotary = getattr(config, "rope_parameters", None) or {}
-    kinds = [rotary, *(each for each in rotary.values() if isinstance(each, dict))]
-    for each in kinds:
+    for each in (rotary, *(each for each in rotary.values() if isinstance(each, dict))):
+        if each.get("rope_type") not in _BY_LONGEST:
+            continue
         original = each.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
-        if each.get("rope_type") in _BY_LONGEST and (context_tokens is None or original is None or context_tokens > original):
+        if original is None or context_tokens is None or context_tokens > original:
             limit = f"; with --context {original} it can be served" if original else ""
             raise Unsupported(f"its positions depend on the longest row of a batch{limit}")
 
@@ -169,7 +209,8 @@ def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
         found.append(decoder.logits([Piece(row, begin, end)])[0].float())
     slots.give(row.held)
     wanted = own[[6, 10, 11]]
-    tolerance = _TRIAL_TOLERANCE.get(next(loaded.model.parameters()).dtype, _ROUGH_TOLERANCE)
+    exact = loaded.spec.quantization is Quantization.NONE and loaded.model.dtype is torch.float32
+    tolerance = _TRIAL_TOLERANCE if exact else _ROUGH_TOLERANCE
     distance = (torch.stack(found) - wanted).abs().max() / wanted.abs().max()
     if not distance <= tolerance:
         raise Unsupported(f"its answers change when a prompt is read in pieces (by {float(distance):.1%})")

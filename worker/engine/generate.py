@@ -79,6 +79,7 @@ class GenerateEngine:
     def add(self, key: RequestKey, request: Request) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         try:
+            _refuse_unsupported(request)
             self._waiting[key] = self._tokenization.prompt(request)
         except Refused as refused:
             self._refused[key] = Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens)
@@ -195,4 +196,16 @@ class GenerateEngine:
             f"the device has not enough memory for this request alone, of {len(prompt.tokens)} prompt tokens and up "
             f"to {prompt.max_tokens} more: shorten the prompt or lower max_tokens",
             prompt_tokens=len(prompt.tokens),
+        )
+
+
+def _refuse_unsupported(request: Request) -> None:
+    """Raises Refused for an option that one call of `generate` cannot give to one row alone."""
+    asked = request.sampling
+    wanted = {"n": (asked.n or 1) > 1, "logprobs": asked.logprobs, "response_format": asked.response_format is not None}
+    if unsupported := [name for name, each in wanted.items() if each]:
+        raise Refused(
+            ErrorCode.UNSUPPORTED_OPTION,
+            f"the model's worker runs the generate engine, which has no {', '.join(unsupported)}: remove it, or serve "
+            "the request by a model that the continuous engine supports",
         )

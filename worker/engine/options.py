@@ -27,13 +27,14 @@ class EngineOptions:
     """None leaves the choice to the engine, which decides by the memory that is free.
 
     `max_rows`: requests that the device works on at once. `context_tokens`: the most that prompt and answer have
-    together. `memory_fraction`: the part of a GPU's memory that weights and cache may take. `deterministic`: an
-    answer does not depend on what else runs.
+    together. `memory_fraction`: the part of a GPU's memory that weights and cache may take. `cache_bytes`: what keys
+    and values may take. `deterministic`: an answer does not depend on what else runs.
     """
 
     kind: EngineKind = EngineKind.AUTO
     max_rows: int | None = None
     context_tokens: int | None = None
     memory_fraction: float | None = None
+    cache_bytes: int | None = None
     dequantize: Dequantize = Dequantize.AUTO
     deterministic: bool = False

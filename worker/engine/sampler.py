@@ -1,200 +1,181 @@
-"""The next token of every row of a micro-batch, each row by its own sampling parameters.
+"""The next token of every sequence that holds a seat, each by its own sampling parameters, all in one call.
 
-Owns the arithmetic between logits and a chosen token. It knows no tokenizer, no request and no stopping.
+Owns who asks for what, how many tokens each has generated, and the order of the options: logprobs are taken, then
+logit_bias, min_tokens, the penalties, a grammar's mask, temperature, top_k, top_p, min_p, and the draw. What each
+option does lies in `biases`, `penalties`, `bitmask`, `nucleus` and `draws`; their meaning is that of transformers
+(`generation/logits_process.py`), and of OpenAI's API for the presence and frequency penalties. It knows no text, no
+request and no stopping.
 
-Each option works on the rows that ask for it and on no others, so all of them mix freely in one micro-batch, and
-one that no row asks for costs nothing. Their order and meaning are those of transformers
-(`generation/logits_process.py`): repetition penalty, temperature, top_k, top_p, min_p.
-
-A row's draw is one number of a generator of the CPU, whatever the device, and the token where the sum of the
-probabilities passes it. Noise for every token of the vocabulary, as torch.multinomial draws it, takes four times
-as long on a CPU, and a kernel a row on a GPU where rows have generators of their own.
+Each option works on the rows that ask for it and on no others, so all of them mix freely, and one that no row asks
+for costs nothing. A row's token depends on its own logits and sequence alone, bit for bit on a CPU: no row's
+arithmetic depends on which others there are. No call waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from jobs.schema import SamplingParams
+from worker.engine import draws, nucleus
+from worker.engine.biases import Biases, asks_for_biases
+from worker.engine.bitmask import Bitmask
+from worker.engine.logprobs import Logprobs, RawLogprobs
+from worker.engine.penalties import Penalties, asks_for_penalties
+from worker.engine.upload import upload
 
 #: Temperatures below this are greedy: dividing by one of them leaves nothing but the largest logit.
 GREEDY_BELOW = 1e-5
-#: A torch.Generator takes seeds of 64 bits; others are taken modulo this.
-SEEDS = 2**64
-#: Token steps that the generators draw for at once.
-DRAWS = 64
-#: A nucleus (top_p) is looked for among this many tokens first; sorting a whole vocabulary costs 15 times that.
-NUCLEUS_TOKENS = 256
+#: Logits that are worked on at once, so that the memory for it does not grow with the rows: on a CPU, 4 MiB that
+#: its caches hold; on a GPU, enough of them that starting its kernels does not count.
+LOGITS_AT_ONCE_ON_CPU, LOGITS_AT_ONCE = 2**20, 2**22
+
+_Places = npt.NDArray[np.intp]
 
 
-class _Asked(NamedTuple):
-    """What some rows ask of one option: their places (None: every row), what they ask (n, 1), and its maximum."""
+class _Ask(IntEnum):
+    """What a sequence may ask for besides its largest logit."""
 
-    rows: torch.Tensor | None
-    values: torch.Tensor
-    largest: float
-
-    @classmethod
-    def by(cls, values: Sequence[float | None], device: torch.device) -> _Asked | None:
-        """From one value a row, None where a row does not ask; None if no row does."""
-        rows = [row for row, value in enumerate(values) if value is not None]
-        asked = [value for value in values if value is not None]
-        if not asked:
-            return None
-        places = None if len(rows) == len(values) else torch.tensor(rows, device=device)
-        return cls(places, torch.tensor(asked, device=device)[:, None], max(asked))
-
-    def of(self, every_row: torch.Tensor) -> torch.Tensor:
-        return every_row if self.rows is None else every_row[self.rows]
-
-    def on(self, scores: torch.Tensor, change: _Change) -> torch.Tensor:
-        """The scores with these rows changed (in place, unless they are all rows)."""
-        changed = change(self.of(scores), self)
-        return changed if self.rows is None else scores.index_copy_(0, self.rows, changed)
+    BIASES = 0
+    PENALTIES = 1
+    DRAW = 2
+    LOGPROBS = 3
 
 
-#: Takes the scores of the rows that ask (n, vocabulary) and what they ask; returns their new scores.
-_Change = Callable[[torch.Tensor, _Asked], torch.Tensor]
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of one call, (rows,) int64 on the device, and the logprobs of the rows that ask, None if none does."""
+
+    tokens: torch.Tensor
+    logprobs: Logprobs | None
 
 
-class _Draws:
-    """Numbers in [0, 1) for rows with and without a seed, one (n, 1) of float64 after the other."""
+class Sampler:
+    """The state of at most `seats` sequences, and their next tokens.
 
-    def __init__(self, seeds: Sequence[int | None], generator: torch.Generator, device: torch.device) -> None:
-        self._generators = [
-            generator if seed is None else torch.Generator().manual_seed(seed % SEEDS) for seed in seeds
-        ]
-        self._device = device
-        self._step = DRAWS
-
-    def next(self) -> torch.Tensor:
-        if self._step == DRAWS:
-            drawn = [torch.rand(DRAWS, generator=each, dtype=torch.float64) for each in self._generators]
-            self._ahead = torch.stack(drawn, dim=1)[..., None].to(self._device)
-            self._step = 0
-        self._step += 1
-        return self._ahead[self._step - 1]
-
-
-class RowSampler:
-    """A logits processor that chooses the next token of each row: it is the argmax of the scores that a call returns.
-
-    `generate` with do_sample=False takes that argmax. `sampling` has one entry a row, and `padding` says how many
-    places on the left of a row's prompt hold no token. Rows with a seed draw from generators of their own, hence
-    independently of their neighbours; the others draw from `generator`, one of the CPU. One sampler serves one
-    micro-batch, from its first token step on.
+    Seats are numbered from 0. Sequences come and go with `enter` and `leave`; `sample` takes any of those that are
+    there, in any order.
     """
 
-    def __init__(
+    def __init__(self, *, seats: int, vocabulary: int, device: torch.device) -> None:
+        self._device, self._vocabulary = device, vocabulary
+        at_once = LOGITS_AT_ONCE_ON_CPU if device.type == "cpu" else LOGITS_AT_ONCE
+        self._rows_at_once = max(1, at_once // vocabulary)
+        self._asking: set[int] = set()
+        self._asks = np.zeros((len(_Ask), seats), dtype=np.bool_)
+        self._generated = np.zeros(seats, dtype=np.int64)
+        self._temperatures = np.ones(seats, dtype=np.float32)
+        self._limits = nucleus.Limits(np.zeros(seats, dtype=np.int64), np.ones(seats), np.zeros(seats))
+        self._keys = np.zeros(seats, dtype=np.uint64)
+        self._alternatives = np.zeros(seats, dtype=np.int64)
+        self._biases = Biases(vocabulary=vocabulary, device=device)
+        self._penalties = Penalties(seats=seats, device=device)
+        self._bitmask = Bitmask(device)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether all sequences ask for their largest logits and nothing else."""
+        return not self._asking
+
+    @torch.inference_mode()
+    def enter(
         self,
-        sampling: Sequence[SamplingParams],
+        seat: int,
+        sampling: SamplingParams,
         *,
-        padding: Sequence[int],
-        generator: torch.Generator,
-        device: torch.device,
+        prompt: Sequence[int],
+        generated: Sequence[int] = (),
+        end_token_ids: Collection[int] = (),
+        choice: int = 0,
     ) -> None:
-        self._padding = torch.tensor(padding, device=device)[:, None]
-        self._penalty = _Asked.by([_penalty(each) for each in sampling], device)
-        drawn = [each if (each.temperature or 0.0) >= GREEDY_BELOW else None for each in sampling]
-        self._changes: list[tuple[_Asked, _Change]] = []
-        for value_of, change in _OPTIONS:
-            # A greedy row asks for none of these: they leave its largest score the largest.
-            asked = _Asked.by([None if each is None else value_of(each) for each in drawn], device)
-            if asked is not None:
-                self._changes.append((asked, change))
-        self._drawn = _Asked.by([None if each is None else 1.0 for each in drawn], device)
-        self._draws = _Draws([each.seed for each in drawn if each is not None], generator, device)
+        """A sequence takes a free seat.
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Takes the tokens so far (rows, length) and float32 logits (rows, vocabulary), which it may change.
-
-        Returns scores of the same shape.
+        One that had a seat before comes with the tokens that it has generated, and goes on as if it had stayed; only
+        without a seed does it draw other numbers. `end_token_ids` are those that min_tokens holds back, with the
+        stop_token_ids; `choice` is which of its request's n choices it is, each with numbers of its own. All tokens
+        of prompt, answer and logit_bias are of the vocabulary.
         """
-        if self._penalty is not None:
-            scores = self._penalty.on(scores, partial(_penalise, tokens=self._tokens(input_ids)))
-        for asked, change in self._changes:
-            scores = asked.on(scores, change)
-        return scores if self._drawn is None else self._drawn.on(scores, self._draw)
+        self._generated[seat] = len(generated)
+        biased, penalised = asks_for_biases(sampling), asks_for_penalties(sampling)
+        drawn = (sampling.temperature or 0.0) >= GREEDY_BELOW
+        self._asks[:, seat] = asked = (biased, penalised, drawn, bool(sampling.logprobs))
+        if any(asked):
+            self._asking.add(seat)
+        if biased:
+            self._biases.enter(seat, sampling, end_token_ids)
+        if penalised:
+            self._penalties.enter(seat, sampling, prompt, generated)
+        if drawn:
+            self._set_draw(seat, sampling)
+            self._keys[seat] = draws.key(sampling.seed, choice)
+        self._alternatives[seat] = sampling.top_logprobs or 0
 
-    def _tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The tokens so far, with each row's padding replaced by its newest token, which counts anyway."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return torch.where(places < self._padding, input_ids[:, -1:], input_ids)
+    def _set_draw(self, seat: int, sampling: SamplingParams) -> None:
+        top_k = sampling.top_k or 0
+        self._temperatures[seat] = sampling.temperature
+        self._limits.top_k[seat] = top_k if 0 < top_k < self._vocabulary else 0
+        self._limits.top_p[seat] = 1.0 if sampling.top_p is None else sampling.top_p
+        self._limits.min_p[seat] = sampling.min_p or 0.0
 
-    def _draw(self, scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
-        # In float32 the sum would lose tokens of a large vocabulary whose probability is below 1e-7.
-        sums = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        chosen = torch.searchsorted(sums, self._draws.next() * sums[:, -1:], right=True)
-        return scores.scatter_(1, chosen.clamp_(max=scores.shape[-1] - 1), torch.inf)
+    @torch.inference_mode()
+    def leave(self, seat: int) -> None:
+        """The seat's sequence goes, and nothing of it stays."""
+        if self._asks[_Ask.BIASES, seat]:
+            self._biases.leave(seat)
+        if self._asks[_Ask.PENALTIES, seat]:
+            self._penalties.leave(seat)
+        self._asks[:, seat] = False
+        self._asking.discard(seat)
 
+    @torch.inference_mode()
+    def sample(self, seats: Sequence[int], logits: torch.Tensor, *, allowed: torch.Tensor | None = None) -> Sampled:
+        """The next tokens of the sequences on `seats`, which are all different, from logits (len(seats), vocabulary).
 
-def _penalty(sampling: SamplingParams) -> float | None:
-    return None if sampling.repetition_penalty == 1.0 else sampling.repetition_penalty
+        Logits of float32 may be changed in place. `allowed`: a grammar's packed bitmask, (len(seats),
+        ceil(vocabulary / 32)) int32, the lowest bit the first token; rows without a grammar have all bits set. A row
+        whose tokens are all forbidden takes one of them.
+        """
+        if self.greedy and allowed is None:
+            return Sampled(_largest(logits), None)
+        held = np.asarray(seats, dtype=np.intp)
+        biased, penalised, drawn, told = (np.flatnonzero(each) for each in self._asks[:, held])
+        scores = logits.float().contiguous()
+        raw = RawLogprobs(scores, upload(told, self._device)) if len(told) else None
+        if len(biased):
+            self._biases.add(scores, biased, held[biased], self._generated[held[biased]])
+        if len(penalised):
+            self._penalties.apply(scores, penalised, held[penalised])
+        if allowed is not None:
+            self._bitmask.apply(scores, allowed, rows_at_once=self._rows_at_once)
+        tokens = _largest(scores)
+        for rows in np.split(drawn, range(self._rows_at_once, len(drawn), self._rows_at_once)):
+            if len(rows):
+                self._draw(scores, tokens, rows, held[rows])
+        if len(penalised):
+            self._penalties.record(held[penalised], tokens.index_select(0, upload(penalised, self._device)))
+        self._generated[held] += 1
+        if raw is None:
+            return Sampled(tokens, None)
+        return Sampled(tokens, raw.of(tokens, tuple(told.tolist()), int(self._alternatives[held[told]].max())))
 
-
-def _temperature(sampling: SamplingParams) -> float | None:
-    return None if sampling.temperature == 1.0 else sampling.temperature
-
-
-def _top_k(sampling: SamplingParams) -> int | None:
-    return sampling.top_k if sampling.top_k is not None and sampling.top_k > 0 else None
-
-
-def _top_p(sampling: SamplingParams) -> float | None:
-    return sampling.top_p if sampling.top_p is not None and sampling.top_p < 1.0 else None
-
-
-def _min_p(sampling: SamplingParams) -> float | None:
-    return sampling.min_p or None
-
-
-def _penalise(scores: torch.Tensor, asked: _Asked, *, tokens: torch.Tensor) -> torch.Tensor:
-    tokens = asked.of(tokens)
-    score = scores.gather(1, tokens)
-    score = torch.where(score < 0, score * asked.values, score / asked.values)
-    return scores.scatter(1, tokens, score)
-
-
-def _divide(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    return scores / asked.values
-
-
-def _keep_top_k(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    vocabulary = scores.shape[-1]
-    largest = torch.topk(scores, min(int(asked.largest), vocabulary)).values
-    smallest_kept = largest.gather(1, asked.values.clamp(max=vocabulary) - 1)
-    return scores.masked_fill(scores < smallest_kept, -torch.inf)
-
-
-def _keep_top_p(scores: torch.Tensor, asked: _Asked, *, tokens: int = NUCLEUS_TOKENS) -> torch.Tensor:
-    """Keeps the likeliest tokens, up to the one whose probability takes their sum to top_p."""
-    vocabulary = scores.shape[-1]
-    largest, order = scores.softmax(dim=-1).topk(min(tokens, vocabulary))
-    sums = largest.cumsum(dim=-1)
-    beyond = sums - largest >= asked.values
-    beyond[:, 0] = False
-    removed = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, beyond)
-    kept = scores.masked_fill(removed, -torch.inf)
-    if tokens < vocabulary:
-        wider = (sums[:, -1] < asked.values[:, 0]).nonzero()[:, 0]
-        if len(wider):
-            rest = asked._replace(values=asked.values[wider])
-            kept[wider] = _keep_top_p(scores[wider], rest, tokens=vocabulary)
-    return kept
-
-
-def _keep_min_p(scores: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    # A probability is below min_p times the largest one where its logit is this far below the largest.
-    return scores.masked_fill(scores < scores.amax(dim=-1, keepdim=True) + asked.values.log(), -torch.inf)
+    def _draw(self, scores: torch.Tensor, tokens: torch.Tensor, rows: _Places, seats: _Places) -> None:
+        """Puts what these rows draw from their scores (all rows, vocabulary) among the tokens, (all rows,)."""
+        places = upload(rows, self._device)
+        temperatures = upload(self._temperatures[seats, None], self._device)
+        probabilities = scores.index_select(0, places).div_(temperatures).softmax(dim=-1)
+        nucleus.restrict(probabilities, self._limits.of(seats))
+        at = upload(draws.numbers(self._keys[seats], self._generated[seats])[:, None], self._device)
+        tokens.index_copy_(0, places, draws.drawn(probabilities, at, otherwise=tokens.index_select(0, places)))
 
 
-_OPTIONS: tuple[tuple[Callable[[SamplingParams], float | None], _Change], ...] = (
-    (_temperature, _divide),
-    (_top_k, _keep_top_k),
-    (_top_p, _keep_top_p),
-    (_min_p, _keep_min_p),
-)
+def _largest(scores: torch.Tensor) -> torch.Tensor:
+    """The first of the largest of each row, (rows,)."""
+    if scores.device.type == "cpu":
+        # Ten times as fast as torch's.
+        return torch.from_numpy(scores.float().numpy().argmax(axis=1))
+    return scores.argmax(dim=-1)

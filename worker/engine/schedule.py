@@ -76,10 +76,10 @@ class Piece(NamedTuple, Generic[R]):
 
 
 class Copy(NamedTuple):
-    """Tokens of the cache that are copied from one place to another before the step."""
+    """The first tokens of one slot of the cache, which another gets before the step."""
 
-    source: int
-    target: int
+    source: Slot
+    target: Slot
     tokens: int
 
 
@@ -242,7 +242,7 @@ class Schedule(Generic[R]):
         row.slot, row.seat = slot, heappop(self._seats)
         if nearest is not None and nearest[0].slot is not None:
             row.computed = min(nearest[1], nearest[0].computed)
-            step.copies.append(Copy(nearest[0].slot.start, slot.start, row.computed))
+            step.copies.append(Copy(nearest[0].slot, slot, row.computed))
         self._waiting.remove(row)
         self._running.append(row)
         self._prefixes.enter(row)
@@ -294,7 +294,7 @@ class Schedule(Generic[R]):
                 self._move(row, slot, step)
 
     def _move(self, row: R, slot: Slot, step: Step[R]) -> None:
-        step.copies.append(Copy(row.held.start, slot.start, row.computed))
+        step.copies.append(Copy(row.held, slot, row.computed))
         self._slots.give(row.held)
         row.slot = slot
 

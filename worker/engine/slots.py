@@ -59,6 +59,11 @@ class Slots:
         #: Places that no slot has.
         self.free_tokens = self.tokens
 
+    @property
+    def longest(self) -> int:
+        """The size of the largest slots."""
+        return self._sizes[-1]
+
     def size_for(self, tokens: int) -> int:
         """The size of the slot that a row of so many tokens gets; AssertionError beyond `longest`."""
         assert tokens <= self._sizes[-1], "a row is never longer than the longest"

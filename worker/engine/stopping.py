@@ -40,17 +40,19 @@ class RowStopping:
         self._width = width
         self._progress = progress
         ends = frozenset(end_token_ids)
+        #: Rows that the model's end tokens end.
+        self._ends_normally = torch.tensor([prompt.end_token_ids >= ends for prompt in prompts], device=device)
         self._watched = {
             row: StopWatch(prompt, tokenization)
             for row, prompt in enumerate(prompts)
-            if prompt.stop or prompt.end_token_ids > ends
+            if prompt.stop or prompt.end_token_ids != ends
         }
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         """Takes the tokens so far (rows, width + generated); says which rows need no more, (rows,) of bool."""
         generated = input_ids.shape[1] - self._width
         newest = input_ids[:, -1]
-        ended = torch.isin(newest, self._end_token_ids) | (self._max_tokens <= generated)
+        ended = torch.isin(newest, self._end_token_ids) & self._ends_normally | (self._max_tokens <= generated)
         if self._watched:
             self._watch(newest, ended)
         self.counts = torch.where((self.counts == 0) & ended, generated, self.counts)
@@ -70,23 +72,25 @@ class RowStopping:
 
 
 class StopWatch:
-    """Looks for the stop strings of one row in what it has written."""
+    """Looks for the stop strings of one row in what it has written, once it has its min_tokens."""
 
     def __init__(self, prompt: Prompt, tokenization: Tokenization) -> None:
         self._prompt, self._tokenization = prompt, tokenization
         self._tokens = list(prompt.tail)
+        self._earliest = len(prompt.tail) + (prompt.sampling.min_tokens or 0)
         self._newest = max((len(each.encode()) for each in prompt.stop), default=0) + MARGIN_TOKENS
 
     def ended_by(self, token: int) -> bool:
         """Whether the answer ends with this next token."""
         self._tokens.append(token)
+        if len(self._tokens) < self._earliest:
+            return False
         if token in self._prompt.end_token_ids:
             return True
-        if not self._stops_in(self._tokenization.text(self._tokens[-self._newest :])):
+        newest = self._tokenization.text(self._tokens[-self._newest :])
+        if not any(stop in newest for stop in self._prompt.stop):
             return False
         # What the newest tokens seem to say may read otherwise in the whole answer, which is what counts.
         answer = self._tokens[len(self._prompt.tail) :]
-        return self._stops_in(self._tokenization.text(answer, after=self._prompt.tail))
-
-    def _stops_in(self, text: str) -> bool:
-        return any(stop in text for stop in self._prompt.stop)
+        text = self._tokenization.text(answer, after=self._prompt.tail)
+        return self._tokenization.stop_place(self._prompt, answer, text) is not None

@@ -93,6 +93,7 @@ class Tokenization:
             tokens = self._tokens(request.prompt or "", special=True)
             tail = tokens[-TAIL_TOKENS:]
         sampling = request.sampling
+        self._refuse_unknown_tokens(sampling)
         stop = sampling.stop or ()
         ends = {self._special[each] for each in stop if each in self._special}.union(sampling.stop_token_ids or ())
         return Prompt(
@@ -122,10 +123,17 @@ class Tokenization:
         """
         ended = tokens[-1] in prompt.end_token_ids
         text = self.text(tokens[:-1] if ended else tokens, after=prompt.tail)
-        stops = [place for place in map(text.find, prompt.stop) if place >= 0]
-        if stops:
-            return Choice(text[: min(stops)], "stop")
+        stop = self.stop_place(prompt, tokens, text)
+        if stop is not None:
+            return Choice(text[:stop], "stop")
         return Choice(text, "stop" if ended or complete else "length")
+
+    def stop_place(self, prompt: Prompt, tokens: Sequence[int], text: str) -> int | None:
+        """Where in this text of these tokens the first stop string begins that is not within its min_tokens."""
+        fewest = prompt.sampling.min_tokens or 0
+        begin = len(self.text(tokens[:fewest], after=prompt.tail)) if fewest and prompt.stop else 0
+        places = [place for place in (text.find(stop, begin) for stop in prompt.stop) if place >= 0]
+        return min(places, default=None)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         # Cleaning up would remove spaces before punctuation that the model wrote.
@@ -143,6 +151,18 @@ class Tokenization:
         if max(tokens) >= self._vocabulary:
             raise Refused(ErrorCode.ENGINE_ERROR, "the prompt has a token that the model has no embedding for")
         return tokens
+
+    def _refuse_unknown_tokens(self, sampling: SamplingParams) -> None:
+        named = {
+            "logit_bias": [token for token, _ in sampling.logit_bias or ()],
+            "stop_token_ids": sampling.stop_token_ids or (),
+        }
+        for option, tokens in named.items():
+            if max(tokens, default=0) >= self._vocabulary:
+                raise Refused(
+                    ErrorCode.UNSUPPORTED_OPTION,
+                    f"{option} names token {max(tokens)}, and the model has {self._vocabulary}, counted from 0",
+                )
 
     def _max_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
         assert wanted is not None, "the runner fills max_tokens in"

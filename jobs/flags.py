@@ -1,0 +1,34 @@
+"""The flags of `run`, `up` and `worker` that give a setting: what a worker's engine shall do.
+
+Owns their names and what is said of them; which values are allowed is the settings' affair. It knows no command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """`setting`: the field of Settings that it gives. `values`: what may follow it, None for a switch."""
+
+    name: str
+    setting: str
+    values: str | None
+    help: str
+
+
+ENGINE_FLAGS = (
+    Flag("--engine", "engine", "auto|continuous|generate", "auto (default): continuous wherever the model allows it."),
+    Flag("--max-rows", "engine_rows", "N", "Most requests that the device works on at once."),
+    Flag("--context", "context_tokens", "N", "Most tokens of a prompt and its answer together."),
+    Flag("--gpu-memory-fraction", "gpu_memory_fraction", "F", "Part of a GPU for weights and cache (default 0.9)."),
+    Flag(
+        "--dequantize",
+        "dequantize",
+        "auto|never|always",
+        "Full-precision copies of 4-bit weights for large batches: auto (default) where memory is left.",
+    ),
+    Flag("--deterministic", "deterministic", None, "An answer does not depend on what else runs; slower."),
+)
+FLAG_OF_SETTING = {each.setting: each.name for each in ENGINE_FLAGS}

@@ -1,0 +1,79 @@
+"""CTranslate2 as a contestant: int8 weights, batches that it forms itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from tests.bench.contestant import EXACT, Answers, Contestant
+from tests.bench.workloads import Workload
+
+
+class Setting(NamedTuple):
+    """Batches side by side, and the requests of each."""
+
+    beside: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.beside} x {self.rows} rows"
+
+
+class CTranslate2(Contestant):
+    name: ClassVar[str] = "CTranslate2"
+    needs: ClassVar[tuple[str, ...]] = ("ctranslate2",)
+    formats: ClassVar[Mapping[str, str]] = {"nf4": "int8", "int8": "int8", "none": "float32", EXACT: "float32"}
+
+    @classmethod
+    def prepare(cls, folder: Path, weights: str) -> None:
+        from ctranslate2.converters import TransformersConverter
+
+        target = _folder(folder, weights)
+        if not target.exists():
+            unfinished = target.with_suffix(".unfinished")
+            TransformersConverter(str(folder)).convert(str(unfinished), quantization=weights, force=True)
+            unfinished.rename(target)
+
+    def load(self, folder: Path, weights: str, threads: int) -> None:
+        import ctranslate2
+
+        target = str(_folder(folder, weights))
+        #: By how many batches run side by side.
+        self._generators = {
+            beside: ctranslate2.Generator(
+                target, compute_type=weights, inter_threads=beside, intra_threads=threads // beside
+            )
+            for beside in {1, threads}
+        }
+        self._words: list[str] = json.loads((Path(target) / "vocabulary.json").read_text())
+
+    def settings(self, workload: Workload) -> Sequence[Any]:
+        return [Setting(beside, rows) for beside in self._generators for rows in (16, 32, 64)]
+
+    def run(self, workload: Workload, setting: Setting) -> Answers:
+        asks = workload.asks
+        shared = workload.shared_tokens
+        counts = [0] * len(asks)
+
+        def ended(step: Any) -> bool:
+            """Each request has a limit of its own, which CTranslate2 has no other word for."""
+            counts[step.batch_id] += 1
+            over: bool = counts[step.batch_id] >= asks[step.batch_id].answer_tokens
+            return over
+
+        results = self._generators[setting.beside].generate_batch(
+            [[self._words[token] for token in ask.tokens[shared:]] for ask in asks],
+            static_prompt=[self._words[token] for token in asks[0].tokens[:shared]] or None,
+            max_batch_size=setting.rows,
+            max_length=max(ask.answer_tokens for ask in asks),
+            end_token=[],
+            include_prompt_in_result=False,
+            callback=ended,
+        )
+        return Answers.of([list(result.sequences_ids[0]) for result in results])
+
+
+def _folder(folder: Path, weights: str) -> Path:
+    return folder / f"ctranslate2-{weights}"

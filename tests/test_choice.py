@@ -1,0 +1,110 @@
+"""Which engine serves a model, and what becomes of the options that it lacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from types import ModuleType
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from jobs.errors import ModelError
+from jobs.spec import ModelSpec, Quantization
+from tests.tiny import CONTEXT_TOKENS, save_tiny_model
+from worker.engine import Progress
+from worker.engine.choice import Chosen, choose
+from worker.engine.generate import GENERATE_ROWS, GenerateEngine
+from worker.engine.options import Dequantize, EngineKind, EngineOptions
+from worker.loader import LoadedModel, load
+
+REASON = "it keeps a state instead of a cache"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return load(ModelSpec(str(folder), quantization=Quantization.NONE), "cpu")
+
+
+@pytest.fixture
+def said() -> Iterator[list[MutableMapping[str, Any]]]:
+    """The log lines of a choice."""
+    with capture_logs() as lines:
+        yield lines
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A continuous engine that cannot serve this model."""
+    unsupported = type("Unsupported", (Exception,), {})
+
+    def refuse(loaded: LoadedModel, *, options: EngineOptions, progress: Progress, fits: int | None) -> None:
+        raise unsupported(REASON)
+
+    stands_in(monkeypatch, refuse, unsupported)
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Any], unsupported: type[Exception]) -> None:
+    module = ModuleType("worker.engine.continuous")
+    module.ContinuousEngine, module.Unsupported = engine, unsupported  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def chosen(loaded: LoadedModel, *, fits: int | None = None, **asked: Any) -> Chosen:
+    return choose(loaded, options=EngineOptions(**asked), progress=lambda: False, fits=fits)
+
+
+@pytest.mark.parametrize("kind", [EngineKind.AUTO, EngineKind.CONTINUOUS])
+def test_a_model_that_allows_it_gets_the_continuous_engine(loaded: LoadedModel, kind: EngineKind) -> None:
+    found = chosen(loaded, kind=kind, max_rows=3, context_tokens=50)
+    assert type(found.engine).__name__ == "ContinuousEngine"
+    assert (found.kind, found.engine.rows, found.context_tokens) == ("continuous", 3, 50)
+    assert found.cache_tokens is not None
+    assert found.cache_tokens >= 50
+
+
+@pytest.mark.usefixtures("refusing")
+def test_another_model_gets_generate_and_one_line_says_why(
+    loaded: LoadedModel, said: list[MutableMapping[str, Any]]
+) -> None:
+    found = chosen(loaded, max_rows=3)
+    assert isinstance(found.engine, GenerateEngine)
+    assert (found.kind, found.engine.rows, found.context_tokens) == ("generate", 3, CONTEXT_TOKENS)
+    assert [line["because"] for line in said] == [REASON]
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_model_that_cannot_have_the_engine_it_shall_have_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(ModelError, match=f"{REASON}; --engine auto"):
+        chosen(loaded, kind=EngineKind.CONTINUOUS)
+
+
+def test_generate_is_taken_where_it_is_asked_for(loaded: LoadedModel, said: list[MutableMapping[str, Any]]) -> None:
+    found = chosen(loaded, kind=EngineKind.GENERATE, fits=1_000)
+    assert isinstance(found.engine, GenerateEngine)
+    assert (found.engine.rows, found.cache_tokens) == (GENERATE_ROWS, 1_000)
+    assert said == []
+
+
+@pytest.mark.parametrize(("asked", "held"), [(50, 50), (10 * CONTEXT_TOKENS, CONTEXT_TOKENS), (None, CONTEXT_TOKENS)])
+def test_a_context_is_at_most_what_is_asked_and_what_the_model_has(
+    loaded: LoadedModel, asked: int | None, held: int
+) -> None:
+    for kind in EngineKind:
+        assert chosen(loaded, kind=kind, context_tokens=asked).context_tokens == held
+
+
+@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize(("kind", "why"), [(EngineKind.AUTO, REASON), (EngineKind.GENERATE, "--engine generate")])
+def test_generate_never_answers_what_was_to_be_deterministic(loaded: LoadedModel, kind: EngineKind, why: str) -> None:
+    with pytest.raises(ModelError, match=f"--deterministic needs the continuous engine.*{why}"):
+        chosen(loaded, kind=kind, deterministic=True)
+
+
+def test_generate_says_that_it_makes_no_copies_of_weights(
+    loaded: LoadedModel, said: list[MutableMapping[str, Any]]
+) -> None:
+    chosen(loaded, kind=EngineKind.GENERATE, dequantize=Dequantize.ALWAYS)
+    assert ["--dequantize always" in line["event"] for line in said] == [True]

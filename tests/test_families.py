@@ -1,0 +1,91 @@
+"""Greedy answers of the continuous engine are those of transformers' `generate`, token for token, in float32."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.schema import Request, RequestKey, SamplingParams
+from tests.families import FAMILIES, load_family
+from worker.engine.continuous import ContinuousEngine
+from worker.engine.decoder import cache_shape
+from worker.engine.options import EngineOptions
+from worker.loader import LoadedModel
+
+SHARED = "a beginning that many prompts have in common, "
+PROMPTS = [
+    "a",
+    "some longer prompt, which is longer than the window of those models that have one",
+    SHARED + "first",
+    "xyz",
+    SHARED + "second, which goes on for some time until it is longer than the others are",
+    SHARED,
+    "of middling length",
+]
+ANSWER_TOKENS = [1, 20, 7, 30, 12, 3, 25]
+#: Small enough that rows are put back, for prompts as long as these.
+SMALL_CACHE_TOKENS = 256
+WAYS: dict[str, dict[str, Any]] = {
+    "rows": {"rows": 7},
+    "one row": {"rows": 1},
+    "pieces": {"rows": 4, "step_tokens": 9},
+    "unshared": {"rows": 4, "share_prefixes": False},
+    "full": {"rows": 7, "cache_tokens": SMALL_CACHE_TOKENS},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> LoadedModel:
+    return load_family(request.param)
+
+
+def generated(loaded: LoadedModel, prompt: str, tokens: int) -> list[int]:
+    """What transformers' own `generate` answers; no end token ends it."""
+    found = loaded.model.generate(
+        torch.tensor([loaded.tokenizer.encode(prompt)]), max_new_tokens=tokens, do_sample=False, pad_token_id=2
+    )
+    answer: list[int] = found[0, -tokens:].tolist()
+    return answer
+
+
+@pytest.fixture(scope="module")
+def wanted(family: LoadedModel) -> list[list[int]]:
+    return [generated(family, prompt, tokens) for prompt, tokens in zip(PROMPTS, ANSWER_TOKENS, strict=True)]
+
+
+def answered(loaded: LoadedModel, *, rows: int, cache_tokens: int | None = None, **given: Any) -> list[list[int]]:
+    """The tokens that the engine answers with."""
+    found: dict[int, list[int]] = {}
+    cache_bytes = None if cache_tokens is None else cache_tokens * cache_shape(loaded).token_bytes
+    options = EngineOptions(max_rows=rows, cache_bytes=cache_bytes)
+    with closing(ContinuousEngine(loaded, options=options, **given)) as engine:
+        for index, (prompt, tokens) in enumerate(zip(PROMPTS, ANSWER_TOKENS, strict=True)):
+            sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+            engine.add(RequestKey("job", index), Request(index, str(index), prompt=prompt, sampling=sampling))
+        rows_of = {key.index: answer.rows[0] for key, answer in engine._answers.items()}
+        while engine.waiting or engine.active:
+            for output in engine.step():
+                assert output.error is None
+                found[output.key.index] = rows_of[output.key.index].generated
+    return [found[index] for index in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_are_those_of_generate(family: LoadedModel, wanted: list[list[int]], way: str) -> None:
+    assert answered(family, **WAYS[way]) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "step_tokens", "share", "cache_tokens"),
+    list(product([1, 2, 7], [1, 9, 64, 512], [True, False], [SMALL_CACHE_TOKENS, 4096])),
+)
+def test_greedy_tokens_are_those_of_generate_in_every_way(
+    family: LoadedModel, wanted: list[list[int]], rows: int, step_tokens: int, share: bool, cache_tokens: int
+) -> None:
+    found = answered(family, rows=rows, step_tokens=step_tokens, share_prefixes=share, cache_tokens=cache_tokens)
+    assert found == wanted

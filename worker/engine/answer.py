@@ -1,0 +1,148 @@
+"""One request on its way through the continuous engine: its rows, what they said so far, and the Output at the end.
+
+Owns the end of each row, the times, and the logprobs. It knows no cache and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
+from worker.engine.schedule import Row
+from worker.engine.stopping import StopWatch
+from worker.engine.tokenization import Prompt, Tokenization
+
+if TYPE_CHECKING:
+    from worker.engine.grammar import Matcher
+
+
+@dataclass(slots=True, eq=False)
+class ChoiceRow(Row):
+    """The row of one choice of an answer. `logprobs`: one entry a token, where they are asked for."""
+
+    prompt: Prompt = field(kw_only=True)
+    answer: Answer = field(kw_only=True)
+    choice: int = field(kw_only=True)
+    watch: StopWatch | None = field(kw_only=True)
+    matcher: Matcher | None = field(kw_only=True)
+    logprobs: list[TokenLogprob] = field(default_factory=list, kw_only=True)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    def take(self, token: int) -> bool:
+        """Appends the row's next token; whether it was the last one."""
+        self.tokens.append(token)
+        if self.matcher is not None:
+            self.matcher.advance(token)
+            if self.matcher.ended:
+                return True
+        stopped = token in self.prompt.end_token_ids if self.watch is None else self.watch.ended_by(token)
+        return stopped or len(self.tokens) == self.most_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token with its logprob, and the likeliest tokens at its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Answer:
+    """All choices of one request."""
+
+    def __init__(
+        self,
+        key: RequestKey,
+        prompt: Prompt,
+        tokenization: Tokenization,
+        *,
+        matchers: Sequence[Matcher] = (),
+        share: bool = True,
+    ) -> None:
+        self.key = key
+        self.prompt = prompt
+        self._tokenization = tokenization
+        self._added = monotonic()
+        self._began: float | None = None
+        self._answered: float | None = None
+        self._open = prompt.sampling.n or 1
+        self.rows = [self._row(choice, matchers[choice] if matchers else None, share) for choice in range(self._open)]
+
+    def _row(self, choice: int, matcher: Matcher | None, share: bool) -> ChoiceRow:
+        prompt = self.prompt
+        watch = StopWatch(prompt, self._tokenization) if prompt.stop else None
+        return ChoiceRow(
+            list(prompt.tokens),
+            len(prompt.tokens) + prompt.max_tokens,
+            share,
+            prompt=prompt,
+            answer=self,
+            choice=choice,
+            watch=watch,
+            matcher=matcher,
+        )
+
+    def began(self) -> None:
+        """A row has entered the device."""
+        if self._began is None:
+            self._began = monotonic()
+
+    def token_came(self) -> None:
+        """A row has its first token."""
+        if self._answered is None:
+            self._answered = monotonic()
+
+    def row_ended(self) -> bool:
+        """Whether it was the last one."""
+        self._open -= 1
+        return self._open == 0
+
+    def output(self, ended: float) -> Output:
+        """What all rows say together, once each has ended; `ended` is the time of that."""
+        assert self._began is not None, "rows that ended had begun"
+        assert self._answered is not None, "rows that ended had a token"
+        return Output(
+            self.key,
+            tuple(self._choice(row) for row in self.rows),
+            len(self.prompt.tokens),
+            sum(len(row.generated) for row in self.rows),
+            timings=Timings(
+                round(self._began - self._added, 6),
+                round(self._answered - self._began, 6),
+                round(ended - self._answered, 6),
+            ),
+        )
+
+    def too_large(self) -> Output:
+        """The device has not enough memory for one token of it."""
+        return Output.failed(
+            self.key,
+            ErrorCode.OUT_OF_MEMORY,
+            "the device has not enough memory for this request alone: choose a smaller --max-rows or --context",
+            prompt_tokens=len(self.prompt.tokens),
+        )
+
+    def _choice(self, row: ChoiceRow) -> Choice:
+        choice = self._tokenization.choice(
+            self.prompt, row.generated, complete=row.matcher is not None and row.matcher.ended
+        )
+        if not self.prompt.sampling.logprobs:
+            return choice
+        return Choice(choice.text, choice.finish_reason, {"content": [self._logprob(each) for each in row.logprobs]})
+
+    def _logprob(self, said: TokenLogprob) -> dict[str, Any]:
+        top = [self._of_token(token, logprob) for token, logprob in said.top]
+        return self._of_token(said.token, said.logprob) | {"top_logprobs": top}
+
+    def _of_token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenization.token_text(token)
+        # A token that is a part of a character has no text of its own, and hence no bytes that are known here.
+        known = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}

@@ -1,0 +1,71 @@
+"""What is added to single logits: logit_bias, and -inf for the end tokens of an answer that is too short to end.
+
+Owns these few tokens of each sequence that asks, on the host, and where they lie among a step's logits. It knows no
+text: which tokens end an answer it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from jobs.schema import SamplingParams
+from worker.engine.upload import upload
+
+_Places = npt.NDArray[np.intp]
+
+
+def asks_for_biases(sampling: SamplingParams) -> bool:
+    return bool(sampling.logit_bias or sampling.min_tokens)
+
+
+class _Bias(NamedTuple):
+    """Tokens and what is added to them: `early` before the sequence has generated min_tokens, `late` from then on."""
+
+    tokens: npt.NDArray[np.int64]
+    early: npt.NDArray[np.float32]
+    late: npt.NDArray[np.float32]
+    min_tokens: int
+
+
+class Biases:
+    """The biases of the sequences on some of the seats; only seats that ask are ever named to it."""
+
+    def __init__(self, *, vocabulary: int, device: torch.device) -> None:
+        self._vocabulary, self._device = vocabulary, device
+        self._by_seat: dict[int, _Bias] = {}
+
+    def enter(self, seat: int, sampling: SamplingParams, end_token_ids: Collection[int]) -> None:
+        """A sequence that asks takes the seat; the tokens of its logit_bias are of the vocabulary."""
+        # A tokenizer may name end tokens that the model cannot write.
+        ends = {each for each in (*end_token_ids, *(sampling.stop_token_ids or ())) if each < self._vocabulary}
+        late = {**dict.fromkeys(ends, 0.0), **dict(sampling.logit_bias or ())}
+        early = {**late, **dict.fromkeys(ends, -np.inf)}
+        self._by_seat[seat] = _Bias(
+            np.array(list(late), dtype=np.int64),
+            np.array(list(early.values()), dtype=np.float32),
+            np.array(list(late.values()), dtype=np.float32),
+            sampling.min_tokens or 0,
+        )
+
+    def leave(self, seat: int) -> None:
+        """The sequence that asked is gone."""
+        del self._by_seat[seat]
+
+    def add(self, scores: torch.Tensor, rows: _Places, seats: _Places, generated: npt.NDArray[np.int64]) -> None:
+        """Changes in place these rows of the scores (all rows, vocabulary), contiguous, of the sequences on `seats`.
+
+        `generated` says how many tokens each of them has.
+        """
+        logits: list[npt.NDArray[np.int64]] = []
+        values: list[npt.NDArray[np.float32]] = []
+        for row, seat, count in zip(rows.tolist(), seats.tolist(), generated.tolist(), strict=True):
+            bias = self._by_seat[seat]
+            logits.append(bias.tokens + row * scores.shape[1])
+            values.append(bias.early if count < bias.min_tokens else bias.late)
+        places = upload(np.concatenate(logits), self._device)
+        scores.view(-1).index_add_(0, places, upload(np.concatenate(values), self._device))

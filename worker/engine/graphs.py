@@ -1,0 +1,78 @@
+"""CUDA graphs of the decode step: the launches of a whole forward replayed as one.
+
+Owns the captured graphs and the tensors that they read. A graph has one number of rows; a step runs in the next
+larger one, with rows of no one behind its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from jobs.logs import get_logger
+
+log = get_logger(__name__)
+#: Takes tokens and positions (1, rows), and gives logits (rows, vocabulary).
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_WARM_UPS = 2
+
+
+def row_counts(most: int) -> list[int]:
+    """The sizes that are captured: close together where a row more costs most."""
+    small = [count for count in (1, 2, 4) if count < most]
+    return [*small, *range(8, min(most, 64), 8), *range(64, most, 32), most]
+
+
+class DecodeGraphs:
+    """Graphs of `forward` for up to `rows` rows, each captured when it is first needed.
+
+    A model that cannot be captured (one that asks the device something in its forward) is run without.
+    """
+
+    def __init__(self, forward: Forward, *, rows: int, device: torch.device) -> None:
+        self._forward = forward
+        self._counts = row_counts(rows)
+        self._tokens = torch.zeros((1, rows), dtype=torch.long, device=device)
+        self._positions = torch.zeros((1, rows), dtype=torch.long, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._refused = False
+
+    def padded(self, rows: int) -> int:
+        """How many rows a step of so many is run with."""
+        return rows if self._refused else next(count for count in self._counts if count >= rows)
+
+    def run(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """The logits of a step of `padded` rows, valid until the next one: (rows, vocabulary)."""
+        rows = len(tokens)
+        self._tokens[0, :rows].copy_(torch.tensor(tokens), non_blocking=True)
+        self._positions[0, :rows].copy_(torch.tensor(positions), non_blocking=True)
+        if not self._refused and rows not in self._graphs:
+            self._capture(rows)
+        if self._refused:
+            return self._computed(rows)
+        graph, logits = self._graphs[rows]
+        graph.replay()
+        return logits
+
+    def _computed(self, rows: int) -> torch.Tensor:
+        return self._forward(self._tokens[:, :rows], self._positions[:, :rows])
+
+    def _capture(self, rows: int) -> None:
+        side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._computed(rows)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits = self._computed(rows)
+        except RuntimeError as error:
+            self._refused = True
+            self._graphs.clear()
+            log.warning("decode steps are not captured as CUDA graphs", because=str(error).splitlines()[0])
+            return
+        self._graphs[rows] = (graph, logits)
