@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -162,12 +163,14 @@ def _fetched(spec: ModelSpec) -> tuple[Path, str]:
 def _precision(spec: ModelSpec, config: Any, device: torch.device) -> dict[str, Any]:
     """The dtype of what is not quantized, and how the rest is.
 
-    A CPU computes in float32. On CUDA an unquantized model keeps its checkpoint's dtype, and a quantized one has
-    bfloat16 around its weights, or float16 where the GPU has no bfloat16.
+    A CPU computes in float32, but around 4-bit weights in bfloat16 where its products of them do. On CUDA an
+    unquantized model keeps its checkpoint's dtype, and a quantized one has bfloat16 around its weights, or float16
+    where the GPU has no bfloat16.
     """
     written = getattr(config, "quantization_config", None)
     if device.type == "cpu":
-        half = torch.float32
+        fused = spec.quantization in (Quantization.NF4, Quantization.FP4) and has_avx512bf16()
+        half = torch.bfloat16 if fused else torch.float32
     else:
         half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if spec.quantization == Quantization.NONE:

@@ -86,6 +86,9 @@ class Contestant:
     def run(self, workload: Workload, setting: Any) -> Answers:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Ends what would keep its process alive."""
+
     @classmethod
     def missing(cls) -> str | None:
         """Why it cannot take part here."""
@@ -163,8 +166,8 @@ def _environ(values: Mapping[str, str | None]) -> Iterator[None]:
 
 def _serve(connection: Connection, kind: type[Contestant], folder: Path, weights: str, threads: int) -> None:
     """The process: loads, then answers until the other end is closed."""
+    contestant = kind()
     try:
-        contestant = kind()
         contestant.load(folder, weights, threads)
         connection.send(None)
         chosen: dict[str, Any] = {}
@@ -182,6 +185,8 @@ def _serve(connection: Connection, kind: type[Contestant], folder: Path, weights
     except Exception as error:
         traceback.print_exc()
         connection.send(ContestantError(f"{type(error).__name__}: {error}".splitlines()[0][:120]))
+    finally:
+        contestant.close()
 
 
 def _fastest(contestant: Contestant, workload: Workload) -> Any:

@@ -38,7 +38,8 @@ class ChoiceRow(Row):
         """Appends the row's next token; whether it was the last one."""
         self.tokens.append(token)
         if self.matcher is not None:
-            self.matcher.advance(token)
+            if not self.matcher.ended:
+                self.matcher.advance(token)
             if self.matcher.ended:
                 return True
         stopped = token in self.prompt.end_token_ids if self.watch is None else self.watch.ended_by(token)
@@ -106,6 +107,9 @@ class Answer:
 
     def output(self, ended: float) -> Output:
         """What all rows say together, once each has ended; `ended` is the time of that."""
+        failure = next((row.matcher.failure for row in self.rows if row.matcher and row.matcher.failure), None)
+        if failure is not None:
+            return self._failed(ErrorCode.INVALID_RESPONSE_FORMAT, failure)
         assert self._began is not None, "rows that ended had begun"
         assert self._answered is not None, "rows that ended had a token"
         return Output(
@@ -122,12 +126,11 @@ class Answer:
 
     def too_large(self) -> Output:
         """The device has not enough memory for one token of it."""
-        return Output.failed(
-            self.key,
-            ErrorCode.OUT_OF_MEMORY,
-            "the device has not enough memory for this request alone: choose a smaller --max-rows or --context",
-            prompt_tokens=len(self.prompt.tokens),
-        )
+        remedy = "choose a smaller --max-rows or --context for its worker"
+        return self._failed(ErrorCode.OUT_OF_MEMORY, f"the device has not enough memory for it alone: {remedy}")
+
+    def _failed(self, code: ErrorCode, message: str) -> Output:
+        return Output.failed(self.key, code, message, prompt_tokens=len(self.prompt.tokens))
 
     def _choice(self, row: ChoiceRow) -> Choice:
         choice = self._tokenization.choice(

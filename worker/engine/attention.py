@@ -131,8 +131,9 @@ class _Group:
             folded = torch.cat([folded, folded[:, :, : shared % 2]], dim=2)
             found = _attend(folded, read_keys, read_values, mask, how)
             return found[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
-        scores = torch.bmm(folded.flatten(0, 1), read_keys.flatten(0, 1).transpose(1, 2))
-        scores = scores.view(self.rows, self._heads, shared, self.reach)
+        # The keys stand first: the other order takes up to twice as long on a CPU.
+        scores = torch.bmm(read_keys.flatten(0, 1), folded.flatten(0, 1).transpose(1, 2))
+        scores = scores.transpose(1, 2).reshape(self.rows, self._heads, shared, self.reach)
         weights = _weights(scores, mask, how).to(values.dtype)
         found = torch.bmm(weights.flatten(0, 1), read_values.flatten(0, 1))
         return found.view(self.rows, self._heads * shared, -1)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
@@ -167,9 +168,11 @@ class ContinuousEngine:
             self._sampler.leave(seat)
         for row in step.entered:
             row.answer.began()
+            sampling = row.prompt.sampling
             self._sampler.enter(
                 row.seat,
-                row.prompt.sampling,
+                # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
+                sampling if row.matcher is None else replace(sampling, min_tokens=None),
                 prompt=row.prompt.tokens,
                 generated=row.generated,
                 end_token_ids=row.prompt.end_token_ids,

@@ -8,34 +8,28 @@ engine lays over its logits.
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from jobs.schema import ErrorCode
+from worker.engine.grammar_trial import Trial, compiled
 from worker.engine.response_format import grammar_text
 from worker.engine.tokenization import Refused
 
 #: So many grammars are kept compiled, and the refusals of those that cannot be.
 KEPT_GRAMMARS = 16
-#: llguidance descends through a schema's references without a limit, so it compiles on a stack that the longest
-#: schema taken here cannot use up. The address space is reserved, the memory is not.
-STACK_BYTES = 256 * 2**20
-#: A grammar that takes longer than this to compile is refused.
-COMPILE_SECONDS = 10.0
-#: States that one grammar's lexer may reach, of about 2 kB each: it stands between a regex and the memory.
-MAX_LEXER_STATES = 50_000
-#: More threads than this fill no faster, even for hundreds of rows.
+#: Threads that fill rows: half of the cores, since the other work of a step goes on meanwhile, up to this many.
 MAX_THREADS = 8
 #: A reason in the library's words is kept up to this length.
 REASON_LENGTH = 200
 _WORD_BITS = 32
+#: What the library calls the end token of a model that has none.
+_NO_END = "<|no end|>"
 _T = TypeVar("_T")
 
 
@@ -51,7 +45,8 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, end_token_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
         self._size = vocabulary
-        self._end_token_ids = frozenset(each for each in end_token_ids if each < vocabulary)
+        self._end_token_ids = end_token_ids
+        self._trial = Trial()
         self._vocabulary: _Vocabulary | Refused | None = None
         self._kept: OrderedDict[str, _Grammar | Refused] = OrderedDict()
 
@@ -67,7 +62,7 @@ class Grammars:
         text = grammar_text(response_format)
         grammar = self._kept.pop(text, None)
         if grammar is None or (isinstance(grammar, _Grammar) and grammar.spoiled):
-            grammar = _attempt(lambda: _Grammar(vocabulary, text))
+            grammar = _attempt(lambda: _Grammar(vocabulary, text, self._trial))
         self._kept[text] = grammar
         if len(self._kept) > KEPT_GRAMMARS:
             self._kept.popitem(last=False)
@@ -153,20 +148,19 @@ class _Vocabulary:
     allows.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, end_token_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, end_token_ids: Collection[int]) -> None:
         tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
-        widest = max(size, tokens)
-        # The library must have an end token: where the model has none, it is one that the model does not know.
-        ends = sorted(end_token_ids) or [widest]
-        library_size = max(widest, ends[-1] + 1)
-        self.library = LLTokenizer(_description(tokenizer, end_token_ids), n_vocab=library_size, eos_token=ends)
-        self.end_token_ids = end_token_ids
+        self.end_token_ids = frozenset(each for each in end_token_ids if each < min(size, tokens))
+        # The library must have an end token: where there is none, it is one that only the library knows.
+        ends = self.end_token_ids or {tokens}
+        library_size = max(size, tokens, max(ends) + 1)
+        self.library = LLTokenizer(_description(tokenizer, ends), n_vocab=library_size, eos_token=sorted(ends))
         self.words = -(-size // _WORD_BITS)
         self.library_words = -(-library_size // _WORD_BITS)
-        self.known = None if library_size == size else _bits(range(size), self.words)
-        free = range(self.words * _WORD_BITS)
-        self.end_bits = _bits(end_token_ids or free, self.words)
-        self._executor = LLExecutor(max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2)))
+        known = set(range(size)).difference(ends - self.end_token_ids)
+        self.known = None if len(known) == library_size else _bits(known, self.words)
+        self.end_bits = _bits(self.end_token_ids or range(self.words * _WORD_BITS), self.words)
+        self._executor = LLExecutor(max(1, min(MAX_THREADS, torch.get_num_threads() // 2)))
 
     def compute(self, matchers: list[tuple[LLMatcher, int]], bits: torch.Tensor) -> None:
         """Writes the row of each matcher; `bits`: (rows, library_words) int32."""
@@ -179,52 +173,17 @@ class _Grammar:
     Raises Refused. `spoiled`: one of its sequences failed.
     """
 
-    def __init__(self, vocabulary: _Vocabulary, text: str) -> None:
+    def __init__(self, vocabulary: _Vocabulary, text: str, trial: Trial) -> None:
+        if reason := trial.reason_against(text):
+            raise _refused(_reason(reason))
         self.vocabulary = vocabulary
         self.spoiled = False
-        self.start = _on_deep_stack(lambda: _compiled(vocabulary.library, text))
+        self.start = compiled(vocabulary.library, text)
+        if self.start.is_error():
+            raise _refused(_reason(self.start.get_error()))
 
 
-def _compiled(library: LLTokenizer, text: str) -> LLMatcher:
-    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-    start = LLMatcher(library, text, log_level=0, limits=limits)
-    # A grammar that allows nothing, or too much at once, is found out by its first mask.
-    first = start.deep_copy()
-    first.compute_bitmask()
-    if first.is_error():
-        raise _refused(_reason(first.get_error()))
-    return start
-
-
-def _on_deep_stack(compiled: Callable[[], LLMatcher]) -> LLMatcher:
-    """Runs this on a thread with a stack of STACK_BYTES, and waits for it up to COMPILE_SECONDS. Raises Refused.
-
-    A thread cannot be stopped: one that takes longer ends by itself, under the library's limits.
-    """
-    done: list[LLMatcher | Refused] = []
-
-    def run() -> None:
-        try:
-            done.append(compiled())
-        except Refused as error:
-            done.append(error)
-        except BaseException as error:
-            # A panic of the library is no Exception.
-            done.append(_refused(f"{type(error).__name__} in the grammar library"))
-
-    thread = threading.Thread(target=run, name="grammar", daemon=True)
-    usual = threading.stack_size(STACK_BYTES)
-    try:
-        thread.start()
-    finally:
-        threading.stack_size(usual)
-    thread.join(COMPILE_SECONDS)
-    if not done:
-        raise _refused(f"it takes longer than {COMPILE_SECONDS:g} seconds to compile; make it simpler")
-    return _given(done[0])
-
-
-def _description(tokenizer: PreTrainedTokenizerBase, end_token_ids: frozenset[int]) -> str:
+def _description(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> str:
     """The tokenizer.json of a tokenizer in which every special and end token is marked as special. Raises Refused."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -235,11 +194,14 @@ def _description(tokenizer: PreTrainedTokenizerBase, end_token_ids: frozenset[in
     description = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     added = {each["id"]: each for each in description.get("added_tokens") or ()}
     marked = {number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
-    for number in sorted(marked.union(tokenizer.all_special_ids, end_token_ids)):
+    for number in sorted(marked.union(tokenizer.all_special_ids, ends)):
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        token = added.get(number) or {"id": number, "content": tokenizer.convert_ids_to_tokens(number), **plain}
-        if token["content"] is not None:
-            added[number] = token | {"special": True}
+        token = added.get(number) or {
+            "id": number,
+            "content": tokenizer.convert_ids_to_tokens(number) or _NO_END,
+            **plain,
+        }
+        added[number] = token | {"special": True}
     return json.dumps(description | {"added_tokens": [added[number] for number in sorted(added)]})
 
 

@@ -107,9 +107,7 @@ class GenerateBatch(_Transformers):
         from transformers import GenerationConfig
         from transformers.generation import ContinuousBatchingConfig
 
-        if self._manager is not None:
-            self._manager.stop(block=True)
-            self._manager.destroy()
+        self.close()
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=self._pad),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -121,6 +119,12 @@ class GenerateBatch(_Transformers):
         )
         self._manager.warmup()
         self._manager.start()
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self._manager.stop(block=True)
+            self._manager.destroy()
+            self._manager = None
 
     def run(self, workload: Workload, setting: Any) -> Answers:
         manager = self._manager
