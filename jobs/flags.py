@@ -29,6 +29,12 @@ ENGINE_FLAGS = (
         "auto|never|always",
         "Full-precision copies of 4-bit weights for large batches: auto (default) where memory is left.",
     ),
+    Flag(
+        "--int8-threshold",
+        "int8_threshold",
+        "T",
+        "Of -q int8: inputs above it keep 16 bits (default 6.0); 0 is none, and faster.",
+    ),
     Flag("--deterministic", "deterministic", None, "An answer does not depend on what else runs; slower."),
 )
 FLAG_OF_SETTING = {each.setting: each.name for each in ENGINE_FLAGS}

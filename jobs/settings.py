@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     dequantize: Literal["auto", "never", "always"] = Field(
         default="auto", description="full-precision copies of 4-bit weights; auto: where memory is left for them"
     )
+    int8_threshold: float = Field(default=6.0, ge=0, description="of int8: inputs above it keep 16 bits; 0: none does")
     deterministic: bool = Field(default=False, description="an answer does not depend on what else runs")
     spool_bytes: int = Field(default=256 * 1024**2, gt=0, description="outputs that wait while the store is away")
     echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from jobs.schema import Request, RequestKey, SamplingParams
+from jobs.spec import DEMO, ModelSpec, Quantization
+from producer.lines import json_request
 from tests.families import FAMILIES, load_family
 from worker.engine.continuous import ContinuousEngine
 from worker.engine.decoder import cache_shape
-from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel
+from worker.engine.options import Dequantize, EngineOptions
+from worker.loader import LoadedModel, load
 
 SHARED = "a beginning that many prompts have in common, "
 PROMPTS = [
@@ -89,3 +95,38 @@ def test_greedy_tokens_are_those_of_generate_in_every_way(
 ) -> None:
     found = answered(family, rows=rows, step_tokens=step_tokens, share_prefixes=share, cache_tokens=cache_tokens)
     assert found == wanted
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
+EXAMPLE_PROMPTS = 24
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+def test_the_demo_model_gives_the_answers_of_generate_in_every_quantization(quantization: Quantization) -> None:
+    """One row at a time, and the weights as bitsandbytes has them: then transformers computes the same shapes."""
+    loaded = load(ModelSpec(DEMO, quantization=quantization), "cpu")
+    lines = [json.loads(line) for line in EXAMPLES.read_text().splitlines()[:EXAMPLE_PROMPTS]]
+    options = EngineOptions(max_rows=1, dequantize=Dequantize.NEVER)
+    with closing(ContinuousEngine(loaded, options=options)) as engine:
+        for index, line in enumerate(lines):
+            request = json_request(line, index, check_model=str)
+            sampling = SamplingParams(max_tokens=24, temperature=0.0)
+            engine.add(RequestKey("job", index), replace(request, sampling=sampling))
+        rows = [answer.rows[0] for answer in engine._answers.values()]
+        wanted = [answer_of_generate(loaded, row.prompt.tokens) for row in rows]
+        while engine.waiting or engine.active:
+            engine.step()
+    assert [row.generated for row in rows] == wanted
+
+
+def answer_of_generate(loaded: LoadedModel, prompt: Sequence[int]) -> list[int]:
+    """Up to 24 tokens and the end token."""
+    found = loaded.model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=loaded.pad_token_id,
+        eos_token_id=list(loaded.end_token_ids),
+    )
+    answer: list[int] = found[0, len(prompt) :].tolist()
+    return answer

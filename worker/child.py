@@ -30,7 +30,7 @@ from jobs.store import Store
 from jobs.store.lease import Seat
 from jobs.store.workers import Loaded
 from worker.device_lock import DeviceLock
-from worker.devices import DeviceInfo, describe_device, is_device_error
+from worker.devices import DeviceInfo, describe_device, is_device_error, use_all_cores
 from worker.engine import Progress
 from worker.engine.chaos import ChaosEngine
 from worker.engine.choice import Chosen, choose
@@ -201,7 +201,8 @@ def _hold_model(
     # Imported here, so that the echo engine works where torch is not installed.
     from worker.loader import load
 
-    loaded = load(spec, device.torch_device)
+    use_all_cores()
+    loaded = load(spec, device.torch_device, int8_threshold=settings.int8_threshold)
     chosen = choose(loaded, options=_engine_options(settings), progress=progress, fits=fits)
     return _Held(chosen, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
 

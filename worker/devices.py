@@ -6,6 +6,7 @@ This module knows no model, no memory in use and no process but the one short pr
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def describe_device(written: str) -> DeviceInfo:
 
 def _cpu() -> DeviceInfo:
     return DeviceInfo(CPU, None, psutil.virtual_memory().total, CPU)
+
+
+def use_all_cores() -> None:
+    """Lets torch compute on every physical core that this process may use, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def all_cuda_devices() -> list[str]:

@@ -40,6 +40,8 @@ from worker.vetting import WEIGHTS, WEIGHTS_INDEX, Refusal, shard_names, vet
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 #: What is fetched of a model beside its weights: configuration, vocabularies and chat templates.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+#: LLM.int8()'s own threshold.
+INT8_THRESHOLD = 6.0
 #: A foreign error is told in so many characters of its first line.
 ERROR_LENGTH = 300
 
@@ -70,12 +72,15 @@ class LoadedModel:
     commit: str | None
 
 
-def load(spec: ModelSpec, device: str) -> LoadedModel:
-    """Loads a model onto `cpu` or `cuda:N`. Raises ModelError, which says what to do."""
+def load(spec: ModelSpec, device: str, *, int8_threshold: float = INT8_THRESHOLD) -> LoadedModel:
+    """Loads a model onto `cpu` or `cuda:N`. Raises ModelError, which says what to do.
+
+    `int8_threshold`: columns of the input with values above it are computed in 16 bits, as LLM.int8() does; 0 for none.
+    """
     started = time.monotonic()
     _quiet()
     try:
-        return _load(spec, torch.device(device), started)
+        return _load(spec, torch.device(device), started, int8_threshold)
     except ModelError:
         raise
     except Refusal as error:
@@ -94,7 +99,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
+def _load(spec: ModelSpec, device: torch.device, started: float, int8_threshold: float) -> LoadedModel:
     folder, commit = _fetched(spec) if spec.model != DEMO and spec.folder is None else (_folder(spec), None)
     vet(folder)
     source = str(folder)
@@ -106,7 +111,7 @@ def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
         use_safetensors=True,
         local_files_only=True,
         device_map={"": device},
-        **_precision(spec, config, device),
+        **_precision(spec, config, device, int8_threshold),
     )
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     weights_bytes = MemoryReader(str(device)).read().allocated
@@ -160,7 +165,7 @@ def _fetched(spec: ModelSpec) -> tuple[Path, str]:
     return folder, revision.resolved
 
 
-def _precision(spec: ModelSpec, config: Any, device: torch.device) -> dict[str, Any]:
+def _precision(spec: ModelSpec, config: Any, device: torch.device, int8_threshold: float) -> dict[str, Any]:
     """The dtype of what is not quantized, and how the rest is.
 
     A CPU computes in float32, but around 4-bit weights in bfloat16 where its products of them do. On CUDA an
@@ -181,7 +186,8 @@ def _precision(spec: ModelSpec, config: Any, device: torch.device) -> dict[str, 
             f"cannot load {spec}: its checkpoint is quantized already ({method}); take it as it is with -q none"
         )
     if spec.quantization == Quantization.INT8:
-        return {"dtype": half, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        eight_bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
+        return {"dtype": half, "quantization_config": eight_bit}
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization.value,
