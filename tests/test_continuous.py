@@ -35,15 +35,15 @@ def llama() -> LoadedModel:
     return load_family("llama-grouped")
 
 
-@pytest.fixture
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
 def make(request: pytest.FixtureRequest) -> Make:
-    """Makes engines, which are closed at the end."""
+    """Makes engines, which are closed at the end; they wait for each step's tokens, or launch the next one before."""
 
     def make_engine(
         model: LoadedModel, *, rows: int = 8, deterministic: bool = False, **given: Any
     ) -> ContinuousEngine:
         options = EngineOptions(max_rows=rows, deterministic=deterministic)
-        engine = ContinuousEngine(model, options=options, **given)
+        engine = ContinuousEngine(model, options=options, ahead=request.param, **given)
         request.addfinalizer(engine.close)
         return engine
 
@@ -208,6 +208,18 @@ def test_cancelled_rows_leave_before_the_next_step(llama: LoadedModel, make: Mak
     engine.cancel([key(index) for index in range(5)])
     assert engine.waiting + engine.active == 2
     assert [output.key.index for output in answers(engine)] == [5]
+
+
+def test_a_request_of_several_choices_may_be_cancelled_when_some_have_ended(alphabet: LoadedModel, make: Make) -> None:
+    engine = make(alphabet, rows=2)
+    engine.add(key(0), prompt(0, "a", n=3))
+    rows = engine._answers[key(0)].rows
+    while not any(row.ended for row in rows):
+        engine.step()
+    assert not all(row.ended for row in rows)
+    engine.cancel([key(0)])
+    assert (engine.waiting, engine.active, engine.step()) == (0, 0, [])
+    assert answers(engine, prompt(1, "a"))[0].error is None
 
 
 def test_timings_add_up_to_the_time_that_a_request_took(llama: LoadedModel, make: Make) -> None:

@@ -37,9 +37,9 @@ ANSWER_TOKENS = [1, 20, 7, 30, 12, 3, 25]
 SMALL_CACHE_TOKENS = 256
 WAYS: dict[str, dict[str, Any]] = {
     "rows": {"rows": 7},
-    "one row": {"rows": 1},
+    "one row": {"rows": 1, "ahead": True},
     "pieces": {"rows": 4, "step_tokens": 9},
-    "unshared": {"rows": 4, "share_prefixes": False},
+    "unshared": {"rows": 4, "share_prefixes": False, "ahead": True},
     "full": {"rows": 7, "cache_tokens": SMALL_CACHE_TOKENS},
 }
 
@@ -87,13 +87,21 @@ def test_greedy_tokens_are_those_of_generate(family: LoadedModel, wanted: list[l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rows", "step_tokens", "share", "cache_tokens"),
-    list(product([1, 2, 7], [1, 9, 64, 512], [True, False], [SMALL_CACHE_TOKENS, 4096])),
+    ("rows", "step_tokens", "share", "cache_tokens", "ahead"),
+    list(product([1, 2, 7], [1, 9, 64, 512], [True, False], [SMALL_CACHE_TOKENS, 4096], [True, False])),
 )
 def test_greedy_tokens_are_those_of_generate_in_every_way(
-    family: LoadedModel, wanted: list[list[int]], rows: int, step_tokens: int, share: bool, cache_tokens: int
+    family: LoadedModel,
+    wanted: list[list[int]],
+    rows: int,
+    step_tokens: int,
+    share: bool,
+    cache_tokens: int,
+    ahead: bool,
 ) -> None:
-    found = answered(family, rows=rows, step_tokens=step_tokens, share_prefixes=share, cache_tokens=cache_tokens)
+    found = answered(
+        family, rows=rows, step_tokens=step_tokens, share_prefixes=share, cache_tokens=cache_tokens, ahead=ahead
+    )
     assert found == wanted
 
 

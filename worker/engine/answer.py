@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class ChoiceRow(Row):
-    """The row of one choice of an answer. `logprobs`: one entry a token, where they are asked for."""
+    """The row of one choice of an answer. `logprobs`: one entry a token, where they are asked for.
+
+    `ended`: it has left the engine, complete or cancelled.
+    """
 
     prompt: Prompt = field(kw_only=True)
     answer: Answer = field(kw_only=True)
     choice: int = field(kw_only=True)
     watch: StopWatch | None = field(kw_only=True)
     matcher: Matcher | None = field(kw_only=True)
+    ended: bool = field(default=False, kw_only=True)
     logprobs: list[TokenLogprob] = field(default_factory=list, kw_only=True)
 
     @property

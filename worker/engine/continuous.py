@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from time import monotonic, perf_counter
-from typing import NamedTuple
 
 import torch
 
@@ -24,9 +22,9 @@ from worker.engine.answer import Answer, ChoiceRow, TokenLogprob
 from worker.engine.capacity import Capacity
 from worker.engine.decoder import Decoder, Unsupported, cache_shape, refuse_outliers
 from worker.engine.flash import PAGE_TOKENS, serves
-from worker.engine.grammar import Grammars, fill
+from worker.engine.flight import Flight, Launcher
+from worker.engine.grammar import Grammars
 from worker.engine.limits import copy_bytes, limits
-from worker.engine.logprobs import Logprobs
 from worker.engine.options import EngineOptions
 from worker.engine.sampler import Sampler
 from worker.engine.schedule import Schedule, Step
@@ -42,7 +40,9 @@ class ContinuousEngine:
     """Iteration-level batching of any decoder model, over a cache of its own.
 
     `fits`: the tokens of a step that an earlier process of this device found to fit. Tests and benchmarks set
-    `share_prefixes` and `step_tokens`. Raises Unsupported, which says why it cannot serve a model.
+    `share_prefixes`, `step_tokens`, and `ahead`: whether a step is launched before the tokens of the last are known,
+    which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
+    serve a model.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class ContinuousEngine:
         fits: int | None = None,
         share_prefixes: bool = True,
         step_tokens: int | None = None,
+        ahead: bool | None = None,
     ) -> None:
         if options.deterministic:
             refuse_outliers(loaded.model)
@@ -71,7 +72,10 @@ class ContinuousEngine:
         self.defaults = loaded.defaults
         self._decoder = Decoder(loaded, shape, slots, rows=most.rows, tokens=step_tokens, fixed=options.deterministic)
         self._schedule = Schedule[ChoiceRow](slots, seats=most.rows, close_holes=not flash, alone=options.deterministic)
-        self._sampler = Sampler(seats=self.rows, vocabulary=loaded.vocabulary, device=loaded.device)
+        sampler = Sampler(seats=self.rows, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._launcher = Launcher(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._flight: Flight | None = None
+        self._ahead = loaded.device.type == "cuda" if ahead is None else ahead
         self._tokenization = Tokenization(
             loaded.tokenizer,
             vocabulary=loaded.vocabulary,
@@ -125,89 +129,84 @@ class ContinuousEngine:
     def step(self) -> list[Output]:
         """One forward: a token of every row that decodes, and some of prompts. The outputs that are ready."""
         if not self._progress():
-            with self._timed("schedule"):
-                step = self._schedule.plan(self.capacity.limit)
-            if step.pieces:
-                self._run(step)
+            self._advance()
         return self._ready()
 
     def split(self) -> dict[str, float]:
         """Seconds by part since the engine was made: where the time of its steps went."""
         attention = self._decoder.attention_seconds
-        return {**self._seconds, "model": self._seconds["model"] - attention, "attention": attention}
+        launched = self._launcher.seconds
+        return {**self._seconds, **launched, "model": launched["model"] - attention, "attention": attention}
 
     def close(self) -> None:
         """Ends the thread that writes texts."""
         self._texts.shutdown()
 
-    def _run(self, step: Step[ChoiceRow]) -> None:
-        with self._timed("bookkeeping"):
-            self._take_seats(step)
-        rows = [piece.row for piece in step.pieces if piece.sampled]
+    def _advance(self) -> None:
+        """Launches a step, and where it can the one after it, and takes the tokens of the first."""
+        flight = self._flight or self._launch_planned()
+        self._flight = None
+        if flight is not None:
+            if self._ahead:
+                self._flight = self._launch_after(flight)
+            self._land(flight)
+
+    def _launch_planned(self) -> Flight | None:
+        with self._timed("schedule"):
+            step = self._schedule.plan(self.capacity.limit)
+        if not step.pieces:
+            return None
+        for row in step.entered:
+            row.answer.began()
+        self._launcher.seat(step)
         try:
-            with self._timed("model"):
-                self._decoder.copy(step.copies)
-                logits = self._decoder.logits(step.pieces)
-            with self._timed("sampling"):
-                sampled = self._sample(rows, logits)
+            return self._launcher.launch(step)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            sampled = None
         # Memory is freed out here: the exception's frames hold tensors until their block is left.
-        if sampled is None:
-            self._too_much(step)
-            return
-        with self._timed("bookkeeping"):
-            self.capacity.held(step.tokens)
-            self._schedule.computed(step)
-            self._take(rows, sampled)
+        self._too_much(step)
+        return None
 
-    def _take_seats(self, step: Step[ChoiceRow]) -> None:
-        for seat in step.vacated:
-            self._sampler.leave(seat)
-        for row in step.entered:
-            row.answer.began()
-            sampling = row.prompt.sampling
-            self._sampler.enter(
-                row.seat,
-                # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
-                sampling if row.matcher is None else replace(sampling, min_tokens=None),
-                prompt=row.prompt.tokens,
-                generated=row.generated,
-                end_token_ids=row.prompt.end_token_ids,
-                choice=row.choice,
-            )
-
-    def _sample(self, rows: Sequence[ChoiceRow], logits: torch.Tensor) -> _Tokens:
-        if not rows:
-            return _Tokens([], {})
-        sampled = self._sampler.sample([row.seat for row in rows], logits, allowed=self._allowed(rows))
-        tokens = sampled.tokens.tolist()
-        return _Tokens(tokens, _logprobs(sampled.logprobs, rows, tokens))
-
-    def _allowed(self, rows: Sequence[ChoiceRow]) -> torch.Tensor | None:
-        """What the grammars of these rows allow, packed; None if no row has one."""
-        matchers = [(place, row.matcher) for place, row in enumerate(rows) if row.matcher is not None]
-        if not matchers:
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        if any(row.matcher is not None for row in flight.rows):
             return None
-        allowed = torch.full((len(rows), -(-self._loaded.vocabulary // 32)), -1, dtype=torch.int32)
-        fill(matchers, allowed)
-        return allowed.to(self._loaded.device, non_blocking=True)
+        with self._timed("schedule"):
+            step = self._schedule.after(flight.step)
+        if step is None:
+            return None
+        try:
+            return self._launcher.launch_after(flight, step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
-    def _take(self, rows: Sequence[ChoiceRow], sampled: _Tokens) -> None:
-        for place, (row, token) in enumerate(zip(rows, sampled.tokens, strict=True)):
-            row.answer.token_came()
-            if place in sampled.logprobs:
-                row.logprobs.append(sampled.logprobs[place])
-            if row.take(token):
-                self._leave(row)
-                if row.answer.row_ended():
-                    self._write(row.answer)
+    def _land(self, flight: Flight) -> None:
+        with self._timed("waiting"):
+            landed = list(flight.land())
+        with self._timed("bookkeeping"):
+            self.capacity.held(flight.step.tokens)
+            self._schedule.computed(flight.step)
+            for row, token, logprob in landed:
+                if not row.ended:
+                    self._take(row, token, logprob)
+
+    def _take(self, row: ChoiceRow, token: int, logprob: TokenLogprob | None) -> None:
+        row.answer.token_came()
+        if logprob is not None:
+            row.logprobs.append(logprob)
+        if row.take(token):
+            self._leave(row)
+            if row.answer.row_ended():
+                self._write(row.answer)
 
     def _leave(self, row: ChoiceRow) -> None:
+        if row.ended:
+            return
+        row.ended = True
         if row.seat >= 0:
-            self._sampler.leave(row.seat)
+            self._launcher.unseat(row)
         self._schedule.leave(row)
 
     def _write(self, answer: Answer) -> None:
@@ -244,22 +243,3 @@ class ContinuousEngine:
             yield
         finally:
             self._seconds[part] += perf_counter() - begin
-
-
-class _Tokens(NamedTuple):
-    """The next token of each row, and the logprobs of those places that ask for them."""
-
-    tokens: list[int]
-    logprobs: dict[int, TokenLogprob]
-
-
-def _logprobs(found: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
-    if found is None:
-        return {}
-    said = {}
-    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
-    for number, place in enumerate(found.places):
-        wanted = rows[place].prompt.sampling.top_logprobs or 0
-        alternatives = tuple(zip(top_ids[number][:wanted], top[number][:wanted], strict=True))
-        said[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
-    return said

@@ -88,15 +88,23 @@ class Decoder:
         self._attention.plan(pieces)
         return self._forward(self._row(tokens), self._row(positions), self._row(last)[0])
 
-    def _decode(self, pieces: Sequence[Piece[Any]], tokens: list[int], positions: list[int]) -> torch.Tensor:
+    def following(self, pieces: Sequence[Piece[Any]], newest: torch.Tensor) -> torch.Tensor:
+        """The same for one token of each row, which the host does not know yet: `newest`, (rows,), on the device."""
+        return self._decode(pieces, newest, [piece.begin for piece in pieces])
+
+    def _decode(
+        self, pieces: Sequence[Piece[Any]], tokens: torch.Tensor | list[int], positions: list[int]
+    ) -> torch.Tensor:
         """One token of each row, and perhaps of rows that are no one's."""
         rows = len(pieces)
         more = (self._rows if self._fixed else self._graphs.padded(rows) if self._graphs else rows) - rows
-        tokens, positions = tokens + [0] * more, positions + [0] * more
+        row = torch.zeros(rows + more, dtype=torch.long, device=self._device)
+        row[:rows] = tokens if isinstance(tokens, torch.Tensor) else torch.tensor(tokens)
+        places = self._row(positions + [0] * more)
         self._attention.plan(pieces, unused=[self._unused] * more)
         if self._graphs is not None:
-            return self._graphs.run(tokens, positions)[:rows]
-        return self._decoded(self._row(tokens), self._row(positions))[:rows]
+            return self._graphs.run(row[None], places)[:rows]
+        return self._decoded(row[None], places)[:rows]
 
     def _decoded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self._forward(tokens, positions, 0)

@@ -6,7 +6,7 @@ larger one, with rows of no one behind its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -43,11 +43,11 @@ class DecodeGraphs:
         """How many rows a step of so many is run with."""
         return rows if self._refused else next(count for count in self._counts if count >= rows)
 
-    def run(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """The logits of a step of `padded` rows, valid until the next one: (rows, vocabulary)."""
-        rows = len(tokens)
-        self._tokens[0, :rows].copy_(torch.tensor(tokens), non_blocking=True)
-        self._positions[0, :rows].copy_(torch.tensor(positions), non_blocking=True)
+    def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Takes tokens and positions (1, rows) of `padded` rows; their logits (rows, vocabulary) until the next run."""
+        rows = tokens.shape[1]
+        self._tokens[:, :rows].copy_(tokens)
+        self._positions[:, :rows].copy_(positions)
         if not self._refused and rows not in self._graphs:
             self._capture(rows)
         if self._refused:

@@ -169,6 +169,20 @@ class Schedule(Generic[R]):
         step.pieces.sort(key=_in_cache_order)
         return step
 
+    def after(self, step: Step[R]) -> Step[R] | None:
+        """The step that follows one of decoding rows, whose tokens are not known yet.
+
+        None where rows have to enter, to move, or to compute their prompts first. A row that ends with the token that
+        is not known is computed in vain.
+        """
+        following = [Piece(row, end, end + 1) for row, _, end in step.pieces if row.seat >= 0]
+        decoding = all(piece.end - piece.begin == 1 and piece.sampled for piece in step.pieces if piece.row.seat >= 0)
+        entering = bool(self._seats and self._waiting)
+        room = all(piece.row.held.size >= piece.end for piece in following)
+        if not following or not decoding or entering or not room or len(following) < len(self._running):
+            return None
+        return Step(following)
+
     def _plan_alone(self, step: Step[R], budget: int) -> None:
         """A piece of one prompt, or else one token of each row that decodes."""
         self._prefill(step, budget, most=1)

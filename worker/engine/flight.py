@@ -1,0 +1,150 @@
+"""Steps on the device: each is launched, and lands when its tokens have come back to the host.
+
+Owns the way from a plan to the next tokens: forward, grammar masks, sampling, and the copy back. A step of rows that
+decode can be launched before the one before it has landed, since its input never has to leave the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+
+from worker.engine.answer import ChoiceRow, TokenLogprob
+from worker.engine.decoder import Decoder
+from worker.engine.grammar import fill
+from worker.engine.logprobs import Logprobs
+from worker.engine.sampler import Sampler
+from worker.engine.schedule import Step
+
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step. `rows`: those that get a token; `tokens`: theirs, (rows,), on the device."""
+
+    step: Step[ChoiceRow]
+    rows: Sequence[ChoiceRow]
+    tokens: torch.Tensor
+    _copy: torch.Tensor
+    _logprobs: Logprobs | None
+    _landed: torch.cuda.Event | None
+
+    def land(self) -> Iterator[tuple[ChoiceRow, int, TokenLogprob | None]]:
+        """Waits for the step; each row with its next token, and the token's logprob where it is asked for."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        tokens = self._copy.tolist()
+        logprobs = _token_logprobs(self._logprobs, self.rows, tokens)
+        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            yield row, token, logprobs.get(place)
+
+
+class Launcher:
+    """Launches the steps of one engine. `seconds`: what was spent in the model and in sampling so far."""
+
+    def __init__(self, decoder: Decoder, sampler: Sampler, *, vocabulary: int, device: torch.device) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._decoder = decoder
+        self._sampler = sampler
+        self._words = -(-vocabulary // _WORD_BITS)
+        self._device = device
+
+    def seat(self, step: Step[ChoiceRow]) -> None:
+        """Tells the sampler who sits where in this step."""
+        for seat in step.vacated:
+            self._sampler.leave(seat)
+        for row in step.entered:
+            sampling = row.prompt.sampling
+            self._sampler.enter(
+                row.seat,
+                # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
+                sampling if row.matcher is None else replace(sampling, min_tokens=None),
+                prompt=row.prompt.tokens,
+                generated=row.generated,
+                end_token_ids=row.prompt.end_token_ids,
+                choice=row.choice,
+            )
+
+    def unseat(self, row: ChoiceRow) -> None:
+        """Tells the sampler that this row leaves its seat."""
+        self._sampler.leave(row.seat)
+
+    def launch(self, step: Step[ChoiceRow]) -> Flight:
+        """Launches a planned step."""
+        with self._timed("model"):
+            self._decoder.copy(step.copies)
+            logits = self._decoder.logits(step.pieces)
+        return self._sampled(step, [piece.row for piece in step.pieces if piece.sampled], logits)
+
+    def launch_after(self, flight: Flight, step: Step[ChoiceRow]) -> Flight:
+        """Launches the step that follows a flight in the air; its rows are the flight's, or some of them."""
+        rows = [piece.row for piece in step.pieces]
+        newest = flight.tokens
+        if len(rows) < len(flight.rows):
+            staying = set(map(id, rows))
+            places = [place for place, row in enumerate(flight.rows) if id(row) in staying]
+            newest = newest.index_select(0, torch.tensor(places, device=self._device))
+        with self._timed("model"):
+            logits = self._decoder.following(step.pieces, newest)
+        return self._sampled(step, rows, logits)
+
+    def _sampled(self, step: Step[ChoiceRow], rows: Sequence[ChoiceRow], logits: torch.Tensor) -> Flight:
+        with self._timed("sampling"):
+            if not rows:
+                nothing = torch.empty(0, dtype=torch.long)
+                return Flight(step, rows, nothing, nothing, None, None)
+            sampled = self._sampler.sample([row.seat for row in rows], logits, allowed=self._allowed(rows))
+            logprobs = sampled.logprobs
+            if self._device.type == "cpu":
+                return Flight(step, rows, sampled.tokens, sampled.tokens, logprobs, None)
+            if logprobs is not None:
+                logprobs = Logprobs(
+                    logprobs.places, _to_host(logprobs.chosen), _to_host(logprobs.top_ids), _to_host(logprobs.top)
+                )
+            copy = _to_host(sampled.tokens)
+            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            landed.record()
+            return Flight(step, rows, sampled.tokens, copy, logprobs, landed)
+
+    def _allowed(self, rows: Sequence[ChoiceRow]) -> torch.Tensor | None:
+        """What the grammars of these rows allow, packed, made while the device computes; None if no row has one."""
+        matchers = [(place, row.matcher) for place, row in enumerate(rows) if row.matcher is not None]
+        if not matchers:
+            return None
+        allowed = torch.full((len(rows), self._words), -1, dtype=torch.int32)
+        fill(matchers, allowed)
+        return allowed.to(self._device, non_blocking=True)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += perf_counter() - begin
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that nothing waits for; the event that is recorded after it says when it is there."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _token_logprobs(
+    found: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]
+) -> dict[int, TokenLogprob]:
+    if found is None:
+        return {}
+    said = {}
+    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
+    for number, place in enumerate(found.places):
+        wanted = rows[place].prompt.sampling.top_logprobs or 0
+        alternatives = tuple(zip(top_ids[number][:wanted], top[number][:wanted], strict=True))
+        said[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
+    return said
