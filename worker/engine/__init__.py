@@ -48,5 +48,5 @@ class Engine(Protocol):
     def step(self) -> list[Output]:
         """One bounded piece of device work: the outputs that it finished, none if there was nothing to do.
 
-        When `progress` answered True, the unfinished requests wait again, in their order.
+        When `progress` answered True, the unfinished requests are kept: as they are, or waiting again in their order.
         """
