@@ -111,9 +111,9 @@ PROMPTS = st.builds(
 def test_arrivals_cancels_and_a_full_cache_lose_nothing_and_use_nothing_twice(data: st.DataObject) -> None:
     draw = data.draw
     device = Device.of(
-        tokens=draw(st.sampled_from([LONGEST, 2 * LONGEST, 16 * LONGEST])),
+        tokens=draw(st.sampled_from([LONGEST, 2 * LONGEST, 16 * LONGEST, 64 * LONGEST])),
         seats=draw(st.integers(1, 6)),
-        budget=draw(st.sampled_from([8, 33, 200])),
+        budget=draw(st.sampled_from([2, 8, 33, 200])),
         alone=draw(st.booleans()),
     )
     for _ in range(draw(st.integers(1, 25))):

@@ -4,13 +4,14 @@ Owns which places are taken. It knows no tensor, no request and no model: sizes 
 
 A row's slot is one contiguous span, so that neighbours of one size are read as one block of memory, with no gather.
 Sizes double from `smallest` on; a row that outgrows its slot moves to a larger one, which copies each of its tokens
-once on average. The arena is cut into chunks, each of which holds slots of one size while any of them is taken.
+once on average. The arena is made of chunks: each holds small slots of one size while any of them is taken, and a slot
+that is larger than a chunk takes several in a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 #: Slots begin at this many tokens.
@@ -33,15 +34,14 @@ class Slot(NamedTuple):
 class _Chunk:
     """Slots of one size; `free` is a heap of their starts."""
 
-    def __init__(self, start: int, end: int, size: int) -> None:
+    def __init__(self, start: int, tokens: int, size: int) -> None:
         self.start = start
-        self.free = list(range(start, end - size + 1, size))
-        self.slots = len(self.free)
-        heapify(self.free)
+        self.free = list(range(start, start + tokens, size))
+        self._slots = len(self.free)
 
     @property
     def empty(self) -> bool:
-        return len(self.free) == self.slots
+        return len(self.free) == self._slots
 
 
 class Slots:
@@ -49,15 +49,16 @@ class Slots:
 
     def __init__(self, tokens: int, *, longest: int, smallest: int = SMALLEST_TOKENS) -> None:
         self._sizes = tuple(_sizes(smallest, longest))
-        largest = self._sizes[-1]
-        self._chunk_tokens = _up(max(largest, min(CHUNK_TOKENS, tokens // CHUNKS)), largest)
-        chunks = max(1, tokens // self._chunk_tokens)
+        self._chunk_tokens = smallest
+        while 2 * self._chunk_tokens <= min(CHUNK_TOKENS, tokens // CHUNKS):
+            self._chunk_tokens *= 2
+        chunks = max(tokens // self._chunk_tokens, self._chunks_of(self.longest))
         #: Places in all, which is what the cache has to hold.
         self.tokens = chunks * self._chunk_tokens
-        self._unused = [number * self._chunk_tokens for number in range(chunks)]
-        self._chunks: dict[int, list[_Chunk]] = {size: [] for size in self._sizes}
         #: Places that no slot has.
         self.free_tokens = self.tokens
+        self._unused = [True] * chunks
+        self._cut: dict[int, list[_Chunk]] = {size: [] for size in self._sizes}
 
     @property
     def longest(self) -> int:
@@ -66,41 +67,73 @@ class Slots:
 
     def size_for(self, tokens: int) -> int:
         """The size of the slot that a row of so many tokens gets; AssertionError beyond `longest`."""
-        assert tokens <= self._sizes[-1], "a row is never longer than the longest"
+        assert tokens <= self.longest, "a row is never longer than the longest"
         return next(size for size in self._sizes if size >= tokens)
 
     def take(self, tokens: int) -> Slot | None:
         """The lowest free slot for so many tokens, or None if there is none."""
         size = self.size_for(tokens)
-        chunk = next((each for each in self._chunks[size] if each.free), None) or self._cut(size)
-        if chunk is None:
+        start = self._lowest(size)
+        if start is None:
             return None
-        self.free_tokens -= size
-        return Slot(heappop(chunk.free), size)
+        self.free_tokens -= self._places(size)
+        if size > self._chunk_tokens:
+            self._mark(start, size, unused=False)
+        else:
+            chunk = next((each for each in self._cut[size] if each.free), None) or self._cut_at(start, size)
+            heappop(chunk.free)
+        return Slot(start, size)
 
     def give(self, slot: Slot) -> None:
         """Takes a slot back."""
-        chunks = self._chunks[slot.size]
+        self.free_tokens += self._places(slot.size)
+        if slot.size > self._chunk_tokens:
+            self._mark(slot.start, slot.size, unused=True)
+            return
+        chunks = self._cut[slot.size]
         chunk = next(each for each in chunks if each.start <= slot.start < each.start + self._chunk_tokens)
         heappush(chunk.free, slot.start)
-        self.free_tokens += slot.size
         if chunk.empty:
             chunks.remove(chunk)
-            heappush(self._unused, chunk.start)
+            self._mark(chunk.start, self._chunk_tokens, unused=True)
 
     def below(self, slot: Slot) -> bool:
         """Whether a slot of the same size is free at a lower place, so that moving there closes a hole."""
-        return any(each.free and each.free[0] < slot.start for each in self._chunks[slot.size])
+        if slot.size > self._chunk_tokens:
+            lowest = self._lowest(slot.size)
+            return lowest is not None and lowest < slot.start
+        return any(each.free and each.free[0] < slot.start for each in self._cut[slot.size])
 
-    def _cut(self, size: int) -> _Chunk | None:
-        if not self._unused:
-            return None
-        start = heappop(self._unused)
-        chunk = _Chunk(start, start + self._chunk_tokens, size)
-        chunks = self._chunks[size]
-        chunks.append(chunk)
-        chunks.sort(key=lambda each: each.start)
+    def _lowest(self, size: int) -> int | None:
+        """Where the lowest free slot of this size begins."""
+        chunk = next((each for each in self._cut[size] if each.free), None)
+        if chunk is not None:
+            return chunk.free[0]
+        wanted = self._chunks_of(size)
+        run = 0
+        for number, unused in enumerate(self._unused):
+            run = run + 1 if unused else 0
+            if run == wanted:
+                return (number + 1 - wanted) * self._chunk_tokens
+        return None
+
+    def _cut_at(self, start: int, size: int) -> _Chunk:
+        self._mark(start, self._chunk_tokens, unused=False)
+        chunk = _Chunk(start, self._chunk_tokens, size)
+        self._cut[size].append(chunk)
+        self._cut[size].sort(key=lambda each: each.start)
         return chunk
+
+    def _mark(self, start: int, size: int, *, unused: bool) -> None:
+        first = start // self._chunk_tokens
+        for number in range(first, first + self._chunks_of(size)):
+            self._unused[number] = unused
+
+    def _chunks_of(self, size: int) -> int:
+        return -(-size // self._chunk_tokens)
+
+    def _places(self, size: int) -> int:
+        return size if size <= self._chunk_tokens else self._chunks_of(size) * self._chunk_tokens
 
 
 def _sizes(smallest: int, longest: int) -> Iterator[int]:
@@ -108,8 +141,4 @@ def _sizes(smallest: int, longest: int) -> Iterator[int]:
     while size < longest:
         yield size
         size *= 2
-    yield _up(longest, smallest)
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step
+    yield -(-longest // smallest) * smallest
