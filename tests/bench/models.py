@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from worker.loader import DEMO_FOLDER
@@ -56,18 +55,6 @@ def checkpoint(root: Path, name: str, *, vocabulary: int | None = None) -> Path:
             _make(unfinished, shape, vocabulary)
         unfinished.rename(folder)
     return folder
-
-
-def context_tokens(folder: Path) -> int:
-    """How many tokens a prompt and its answer may have together."""
-    tokens: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
-    return tokens
-
-
-def pieces(tokenizer: Tokenizer) -> list[str]:
-    """Texts that are one token each, and stay so side by side: the made words, or else the letters."""
-    words = sorted(each for each in tokenizer.get_vocab() if each.startswith("w") and each.endswith("."))
-    return words or list("abcdefghijklmnopqrstuvwxyz")
 
 
 def _make(folder: Path, shape: Shape, vocabulary: int | None) -> None:

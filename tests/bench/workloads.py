@@ -5,14 +5,13 @@ Owns the lengths and the texts. It knows no model but for its tokenizer, and no 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from tests.bench.models import context_tokens, pieces
 
 _SEED = 7
 _SHARED_TOKENS = 512
@@ -107,10 +106,10 @@ def workload(name: str, folder: Path, *, large: bool) -> Workload | None:
     plan = PLANS[name]
     chance = random.Random(_SEED)
     lengths = plan.lengths(chance, large)
-    if max(map(sum, lengths)) > context_tokens(folder):
+    if max(map(sum, lengths)) > _context_tokens(folder):
         return None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    words = pieces(tokenizer)
+    words = _pieces(tokenizer)
     added = len(tokenizer.encode("").ids)
     # The first token of all is the tokenizer's own, and part of what is shared.
     shared = "".join(chance.choices(words, k=max(0, plan.shared_tokens - added)))
@@ -136,3 +135,15 @@ def _differ(asks: Sequence[Ask]) -> None:
     """Prompts that are to share nothing are all different."""
     if len({ask.tokens for ask in asks}) != len(asks):
         raise SystemExit("bench: two prompts are the same")
+
+
+def _context_tokens(folder: Path) -> int:
+    """How many tokens a prompt and its answer may have together."""
+    tokens: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    return tokens
+
+
+def _pieces(tokenizer: Tokenizer) -> list[str]:
+    """Texts that are one token each, and stay so side by side: the made words, or else the letters."""
+    words = sorted(each for each in tokenizer.get_vocab() if each.startswith("w") and each.endswith("."))
+    return words or list("abcdefghijklmnopqrstuvwxyz")

@@ -131,11 +131,13 @@ class _Group:
             folded = torch.cat([folded, folded[:, :, : shared % 2]], dim=2)
             found = _attend(folded, read_keys, read_values, mask, how)
             return found[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
+        read_keys, turned = read_keys.flatten(0, 1), folded.flatten(0, 1).transpose(1, 2)
         # The keys stand first: the other order takes up to twice as long on a CPU.
-        scores = torch.bmm(read_keys.flatten(0, 1), folded.flatten(0, 1).transpose(1, 2))
-        scores = scores.transpose(1, 2).reshape(self.rows, self._heads, shared, self.reach)
-        weights = _weights(scores, mask, how).to(values.dtype)
-        found = torch.bmm(weights.flatten(0, 1), read_values.flatten(0, 1))
+        if how.softcap is None:
+            scores = torch.baddbmm(mask.expand(-1, -1, shared), read_keys, turned, alpha=how.scaling)
+        else:
+            scores = _capped(torch.bmm(read_keys, turned), how.scaling, how.softcap).add_(mask)
+        found = torch.bmm(scores.transpose(1, 2).softmax(dim=-1), read_values.flatten(0, 1))
         return found.view(self.rows, self._heads * shared, -1)
 
     def prefill(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: _How) -> torch.Tensor:
@@ -167,7 +169,10 @@ class _Group:
         return torch.cat([row[:count] for row, count in zip(padded, self.counts, strict=True)])
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """(rows, 1, longest, reach): what is added to the scores. A query sees itself and what is before it."""
+        """What is added to the scores: (rows, 1, longest, reach), or (rows * heads, reach, 1) for products of keys.
+
+        A query sees itself and what is before it.
+        """
         mask = self._masks.get(window)
         if mask is None:
             begins = torch.tensor(self._begins, device=self._device)
@@ -177,6 +182,8 @@ class _Group:
             if window is not None:
                 hidden |= keys <= queries[:, :, None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -torch.inf)[:, None]
+            if self.longest == 1 and not self._fixed:
+                mask = mask.expand(-1, self._heads, -1, -1).reshape(-1, self.reach, 1)
             self._masks[window] = mask
         return mask
 
@@ -190,16 +197,13 @@ def _attend(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=how.scaling
         )
     assert mask is not None, "the kernel knows no soft cap, so the mask is made"
-    weights = _weights(torch.matmul(queries, keys.transpose(2, 3)), mask, how)
-    return torch.matmul(weights.to(values.dtype), values)
+    scores = _capped(torch.matmul(queries, keys.transpose(2, 3)), how.scaling, how.softcap).add_(mask)
+    return torch.matmul(scores.softmax(dim=-1), values)
 
 
-def _weights(scores: torch.Tensor, mask: torch.Tensor, how: _How) -> torch.Tensor:
-    """The softmax of scores, in float32; it overwrites them."""
-    scores.mul_(how.scaling)
-    if how.softcap is not None:
-        scores.div_(how.softcap).tanh_().mul_(how.softcap)
-    return scores.add_(mask).softmax(dim=-1, dtype=torch.float32)
+def _capped(scores: torch.Tensor, scaling: float, softcap: float) -> torch.Tensor:
+    """Scores scaled and drawn into the range of a soft cap, in their own memory."""
+    return scores.mul_(scaling / softcap).tanh_().mul_(softcap)
 
 
 def _groups(pieces: Sequence[Piece[Any]], cache: Cache, *, fixed: bool) -> Iterator[_Group]:

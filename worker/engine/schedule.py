@@ -100,6 +100,11 @@ class Step(Generic[R]):
     def tokens(self) -> int:
         return sum(piece.end - piece.begin for piece in self.pieces)
 
+    @property
+    def reads(self) -> bool:
+        """Whether prompts are a part of it."""
+        return any(piece.end - piece.begin > 1 for piece in self.pieces)
+
 
 class Schedule(Generic[R]):
     """The rows of one engine.
@@ -220,7 +225,7 @@ class Schedule(Generic[R]):
         for row in self._candidates():
             if not self._seats or step.tokens >= budget or len(step.entered) == most:
                 return
-            if self._enter(row, step):
+            if self._enter(row, step, budget - step.tokens):
                 self._add_piece(step, row, budget)
             elif self._impatient(row):
                 return
@@ -242,7 +247,8 @@ class Schedule(Generic[R]):
     def _impatient(self, row: R) -> bool:
         return self._entries - row.entries > self._patience
 
-    def _enter(self, row: R, step: Step[R]) -> bool:
+    def _enter(self, row: R, step: Step[R], budget: int) -> bool:
+        """Gives the row a seat and a slot, if there is room; a prompt that is read beside others is read whole."""
         whole = row.most_tokens if self._alone else min(row.most_tokens, 2 * len(row.tokens))
         size = self._slots.size_for(whole)
         if self._running and self._slots.free_tokens - size < RESERVE * self._slots.tokens:
@@ -250,13 +256,16 @@ class Schedule(Generic[R]):
         nearest = self._prefixes.nearest(row)
         if nearest is not None and nearest[0].computed < min(nearest[1], nearest[0].prompt_tokens):
             return False  # the row that computes this beginning right now is copied in a later step
+        known = min(nearest[1], nearest[0].computed) if nearest is not None else 0
+        if step.reads and len(row.tokens) - known > budget:
+            return False
         slot = self._take(whole)
         if slot is None:
             return False
         row.slot, row.seat = slot, heappop(self._seats)
         if nearest is not None and nearest[0].slot is not None:
-            row.computed = min(nearest[1], nearest[0].computed)
-            step.copies.append(Copy(nearest[0].slot, slot, row.computed))
+            row.computed = known
+            step.copies.append(Copy(nearest[0].slot, slot, known))
         self._waiting.remove(row)
         self._running.append(row)
         self._prefixes.enter(row)

@@ -36,7 +36,7 @@ class _Chunk:
 
     def __init__(self, start: int, tokens: int, size: int) -> None:
         self.start = start
-        self.free = list(range(start, start + tokens, size))
+        self.free = list(range(start, start + tokens - size + 1, size))
         self._slots = len(self.free)
 
     @property
