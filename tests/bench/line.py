@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tests.bench.contestant import Contestant, Process
-from tests.bench.engines import GenerateContestant
+from tests.bench.engines import ContinuousContestant
 from tests.bench.mill import command, home
 from tests.bench.models import checkpoint
 from tests.bench.peers.transformers import OneByOneGenerate, SortedGenerate
@@ -24,7 +24,7 @@ def line(_lines: int) -> list[Row]:
         asked = workload("a", model, large=False)
         assert asked is not None
         one_by_one, sorted_batches, engine = (
-            _rate(kind, model, asked) for kind in (OneByOneGenerate, SortedGenerate, GenerateContestant)
+            _rate(kind, model, asked) for kind in (OneByOneGenerate, SortedGenerate, ContinuousContestant)
         )
         whole_line, store_share = _whole_line(folder, model, asked)
     return [

@@ -16,7 +16,7 @@ from tests.bench import report
 from tests.bench.agreement import Agreement
 from tests.bench.contest import Contest, Kind, in_process
 from tests.bench.engines import AtOnceContestant, ContinuousContestant, GenerateContestant, UnsharedContestant
-from tests.bench.peers.ctranslate2 import CTranslate2
+from tests.bench.peers.ctranslate2 import CTranslate2, OneLimitCTranslate2
 from tests.bench.peers.llama import LlamaCpp
 from tests.bench.peers.transformers import AnswerSortedGenerate, GenerateBatch, OneByOneGenerate, SortedGenerate
 from tests.bench.workloads import PLANS, Workload, workload
@@ -33,6 +33,7 @@ PEERS: dict[str, Kind] = {
     "one-by-one": OneByOneGenerate,
     "generate_batch": GenerateBatch,
     "ctranslate2": CTranslate2,
+    "ctranslate2-one-limit": OneLimitCTranslate2,
     "llama.cpp": LlamaCpp,
 }
 MODELS = ("demo", "45m", "250m")

@@ -84,7 +84,7 @@ def test_memory_that_runs_out_fails_nobody_but_who_needs_too_much_alone(mill: Mi
     mill.command("wait", job_id, "--timeout", "60", code=5)
     check(mill, job_id, 200, {50: ErrorCode.OUT_OF_MEMORY})
     assert crashes(mill) == 0
-    device = f"{os.uname().nodename}/cpu"
+    device = f"{os.uname().nodename}/cpu/auto"
     until(lambda: mill.store.health.fits(ModelSpec.parse("echo"), device), "the size is remembered")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ class Setting(NamedTuple):
 
 
 class CTranslate2(Contestant):
-    name: ClassVar[str] = "CTranslate2"
+    name: ClassVar[str] = "CTranslate2, each its limit"
     needs: ClassVar[tuple[str, ...]] = ("ctranslate2",)
     formats: ClassVar[Mapping[str, str]] = {"nf4": "int8", "int8": "int8", "none": "float32", EXACT: "float32"}
 
@@ -54,7 +54,6 @@ class CTranslate2(Contestant):
 
     def run(self, workload: Workload, setting: Setting) -> Answers:
         asks = workload.asks
-        shared = workload.shared_tokens
         counts = [0] * len(asks)
 
         def ended(step: Any) -> bool:
@@ -63,6 +62,12 @@ class CTranslate2(Contestant):
             over: bool = counts[step.batch_id] >= asks[step.batch_id].answer_tokens
             return over
 
+        return Answers.of(self._generate(workload, setting, ended))
+
+    def _generate(
+        self, workload: Workload, setting: Setting, callback: Callable[[Any], bool] | None
+    ) -> list[list[int]]:
+        asks, shared = workload.asks, workload.shared_tokens
         results = self._generators[setting.beside].generate_batch(
             [[self._words[token] for token in ask.tokens[shared:]] for ask in asks],
             static_prompt=[self._words[token] for token in asks[0].tokens[:shared]] or None,
@@ -70,9 +75,19 @@ class CTranslate2(Contestant):
             max_length=max(ask.answer_tokens for ask in asks),
             end_token=[],
             include_prompt_in_result=False,
-            callback=ended,
+            callback=callback,
         )
-        return Answers.of([list(result.sequences_ids[0]) for result in results])
+        return [list(result.sequences_ids[0]) for result in results]
+
+
+class OneLimitCTranslate2(CTranslate2):
+    """Called plainly, with the largest limit for all; what is over a request's own is not counted."""
+
+    name: ClassVar[str] = "CTranslate2, one limit for all"
+
+    def run(self, workload: Workload, setting: Setting) -> Answers:
+        rows = self._generate(workload, setting, None)
+        return Answers.of([row[: ask.answer_tokens] for row, ask in zip(rows, workload.asks, strict=True)])
 
 
 def _folder(folder: Path, weights: str) -> Path:
