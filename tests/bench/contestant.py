@@ -63,8 +63,8 @@ class Contestant:
     needs: ClassVar[tuple[str, ...]] = ()
     #: Its format of the weights for each quantization of ours, and the exact one.
     formats: ClassVar[Mapping[str, str]] = {}
-    #: How its threads wait for each other; None leaves it to its runtime.
-    wait_policy: ClassVar[str | None] = None
+    #: What its process has of OpenMP's variables, besides the number of threads.
+    environment: ClassVar[Mapping[str, str]] = {}
     #: It is slow, and gets only so many of the requests.
     most: ClassVar[int | None] = None
 
@@ -106,7 +106,7 @@ class Process:
 
     def __init__(self, kind: type[Contestant], folder: Path, weights: str, *, threads: int) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        with _environ({"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": kind.wait_policy}):
+        with _openmp({**kind.environment, "OMP_NUM_THREADS": str(threads)}):
             context = multiprocessing.get_context("spawn")
             self._process = context.Process(target=_serve, args=(theirs, kind, folder, weights, threads), daemon=True)
             self._process.start()
@@ -151,12 +151,13 @@ class ContestantError(Exception):
 
 
 @contextmanager
-def _environ(values: Mapping[str, str | None]) -> Iterator[None]:
+def _openmp(values: Mapping[str, str]) -> Iterator[None]:
+    """While it lasts, these are the only variables of OpenMP that a new process gets."""
     before = dict(os.environ)
-    for name, value in values.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+    for name in before:
+        if name.startswith("OMP_"):
+            del os.environ[name]
+    os.environ.update(values)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ class _Ours(Contestant):
     """`engine` makes the engine of a loaded model; it lives as long as the process."""
 
     formats: ClassVar[Mapping[str, str]] = {"nf4": "nf4", "int8": "int8", "none": "none"}
-    wait_policy: ClassVar[str | None] = "PASSIVE"
+    environment: ClassVar[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE"}  # as a worker sets it
     ignore_eos: ClassVar[bool | None] = None
     feed: ClassVar[str] = AHEAD
 

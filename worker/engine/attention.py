@@ -112,13 +112,17 @@ class _Group:
         self.counts = [end - begin for _, begin, end in pieces]
         self.tokens = slice(first, first + sum(self.counts))
         self.longest = max(self.counts)
-        self.reach = slot.size if fixed else max(piece.end for piece in pieces)
+        self.reach = slot.size if fixed or self._reads_whole(cache) else max(piece.end for piece in pieces)
         self._fixed = fixed
         self._heads, self._device = cache.heads, cache.device
         self._size = slot.size
         self._memory = slice(slot.start * cache.heads, (slot.start + self.rows * slot.size) * cache.heads)
         self._begins = [piece.begin for piece in pieces]
         self._masks: dict[int | None, torch.Tensor] = {}
+
+    def _reads_whole(self, cache: Cache) -> bool:
+        """Whether products of parts of slots would be of copies of them, as a CPU's are in 16 bits."""
+        return self.longest == 1 and cache.device.type == "cpu" and cache.keys.dtype.itemsize < torch.float32.itemsize
 
     def decode(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: _How) -> torch.Tensor:
         """One token a row: (rows, heads, size) -> (rows, heads, size of a value)."""

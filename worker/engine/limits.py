@@ -15,7 +15,7 @@ from worker.loader import LoadedModel
 from worker.telemetry import MemoryReader
 
 #: Rows where nothing else is asked, and tokens of one step: those of the rows that decode, and of prompts.
-CPU_ROWS, CPU_STEP_TOKENS = 64, 512
+CPU_ROWS, CPU_STEP_TOKENS = 128, 512
 CUDA_ROWS, CUDA_STEP_TOKENS = 256, 4_096
 #: The context of a model that says nothing of its own.
 CONTEXT_TOKENS = 4_096

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,6 +47,8 @@ _SETTINGS = [
 class LlamaCpp(Contestant):
     name: ClassVar[str] = "llama.cpp"
     needs: ClassVar[tuple[str, ...]] = ("llama_cpp", "gguf")
+    # Threads that spin stay for seconds on the core of another where nothing binds them.
+    environment: ClassVar[Mapping[str, str]] = {"OMP_PROC_BIND": "true"}
     formats: ClassVar[Mapping[str, str]] = {"nf4": "Q4_0", "int8": "Q8_0", "none": "BF16", EXACT: "F32"}
 
     @classmethod
@@ -133,11 +135,12 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Row:
-    """A request that has a sequence: `length` tokens of it are in the cache."""
+    """A request that has a sequence: the part of the prompt that is its own, and how much is in the cache."""
 
     place: int
-    length: int
-    answer: list[int]
+    own: Sequence[int]
+    length: int = 0
+    answer: list[int] = field(default_factory=list)
 
 
 class _Loop:
@@ -163,22 +166,28 @@ class _Loop:
         return [self._answers[place] for place in range(len(self._asks))]
 
     def _fill(self) -> list[int]:
-        """A token of each row, and as many prompts as there is room for; the sequences in the order of the batch."""
-        for sequence, row in self._rows.items():
-            self._batch.put(row.answer[-1:], row.length, sequence)
-            row.length += 1
+        """A token of each row, and as many prompts as there is room for; the sequences in the order of the batch.
+
+        They are in the order of their numbers, since llama.cpp computes only neighbours together.
+        """
+        used = len(self._rows)
         free = [sequence for sequence in range(_ROWS) if sequence not in self._rows]
-        while self._waiting and free:
-            place = self._waiting[0]
-            own = self._asks[place].tokens[self._shared :]
-            if self._batch.used + len(own) > _BATCH_TOKENS:
+        for sequence in free:
+            own = self._asks[self._waiting[0]].tokens[self._shared :] if self._waiting else ()
+            if not own or used + len(own) > _BATCH_TOKENS:
                 break
-            sequence = free.pop()
-            if self._shared:
-                self._api.llama_memory_seq_cp(self._memory, _ROWS, sequence, -1, -1)
-            self._batch.put(own, self._shared, sequence)
-            self._rows[sequence] = _Row(self._waiting.popleft(), len(own) + self._shared, [])
-        return list(self._rows)
+            used += len(own)
+            self._rows[sequence] = _Row(self._waiting.popleft(), own)
+        for sequence, row in sorted(self._rows.items()):
+            if row.answer:
+                self._batch.put(row.answer[-1:], row.length, sequence)
+                row.length += 1
+            else:
+                if self._shared:
+                    self._api.llama_memory_seq_cp(self._memory, _ROWS, sequence, -1, -1)
+                self._batch.put(row.own, self._shared, sequence)
+                row.length = self._shared + len(row.own)
+        return sorted(self._rows)
 
     def _decode(self) -> list[int]:
         """The next token of each sequence of the batch."""

@@ -16,7 +16,7 @@ _PAGE_TOKENS = 32
 
 class _Transformers(Contestant):
     formats: ClassVar[Mapping[str, str]] = {"nf4": "nf4", "int8": "int8", "none": "none", EXACT: "none"}
-    wait_policy: ClassVar[str | None] = "PASSIVE"
+    environment: ClassVar[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE"}  # as a worker sets it
 
     def load(self, folder: Path, weights: str, threads: int) -> None:
         import torch
