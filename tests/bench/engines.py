@@ -83,7 +83,7 @@ class ContinuousContestant(_Ours):
         from worker.engine.continuous import ContinuousEngine
         from worker.engine.options import EngineOptions
 
-        return ContinuousEngine(loaded, options=EngineOptions(max_rows=_ROWS), share_prefixes=self.share_prefixes)
+        return ContinuousEngine(loaded, options=EngineOptions(), share_prefixes=self.share_prefixes)
 
 
 class UnsharedContestant(ContinuousContestant):
