@@ -45,10 +45,10 @@ _LAST_OUTPUT_WINS = Edit(
 )
 
 MUTANTS: tuple[Mutant, ...] = (
-    Mutant("the fence in a turn", (_NO_FENCE,), (_HISTORIES,)),
+    Mutant("the fence in a turn", (_NO_FENCE,), ("tests/test_store.py", _HISTORIES)),
     Mutant("the fence in a turn (races)", (_NO_FENCE,), (_RACES,)),
     Mutant("an output is inserted once", (_LAST_OUTPUT_WINS,), ("tests/test_store.py",)),
-    Mutant("fence and insert once together", (_NO_FENCE, _LAST_OUTPUT_WINS), (_HISTORIES,)),
+    Mutant("fence and insert once together", (_NO_FENCE, _LAST_OUTPUT_WINS), ("tests/test_store.py", _HISTORIES)),
     Mutant(
         "a turn locks its batches",
         (
