@@ -6,7 +6,7 @@ and with it torch, when one is chosen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.errors import ModelError
@@ -55,6 +55,7 @@ def choose(loaded: LoadedModel, *, options: EngineOptions, progress: Progress, f
             ) from error
         reason = str(error)
     else:
+        log.info("the weights are laid out", **asdict(engine.prepared))
         return Chosen(engine, EngineKind.CONTINUOUS.value, engine.context_tokens, engine.cache_tokens)
     log.warning("the continuous engine cannot serve this model, so generate does", because=reason)
     return _generate(loaded, options, progress, fits, reason=f"the continuous engine cannot serve it: {reason}")

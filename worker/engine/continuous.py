@@ -59,7 +59,7 @@ class ContinuousEngine:
         if options.deterministic:
             refuse_outliers(loaded.model)
         shape = cache_shape(loaded)
-        #: What was done to the model's weights, for those who measure.
+        #: What was done to the model's weights, for the log.
         self.prepared = prepare(loaded.model, dequantize=options.dequantize, free_bytes=copy_bytes(loaded, options))
         most = limits(loaded, shape, options)
         flash = serves(shape, loaded.device)
