@@ -108,3 +108,10 @@ def test_generate_says_that_it_makes_no_copies_of_weights(
 ) -> None:
     chosen(loaded, kind=EngineKind.GENERATE, dequantize=Dequantize.ALWAYS)
     assert ["--dequantize always" in line["event"] for line in said] == [True]
+
+
+def test_generate_says_that_it_has_no_cache_of_a_given_size(
+    loaded: LoadedModel, said: list[MutableMapping[str, Any]]
+) -> None:
+    chosen(loaded, kind=EngineKind.GENERATE, cache_bytes=2**20)
+    assert ["cache_bytes" in line["event"] for line in said] == [True]

@@ -76,6 +76,8 @@ def _generate(
         )
     if options.dequantize is Dequantize.ALWAYS:
         log.warning("the generate engine makes no copies of weights: --dequantize always changes nothing")
+    if options.cache_bytes is not None:
+        log.warning("the generate engine allocates no cache at start: cache_bytes changes nothing")
     if options.memory_fraction is not None and loaded.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(options.memory_fraction, loaded.device)
     engine = GenerateEngine(loaded, rows=options.max_rows or GENERATE_ROWS, progress=progress, fits=fits)

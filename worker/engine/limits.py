@@ -62,9 +62,9 @@ def limits(loaded: LoadedModel, shape: CacheShape, options: EngineOptions) -> Li
 
 def _cache_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
     free = _free_bytes(loaded, options)
-    if loaded.device.type == "cpu":
-        return free // CPU_PARTS if options.cache_bytes is None else min(options.cache_bytes, free)
-    return free if options.cache_bytes is None else min(options.cache_bytes, free)
+    if options.cache_bytes is not None:
+        return min(options.cache_bytes, free)
+    return free // CPU_PARTS if loaded.device.type == "cpu" else free
 
 
 def _free_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
