@@ -18,6 +18,7 @@ class Flag:
     help: str
 
 
+QUANTIZATION_HELP = "nf4 (default), fp4, int8, none or checkpoint, with options: nf4:double_quant=false."
 ENGINE_FLAGS = (
     Flag("--engine", "engine", "auto|continuous|generate", "auto (default): continuous wherever the model allows it."),
     Flag("--max-rows", "engine_rows", "N", "Most requests that the device works on at once."),
@@ -28,12 +29,6 @@ ENGINE_FLAGS = (
         "dequantize",
         "auto|never|always",
         "Full-precision copies of 4-bit weights for large batches: auto (default) where memory is left.",
-    ),
-    Flag(
-        "--int8-threshold",
-        "int8_threshold",
-        "T",
-        "Of -q int8: inputs above it keep 16 bits (default 6.0); 0 is none, and faster.",
     ),
     Flag("--deterministic", "deterministic", None, "An answer does not depend on what else runs; slower."),
 )

@@ -24,8 +24,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from jobs.embedded import socket_path
-from jobs.errors import SettingsError
+from jobs.errors import SettingsError, UsageError
 from jobs.flags import FLAG_OF_SETTING
+from jobs.quantization import Quantization
 
 PREFIX = "BATCHMILL_"
 TOML_FILE = "batchmill.toml"
@@ -58,6 +59,7 @@ class Settings(BaseSettings):
     load_stall_seconds: float = Field(default=3_600.0, gt=0, description="for loading a model")
     busy_seconds: float = Field(default=30.0, gt=0, description="to wait for a locked SQLite database")
 
+    quantization: str = Field(default="nf4", description="of commands without -q, with its options if it has any")
     engine: Literal["auto", "continuous", "generate"] = Field(
         default="auto", description="what serves the model; auto: continuous wherever the model allows it"
     )
@@ -68,7 +70,6 @@ class Settings(BaseSettings):
     dequantize: Literal["auto", "never", "always"] = Field(
         default="auto", description="full-precision copies of 4-bit weights; auto: where memory is left for them"
     )
-    int8_threshold: float = Field(default=6.0, ge=0, description="of int8: inputs above it keep 16 bits; 0: none does")
     deterministic: bool = Field(default=False, description="an answer does not depend on what else runs")
     spool_bytes: int = Field(default=256 * 1024**2, gt=0, description="outputs that wait while the store is away")
     echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")
@@ -99,6 +100,14 @@ class Settings(BaseSettings):
         if url and not url.startswith(("redis://", "rediss://", "redis+socket://")):
             raise ValueError("must begin with redis://, rediss:// or redis+socket://")
         return url
+
+    @field_validator("quantization")
+    @classmethod
+    def _quantization(cls, written: str) -> str:
+        try:
+            return Quantization.parse(written).canonical
+        except UsageError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("database_url")
     @classmethod

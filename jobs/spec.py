@@ -8,25 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from jobs.errors import UsageError
+from jobs.quantization import NF4, Kind, Quantization
 
 #: Literal model names: the bundled model, and the engine without a model that answers with the prompt.
 DEMO, ECHO = "demo", "echo"
 QUEUE_NAME_LENGTH = 24
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class Quantization(StrEnum):
-    """How the weights of a model are held on the device."""
-
-    NF4 = "nf4"  #: 4-bit NormalFloat with double quantization
-    FP4 = "fp4"  #: 4-bit float with double quantization
-    INT8 = "int8"  #: LLM.int8()
-    NONE = "none"  #: the checkpoint's dtype on CUDA, float32 on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +29,7 @@ class ModelSpec:
 
     model: str
     revision: str | None = None
-    quantization: Quantization = Quantization.NF4
+    quantization: Quantization = NF4
 
     @classmethod
     def parse(
@@ -47,28 +38,31 @@ class ModelSpec:
         *,
         quantization: str | None = None,
         revision: str | None = None,
+        default_quantization: str = Kind.NF4.value,
         remote_path: bool = False,
     ) -> ModelSpec:
         """The spec of what a user wrote; `remote_path` takes a folder that exists on the workers alone.
+
+        `default_quantization` holds where `quantization` is None and the model has weights.
 
         Raises UsageError for a folder that does not exist here, and for names that mean nothing.
         """
         name = _model_identity(model, remote_path=remote_path)
         if revision is not None and (name in (DEMO, ECHO) or _is_path(name)):
             raise UsageError(f"--revision goes with a Hugging Face id, and {model!r} is none")
-        return cls(name, revision or None, _quantization_of(name, quantization))
+        return cls(name, revision or None, _quantization_of(name, quantization, default_quantization))
 
     @classmethod
     def from_canonical(cls, text: str) -> ModelSpec:
         """The spec that `canonical` spelled."""
         model, _, query = text.partition("?")
         options = dict(parse_qsl(query, strict_parsing=True))
-        return cls(unquote(model), options.get("revision"), Quantization(options["quantization"]))
+        return cls(unquote(model), options.get("revision"), Quantization.parse(options["quantization"]))
 
     @property
     def canonical(self) -> str:
         """The one spelling of this spec: equal specs spell the same, different ones differently."""
-        options = {"quantization": self.quantization.value}
+        options = {"quantization": self.quantization.canonical}
         if self.revision is not None:
             options["revision"] = self.revision
         return f"{quote(self.model, safe='/')}?{urlencode(options)}"
@@ -89,14 +83,14 @@ class ModelSpec:
         """The words of the command that starts a worker for this spec."""
         words = ["batchmill", "worker", "-m", self.model]
         if self.model != ECHO:
-            words += ["-q", self.quantization.value]
+            words += ["-q", self.quantization.canonical]
         if self.revision is not None:
             words += ["--revision", self.revision]
         return words
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision is not None else ""
-        return f"{self.model}{at} ({self.quantization.value})"
+        return f"{self.model}{at} ({self.quantization})"
 
 
 def _is_path(name: str) -> bool:
@@ -124,12 +118,9 @@ def _model_identity(model: str, *, remote_path: bool) -> str:
     return model
 
 
-def _quantization_of(model: str, written: str | None) -> Quantization:
+def _quantization_of(model: str, written: str | None, default: str) -> Quantization:
     if model == ECHO:
-        if written not in (None, Quantization.NONE.value):
+        if written not in (None, Kind.NONE.value):
             raise UsageError("echo holds no weights: its quantization is always none")
-        return Quantization.NONE
-    try:
-        return Quantization(written or Quantization.NF4.value)
-    except ValueError:
-        raise UsageError(f"unknown quantization {written!r}; choose one of {', '.join(Quantization)}") from None
+        return Quantization(Kind.NONE)
+    return Quantization.parse(default if written is None else written)

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0003"
+REVISION = "0004"
 
 metadata = MetaData(
     naming_convention={
@@ -97,6 +97,7 @@ batches = Table(
     Column("lease_until", Float),
     _count("crashes"),
     Column("crashed_by", _Id, comment="the worker whose process died last with these requests"),
+    Column("adapter", Text, comment="the one that all of its requests name, if they do"),
     _count("total"),
     _count("succeeded"),
     _count("failed"),
@@ -194,6 +195,8 @@ runs = Table(
     _count("device_total_bytes"),
     Column("in_flight", Text, nullable=False, comment="JSON: indexes that are in the engine now"),
     Column("error_codes", Text, nullable=False, comment="JSON: {code: count} of its error outputs"),
+    Column("devices", Text, comment="JSON: list of memory by device"),
+    Column("energy_joules", Float, comment="of all its devices, by NVML"),
     _one_of("outcome", RunOutcome),
     CheckConstraint("(finished_at IS NULL) = (outcome IS NULL)", name="ended"),
     UniqueConstraint("batch_id", "fence"),
@@ -225,6 +228,8 @@ workers = Table(
     Column("engine_rows", BigInteger),
     Column("context_tokens", BigInteger),
     Column("cache_tokens", BigInteger),
+    Column("devices", Text, comment="JSON: list of memory by device"),
+    Column("adapters", Text, comment="JSON: {name: {path, revision}} that it holds"),
     Column("versions", Text, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("heartbeat_at", Float, nullable=False),
@@ -241,4 +246,19 @@ capacities = Table(
     Column("fits", BigInteger, nullable=False, comment="in the engine's unit, found when memory ran out"),
     Column("found_at", Float, nullable=False),
     PrimaryKeyConstraint("spec", "device"),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("spec", Text, nullable=False, comment="canonical ModelSpec"),
+    Column("baseline", Text, comment="canonical ModelSpec that it was compared with"),
+    Column("data_name", Text, nullable=False),
+    Column("data_sha256", Text, nullable=False),
+    Column("device_name", Text, nullable=False),
+    Column("measured", Text, nullable=False, comment="JSON: what was measured, and how"),
+    Column("versions", Text, nullable=False, comment="JSON: of batchmill and of its libraries"),
+    Column("created_at", Float, nullable=False),
+    Index("ix_evaluations_spec_created", "spec", "created_at"),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.errors import UsageError
-from jobs.flags import ENGINE_FLAGS
+from jobs.flags import ENGINE_FLAGS, QUANTIZATION_HELP
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
 from producer.checks import OBJECT, BadLine
 from producer.options import sampling_of_flags
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _Command = Callable[..., Any]
 
 _MODEL = [
-    click.option("-q", "--quantization", help="nf4 (default), fp4, int8 or none."),
+    click.option("-q", "--quantization", help=QUANTIZATION_HELP),
     click.option("--revision", help="Branch, tag or commit of a Hugging Face id."),
 ]
 _REQUESTS = [
@@ -107,7 +107,7 @@ def submit(wait: bool, **options: Any) -> None:
     from producer.submit import load_once, send_wakeups
 
     settings = _settings()
-    submission = _submission(options)
+    submission = _submission(options, settings)
     store = open_store(settings)
     job_id, spec, is_new = load_once(submission, store=store, settings=settings)
     try:
@@ -144,7 +144,8 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     from producer.local import run_file
 
     settings = _settings(**{each.setting: options.pop(each.setting) for each in ENGINE_FLAGS})
-    run_file(_submission(options), out=out, device=device, share_device=share_device, new=new, settings=settings)
+    submission = _submission(options, settings)
+    run_file(submission, out=out, device=device, share_device=share_device, new=new, settings=settings)
 
 
 @click.command(epilog="Example: batchmill up -m demo")
@@ -166,7 +167,9 @@ def up(
     from producer.local import run_mill
 
     settings = _settings(**engine)
-    spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
+    spec = ModelSpec.parse(
+        model, quantization=quantization, default_quantization=settings.quantization, revision=revision
+    )
     run_mill(spec, devices=devices or ("auto",), share_device=share_device, settings=settings)
 
 
@@ -181,12 +184,13 @@ def _settings(**flags: Any) -> Settings:
     return settings
 
 
-def _submission(options: dict[str, Any]) -> Submission:
+def _submission(options: dict[str, Any], settings: Settings) -> Submission:
     _refuse_no_text(options)
     return Submission(
         path=options["file"],
         model=options["model"],
         quantization=options["quantization"],
+        default_quantization=settings.quantization,
         revision=options["revision"],
         remote_path=options.get("remote_path", False),
         ignore_line_model=options["ignore_line_model"],

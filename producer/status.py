@@ -201,7 +201,7 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
         "batches": worker.leases,
         "model": worker.spec.model,
         "revision": worker.spec.revision,
-        "quantization": worker.spec.quantization.value,
+        "quantization": worker.spec.quantization.canonical,
         "device": worker.device,
         "device_name": worker.device_name,
         "device_uuid": worker.device_uuid,
@@ -235,7 +235,7 @@ def _head(job: Job) -> dict[str, Any]:
         "state": job.state.value,
         "model": job.spec.model,
         "revision": job.spec.revision,
-        "quantization": job.spec.quantization.value,
+        "quantization": job.spec.quantization.canonical,
         "counts": {
             "total": counts.total,
             "succeeded": counts.succeeded,

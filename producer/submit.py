@@ -21,6 +21,7 @@ from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
 from jobs.failpoints import failpoint
 from jobs.logs import get_logger
+from jobs.quantization import Kind
 from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
 from jobs.settings import Settings
 from jobs.spec import ModelSpec
@@ -47,6 +48,7 @@ class Submission:
     path: str
     model: str | None = None
     quantization: str | None = None
+    default_quantization: str = Kind.NF4.value
     revision: str | None = None
     remote_path: bool = False
     ignore_line_model: bool = False
@@ -70,7 +72,11 @@ class Submission:
 
     def spec(self, model: str) -> ModelSpec:
         return ModelSpec.parse(
-            model, quantization=self.quantization, revision=self.revision, remote_path=self.remote_path
+            model,
+            quantization=self.quantization,
+            default_quantization=self.default_quantization,
+            revision=self.revision,
+            remote_path=self.remote_path,
         )
 
     def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:

@@ -22,8 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from jobs.quantization import Kind, Quantization
 from jobs.schema import SamplingParams
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 from worker.loader import LoadedModel
 
@@ -75,7 +76,7 @@ def loaded(config: PreTrainedConfig) -> LoadedModel:
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config = GenerationConfig()
     return LoadedModel(
-        spec=ModelSpec("/random", quantization=Quantization.NONE),
+        spec=ModelSpec("/random", quantization=Quantization(Kind.NONE)),
         model=model,
         tokenizer=build_tokenizer(),
         device=torch.device("cpu"),

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
+from jobs.quantization import Kind, Quantization
 from jobs.schema import Choice, ErrorCode, JobOptions, Memory, Output, Provenance, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.store.lease import Claimed, Held, Seat, Turned
 from jobs.store.workers import Loaded
 from jobs.tables import metadata
 
-ECHO_SPEC = ModelSpec("echo", None, Quantization.NONE)
+ECHO_SPEC = ModelSpec("echo", None, Quantization(Kind.NONE))
 LEASE_SECONDS = 60.0
 
 

@@ -11,7 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobs.errors import ModelError
-from jobs.spec import ModelSpec, Quantization
+from jobs.quantization import Kind, Quantization
+from jobs.spec import ModelSpec
 from tests.tiny import CONTEXT_TOKENS, save_tiny_model
 from worker.engine import Progress
 from worker.engine.choice import Chosen, choose
@@ -25,7 +26,7 @@ REASON = "it keeps a state instead of a cache"
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    return load(ModelSpec(str(folder), quantization=Quantization.NONE), "cpu")
+    return load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu")
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig, MambaConfig, PreTrainedConfig
 
+from jobs.quantization import Kind, Quantization
 from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import DEMO, ModelSpec, Quantization
+from jobs.spec import DEMO, ModelSpec
 from tests.families import CONTEXT_TOKENS, VOCABULARY, load_alphabet, load_family, loaded
 from worker.engine.choice import choose
 from worker.engine.continuous import ContinuousEngine, Unsupported
@@ -329,7 +330,7 @@ def test_a_model_that_it_cannot_serve_is_served_by_generate(unsupported: tuple[L
     assert output.completion_tokens == 3
 
 
-@pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.FP4, Quantization.NONE])
+@pytest.mark.parametrize("quantization", [Quantization(Kind.NF4), Quantization(Kind.FP4), Quantization(Kind.NONE)])
 def test_deterministic_answers_are_the_same_alone_and_in_company_bit_for_bit(quantization: Quantization) -> None:
     model = load(ModelSpec(DEMO, quantization=quantization), "cpu")
     texts = ["What is 3 plus 4?", "Name a", "x" * 70, "Count to ten: 1, 2, 3,", "Why"]
@@ -348,6 +349,6 @@ def test_deterministic_answers_are_the_same_alone_and_in_company_bit_for_bit(qua
 
 
 def test_int8_is_refused_where_answers_have_to_be_deterministic() -> None:
-    model = load(ModelSpec(DEMO, quantization=Quantization.INT8), "cpu")
+    model = load(ModelSpec(DEMO, quantization=Quantization(Kind.INT8)), "cpu")
     with pytest.raises(Unsupported, match="outlier"):
         ContinuousEngine(model, options=EngineOptions(deterministic=True))

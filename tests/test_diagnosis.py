@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from sqlalchemy import update
 
 from jobs.errors import NotFound
+from jobs.quantization import Kind, Quantization
 from jobs.schema import ErrorCode
 from jobs.settings import Settings
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held, Seat
@@ -24,7 +25,7 @@ from producer.findings import Finding
 from producer.status import JobStatus
 from tests import mill
 
-LLAMA = ModelSpec("org/llama", None, Quantization.NF4)
+LLAMA = ModelSpec("org/llama", None, Quantization(Kind.NF4))
 AWAY = QueueState(error="Redis at redis://mill/0 is not reachable: Connection refused")
 START = "batchmill worker -m echo"
 
@@ -131,8 +132,8 @@ class TestNobodyServes:
 
     def test_a_typo_shows_as_a_near_miss(self, place: Place) -> None:
         job_id = mill.load(place.store, 3, spec=LLAMA)
-        mill.seat(place.store, name="near", spec=ModelSpec("org/Llama", "v2", Quantization.INT8))
-        mill.seat(place.store, name="far", spec=ModelSpec("org/other", None, Quantization.NF4))
+        mill.seat(place.store, name="near", spec=ModelSpec("org/Llama", "v2", Quantization(Kind.INT8)))
+        mill.seat(place.store, name="far", spec=ModelSpec("org/other", None, Quantization(Kind.NF4)))
         diagnosis = place.diagnose(job_id)
         expect(diagnosis, Verdict.STUCK, "no_worker")
         near = finding(diagnosis, "near_miss")

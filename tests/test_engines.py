@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.quantization import Kind, Quantization
 from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from tests.tiny import save_tiny_model
 from worker.engine import Engine, Progress
 from worker.engine.continuous import ContinuousEngine
@@ -25,7 +26,7 @@ PROMPT = "one two three four five six"
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), generation={})
-    return load(ModelSpec(str(folder), quantization=Quantization.NONE), "cpu")
+    return load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu")
 
 
 @pytest.fixture(params=["echo", "generate", "continuous"])

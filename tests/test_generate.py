@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from jobs.quantization import Kind, Quantization
 from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from tests.tiny import CONTEXT_TOKENS, build_tokenizer, save_tiny_model
 from worker.engine.generate import GenerateEngine
 from worker.loader import LoadedModel, load
@@ -25,7 +26,7 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    return load(ModelSpec(str(folder), quantization=Quantization.NONE), "cpu")
+    return load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu")
 
 
 class Alphabet:

@@ -13,8 +13,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from jobs.errors import ModelError
+from jobs.quantization import Quantization
 from jobs.schema import Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from tests.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, save_tiny_model
 from worker import loader
 from worker.engine.generate import GenerateEngine
@@ -32,8 +33,8 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def spec(folder: Path | str, quantization: Quantization = Quantization.NONE) -> ModelSpec:
-    return ModelSpec(str(folder), quantization=quantization)
+def spec(folder: Path | str, quantization: str = "none") -> ModelSpec:
+    return ModelSpec(str(folder), quantization=Quantization.parse(quantization))
 
 
 def rewrite(file: Path, **changes: Any) -> None:
@@ -57,11 +58,15 @@ def test_an_unquantized_model_on_a_cpu_is_float32(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("quantization", "layer"),
-    [(Quantization.NF4, "Linear4bit"), (Quantization.FP4, "Linear4bit"), (Quantization.INT8, "Linear8bitLt")],
+    [
+        ("nf4", "Linear4bit"),
+        ("fp4", "Linear4bit"),
+        ("int8", "Linear8bitLt"),
+    ],
 )
 def test_a_model_is_quantized_by_bitsandbytes_and_answers(
     folder: Path,
-    quantization: Quantization,
+    quantization: str,
     layer: str,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
@@ -71,7 +76,7 @@ def test_a_model_is_quantized_by_bitsandbytes_and_answers(
     assert [type(each).__name__ for each in projections] == [layer] * 14
     asked = loaded.model.config.quantization_config
     if layer == "Linear4bit":
-        assert {each.weight.quant_type for each in projections} == {quantization.value}
+        assert {each.weight.quant_type for each in projections} == {quantization}
         assert asked.bnb_4bit_use_double_quant
     engine = GenerateEngine(loaded, rows=4)
     for index, temperature in enumerate([0.0, 1.0, 0.0]):
@@ -199,7 +204,7 @@ def test_a_model_that_does_not_continue_text_is_refused(copy: Path) -> None:
 
 def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(copy: Path) -> None:
     rewrite(copy / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantized already (gptq); take it as it is with -q none" in refusal(spec(copy, Quantization.NF4))
+    assert "quantized already (gptq); take it as it is with -q none" in refusal(spec(copy, "nf4"))
 
 
 def test_too_little_memory_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.errors import UsageError
-from jobs.spec import ModelSpec, Quantization
+from jobs.quantization import Kind, Quantization
+from jobs.spec import ModelSpec
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-specs = st.builds(ModelSpec, texts, st.none() | texts, st.sampled_from(Quantization))
+
+
+def quantization_of(kind: Kind) -> st.SearchStrategy[Quantization]:
+    written = {
+        "compute_dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
+        "double_quant": st.sampled_from(["true", "false"]),
+        "skip_modules": st.lists(st.sampled_from(["lm_head", "a.b", "layers.0"]), min_size=1).map("+".join),
+        "threshold": st.floats(0, 1e6).map(str),
+        "fp32_cpu_offload": st.sampled_from(["true", "false"]),
+        "dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
+    }
+    options = Quantization(kind).options
+    pairs = st.fixed_dictionaries({}, optional={name: written[name] for name in options})
+    text = pairs.flatmap(lambda each: st.permutations([f"{name}={value}" for name, value in each.items()]))
+    return text.map(lambda each: Quantization.parse(f"{kind}:{','.join(each)}" if each else kind.value))
+
+
+quantizations = st.sampled_from(Kind).flatmap(quantization_of)
+specs = st.builds(ModelSpec, texts, st.none() | texts, quantizations)
 
 
 @given(specs)
@@ -39,7 +58,7 @@ def test_a_folder_is_known_by_its_real_path(tmp_path: Path, monkeypatch: pytest.
     assert spec == ModelSpec.parse(f"{folder}/../model/")
     assert spec == ModelSpec.parse("model")
     assert spec.folder == folder
-    assert spec.quantization is Quantization.NF4
+    assert spec.quantization == Quantization(Kind.NF4)
 
 
 @pytest.mark.parametrize("name", ["./none", "/no/such/folder", "~/none", "a/b/c", "", "a\nb", "-x", "org/"])
@@ -56,12 +75,12 @@ def test_a_remote_folder_is_taken_on_request() -> None:
 
 def test_hub_ids_keep_their_revision_and_literal_names_have_none() -> None:
     spec = ModelSpec.parse("org/name", quantization="int8", revision="v1")
-    assert (spec.revision, spec.quantization) == ("v1", Quantization.INT8)
+    assert (spec.revision, spec.quantization) == ("v1", Quantization(Kind.INT8))
     assert spec.command_line() == ["batchmill", "worker", "-m", "org/name", "-q", "int8", "--revision", "v1"]
     with pytest.raises(UsageError, match="--revision"):
         ModelSpec.parse("demo", revision="v1")
     with pytest.raises(UsageError, match="nf4, fp4, int8, none"):
         ModelSpec.parse("demo", quantization="nf5")
-    assert ModelSpec.parse("echo").quantization is Quantization.NONE
+    assert ModelSpec.parse("echo").quantization == Quantization(Kind.NONE)
     with pytest.raises(UsageError, match="echo"):
         ModelSpec.parse("echo", quantization="nf4")

@@ -6,8 +6,9 @@ import pytest
 from sqlalchemy import select, update
 
 from jobs.errors import LoadingLost, NotFound
+from jobs.quantization import Kind, Quantization
 from jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams, Timings
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from jobs.states import JobState, RequestState, RunOutcome, WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held
@@ -103,7 +104,7 @@ class TestClaiming:
         assert [each.lease.job_id for each in claimed] == [first, second]
 
     def test_only_batches_of_the_own_spec(self, store: Store) -> None:
-        mill.load(store, 4, spec=ModelSpec("demo", None, Quantization.NF4))
+        mill.load(store, 4, spec=ModelSpec("demo", None, Quantization(Kind.NF4)))
         assert mill.claim(store, mill.seat(store)) == ()
 
     def test_a_worker_bound_to_a_job_leaves_others_alone(self, store: Store) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from jobs.quantization import Kind, Quantization
 from jobs.schema import ErrorCode, Request, RequestKey
-from jobs.spec import ModelSpec, Quantization
+from jobs.spec import ModelSpec
 from tests.tiny import save_tiny_model
 from worker.engine.generate import GenerateEngine
 from worker.loader import DEMO_FOLDER, load
@@ -206,7 +207,7 @@ HOSTILE_TEMPLATES: dict[str, Callable[[Path], str]] = {
 def test_a_hostile_chat_template_runs_in_a_sandbox(folder: Path, tmp_path: Path, name: str) -> None:
     proof = tmp_path / "proof"
     (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name](proof))
-    engine = GenerateEngine(load(ModelSpec(str(folder), quantization=Quantization.NONE), "cpu"), rows=1)
+    engine = GenerateEngine(load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu"), rows=1)
     engine.add(RequestKey("job", 0), Request(0, "0", messages=({"role": "user", "content": "{{ 7 * 7 }}"},)))
     (output,) = engine.step()
     assert output.error is not None

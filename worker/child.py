@@ -202,7 +202,7 @@ def _hold_model(
     from worker.loader import load
 
     use_all_cores()
-    loaded = load(spec, device.torch_device, int8_threshold=settings.int8_threshold)
+    loaded = load(spec, device.torch_device)
     chosen = choose(loaded, options=_engine_options(settings), progress=progress, fits=fits)
     return _Held(chosen, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
 

@@ -10,7 +10,7 @@ import click
 from jobs.errors import UsageError
 from jobs.exits import one_line_errors
 from jobs.failpoints import arm
-from jobs.flags import ENGINE_FLAGS
+from jobs.flags import ENGINE_FLAGS, QUANTIZATION_HELP
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
@@ -35,7 +35,7 @@ def _engine_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     epilog="Example: batchmill worker -m meta-llama/Llama-3.1-8B-Instruct -q nf4 --device cuda:0",
 )
 @click.option("-m", "--model", required=True, help=f"Hugging Face id, folder, {DEMO} or {ECHO}.")
-@click.option("-q", "--quantization", help="nf4 (default), fp4, int8 or none.")
+@click.option("-q", "--quantization", help=QUANTIZATION_HELP)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--device", default=None, help="auto (default), cpu, cuda or cuda:N.")
 @click.option("--devices", default=None, help="One worker per device, restarted when it dies: 0,1 or cpu or all.")
@@ -67,7 +67,9 @@ def main(
     settings = load_settings(**engine)
     configure_logs(settings)
     arm(settings.failpoint, home=settings.home)
-    spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
+    spec = ModelSpec.parse(
+        model, quantization=quantization, default_quantization=settings.quantization, revision=revision
+    )
     if devices is not None:
         if device is not None or name is not None:
             raise click.UsageError("--devices starts one worker per device: leave out --device and --name")

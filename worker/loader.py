@@ -31,8 +31,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from jobs.errors import ModelError
+from jobs.quantization import Kind
 from jobs.schema import SamplingParams
-from jobs.spec import DEMO, ModelSpec, Quantization
+from jobs.spec import DEMO, ModelSpec
 from worker.devices import is_out_of_memory
 from worker.telemetry import MemoryReader
 from worker.vetting import WEIGHTS, WEIGHTS_INDEX, Refusal, shard_names, vet
@@ -40,8 +41,6 @@ from worker.vetting import WEIGHTS, WEIGHTS_INDEX, Refusal, shard_names, vet
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 #: What is fetched of a model beside its weights: configuration, vocabularies and chat templates.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-#: LLM.int8()'s own threshold.
-INT8_THRESHOLD = 6.0
 #: A foreign error is told in so many characters of its first line.
 ERROR_LENGTH = 300
 
@@ -72,15 +71,12 @@ class LoadedModel:
     commit: str | None
 
 
-def load(spec: ModelSpec, device: str, *, int8_threshold: float = INT8_THRESHOLD) -> LoadedModel:
-    """Loads a model onto `cpu` or `cuda:N`. Raises ModelError, which says what to do.
-
-    `int8_threshold`: columns of the input with values above it are computed in 16 bits, as LLM.int8() does; 0 for none.
-    """
+def load(spec: ModelSpec, device: str) -> LoadedModel:
+    """Loads a model onto `cpu` or `cuda:N`. Raises ModelError, which says what to do."""
     started = time.monotonic()
     _quiet()
     try:
-        return _load(spec, torch.device(device), started, int8_threshold)
+        return _load(spec, torch.device(device), started)
     except ModelError:
         raise
     except Refusal as error:
@@ -99,7 +95,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _load(spec: ModelSpec, device: torch.device, started: float, int8_threshold: float) -> LoadedModel:
+def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
     folder, commit = _fetched(spec) if spec.model != DEMO and spec.folder is None else (_folder(spec), None)
     vet(folder)
     source = str(folder)
@@ -111,7 +107,7 @@ def _load(spec: ModelSpec, device: torch.device, started: float, int8_threshold:
         use_safetensors=True,
         local_files_only=True,
         device_map={"": device},
-        **_precision(spec, config, device, int8_threshold),
+        **_precision(spec, config, device),
     )
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     weights_bytes = MemoryReader(str(device)).read().allocated
@@ -165,7 +161,7 @@ def _fetched(spec: ModelSpec) -> tuple[Path, str]:
     return folder, revision.resolved
 
 
-def _precision(spec: ModelSpec, config: Any, device: torch.device, int8_threshold: float) -> dict[str, Any]:
+def _precision(spec: ModelSpec, config: Any, device: torch.device) -> dict[str, Any]:
     """The dtype of what is not quantized, and how the rest is.
 
     A CPU computes in float32, but around 4-bit weights in bfloat16 where its products of them do. On CUDA an
@@ -174,23 +170,23 @@ def _precision(spec: ModelSpec, config: Any, device: torch.device, int8_threshol
     """
     written = getattr(config, "quantization_config", None)
     if device.type == "cpu":
-        fused = spec.quantization in (Quantization.NF4, Quantization.FP4) and has_avx512bf16()
+        fused = spec.quantization.four_bit and has_avx512bf16()
         half = torch.bfloat16 if fused else torch.float32
     else:
         half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if spec.quantization == Quantization.NONE:
+    if spec.quantization.kind is Kind.NONE:
         return {"dtype": half if device.type == "cpu" else "auto"}
     if written is not None:
         method = written.get("quant_method", "unknown") if isinstance(written, dict) else written.quant_method
         raise ModelError(
             f"cannot load {spec}: its checkpoint is quantized already ({method}); take it as it is with -q none"
         )
-    if spec.quantization == Quantization.INT8:
-        eight_bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
+    if spec.quantization.kind is Kind.INT8:
+        eight_bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=spec.quantization.threshold)
         return {"dtype": half, "quantization_config": eight_bit}
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=spec.quantization.value,
+        bnb_4bit_quant_type=spec.quantization.kind.value,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=half,
     )

@@ -117,7 +117,7 @@ class Loading:
             "spec": spec.canonical,
             "model": spec.model,
             "revision": spec.revision,
-            "quantization": spec.quantization.value,
+            "quantization": spec.quantization.canonical,
             "file_sha256": file_sha256,
             "fingerprint": fingerprint,
             "idempotency_key": idempotency_key,

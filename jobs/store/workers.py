@@ -109,7 +109,7 @@ class Workers:
                 spec=spec.canonical,
                 model=spec.model,
                 revision=spec.revision,
-                quantization=spec.quantization.value,
+                quantization=spec.quantization.canonical,
                 only_job=only_job,
                 device=device,
                 versions="{}",

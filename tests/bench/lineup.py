@@ -16,9 +16,15 @@ from tests.bench import report
 from tests.bench.agreement import Agreement
 from tests.bench.contest import Contest, Kind, in_process
 from tests.bench.engines import AtOnceContestant, ContinuousContestant, GenerateContestant, UnsharedContestant
-from tests.bench.peers.ctranslate2 import CTranslate2, OneLimitCTranslate2
+from tests.bench.peers.ctranslate2 import CTranslate2, OneLimitCTranslate2, UntunedCTranslate2
 from tests.bench.peers.llama import LlamaCpp
-from tests.bench.peers.transformers import AnswerSortedGenerate, GenerateBatch, OneByOneGenerate, SortedGenerate
+from tests.bench.peers.transformers import (
+    AnswerSortedGenerate,
+    GenerateBatch,
+    OneByOneGenerate,
+    SortedGenerate,
+    UntunedGenerateBatch,
+)
 from tests.bench.workloads import PLANS, Workload, workload
 
 ENGINES: dict[str, Kind] = {
@@ -32,8 +38,10 @@ PEERS: dict[str, Kind] = {
     "answer-sorted": AnswerSortedGenerate,
     "one-by-one": OneByOneGenerate,
     "generate_batch": GenerateBatch,
+    "generate_batch-untuned": UntunedGenerateBatch,
     "ctranslate2": CTranslate2,
     "ctranslate2-one-limit": OneLimitCTranslate2,
+    "ctranslate2-untuned": UntunedCTranslate2,
     "llama.cpp": LlamaCpp,
 }
 MODELS = ("demo", "45m", "250m")

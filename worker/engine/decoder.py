@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from jobs.spec import Quantization
+from jobs.quantization import Kind
 from worker.engine.attention import Attention
 from worker.engine.cache import Cache, CacheShape
 from worker.engine.flash import PAGE_TOKENS, FlashAttention, serves
@@ -217,7 +217,7 @@ def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
         found.append(decoder.logits([Piece(row, begin, end)])[0].float())
     slots.give(row.held)
     wanted = own[[6, 10, 11]]
-    exact = loaded.spec.quantization is Quantization.NONE and loaded.model.dtype is torch.float32
+    exact = loaded.spec.quantization.kind is Kind.NONE and loaded.model.dtype is torch.float32
     tolerance = _TRIAL_TOLERANCE if exact else _ROUGH_TOLERANCE
     distance = (torch.stack(found) - wanted).abs().max() / wanted.abs().max()
     if not distance <= tolerance:

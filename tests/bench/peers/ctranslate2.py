@@ -90,5 +90,14 @@ class OneLimitCTranslate2(CTranslate2):
         return Answers.of([row[: ask.answer_tokens] for row, ask in zip(rows, workload.asks, strict=True)])
 
 
+class UntunedCTranslate2(OneLimitCTranslate2):
+    """One batch after the other, with as many threads as there are."""
+
+    name: ClassVar[str] = "CTranslate2, as it comes"
+
+    def settings(self, workload: Workload) -> Sequence[Any]:
+        return [Setting(1, 64)]
+
+
 def _folder(folder: Path, weights: str) -> Path:
     return folder / f"ctranslate2-{weights}"

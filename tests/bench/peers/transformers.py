@@ -102,23 +102,27 @@ class GenerateBatch(_Transformers):
     def settings(self, workload: Workload) -> Sequence[Any]:
         return [Setting(16, 256), Setting(32, 512), Setting(64, 512)]
 
-    def ready(self, workload: Workload, setting: Setting) -> None:
+    def ready(self, workload: Workload, setting: Any) -> None:
         """A manager of the workload's size, at work: stopping one takes more than a second, which is not measured."""
         from transformers import GenerationConfig
-        from transformers.generation import ContinuousBatchingConfig
 
         self.close()
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=self._pad),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=_PAGE_TOKENS,
-                num_blocks=setting.rows * (workload.longest_tokens // _PAGE_TOKENS + 2),
-                max_batch_tokens=setting.tokens,
-                max_requests_per_batch=setting.rows,
-            ),
+            continuous_batching_config=self.config(workload, setting),
         )
         self._manager.warmup()
         self._manager.start()
+
+    def config(self, workload: Workload, setting: Any) -> Any:
+        from transformers.generation import ContinuousBatchingConfig
+
+        return ContinuousBatchingConfig(
+            page_size=_PAGE_TOKENS,
+            num_blocks=setting.rows * (workload.longest_tokens // _PAGE_TOKENS + 2),
+            max_batch_tokens=setting.tokens,
+            max_requests_per_batch=setting.rows,
+        )
 
     def close(self) -> None:
         if self._manager is not None:
@@ -141,3 +145,15 @@ class GenerateBatch(_Transformers):
                 raise RuntimeError("the thread of generate_batch ended")
         by_place = {place: found[name] for name, place in ids.items()}
         return Answers.of([by_place[place] for place in range(len(ids))])
+
+
+class UntunedGenerateBatch(GenerateBatch):
+    """Its rows, step and pages are what it chooses by itself."""
+
+    name: ClassVar[str] = "transformers generate_batch, as it comes"
+
+    def settings(self, workload: Workload) -> Sequence[Any]:
+        return [""]
+
+    def config(self, workload: Workload, setting: Any) -> Any:
+        return None
