@@ -33,17 +33,25 @@ def cli() -> None:
     """
 
 
-@cli.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    add_help_option=False,
-    epilog="Example: batchmill worker -m meta-llama/Llama-3.1-8B-Instruct --devices all",
-)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def worker(arguments: tuple[str, ...]) -> None:
-    """Run a worker: one quantized model on one device (`batchmill worker --help` lists its options)."""
-    # A process of its own, so that this command never imports torch, nor the worker's room.
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "worker", *arguments])
+def _of_the_workers_room(name: str, words: list[str], summary: str) -> None:
+    """A command that becomes a process of its own, so that this one never imports torch, nor the worker's room."""
+
+    @cli.command(
+        name,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+        add_help_option=False,
+        help=f"{summary} (`batchmill {name} --help` lists its options).",
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: tuple[str, ...]) -> None:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "worker", *words, *arguments])
+
+
+_of_the_workers_room("worker", [], "Run a worker: one quantized model on one device")
+_of_the_workers_room("models", ["models"], "Fetch a model, or save a quantized copy of one")
+_of_the_workers_room("plan", ["plan"], "Show what a model takes in each quantization, and what fits, unloaded")
+_of_the_workers_room("evaluate", ["evaluate"], "Measure what quantization costs on your own text")
 
 
 @cli.group(epilog="Example: batchmill db upgrade")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -14,9 +15,10 @@ from click.testing import CliRunner
 
 from producer import cli_jobs, cli_submit
 from producer.cli import cli
-from worker.cli import main as worker_command
+from worker.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
+OF_THE_WORKERS_ROOM = {"worker": "worker.cli", **COMMANDS}
 READING = ["status", "jobs", "workers", "wait", "doctor", "db current"]
 
 
@@ -32,7 +34,9 @@ def commands() -> dict[str, click.Command]:
 
     for each in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS):
         cli.add_command(each)
-    return dict(walk(cli, "")) | {"worker": worker_command}
+    theirs = {name: import_module(module).main for name, module in OF_THE_WORKERS_ROOM.items()}
+    own = {words: each for words, each in walk(cli, "") if words not in theirs}
+    return own | dict(pair for name, each in theirs.items() for pair in walk(each, name))
 
 
 @pytest.mark.parametrize("words", commands())

@@ -22,7 +22,7 @@ from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 from worker.engine.grammar import Grammars, Matcher, fill
 from worker.engine.response_format import MAX_TEXT_LENGTH
 from worker.engine.tokenization import Refused
-from worker.loader import DEMO_FOLDER
+from worker.loader.source import DEMO_FOLDER
 
 END, OTHER_END = SPECIAL_TOKENS.index("</s>"), SPECIAL_TOKENS.index("<|end|>")
 BYTES = len(SPECIAL_TOKENS) + 256

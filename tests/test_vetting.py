@@ -17,7 +17,8 @@ from jobs.schema import ErrorCode, Request, RequestKey
 from jobs.spec import ModelSpec
 from tests.tiny import save_tiny_model
 from worker.engine.generate import GenerateEngine
-from worker.loader import DEMO_FOLDER, load
+from worker.loader import load
+from worker.loader.source import DEMO_FOLDER
 from worker.vetting import Refusal, vet, weights
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from worker.loader import DEMO_FOLDER
+from worker.loader.source import DEMO_FOLDER
 
 _SEED = 7
 _CONTEXT_TOKENS = 2048
