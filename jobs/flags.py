@@ -32,4 +32,12 @@ ENGINE_FLAGS = (
     ),
     Flag("--deterministic", "deterministic", None, "An answer does not depend on what else runs; slower."),
 )
+#: Of these flags no setting is given: `setting` is the name of the worker's own parameter.
+PLACEMENT_FLAGS = (
+    Flag("--max-memory", "max_memory", "DEVICE=SIZE,...", "Most that weights take: cuda:0=20GiB,cpu=60GiB."),
+    Flag("--device-map", "device_map", "FILE", "JSON object of module and device, instead of an even split."),
+    Flag("--offload", "offload", "cpu|disk", "Where weights wait that do not fit on the device; slow."),
+    Flag("--offload-folder", "offload_folder", "DIR", "For --offload disk: files of weights that wait."),
+)
+DEVICE_HELP = "auto (default), cpu, cuda, cuda:N or a GPU's UUID; cuda:0+cuda:1 splits one model over two."
 FLAG_OF_SETTING = {each.setting: each.name for each in ENGINE_FLAGS}

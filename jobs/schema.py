@@ -115,7 +115,8 @@ class RequestKey(NamedTuple):
 class Request:
     """One prompt with its sampling parameters: either `prompt` or `messages` is set, never both.
 
-    `passthrough` holds what is kept and returned without effect (user, metadata, store, service_tier).
+    `passthrough` holds what is kept and returned without effect (user, metadata, store, service_tier). `adapter`: the
+    name of the one that answers it, None for the model alone.
     """
 
     index: int
@@ -125,6 +126,7 @@ class Request:
     sampling: SamplingParams = NO_SAMPLING
     chat_template_kwargs: Mapping[str, Any] | None = None
     passthrough: Mapping[str, Any] | None = None
+    adapter: str | None = None
 
     def to_body(self) -> str:
         """The JSON text that the store keeps: everything but index and custom_id."""
@@ -139,6 +141,8 @@ class Request:
             body["chat_template_kwargs"] = self.chat_template_kwargs
         if self.passthrough:
             body["passthrough"] = self.passthrough
+        if self.adapter is not None:
+            body["adapter"] = self.adapter
         return _to_json(body)
 
     @classmethod
@@ -174,22 +178,29 @@ _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """What a job's flags ask for all of its requests."""
+    """What a job's flags ask for all of its requests. `adapters`: the names that a request may name, sorted."""
 
     system: str | None = None
     sampling: SamplingParams = NO_SAMPLING
     chat_template_kwargs: Mapping[str, Any] | None = None
+    adapters: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """`{"system": ..., "chat_template_kwargs": ..., sampling keys ...}` without what was not asked for."""
-        own = {"system": self.system, "chat_template_kwargs": self.chat_template_kwargs}
+        """`{"system", "chat_template_kwargs", "adapters", sampling keys ...}` without what was not asked for."""
+        own = {name: getattr(self, name) for name in _OWN_OPTIONS}
+        own["adapters"] = list(self.adapters) or None
         return {key: each for key, each in own.items() if each is not None} | self.sampling.to_json()
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> JobOptions:
         """The inverse of `to_json`; an unknown key is refused."""
-        sampling = {key: each for key, each in value.items() if key not in ("system", "chat_template_kwargs")}
-        return cls(value.get("system"), SamplingParams.from_json(sampling), value.get("chat_template_kwargs"))
+        sampling = SamplingParams.from_json({key: each for key, each in value.items() if key not in _OWN_OPTIONS})
+        adapters = tuple(value.get("adapters", ()))
+        return cls(value.get("system"), sampling, value.get("chat_template_kwargs"), adapters)
+
+
+#: What a job's flags ask for besides the sampling.
+_OWN_OPTIONS = ("system", "chat_template_kwargs", "adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,16 +283,6 @@ class Output:
     def failed(cls, key: RequestKey, code: ErrorCode, message: str, *, prompt_tokens: int = 0) -> Output:
         """The error output of one request."""
         return cls(key, prompt_tokens=prompt_tokens, error=OutputError(code.value, message))
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes on a device: torch's allocated and reserved on CUDA; on a CPU the process's resident bytes."""
-
-    weights_bytes: int = 0
-    peak_allocated_bytes: int = 0
-    peak_reserved_bytes: int = 0
-    device_total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,11 @@ class ModelSpec:
         return f"{self.model}{at} ({self.quantization})"
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether this could be a Hugging Face id; whether there is such a repository nobody here knows."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def _is_path(name: str) -> bool:
     return name.startswith("/")
 
@@ -110,7 +115,7 @@ def _model_identity(model: str, *, remote_path: bool) -> str:
         return str(path)
     if path.is_dir():
         return str(path.resolve())
-    if written_as_path or not _HUB_ID.fullmatch(model):
+    if written_as_path or not is_hub_id(model):
         raise UsageError(
             f"there is no folder {model!r} here; pass --remote-path if only the workers have it, "
             "or a Hugging Face id such as org/name"

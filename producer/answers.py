@@ -33,8 +33,8 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def jsonl_line(row: OutputRow) -> dict[str, Any]:
     """One output as batchmill writes it; what the request passed through follows under its own keys.
 
-    `text`, `finish_reason` and `logprobs` are those of the first choice. `logprobs`, `choices` and `timings` are there
-    only where logprobs or several choices were asked for, and where the engine took the times.
+    `text`, `finish_reason` and `logprobs` are those of the first choice. `logprobs`, `choices`, `adapter` and `timings`
+    are there only where logprobs, several choices or an adapter were asked for, and where the engine took the times.
     """
     choices = json.loads(row.choices)
     first = choices[0] if choices else {}
@@ -51,6 +51,8 @@ def jsonl_line(row: OutputRow) -> dict[str, Any]:
         line["logprobs"] = first["logprobs"]
     if len(choices) > 1:
         line["choices"] = choices
+    if (adapter := adapter_of(row)) is not None:
+        line["adapter"] = adapter
     if row.queued_seconds is not None:
         line["timings"] = {name: getattr(row, name) for name in TIMINGS}
     return line | _passthrough(row)
@@ -93,7 +95,7 @@ def _completion(row: OutputRow, job: Job) -> dict[str, Any]:
         "id": _id("chatcmpl-" if chat else "cmpl-", job, row),
         "object": "chat.completion" if chat else "text_completion",
         "created": int(row.finished_at),
-        "model": job.spec.model,
+        "model": adapter_of(row) or job.spec.model,
         "choices": [_choice(place, each, chat) for place, each in enumerate(json.loads(row.choices))],
         "usage": {
             "prompt_tokens": row.prompt_tokens,
@@ -131,6 +133,14 @@ def _api_error(row: OutputRow) -> dict[str, Any]:
 
 
 _OUR_FAULT = frozenset({ErrorCode.OUT_OF_MEMORY.value, ErrorCode.ENGINE_ERROR.value})
+
+
+def adapter_of(row: OutputRow) -> str | None:
+    """The adapter that the request named."""
+    if '"adapter":' not in row.body:
+        return None
+    named: str | None = json.loads(row.body).get("adapter")
+    return named
 
 
 def _id(prefix: str, job: Job, row: OutputRow) -> str:

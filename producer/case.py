@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store.holders import Around, Hold, Seen
+from jobs.store.pending import NO_ADAPTER
 from jobs.store.reading import Job
-from producer.status import JobStatus, duration
+from producer.status import JobStatus, duration, start_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,23 @@ class Case:
         return [each for each in self.around.serving if each.alive and each.only_job in (None, self.job.id)]
 
     @property
+    def able(self) -> list[Seen]:
+        """Those of the takers that hold what some pending batch needs."""
+        needs, meant = self.around.pending.needs, {each.name: each for each in self.job.adapters}
+        if NO_ADAPTER in needs:
+            return self.takers
+        return [
+            taker
+            for taker in self.takers
+            if any(each.name in needs and meant.get(each.name, each) == each for each in taker.adapters)
+        ]
+
+    @property
+    def takeable_batches(self) -> int:
+        """Pending batches that need no adapter that nobody holds."""
+        return max(0, self.around.pending.batches - sum(each.batches for each in self.status.lacks))
+
+    @property
     def gone(self) -> list[Seen]:
         return [each for each in self.around.serving if not each.alive]
 
@@ -67,7 +85,7 @@ class Case:
     @property
     def start(self) -> str:
         """The command that starts a worker for this job; where even the embedded Redis is away, the whole mill."""
-        words = self.job.spec.command_line()
+        words = start_words(self.job.spec, self.status.lacks)
         if self.settings.embedded_broker and self.queue.error is not None:
             words = ["batchmill", "up", *words[2:]]
         return shlex.join(words)

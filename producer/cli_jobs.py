@@ -73,6 +73,7 @@ def jobs(most: int, as_json: bool) -> None:
 def workers(everyone: bool, as_json: bool) -> None:
     """List the live workers: what each holds, on which device, and what it is at; and who gave up since yesterday."""
     from jobs.store.workers import GIVEN_UP
+    from producer.device_lines import device_line
     from producer.status import worker_json, worker_line
 
     rows = _open()[1].workers.rows(only_alive=False)
@@ -88,6 +89,8 @@ def workers(everyone: bool, as_json: bool) -> None:
         click.echo("no live worker; `batchmill worker -m MODEL` starts one", err=True)
     for each in found:
         click.echo(worker_line(each))
+        for device in each.devices if each.alive else ():
+            click.echo(f"  {device_line(device, now=True)}")
 
 
 @click.command(epilog="Example: batchmill wait last --timeout 3600")

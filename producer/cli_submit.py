@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.adapters import Adapter, check_all, check_name
 from jobs.errors import UsageError
-from jobs.flags import ENGINE_FLAGS, QUANTIZATION_HELP
+from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
 from producer.checks import OBJECT, BadLine
 from producer.options import sampling_of_flags
@@ -66,7 +67,14 @@ _SAMPLING = (
     "frequency_penalty", "n", "seed",
 )  # fmt: skip
 
+_ADAPTER = click.option(
+    "--adapter",
+    metavar="NAME=PATH_OR_ID[@REVISION]",
+    multiple=True,
+    help="A LoRA adapter that lines may name (repeatable).",
+)
 _SHARE = click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
+_PLACEMENT = [click.option(each.name, each.setting, metavar=each.values, help=each.help) for each in PLACEMENT_FLAGS]
 _ENGINE = [
     click.option(
         each.name, each.setting, metavar=each.values, is_flag=each.values is None, default=None, help=each.help
@@ -90,6 +98,7 @@ def _with(options: list[_Command]) -> _Command:
 @_with(_MODEL)
 @click.option("--remote-path", is_flag=True, help="MODEL is a folder that only the workers have.")
 @_with(_REQUESTS)
+@click.option("--adapter", metavar="NAME", multiple=True, help="A LoRA adapter that lines may name (repeatable).")
 @click.option("--idempotency-key", metavar="KEY", help="Your name for this job: a second submit of it finds the first.")
 @click.option("--once", is_flag=True, help="Find the job of the same file, model and options, if there is one.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended.")
@@ -119,9 +128,8 @@ def submit(wait: bool, **options: Any) -> None:
     status = JobStatus.read(store, job_id)
     if not is_new:
         click.echo(f"this was submitted before: job {job_id} is {status.job.state.value}", err=True)
-    if not (status.served or status.job.closed):
-        for line in status.missing_lines():
-            click.echo(line, err=True)
+    for line in status.missing_lines():
+        click.echo(line, err=True)
     if wait:
         require_success(follow(store, job_id))
 
@@ -131,9 +139,11 @@ def submit(wait: bool, **options: Any) -> None:
 @click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
 @_with(_MODEL)
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Answers go here (default: stdout).")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", help=DEVICE_HELP)
+@_with(_PLACEMENT)
 @_SHARE
 @_with(_ENGINE)
+@_ADAPTER
 @click.option("--new", is_flag=True, help="Run it anew, even if it has been run before.")
 @_with(_REQUESTS)
 def run(out: Path | None, device: str, share_device: bool, new: bool, **options: Any) -> None:
@@ -144,33 +154,49 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     from producer.local import run_file
 
     settings = _settings(**{each.setting: options.pop(each.setting) for each in ENGINE_FLAGS})
-    submission = _submission(options, settings)
-    run_file(submission, out=out, device=device, share_device=share_device, new=new, settings=settings)
+    adapters = _adapters(options["adapter"])
+    words = _worker_words(options, adapters=adapters, share_device=share_device)
+    submission = _submission(options, settings, adapters)
+    run_file(submission, out=out, device=device, worker_words=words, new=new, settings=settings)
 
 
 @click.command(epilog="Example: batchmill up -m demo")
 @click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
 @_with(_MODEL)
-@click.option("--device", "devices", multiple=True, help="auto, cpu, cuda:N; repeat it for several workers.")
+@click.option("--device", "devices", multiple=True, help=f"{DEVICE_HELP} Repeat it for several workers.")
+@_with(_PLACEMENT)
 @_SHARE
+@_ADAPTER
 @_with(_ENGINE)
 def up(
     model: str,
     quantization: str | None,
     revision: str | None,
+    adapter: tuple[str, ...],
     devices: tuple[str, ...],
     share_device: bool,
-    **engine: Any,
+    **flags: Any,
 ) -> None:
     """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
     from jobs.spec import ModelSpec
     from producer.local import run_mill
 
-    settings = _settings(**engine)
+    words = _worker_words(flags, adapters=_adapters(adapter), share_device=share_device)
+    settings = _settings(**flags)
     spec = ModelSpec.parse(
         model, quantization=quantization, default_quantization=settings.quantization, revision=revision
     )
-    run_mill(spec, devices=devices or ("auto",), share_device=share_device, settings=settings)
+    run_mill(spec, devices=devices or ("auto",), worker_words=words, settings=settings)
+
+
+def _worker_words(flags: dict[str, Any], *, adapters: Sequence[Adapter], share_device: bool) -> list[str]:
+    """The flags that are the worker's alone, as it is started with them; they are taken out of `flags`."""
+    words = ["--share-device"] if share_device else []
+    words += [word for each in adapters for word in ("--adapter", str(each))]
+    for each in PLACEMENT_FLAGS:
+        value = flags.pop(each.setting)
+        words += [] if value is None else [each.name, value]
+    return words
 
 
 def _settings(**flags: Any) -> Settings:
@@ -184,8 +210,11 @@ def _settings(**flags: Any) -> Settings:
     return settings
 
 
-def _submission(options: dict[str, Any], settings: Settings) -> Submission:
+def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Adapter, ...] | None = None) -> Submission:
+    """`adapters`: those that --adapter says all of, where the same command starts the workers."""
     _refuse_no_text(options)
+    names = _adapter_names(options["adapter"]) if adapters is None else [each.name for each in adapters]
+    declared = tuple(sorted(set(names)))
     return Submission(
         path=options["file"],
         model=options["model"],
@@ -195,12 +224,28 @@ def _submission(options: dict[str, Any], settings: Settings) -> Submission:
         remote_path=options.get("remote_path", False),
         ignore_line_model=options["ignore_line_model"],
         name=options["name"],
-        options=JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options)),
+        options=JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options), declared),
+        adapters=adapters or (),
         batch_size=options["batch_size"],
         command=os.fsencode(shlex.join(["batchmill", *sys.argv[1:]])).decode(errors="backslashreplace"),
         idempotency_key=options.get("idempotency_key"),
         once=options.get("once", False),
     )
+
+
+def _adapters(written: Sequence[str]) -> tuple[Adapter, ...]:
+    return check_all(Adapter.parse(each) for each in written)
+
+
+def _adapter_names(written: Sequence[str]) -> list[str]:
+    for each in written:
+        name, sign, _ = each.partition("=")
+        if sign:
+            raise UsageError(
+                f"--adapter {each!r}: a submit takes the name alone, --adapter {name}; the worker that holds it says "
+                f"where it is: batchmill worker -m MODEL --adapter {each}"
+            )
+    return [check_name(each) for each in written]
 
 
 def _sampling(options: dict[str, Any]) -> SamplingParams:

@@ -18,15 +18,16 @@ from jobs.broker import Broker
 from jobs.embedded import find_server
 from jobs.errors import BatchmillError
 from jobs.settings import Settings
+from jobs.sizes import size
 from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.store import Store
 from jobs.tables import REVISION
-from producer.status import size
 from producer.tidy import tidy
 
 _FREE_BYTES = 1024**3
 _TORCH_SECONDS = 120
 _MODEL_FILES = ("config.json", "tokenizer_config.json")
+_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +143,34 @@ def _model(written: str) -> Check:
 
 
 def _hub_model(spec: ModelSpec) -> Check:
-    """Whether a Hugging Face model lies in this machine's cache; else workers fetch it when they start."""
+    """Whether a Hugging Face model lies whole in this machine's cache; else workers fetch it when they start."""
     if find_spec("huggingface_hub") is None:
         return Check("model", True, f"{spec.model} is fetched by workers")
+    from huggingface_hub import constants
+
+    if _is_cached(spec):
+        return Check("model", True, f"{spec.model} is in the cache: workers start offline")
+    offline = constants.HF_HUB_OFFLINE
+    later = "and HF_HUB_OFFLINE is set" if offline else "and fetched when a worker starts"
+    pull = f"{'HF_HUB_OFFLINE=0 ' if offline else ''}batchmill models pull {spec.model}"
+    return Check("model", False, f"{spec.model} is not whole in the cache, {later}", pull, required=offline)
+
+
+def _is_cached(spec: ModelSpec) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(spec.model, "config.json", revision=spec.revision)
-    found = f"{spec.model} is {'in the cache' if isinstance(cached, str) else 'fetched when a worker starts'}"
-    return Check("model", True, found)
+    def here(name: str) -> Path | None:
+        found = try_to_load_from_cache(spec.model, name, revision=spec.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    if here("config.json") is None or here(_WEIGHTS) is not None:
+        return here("config.json") is not None
+    index = here(_WEIGHTS_INDEX)
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index is not None else set()
+        return bool(shards) and all(here(name) is not None for name in shards)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False  # an index that is none, which `models pull` tells more of
 
 
 def _disk(settings: Settings) -> Check:

@@ -13,10 +13,11 @@ from jobs.broker import MAX_WAKEUPS
 from jobs.states import RunOutcome, WorkerState
 from jobs.store.effort import RECENT_SECONDS
 from jobs.store.holders import Hold, Seen
+from jobs.store.lacks import Lack
 from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP
 from producer.case import Case
-from producer.status import advice, duration, given_up_line, one_line, utc
+from producer.status import advice, duration, given_up_line, lack_line, one_line, utc
 
 _MOST_NAMES = 3
 #: A pending batch beside an idle worker is sent a wake-up in every pass of a reconciler; so many passes are too many.
@@ -107,7 +108,9 @@ def _closing(case: Case) -> Finding:
 
 def _claimable(case: Case) -> Iterator[Finding]:
     """Why the pending batches are not claimed."""
-    takers = case.takers
+    takers = case.able
+    if case.takers:
+        yield from (_lacking(case, each) for each in case.status.lacks)
     ready = [each for each in takers if each.state is WorkerState.READY]
     loading = [each for each in takers if each.state in (WorkerState.STARTING, WorkerState.LOADING)]
     if ready:
@@ -121,10 +124,20 @@ def _claimable(case: Case) -> Iterator[Finding]:
             f"start another: {case.start}",
             stuck=True,
         )
-    else:
+    elif not case.takers:
         yield from _nobody(case)
     if takers:
         yield from (_given_up(case, each) for each in case.gone if each.state in GIVEN_UP)
+
+
+def _lacking(case: Case, lack: Lack) -> Finding:
+    """The adapter that nobody holds who could take the job otherwise."""
+    return Finding(
+        "adapter_missing",
+        lack_line(lack),
+        f"start a worker that holds it: {case.start}",
+        stuck=not case.takeable_batches,
+    )
 
 
 def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
@@ -160,7 +173,7 @@ def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
 def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
     pending, wakeups = case.around.pending, case.queue.wakeups
     message = (
-        f"{_count(pending.batches, 'batch')} pending beside idle {_names(idle)},"
+        f"{_count(case.takeable_batches, 'batch')} pending beside idle {_names(idle)},"
         f" with {_count(wakeups, 'wake-up')} in the queue"
     )
     since = max([pending.waits_since or case.around.now, *(each.started_at for each in idle)])
@@ -171,7 +184,7 @@ def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
             f"that is too long: look at the log of {idle[0].name} on {idle[0].host}, and start it again",
             stuck=True,
         )
-    if wakeups < min(pending.batches, MAX_WAKEUPS):
+    if wakeups < min(case.takeable_batches, MAX_WAKEUPS):
         within = f"{case.settings.reconcile_seconds:g} s"
         return Finding("not_claimed", message, f"wait: what wake-ups are missing the workers send within {within}")
     return Finding("not_claimed", message, "wait: an idle worker takes a wake-up within seconds")

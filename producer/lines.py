@@ -20,6 +20,7 @@ from producer.checks import (
     STRING,
     BadLine,
     Check,
+    filled_text,
     kind,
     one_of,
     only,
@@ -35,10 +36,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def json_request(line: Any, index: int, *, check_model: Callable[[str], None]) -> Request:
-    """The request of one decoded line of JSON; `check_model` is given the model that it names.
+def json_request(line: Any, index: int, *, adapter_of: Callable[[str | None, str | None], str | None]) -> Request:
+    """The request of one decoded line of JSON; `adapter_of` is given the model and the adapter that it names.
 
-    Raises BadLine, as `check_model` may.
+    It returns the request's adapter, if it has one. Raises BadLine, as `adapter_of` may.
     """
     if type(line) is not dict:
         raise BadLine(f"must be a JSON object, not {kind(line)}")
@@ -50,9 +51,10 @@ def json_request(line: Any, index: int, *, check_model: Callable[[str], None]) -
         taken = _openai_batch(line)
     else:
         raise BadLine("holds no prompt, no messages, and no url and body of an OpenAI Batch line")
-    if "model" in taken:
-        check_model(taken.pop("model"))
-    return _request(taken, index)
+    adapter = None
+    if "model" in taken or "adapter" in taken:
+        adapter = adapter_of(taken.pop("model", None), taken.pop("adapter", None))
+    return _request(taken, index, adapter)
 
 
 def text_request(line: str, index: int) -> Request:
@@ -74,14 +76,14 @@ def _openai_batch(line: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
-def _request(taken: dict[str, Any], index: int) -> Request:
+def _request(taken: dict[str, Any], index: int, adapter: str | None) -> Request:
     custom_id = taken.pop("custom_id", None) or f"request-{index}"
     prompt, messages = taken.pop("prompt", None), taken.pop("messages", None)
     template = taken.pop("chat_template_kwargs", None) or None
     if not taken:
-        return Request(index, custom_id, prompt, messages, NO_SAMPLING, template)
+        return Request(index, custom_id, prompt, messages, NO_SAMPLING, template, None, adapter)
     kept = {key: taken.pop(key) for key in _KEPT if key in taken}
-    return Request(index, custom_id, prompt, messages, sampling_of(taken), template, kept or None)
+    return Request(index, custom_id, prompt, messages, sampling_of(taken), template, kept or None, adapter)
 
 
 def _custom_id(value: Any) -> str:
@@ -145,7 +147,7 @@ _ASKS_NOTHING: dict[str, Check] = {
     "reasoning_effort": only(), "verbosity": only(), "web_search_options": only(), "prompt_cache_key": only(),
     "safety_identifier": only(),
 }  # fmt: skip
-_BODY = {"model": _model} | _KEPT | _ASKS_NOTHING
+_BODY = {"model": _model, "adapter": filled_text} | _KEPT | _ASKS_NOTHING
 _NO_TEMPLATE, _NO_MESSAGES = refused("goes with messages alone"), refused("and prompt exclude each other")
 _CHAT = _BODY | CHAT_SAMPLING | {"messages": _messages, "chat_template_kwargs": OBJECT}
 _COMPLETION = _BODY | PROMPT_SAMPLING | {"prompt": _completion_prompt, "chat_template_kwargs": _NO_TEMPLATE}

@@ -20,12 +20,14 @@ from jobs.broker import Broker
 from jobs.embedded import EmbeddedRedis, MillLock, end_leftover, start_process, stop_process
 from jobs.errors import BatchmillError, UsageError
 from jobs.settings import Settings, environment_of
+from jobs.sizes import size
 from jobs.spec import ModelSpec
 from jobs.store import Store
 from migrations import open_store
+from producer.device_lines import memory_lines
 from producer.progress import follow, require_success
 from producer.results import export
-from producer.status import JobStatus, duration, size
+from producer.status import JobStatus, duration
 from producer.submit import Submission, load_job, send_wakeups
 
 #: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
@@ -34,9 +36,17 @@ _LAST_LOG_LINES = 15
 
 
 def run_file(
-    submission: Submission, *, out: Path | None, device: str, share_device: bool, new: bool, settings: Settings
+    submission: Submission,
+    *,
+    out: Path | None,
+    device: str,
+    worker_words: Sequence[str],
+    new: bool,
+    settings: Settings,
 ) -> None:
     """Runs one file to its end and exports it; a job of the same file and options is continued.
+
+    `worker_words`: what else the worker's command line says.
 
     Raises NotAllSucceeded after the export when some requests did not succeed.
     """
@@ -53,16 +63,16 @@ def run_file(
         else:
             click.echo(f"job {job_id} goes on where it was interrupted", err=True)
         if not store.reading.job(job_id).closed:
-            _work_off(job_id, spec, device=device, share_device=share_device, settings=settings, store=store)
+            _work_off(job_id, spec, device=device, worker_words=worker_words, settings=settings, store=store)
         _deliver(job_id, store, out)
 
 
-def run_mill(spec: ModelSpec, *, devices: Sequence[str], share_device: bool, settings: Settings) -> None:
-    """Runs Redis and workers until Ctrl-C or SIGTERM."""
+def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[str], settings: Settings) -> None:
+    """Runs Redis and workers until Ctrl-C or SIGTERM; `worker_words`: what else their command line says."""
     _require_embedded(settings)
     with MillLock(settings.home), _ended_by_signal(), _redis(settings):
         open_store(settings).close()
-        workers = _Workers(spec, devices=devices, share_device=share_device, settings=settings, log=sys.stderr.buffer)
+        workers = _Workers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
         click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C ends it", err=True)
         try:
             workers.wait()
@@ -87,14 +97,12 @@ def _known_job(submission: Submission, spec: ModelSpec, store: Store) -> str | N
 
 
 def _work_off(
-    job_id: str, spec: ModelSpec, *, device: str, share_device: bool, settings: Settings, store: Store
+    job_id: str, spec: ModelSpec, *, device: str, worker_words: Sequence[str], settings: Settings, store: Store
 ) -> None:
     log_path = settings.home / "worker.log"
     with _redis(settings), log_path.open("wb") as log:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
-        workers = _Workers(
-            spec, devices=[device], share_device=share_device, settings=settings, log=log, only_job=job_id
-        )
+        workers = _Workers(spec, devices=[device], words=worker_words, settings=settings, log=log, only_job=job_id)
         try:
             follow(store, job_id, name_missing=False, check=lambda: workers.check(log_path))
         except KeyboardInterrupt:
@@ -123,6 +131,7 @@ def _report(status: JobStatus) -> list[str]:
         f"{status.per_second(counts.completion_tokens):,.1f} completion",
         f"memory     {size(memory.weights_bytes)} weights, peak {size(memory.peak_allocated_bytes)} allocated, "
         f"{size(memory.peak_reserved_bytes)} reserved of {size(memory.device_total_bytes)}",
+        *(f"{title:<9}  {line}" for title, line in memory_lines(memory)),
         f"seconds    {effort.queued_seconds:.1f} waiting, of which {effort.model_load_seconds:.1f} loading; "
         f"{effort.running_seconds:.1f} running ({duration(effort.running_seconds)})",
     ]
@@ -136,7 +145,7 @@ class _Workers:
         spec: ModelSpec,
         *,
         devices: Sequence[str],
-        share_device: bool,
+        words: Sequence[str],
         settings: Settings,
         log: IO[bytes],
         only_job: str | None = None,
@@ -145,11 +154,9 @@ class _Workers:
         self._stop_seconds = settings.drain_seconds + _STOP_MARGIN_SECONDS
         if self._pid_file.exists():
             end_leftover(self._pid_file, named=["-m worker"])
-        arguments = spec.command_line()[2:]
+        arguments = [*spec.command_line()[2:], *words]
         if only_job is not None:
             arguments += ["--job", only_job]
-        if share_device:
-            arguments.append("--share-device")
         self._process = start_process(
             [sys.executable, "-m", "worker", *arguments, "--devices", ",".join(devices)],
             log=log,

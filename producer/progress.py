@@ -122,7 +122,7 @@ class _Shown:
             self._next_line_at = monotonic() + _LINE_SECONDS
 
     def _note(self, status: JobStatus) -> str:
-        if status.missing_seconds is not None:
+        if status.missing_seconds is not None or (status.lacks and not status.workers):
             return " ".join(status.missing_lines()) if self._name_missing else "the worker starts"
         if status.job.closed or status.eta_seconds is None:
             return ""

@@ -75,17 +75,27 @@ class PromptFile:
 
     Bad lines are left out and do not stop the iteration; after it, `raise_if_bad` tells of them. `.txt` files
     hold one prompt per line, all else JSONL. A line may name a model of `models`; where that is empty, the
-    first one named is the file's `model`. A context manager, which closes the file.
+    first one named is the file's `model`. An adapter of `adapters` is named by `adapter` or in the model's place.
+    A context manager, which closes the file.
 
     Raises PromptFileError: here for what cannot be opened, and while iterating for what is no prompt file,
     changes meanwhile, or holds no prompts.
     """
 
-    def __init__(self, path: str, *, models: Collection[str] = (), ignore_line_model: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        models: Collection[str] = (),
+        adapters: Collection[str] = (),
+        ignore_line_model: bool = False,
+    ) -> None:
         self._shown_path = "stdin" if path == "-" else _printable(path)
         self.name = PurePath(self._shown_path).name
         self.model: str | None = None
         self._models = frozenset(models)
+        self._adapters = frozenset(adapters)
+        self._named: set[str] = set()
         self._ignore_line_model = ignore_line_model
         self._plain_text = is_plain_text(path)
         self._hash = hashlib.sha256()
@@ -108,6 +118,11 @@ class PromptFile:
     def sha256(self) -> str:
         """Of the bytes read so far, in hex: after the iteration, of the file."""
         return self._hash.hexdigest()
+
+    @property
+    def unnamed_adapters(self) -> list[str]:
+        """The adapters that no line read so far names."""
+        return sorted(self._adapters - self._named)
 
     def report(self, number: int, what: str) -> None:
         """Adds a problem of one line, counted from 1."""
@@ -147,13 +162,29 @@ class PromptFile:
     def _request(self, text: str, index: int) -> Request:
         if self._plain_text:
             return text_request(text, index)
-        return json_request(json_value(text), index, check_model=self._check_model)
+        return json_request(json_value(text), index, adapter_of=self._adapter_of)
+
+    def _adapter_of(self, model: str | None, adapter: str | None) -> str | None:
+        """The adapter that a line names, by its key or by its model's."""
+        if adapter is not None and adapter not in self._adapters:
+            declared = ", ".join(sorted(map(repr, self._adapters)))
+            known = f"none of the adapters {declared}" if declared else "an adapter that was not declared"
+            raise BadLine(f"is {shown(adapter)}, {known}; --adapter NAME declares one", "adapter")
+        if model in self._adapters:
+            if adapter not in (None, model):
+                raise BadLine(f"is {shown(model)}, and adapter is {shown(adapter)}; name one of them", "model")
+            adapter = model
+        elif model is not None:
+            self._check_model(model)
+        if adapter is not None:
+            self._named.add(adapter)
+        return adapter
 
     def _check_model(self, name: str) -> None:
         if self._ignore_line_model or name in self._models:
             return
         if self._models:
-            wanted = " or ".join(sorted(map(repr, self._models)))
+            wanted = " or ".join([*sorted(map(repr, self._models)), *sorted(map(repr, self._adapters))])
             run_anyway = "-m MODEL --ignore-line-model runs every line on one model"
             raise BadLine(f"is {shown(name)} and not {wanted}; {run_anyway}", "model")
         self.model = name

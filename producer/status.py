@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from jobs.adapters import Adapter
+from jobs.memory import devices_json
+from jobs.sizes import size
+from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.effort import Effort
+from jobs.store.evaluations import EvaluationRow
 from jobs.store.holders import Seen
+from jobs.store.lacks import Lack
 from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP, WorkerRow
+from producer.device_lines import memory_lines
+from producer.evaluated import evaluated_line
 
-_KIB = 1024.0
 _MOST_REASONS = 3
 _LONGEST_REASON = 300
 
@@ -24,15 +32,17 @@ _LONGEST_REASON = 300
 class JobStatus:
     """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model.
 
-    `given_up`: where nobody serves it, the workers that are sick or could not load it.
+    `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
+    pending batches that nobody holds. `evaluation`: what its ModelSpec was last measured to cost, on any text.
     """
 
     job: Job
     effort: Effort
     workers: tuple[WorkerRow, ...]
-    served: bool
     missing_seconds: float | None
     given_up: tuple[Seen, ...] = ()
+    lacks: tuple[Lack, ...] = ()
+    evaluation: EvaluationRow | None = None
 
     @classmethod
     def read(cls, store: Store, job_id: str) -> JobStatus:
@@ -45,7 +55,9 @@ class JobStatus:
         if not serving and not job.closed:
             missing = store.workers.unserved_seconds(job.spec, since=job.queued_at)
             given_up = store.holders.given_up(job.spec, job_id=job.id)
-        return cls(job, store.effort.of(job.id), tuple(at_work), bool(serving), missing, given_up)
+        lacks = store.holders.lacks(job.id) if job.options.get("adapters") and not job.closed else ()
+        evaluation = store.evaluations.latest(job.spec)
+        return cls(job, store.effort.of(job.id), tuple(at_work), missing, given_up, lacks, evaluation)
 
     @property
     def rate(self) -> float:
@@ -80,6 +92,8 @@ class JobStatus:
                 "peak_reserved_bytes": effort.memory.peak_reserved_bytes,
                 "device_total_bytes": effort.memory.device_total_bytes,
             },
+            "devices": devices_json(effort.memory.devices),
+            "energy_joules": effort.memory.energy_joules,
             "seconds": {
                 "queued": effort.queued_seconds,
                 "running": effort.running_seconds,
@@ -88,6 +102,8 @@ class JobStatus:
             "eta_seconds": self.eta_seconds,
             "workers": [worker_json(each) for each in self.workers],
             "unserved_seconds": self.missing_seconds,
+            "adapters": dict.fromkeys(job.options.get("adapters", ())) | adapters_json(job.adapters),
+            "missing_adapters": [each.name for each in self.lacks],
             "given_up": [
                 {
                     "name": each.name,
@@ -106,6 +122,7 @@ class JobStatus:
             "command": job.command,
             "versions": dict(job.versions),
             "model_commits": list(effort.model_commits),
+            "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
             "queued_at": job.queued_at,
             "started_at": job.started_at,
             "finished_at": job.finished_at,
@@ -130,8 +147,15 @@ class JobStatus:
             f" peak {size(effort.memory.peak_allocated_bytes)} allocated,"
             f" {size(effort.memory.peak_reserved_bytes)} reserved"
             f" of {size(effort.memory.device_total_bytes)}",
+            *(f"  {title:<9}  {line}" for title, line in memory_lines(effort.memory)),
             f"  sampling   {_pairs(job.sampling) if job.sampling else 'not settled until a worker takes the job'}",
         ]
+        if declared := job.options.get("adapters"):
+            meant = {each.name: each.where for each in job.adapters}
+            shown = (f"{name} = {meant[name]}" if name in meant else f"{name} (not used yet)" for name in declared)
+            lines.append(f"  adapters   {', '.join(shown)}")
+        if self.evaluation is not None:
+            lines.append(f"  evaluated  {evaluated_line(self.evaluation)}")
         return lines + self._present()
 
     def _present(self) -> list[str]:
@@ -143,18 +167,38 @@ class JobStatus:
             lines.append(
                 f"  ends in    about {duration(self.eta_seconds)} at {recent:,.1f} requests/s of the last minute"
             )
-        if self.missing_seconds is not None:
-            lines += [f"  waiting    {line}" for line in self.missing_lines()]
-        return lines
+        return lines + [f"  waiting    {line}" for line in self.missing_lines()]
 
     def missing_lines(self) -> list[str]:
-        """Who is missing, for how long, why if it is known, and the command that helps."""
-        missing = f"no live worker has served {self.job.spec} for {duration(self.missing_seconds or 0.0)}"
-        start = shlex.join(self.job.spec.command_line())
+        """Who is missing, for how long, why if it is known, and the command that helps; nothing if nobody is."""
+        start = shlex.join(start_words(self.job.spec, self.lacks))
+        if self.missing_seconds is None:
+            return [*map(lack_line, self.lacks), f"start a worker that holds it: {start}"] if self.lacks else []
+        missing = f"no live worker has served {self.job.spec} for {duration(self.missing_seconds)}"
         if not self.given_up:
             return [f"{missing}; start one:", start]
         reasons = [f"{given_up_line(each)};" for each in self.given_up[:_MOST_REASONS]]
         return [f"{missing}:", *reasons, f"{advice(self.given_up[0].state)}{start}"]
+
+
+def start_words(spec: ModelSpec, lacks: Sequence[Lack]) -> list[str]:
+    """The words of the command that starts a worker for a job that lacks these adapters."""
+    return spec.command_line() + [word for each in lacks for word in ("--adapter", each.wanted)]
+
+
+def lack_line(lack: Lack) -> str:
+    """The adapter that nobody holds, and who holds another one by its name."""
+    waiting = "1 batch waits" if lack.batches == 1 else f"{lack.batches:,} batches wait"
+    line = f"{waiting} for the adapter {lack.name}, which no live worker holds"
+    if lack.meant is None or not lack.held_otherwise:
+        return line
+    who, other = lack.held_otherwise[0]
+    return f"{line}: to this job it is {lack.meant.where}, and worker {who} holds {other.where} by that name"
+
+
+def adapters_json(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """`{name: {"path": ..., "revision": ...}}`"""
+    return {each.name: {"path": each.path, "revision": each.revision} for each in adapters}
 
 
 def given_up_line(worker: Seen) -> str:
@@ -178,9 +222,14 @@ def worker_line(worker: WorkerRow) -> str:
     at = f", {worker.leases} batches" if worker.leases else ""
     line = (
         f"{worker.name}  {state}{at}  {worker.spec}  {worker.device_name or worker.device} on {worker.host}"
-        f"  {size(worker.weights_bytes)} weights{_limits(worker)}  up {duration(worker.uptime_seconds)}"
+        f"  {size(worker.weights_bytes)} weights{_limits(worker)}{_adapters(worker)}"
+        f"  up {duration(worker.uptime_seconds)}"
     )
     return line if worker.error is None else f"{line}  ({one_line(worker.error)})"
+
+
+def _adapters(worker: WorkerRow) -> str:
+    return "  adapters: " + ", ".join(map(str, worker.adapters)) if worker.adapters else ""
 
 
 def _limits(worker: WorkerRow) -> str:
@@ -211,6 +260,8 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
         "rows": worker.engine_rows,
         "context_tokens": worker.context_tokens,
         "cache_tokens": worker.cache_tokens,
+        "devices": devices_json(worker.devices),
+        "adapters": adapters_json(worker.adapters),
         "uptime_seconds": worker.uptime_seconds,
         "seen_seconds": worker.seen_seconds,
         "error": worker.error,
@@ -244,15 +295,6 @@ def _head(job: Job) -> dict[str, Any]:
             "pending": counts.pending,
         },
     }
-
-
-def size(number: float) -> str:
-    """Bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < _KIB:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= _KIB
-    return f"{number:.1f} TiB"
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs import VERSION
+from jobs.adapters import Adapter
 from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
 from jobs.failpoints import failpoint
@@ -42,7 +43,8 @@ KEY_LENGTH = 256
 class Submission:
     """What a user asks for. Without `model`, the file's one model is used.
 
-    `idempotency_key` is the user's own word for this job; `once` makes one of what the job is. Raises UsageError.
+    `idempotency_key` is the user's own word for this job; `once` makes one of what the job is. `adapters`: what the
+    names of `options.adapters` mean, where the same command starts the workers. Raises UsageError.
     """
 
     path: str
@@ -54,12 +56,14 @@ class Submission:
     ignore_line_model: bool = False
     name: str | None = None
     options: JobOptions = field(default_factory=JobOptions)
+    adapters: tuple[Adapter, ...] = ()
     batch_size: int = DEFAULT_BATCH_SIZE
     command: str = ""
     idempotency_key: str | None = None
     once: bool = False
 
     def __post_init__(self) -> None:
+        self._check_adapters()
         key = self.idempotency_key
         if key is None:
             return
@@ -68,6 +72,16 @@ class Submission:
         if not (0 < len(key) <= KEY_LENGTH and key.isprintable()) or key.startswith(_ONCE):
             raise UsageError(
                 f"--idempotency-key takes 1 to {KEY_LENGTH} printable characters that do not begin with {_ONCE!r}"
+            )
+
+    def _check_adapters(self) -> None:
+        names = self.options.adapters
+        if self.model in names:
+            raise UsageError(f"--adapter {self.model} is the name of the model, too; choose another for the adapter")
+        if names and is_plain_text(self.path):
+            raise UsageError(
+                f"{self.path}: lines of plain text name no adapter; write each as "
+                f'{{"prompt": "...", "adapter": "{names[0]}"}} in a .jsonl file'
             )
 
     def spec(self, model: str) -> ModelSpec:
@@ -84,6 +98,8 @@ class Submission:
         parts = [file_sha256, spec.canonical, self.options.to_json()]
         if is_plain_text(self.path):
             parts.append("txt")  # the same bytes are other requests in a .txt file than in JSONL
+        if self.adapters:
+            parts.append([str(each) for each in self.adapters])  # a name that means another adapter is another job
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def fingerprint_of_file(self, spec: ModelSpec) -> str | None:
@@ -136,6 +152,7 @@ def load_job(submission: Submission, *, store: Store, settings: Settings) -> tup
     prompts = PromptFile(
         submission.path,
         models=() if given is None else (str(submission.model), given.model),
+        adapters=submission.options.adapters,
         ignore_line_model=submission.ignore_line_model,
     )
     lease_seconds = settings.loading_lease_seconds
@@ -151,6 +168,8 @@ def load_job(submission: Submission, *, store: Store, settings: Settings) -> tup
         try:
             with _renewed(store, job_id, lease_seconds):
                 _stream(prompts, submission, given, job_id, store=store, lease_seconds=lease_seconds)
+            for name in prompts.unnamed_adapters:
+                log.warning("an adapter was declared, and no line of the file names it", adapter=name)
             spec = given or submission.spec(_model_of(prompts))
             fingerprint = submission.fingerprint(spec, prompts.sha256)
             store.loading.open(

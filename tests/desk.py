@@ -14,7 +14,8 @@ from typing import Any
 
 from sqlalchemy import delete, event, text
 
-from jobs.schema import Memory, Request, RequestKey
+from jobs.memory import Memory
+from jobs.schema import Request, RequestKey
 from jobs.states import BatchState
 from jobs.store import Store
 from jobs.store.lease import Lease, Seat

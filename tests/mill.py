@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
+from jobs.adapters import Adapter
+from jobs.memory import Memory
 from jobs.quantization import Kind, Quantization
-from jobs.schema import Choice, ErrorCode, JobOptions, Memory, Output, Provenance, Request, RequestKey, SamplingParams
+from jobs.schema import Choice, ErrorCode, JobOptions, Output, Provenance, Request, RequestKey, SamplingParams
 from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.store.lease import Claimed, Held, Seat, Turned
@@ -59,12 +62,34 @@ def prompts(count: int, *, first: int = 0) -> list[Request]:
     return [Request(index, f"request-{index}", prompt=f"prompt {index}") for index in range(first, first + count)]
 
 
+def named(*adapters: str | None, first: int = 0) -> list[Request]:
+    """A request for each of these adapters, None for the model alone."""
+    return [
+        replace(each, adapter=name) for each, name in zip(prompts(len(adapters), first=first), adapters, strict=True)
+    ]
+
+
+def load_named(store: Store, *adapters: str | None, batch_size: int = 4, spec: ModelSpec = ECHO_SPEC) -> str:
+    """A queued job of one request for each of these adapters: its id."""
+    declared = tuple(sorted({each for each in adapters if each is not None}))
+    job_id = begin(store, batch_size=batch_size, options=JobOptions(adapters=declared))
+    store.loading.add(job_id, prompts=named(*adapters), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
+    store.loading.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint="f", lease_seconds=LEASE_SECONDS)
+    return job_id
+
+
 def seat(
-    store: Store, *, name: str = "w", ready: bool = True, only_job: str | None = None, spec: ModelSpec = ECHO_SPEC
+    store: Store,
+    *,
+    name: str = "w",
+    ready: bool = True,
+    only_job: str | None = None,
+    spec: ModelSpec = ECHO_SPEC,
+    adapters: Sequence[Adapter] = (),
 ) -> Seat:
     """A live worker, ready unless told otherwise."""
     worker_id = store.workers.register(
-        host="host", name=name, pid=1, spec=spec, device="cpu", only_job=only_job, beat=5.0
+        host="host", name=name, pid=1, spec=spec, device="cpu", only_job=only_job, beat=5.0, adapters=adapters
     )
     generation = store.workers.new_generation(worker_id, child_pid=2)
     if ready:
@@ -80,6 +105,7 @@ def seat(
         defaults=SamplingParams(top_k=7),
         versions={"torch": "2"},
         only_job=only_job,
+        adapters=tuple(adapters),
     )
 
 

@@ -4,7 +4,8 @@ It asks the tables in plain SQL of its own, so that a mistake in the store's que
 nothing of workers or Redis. Names in brackets are the invariants: I1 one output per request, I3 an ended request has an
 output, I4 no request is lost, I5 a pending request is in an open batch, I6 a closed job has nothing pending, I7 fences
 grow and outputs carry the one that held, I8 one live lease per batch, I9 states and counts follow from the outputs.
-I2, that an output never changes, needs two looks: `accepted` before and `changed` after.
+I10 a batch is of one adapter, and all runs of a job mean the same by its name. I2, that an output never changes, needs
+two looks: `accepted` before and `changed` after.
 """
 
 from __future__ import annotations
@@ -259,7 +260,13 @@ def violations(store: Store, *, closed: bool = True) -> list[str]:
             connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
         values = {"now": connection.scalar(select(store.database.now)), "clock": _CLOCK_SECONDS}
         found = [sentence for check in checks for sentence in _found(connection, *check, values)]
-        return [*found, *_wrong_in_flight(connection), *_wrong_error_codes(connection)]
+        return [
+            *found,
+            *_wrong_in_flight(connection),
+            *_wrong_error_codes(connection),
+            *_misplaced(connection),
+            *_mixed_meanings(connection),
+        ]
 
 
 def accepted(store: Store) -> dict[tuple[str, int], tuple[Any, ...]]:
@@ -331,3 +338,22 @@ def _wrong_error_codes(connection: Connection) -> Iterator[str]:
     for run_id, failed, codes in connection.execute(text("SELECT id, failed, error_codes FROM runs")).all():
         if sum(json.loads(codes).values()) != failed:
             yield f"run {run_id} says failed={failed} and the error codes {codes} [I9]"
+
+
+def _misplaced(connection: Connection) -> Iterator[str]:
+    asked = """SELECT r.job_id, r."index", r.body, b.id, b.adapter FROM requests r JOIN batches b ON b.id = r.batch_id
+               WHERE b.adapter <> '' OR r.body LIKE '%"adapter":%'"""
+    for job_id, index, body, batch_id, adapter in connection.execute(text(asked)).all():
+        named = json.loads(body).get("adapter", "")
+        if named != adapter:
+            yield f"index {index} of job {job_id} names {named!r}, and its batch {batch_id} {adapter!r} [I10]"
+
+
+def _mixed_meanings(connection: Connection) -> Iterator[str]:
+    ran = """SELECT r.id, r.job_id, b.adapter, w.adapters AS held, j.adapters AS meant FROM runs r
+             JOIN batches b ON b.id = r.batch_id JOIN workers w ON w.id = r.worker_id JOIN jobs j ON j.id = r.job_id
+             WHERE b.adapter <> ''"""
+    for run_id, job_id, adapter, held, meant in connection.execute(text(ran)).all():
+        mine, wanted = (json.loads(each or "{}").get(adapter) for each in (held, meant))
+        if mine is None or mine != wanted:
+            yield f"run {run_id} held {mine} as {adapter!r}, and job {job_id} means {wanted} [I10]"

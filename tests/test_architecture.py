@@ -17,7 +17,7 @@ ALLOWED = {
     "producer": {"jobs", "migrations"},
     "worker": {"jobs", "migrations"},
 }
-HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate")
+HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from worker import child, device_lock
 from worker.child import Child, ChildOrder
 from worker.device_lock import DeviceLock
 from worker.devices import DeviceInfo
+from worker.placement import Placement
 
 
 class Ended(BaseException):
@@ -64,7 +65,7 @@ def test_a_store_that_refuses_is_not_waited_for() -> None:
 
 
 def test_an_order_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ChildOrder(7, "echo?quantization=none", "cpu", None, True)
+    order = ChildOrder(7, "echo?quantization=none", Placement(("cpu",)).to_json(), None, True)
     monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
     assert ChildOrder.from_environment() == order
 
@@ -76,7 +77,7 @@ class TestBeginning:
     def worker_id(self, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, int]]:
         store = Store(sqlite_url)
         worker_id = mill.seat(store, ready=False).worker_id
-        order = ChildOrder(worker_id, mill.ECHO_SPEC.canonical, "cuda:0", None, False)
+        order = ChildOrder(worker_id, mill.ECHO_SPEC.canonical, Placement(("cuda:0",)).to_json(), None, False)
         monkeypatch.setenv("BATCHMILL_DATABASE_URL", sqlite_url)
         monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
         monkeypatch.setattr(child, "configure_logs", lambda settings: None)
@@ -99,7 +100,7 @@ class TestBeginning:
     def test_a_device_that_another_process_holds_is_refused(
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(child, "describe_device", lambda device: DeviceInfo("fake", "GPU-7", 1, "cpu"))
+        monkeypatch.setattr(child, "describe_devices", lambda devices: (DeviceInfo("fake", "GPU-7", 1, "cpu"),))
         monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
         monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
         other = DeviceLock("GPU-7")
@@ -111,7 +112,7 @@ class TestBeginning:
     def test_a_device_is_held_as_long_as_the_child_lives(
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(child, "describe_device", lambda device: DeviceInfo("fake", "GPU-7", 1, "cpu"))
+        monkeypatch.setattr(child, "describe_devices", lambda devices: (DeviceInfo("fake", "GPU-7", 1, "cpu"),))
         monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
         monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
         begun = child.begin()
@@ -125,20 +126,20 @@ class TestBeginning:
     def test_a_device_that_does_not_work_makes_the_worker_sick(
         self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def describe(device: str) -> DeviceInfo:
+        def describe(devices: Sequence[str]) -> tuple[DeviceInfo, ...]:
             raise ModelError("cannot load it") from RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
-        monkeypatch.setattr(child, "describe_device", describe)
+        monkeypatch.setattr(child, "describe_devices", describe)
         state, error = self.gave_up(worker_id[0])
         assert (state, error) == (WorkerState.SICK, "cannot load it")
 
     def test_a_device_that_cannot_even_be_described_makes_the_worker_sick(
         self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def describe(device: str) -> DeviceInfo:
+        def describe(devices: Sequence[str]) -> tuple[DeviceInfo, ...]:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-        monkeypatch.setattr(child, "describe_device", describe)
+        monkeypatch.setattr(child, "describe_devices", describe)
         state, error = self.gave_up(worker_id[0])
         assert state is WorkerState.SICK
         assert "device-side assert" in str(error)
@@ -146,8 +147,8 @@ class TestBeginning:
     def test_too_little_memory_is_no_sickness(
         self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def describe(device: str) -> DeviceInfo:
+        def describe(devices: Sequence[str]) -> tuple[DeviceInfo, ...]:
             raise ModelError("too large") from RuntimeError("CUDA error: out of memory")
 
-        monkeypatch.setattr(child, "describe_device", describe)
+        monkeypatch.setattr(child, "describe_devices", describe)
         assert self.gave_up(worker_id[0])[0] is WorkerState.FAILED

@@ -85,6 +85,10 @@ def test_worker_help_comes_from_the_workers_room() -> None:
         (["run", "x.jsonl", "-m", "echo", "--engine", "fast"], "--engine"),
         (["up", "-m", "echo", "--max-rows", "0"], "--max-rows"),
         (["worker", "-m", "echo", "--gpu-memory-fraction", "1.5"], "--gpu-memory-fraction"),
+        (["worker", "-m", "echo", "--device", "tpu"], "unknown device 'tpu'"),
+        (["worker", "-m", "demo", "--devices", "0+1,1+2"], "--devices takes different devices"),
+        (["worker", "-m", "demo", "--device", "cpu", "--max-memory", "cpu=lots"], "--max-memory cpu"),
+        (["worker", "-m", "echo", "--max-memory", "cpu=1GiB"], "the echo engine holds no weights"),
         (["worker", "-m", "echo", "--dequantize", "sometimes", "--context", "many"], "--dequantize"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.errors import AlreadyRunning
 from worker import device_lock
-from worker.device_lock import DeviceLock
+from worker.device_lock import DeviceLock, DeviceLocks
 
 HOLD = """
 import sys, pathlib
@@ -38,6 +38,27 @@ def test_the_second_worker_of_a_gpu_is_refused_until_the_first_process_is_gone(
     holder.kill()
     holder.communicate()
     DeviceLock("GPU-1", folder=tmp_path).take()
+
+
+def test_of_several_devices_all_are_held_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
+    other = DeviceLock("GPU-2", folder=tmp_path)
+    other.take()
+    DeviceLock("MIG-GPU-2/1/0", folder=tmp_path).take()
+    with pytest.raises(AlreadyRunning, match="GPU-2"):
+        DeviceLocks(["GPU-3", "GPU-1", "GPU-2"], folder=tmp_path).take()
+    both = DeviceLocks(["GPU-3", "GPU-1"], folder=tmp_path)
+    both.take()
+    with pytest.raises(AlreadyRunning, match="GPU-1"):
+        DeviceLock("GPU-1", folder=tmp_path).take()
+
+
+def test_two_workers_ask_for_devices_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(DeviceLock, "take", lambda self: asked.append(self._uuid))
+    DeviceLocks(["GPU-2", "GPU-1"], folder=tmp_path).take()
+    DeviceLocks(["GPU-1", "GPU-2"], folder=tmp_path).take()
+    assert asked == ["GPU-1", "GPU-2"] * 2
 
 
 def test_another_users_lock_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

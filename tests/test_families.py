@@ -118,7 +118,7 @@ def test_the_demo_model_gives_the_answers_of_generate_in_every_quantization(kind
     options = EngineOptions(max_rows=1, dequantize=Dequantize.NEVER)
     with closing(ContinuousEngine(loaded, options=options)) as engine:
         for index, line in enumerate(lines):
-            request = json_request(line, index, check_model=str)
+            request = json_request(line, index, adapter_of=lambda _model, adapter: adapter)
             sampling = SamplingParams(max_tokens=24, temperature=0.0)
             engine.add(RequestKey("job", index), replace(request, sampling=sampling))
         rows = [answer.rows[0] for answer in engine._answers.values()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jobs.schema import Memory, Request, RequestKey
+from jobs.memory import Memory
+from jobs.schema import Request, RequestKey
 from jobs.store.lease import Claimed, Lease, Turned
 from tests.mill import output
 from worker.holdings import Holdings
@@ -79,3 +80,13 @@ def test_a_release_says_so_and_enters_nothing() -> None:
     (held,) = holdings.said(room=9, memory=Memory(), release=True).held
     assert held.release
     assert held.in_flight == (0,)
+
+
+def test_requests_with_a_common_beginning_enter_the_engine_beside_each_other() -> None:
+    prompts = ["old", "b, one", "a, one", "b, two", "a, two"]
+    requests = tuple(Request(index, f"r{index}", prompt=each) for index, each in enumerate(prompts))
+    holdings = holding(Claimed(Lease(1, 1, 11, "job"), requests, in_flight=1))
+    turn(holdings, Turned(), room=3)
+    assert take(holdings) == [0, 2, 4, 1]
+    turn(holdings, Turned(), room=3)
+    assert take(holdings) == [3]

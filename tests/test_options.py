@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import UsageError
 from jobs.schema import JobOptions, Request, SamplingParams
-from jobs.settings import load_settings
+from jobs.settings import Settings, load_settings
 from jobs.store import Store
 from producer.checks import BadLine
 from producer.cli_submit import _submission, submit
@@ -32,7 +32,7 @@ JSON_OBJECT = {"type": "json_object"}
 
 
 def read(line: dict[str, Any]) -> Request:
-    return json_request(line, 0, check_model=lambda name: None)
+    return json_request(line, 0, adapter_of=lambda _model, adapter: adapter)
 
 
 def asked(line: dict[str, Any]) -> SamplingParams:
@@ -323,7 +323,7 @@ def test_a_lines_template_variables_win_over_the_jobs() -> None:
 def submission(*flags: str) -> Submission:
     """What `submit` makes of its command line."""
     context = submit.make_context("submit", ["p.jsonl", "-m", "echo", *flags])
-    return _submission(context.params)
+    return _submission(context.params, Settings())
 
 
 FLAGS: list[tuple[list[str], dict[str, Any]]] = [

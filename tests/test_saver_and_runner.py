@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import StoreUnavailable
-from jobs.schema import Memory
+from jobs.memory import Memory
 from jobs.states import JobState, RequestState, WorkerState
 from jobs.store import Store
 from jobs.store.lease import Turned

@@ -50,12 +50,14 @@ def test_requests_and_options_survive_their_json() -> None:
         sampling=SamplingParams(max_tokens=5, stop=("a", "b"), seed=-1),
         chat_template_kwargs={"enable_thinking": False},
         passthrough={"metadata": {"k": "v"}},
+        adapter="sql",
     )
     bare = Request(4, "d", prompt="")
     for request in (full, bare):
         assert Request.from_body(request.index, request.custom_id, request.to_body()) == request
     assert Request.from_body(4, "d", bare.to_body()).sampling is NO_SAMPLING
-    options = JobOptions("s", full.sampling, {"enable_thinking": True})
+    options = JobOptions("s", full.sampling, {"enable_thinking": True}, ("a", "b"))
+    assert full.under(options).adapter == "sql"
     assert JobOptions.from_json(options.to_json()) == options
 
 

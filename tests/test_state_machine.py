@@ -34,7 +34,8 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 
 from jobs.errors import JobStateError, LoadingLost, StoreUnavailable
-from jobs.schema import ErrorCode, Memory, Output, RequestKey
+from jobs.memory import Memory
+from jobs.schema import ErrorCode, Output, RequestKey
 from jobs.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
 from jobs.store import loading, retrying, saving
 from jobs.store.blame import SUSPECT_GROUPS

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from jobs.schema import ErrorCode, JobOptions, SamplingParams
+from jobs.sizes import size
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held
-from producer.status import JobStatus, duration, job_json, size, worker_json, worker_line
+from producer.status import JobStatus, duration, job_json, worker_json, worker_line
 from tests import mill
 
 NUMBER = (int, float)
@@ -36,10 +37,14 @@ STATUS: dict[str, Any] = {
         "peak_reserved_bytes": int,
         "device_total_bytes": int,
     },
+    "devices": list,
+    "energy_joules": (*NUMBER, type(None)),
     "seconds": {"queued": NUMBER, "running": NUMBER, "model_load": NUMBER},
     "eta_seconds": (*NUMBER, type(None)),
     "workers": list,
     "unserved_seconds": (*NUMBER, type(None)),
+    "adapters": dict,
+    "missing_adapters": list,
     "given_up": list,
     "options": dict,
     "sampling": dict,
@@ -49,6 +54,7 @@ STATUS: dict[str, Any] = {
     "command": str,
     "versions": dict,
     "model_commits": list,
+    "evaluation": (dict, type(None)),
     "queued_at": NUMBER,
     "started_at": NUMBER,
     "finished_at": (*NUMBER, type(None)),
@@ -72,6 +78,8 @@ WORKER = {
     "rows": int,
     "context_tokens": int,
     "cache_tokens": int,
+    "devices": list,
+    "adapters": dict,
     "uptime_seconds": NUMBER,
     "seen_seconds": NUMBER,
     "error": type(None),
@@ -163,7 +171,7 @@ def test_where_all_workers_gave_up_the_reason_is_given(
     job_id = mill.load(store, 3)
     store.workers.enter(mill.seat(store).worker_id, state, error="Xid 79\nfell off the bus")
     status = JobStatus.read(store, job_id)
-    assert not status.served
+    assert status.missing_seconds is not None
     text = "\n".join(status.lines())
     assert "no live worker has served echo (none) for 0 s:" in text
     assert said in text
@@ -180,7 +188,7 @@ def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> N
     store.workers.enter(mill.seat(store).worker_id, WorkerState.SICK, error="Xid 79")
     mill.seat(store)
     status = JobStatus.read(store, job_id)
-    assert status.served
+    assert (status.missing_seconds, status.missing_lines()) == (None, [])
     assert "Xid 79" not in "\n".join(status.lines())
 
 
@@ -207,7 +215,7 @@ def test_a_worker_that_loads_has_no_limits_yet(store: Store) -> None:
 def test_a_worker_bound_to_another_job_serves_nobody_else(store: Store) -> None:
     job_id = mill.load(store, 3)
     mill.seat(store, only_job="another")
-    assert not JobStatus.read(store, job_id).served
+    assert JobStatus.read(store, job_id).missing_seconds is not None
 
 
 def test_the_lines_for_people_name_what_counts(store: Store, job_id: str) -> None:

@@ -11,31 +11,31 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import NoReturn, TypeVar
 
 from jobs import VERSION
+from jobs.adapters import from_json
 from jobs.broker import Broker
 from jobs.errors import AlreadyRunning, ModelError, StoreError
 from jobs.failpoints import arm, failpoint
 from jobs.logs import configure_logs, get_logger
+from jobs.memory import Memory
 from jobs.settings import Settings, load_settings
-from jobs.spec import ECHO, ModelSpec
+from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Seat
 from jobs.store.workers import Loaded
-from worker.device_lock import DeviceLock
-from worker.devices import DeviceInfo, describe_device, is_device_error, use_all_cores
-from worker.engine import Progress
-from worker.engine.chaos import ChaosEngine
-from worker.engine.choice import Chosen, choose
-from worker.engine.echo import ECHO_ROWS, EchoEngine
-from worker.engine.options import Dequantize, EngineKind, EngineOptions
+from worker.device_lock import DeviceLocks
+from worker.devices import DeviceInfo, describe_devices, is_device_error
+from worker.held import Held, hold
+from worker.nvml import Nvml
+from worker.placement import TOGETHER, Placement
 from worker.reconciler import Reconciler
 from worker.runner import Runner
 from worker.saver import Saver
@@ -51,21 +51,25 @@ ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
 _STORE_PAUSE_SECONDS = 1.0
-_LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 
 @dataclass(frozen=True, slots=True)
 class ChildOrder:
-    """What a parent orders its child to be; `spec` is canonical."""
+    """What a parent orders its child to be.
+
+    `spec` is canonical, `placement` the JSON of worker.placement, `adapters` that of jobs.adapters.
+    """
 
     worker_id: int
     spec: str
-    device: str
+    placement: str
     only_job: str | None
     share_device: bool
+    adapters: str | None = None
 
     def to_environment(self) -> str:
-        return json.dumps([self.worker_id, self.spec, self.device, self.only_job, self.share_device])
+        return json.dumps(astuple(self))
 
     @classmethod
     def from_environment(cls) -> ChildOrder:
@@ -73,11 +77,11 @@ class ChildOrder:
 
 
 class Child:
-    """One child of one worker, with its engine, and with its device for as long as it lives."""
+    """One child of one worker, with its engine, and with its devices for as long as it lives."""
 
-    def __init__(self, runner: Runner, lock: DeviceLock | None = None) -> None:
+    def __init__(self, runner: Runner, locks: DeviceLocks | None = None) -> None:
         self._runner = runner
-        self._lock = lock
+        self._locks = locks
 
     def work(self) -> None:
         """Works while there is work. An engine that fails ends the process: its device may be broken for good."""
@@ -129,15 +133,14 @@ def begin() -> Child:
 def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Store, switch: _DrainSwitch) -> Child:
     spec = ModelSpec.from_canonical(order.spec)
     watchdog = Watchdog()
-    device = describe_device(order.device)
-    lock = None
-    if device.uuid is not None and not order.share_device:
-        lock = DeviceLock(device.uuid)
-        lock.take()
+    placement = Placement.from_json(order.placement)
+    devices = describe_devices(placement.devices)
+    locks = DeviceLocks([] if order.share_device else [each.uuid for each in devices if each.uuid is not None])
+    locks.take()
     # What fits is counted in the engine's own unit, so that each choice of one has a figure of its own.
-    capacity_of = f"{device.uuid or f'{socket.gethostname()}/{device.torch_device}'}/{settings.engine}"
+    capacity_of = f"{_uuid(devices) or f'{socket.gethostname()}/{devices[0].torch_device}'}/{settings.engine}"
     fits = _answered(lambda: store.health.fits(spec, capacity_of))
-    meter = MemoryMeter(device)
+    meter = MemoryMeter(devices, nvml=Nvml.open())
 
     def progress() -> bool:
         watchdog.rearm()
@@ -145,16 +148,24 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         return switch.asked.is_set()
 
     with watchdog.watching(settings.load_stall_seconds):
-        held = _hold_model(spec, device, settings=settings, progress=progress, fits=fits)
-    meter.weights_bytes = held.weights_bytes
-    loaded = _loaded(held, device)
+        held = hold(
+            spec,
+            placement,
+            devices,
+            adapters=from_json(order.adapters),
+            settings=settings,
+            progress=progress,
+            fits=fits,
+        )
+    meter.loaded(held.weights_by_device, held.cache_by_device)
+    loaded = _loaded(held, devices, meter.take())
     _answered(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))
     waker = Waker(Reconciler(store, Broker.of(settings), lease_seconds=settings.lease_seconds).send_wakeups)
     waker.start()
     path = spool_path(settings.home, settings.database, order.worker_id, generation)
     saver = Saver(
         store,
-        _seat(order, generation, held, device, settings),
+        _seat(order, generation, held, devices, settings),
         rows=held.chosen.engine.rows,
         save_seconds=settings.save_seconds,
         peak=meter.take,
@@ -166,17 +177,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     saver.start()
     _say_ready(order, loaded)
     waker.wake()
-    return Child(Runner(held.chosen.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)), lock)
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A model in an engine, and what is known of it."""
-
-    chosen: Chosen
-    load_seconds: float = 0.0
-    weights_bytes: int = 0
-    commit: str | None = None
+    return Child(Runner(held.chosen.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)), locks)
 
 
 def _answered(call: Callable[[], T]) -> T:
@@ -191,61 +192,40 @@ def _answered(call: Callable[[], T]) -> T:
             time.sleep(_STORE_PAUSE_SECONDS)
 
 
-def _hold_model(
-    spec: ModelSpec, device: DeviceInfo, *, settings: Settings, progress: Progress, fits: int | None
-) -> _Held:
-    if spec.model == ECHO:
-        kind = ChaosEngine if settings.chaos else EchoEngine
-        rows, pace = settings.engine_rows or ECHO_ROWS, settings.echo_step_seconds
-        return _Held(Chosen(kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits), ECHO))
-    # Imported here, so that the echo engine works where torch is not installed.
-    from worker.loader import load
-
-    use_all_cores()
-    loaded = load(spec, device.torch_device)
-    chosen = choose(loaded, options=_engine_options(settings), progress=progress, fits=fits)
-    return _Held(chosen, round(loaded.load_seconds, 3), loaded.weights_bytes, loaded.commit)
+def _uuid(devices: Sequence[DeviceInfo]) -> str | None:
+    """The UUIDs of these devices together; None where they have none."""
+    return TOGETHER.join(each.uuid for each in devices if each.uuid is not None) or None
 
 
-def _engine_options(settings: Settings) -> EngineOptions:
-    return EngineOptions(
-        EngineKind(settings.engine),
-        max_rows=settings.engine_rows,
-        context_tokens=settings.context_tokens,
-        memory_fraction=settings.gpu_memory_fraction,
-        cache_bytes=settings.cache_bytes,
-        dequantize=Dequantize(settings.dequantize),
-        deterministic=settings.deterministic,
-    )
-
-
-def _seat(order: ChildOrder, generation: int, held: _Held, device: DeviceInfo, settings: Settings) -> Seat:
+def _seat(order: ChildOrder, generation: int, held: Held, devices: Sequence[DeviceInfo], settings: Settings) -> Seat:
     return Seat(
         order.worker_id,
         generation,
         ModelSpec.from_canonical(order.spec),
-        device.torch_device,
+        TOGETHER.join(each.torch_device for each in devices),
         settings.lease_seconds,
         model_load_seconds=held.load_seconds,
         model_commit=held.commit,
-        device_uuid=device.uuid,
+        device_uuid=_uuid(devices),
         defaults=held.chosen.engine.defaults,
         versions=_versions(),
         only_job=order.only_job,
+        adapters=from_json(order.adapters),
     )
 
 
-def _loaded(held: _Held, device: DeviceInfo) -> Loaded:
+def _loaded(held: Held, devices: Sequence[DeviceInfo], memory: Memory) -> Loaded:
     return Loaded(
-        device.name,
-        device.uuid,
+        TOGETHER.join(dict.fromkeys(each.name for each in devices)),
+        _uuid(devices),
         held.load_seconds,
-        held.weights_bytes,
+        sum(held.weights_by_device),
         _versions(),
         engine=held.chosen.kind,
         engine_rows=held.chosen.engine.rows,
         context_tokens=held.chosen.context_tokens,
         cache_tokens=held.chosen.cache_tokens,
+        devices=memory.devices,
     )
 
 

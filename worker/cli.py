@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from jobs.adapters import Adapter, check_all
 from jobs.errors import UsageError
 from jobs.exits import one_line_errors
 from jobs.failpoints import arm
-from jobs.flags import ENGINE_FLAGS, QUANTIZATION_HELP
+from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
 from migrations import open_store
-from worker.devices import all_cuda_devices
+from worker.devices import AUTO, all_cuda_devices
 from worker.keeper import WorkerOptions
 from worker.parent import run_worker
+from worker.placement import Placement, each_worker, parse_each
 from worker.supervisor import Supervisor
 
 
-def _engine_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    for each in reversed(ENGINE_FLAGS):
+def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    for each in reversed((*PLACEMENT_FLAGS, *ENGINE_FLAGS)):
         option = click.option(
             each.name, each.setting, metavar=each.values, is_flag=each.values is None, default=None, help=each.help
         )
@@ -37,69 +39,93 @@ def _engine_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-m", "--model", required=True, help=f"Hugging Face id, folder, {DEMO} or {ECHO}.")
 @click.option("-q", "--quantization", help=QUANTIZATION_HELP)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
-@click.option("--device", default=None, help="auto (default), cpu, cuda or cuda:N.")
-@click.option("--devices", default=None, help="One worker per device, restarted when it dies: 0,1 or cpu or all.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH_OR_ID",
+    help="Hold a LoRA adapter beside the model, for requests that name it; a Hugging Face id may end in @REVISION. "
+    "Repeatable.",
+)
+@click.option("--device", default=None, help=DEVICE_HELP)
+@click.option(
+    "--devices",
+    default=None,
+    help="One worker per device, restarted when it dies: 0,1 or cpu or all; 0+1,2+3 is two workers of two GPUs each.",
+)
 @click.option("--name", help="Told apart by it in `batchmill workers`.")
 @click.option(
     "--exit-when-idle", type=click.FloatRange(min=0), metavar="SECONDS", help="End after so long without work."
 )
 @click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
-@_engine_flags
+@_flags
 @click.option("--job", "only_job", hidden=True, help="Serve this job alone.")
 @one_line_errors()
 def main(
     model: str,
     quantization: str | None,
     revision: str | None,
+    adapters: tuple[str, ...],
     device: str | None,
     devices: str | None,
     name: str | None,
     exit_when_idle: float | None,
     share_device: bool,
     only_job: str | None,
-    **engine: Any,
+    **flags: Any,
 ) -> None:
-    """Run a worker: it holds one quantized model on one device and answers the requests of its queue.
+    """Run a worker: it holds one quantized model on its device and answers the requests of its queue.
 
     It takes batches of every job that names the same model, revision and quantization, until it is told to end
     (Ctrl-C or SIGTERM): then it saves what is finished and hands the rest back.
     """
-    settings = load_settings(**engine)
+    placed = {each.setting: flags.pop(each.setting) for each in PLACEMENT_FLAGS}
+    settings = load_settings(**flags)
     configure_logs(settings)
     arm(settings.failpoint, home=settings.home)
     spec = ModelSpec.parse(
         model, quantization=quantization, default_quantization=settings.quantization, revision=revision
     )
+    held = check_all(map(Adapter.parse, adapters))
+    placements = _placements(spec, device, devices, placed)
     if devices is not None:
         if device is not None or name is not None:
             raise click.UsageError("--devices starts one worker per device: leave out --device and --name")
-        arguments = _arguments(spec, only_job, exit_when_idle, share_device)
+        arguments = _arguments(spec, only_job, exit_when_idle, share_device, held)
         Supervisor(
-            _each_device(devices),
+            placements,
             arguments,
             ends_when_idle=exit_when_idle is not None,
             settings=settings,
             store=open_store(settings),
         ).run()
         return
-    run_worker(WorkerOptions(spec, device or "auto", name, only_job, exit_when_idle, share_device), settings)
+    run_worker(WorkerOptions(spec, placements[0], name, only_job, exit_when_idle, share_device, held), settings)
 
 
-def _each_device(written: str) -> list[str]:
-    """The devices of `0,1`, `cuda:0,cpu` or `all`. Raises UsageError."""
-    if written == "all":
-        found = all_cuda_devices()
-        if not found:
-            raise UsageError("--devices all: torch sees no CUDA device here; use --device cpu")
-        return found
-    devices = [f"cuda:{part}" if part.isdigit() else part for part in written.split(",")]
-    if len(set(devices)) != len(devices) or not all(devices):
-        raise UsageError(f"--devices takes different devices, such as 0,1 or all, not {written!r}")
-    return devices
+def _placements(spec: ModelSpec, device: str | None, devices: str | None, placed: dict[str, Any]) -> list[Placement]:
+    """One for each worker, the only one without --devices. Raises UsageError."""
+    if devices is None:
+        found = [Placement.parse(device or AUTO, **placed)]
+    elif devices == "all" and not (gpus := all_cuda_devices()):
+        raise UsageError("--devices all: torch sees no CUDA device here; use --device cpu")
+    else:
+        found = parse_each(gpus if devices == "all" else each_worker(devices), **placed)
+    if spec.model == ECHO and not all(each.plain for each in found):
+        raise UsageError("the echo engine holds no weights: leave out --max-memory, --device-map and --offload")
+    return found
 
 
-def _arguments(spec: ModelSpec, only_job: str | None, exit_when_idle: float | None, share_device: bool) -> list[str]:
+def _arguments(
+    spec: ModelSpec,
+    only_job: str | None,
+    exit_when_idle: float | None,
+    share_device: bool,
+    adapters: Sequence[Adapter],
+) -> list[str]:
     arguments = spec.command_line()[2:]
+    for each in adapters:
+        arguments += ["--adapter", str(each)]
     if only_job is not None:
         arguments += ["--job", only_job]
     if exit_when_idle is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,13 +22,14 @@ _REMEDY = "stop it, choose another --device, or start this one with --share-devi
 
 
 class DeviceLock:
-    """Taken once, and given back by the end of the process."""
+    """Taken once, and given back by the end of the process, or before it by `give`."""
 
     def __init__(self, device_uuid: str, *, folder: Path | None = None) -> None:
         folder = folder or _folder()
         self._uuid = device_uuid
-        self._pid_file = folder / f"batchmill-{device_uuid}.pid"
-        self._path = folder / f"batchmill-{device_uuid}.lock"
+        name = device_uuid.replace("/", "_")  # the older UUIDs of parts of a GPU have some
+        self._pid_file = folder / f"batchmill-{name}.pid"
+        self._path = folder / f"batchmill-{name}.lock"
         self._lock = FileLock(self._path, timeout=_PATIENCE_SECONDS, mode=0o666)
 
     def take(self) -> None:
@@ -43,6 +45,27 @@ class DeviceLock:
                 f"if there is none, delete {self._path}"
             ) from None
         self._pid_file.write_text(f"{os.getpid()}\n")
+
+    def give(self) -> None:
+        """Another process may take it; one that does not hold it is left as it is."""
+        self._lock.release()
+
+
+class DeviceLocks:
+    """The locks of several devices, all or none, taken by everybody in one order, so that nobody waits in a ring."""
+
+    def __init__(self, device_uuids: Iterable[str], *, folder: Path | None = None) -> None:
+        self._locks = [DeviceLock(each, folder=folder) for each in sorted(set(device_uuids))]
+
+    def take(self) -> None:
+        """Raises AlreadyRunning, which names the process that works on one of these devices; then none is held."""
+        for place, lock in enumerate(self._locks):
+            try:
+                lock.take()
+            except AlreadyRunning:
+                for held in self._locks[:place]:
+                    held.give()
+                raise
 
 
 def _folder() -> Path:

@@ -1,6 +1,6 @@
-"""Which device a worker works on: the mask that its parent sets, and what its child finds behind it.
+"""Which devices a worker works on: the mask that its parent sets, and what its child finds behind it.
 
-The parent's part imports no torch; the child sees one device at most, so for it the device is `cuda:0` or `cpu`.
+The parent's part imports no torch; the child sees its own devices alone, so for it the first is `cuda:0`, or `cpu`.
 This module knows no model, no memory in use and no process but the one short probe.
 """
 
@@ -10,17 +10,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 
 from jobs.errors import ModelError, UsageError
 
-CPU = "cpu"
+AUTO, CPU = "auto", "cpu"
 _PROBE = "import torch; print(torch.cuda.device_count())"
+_UUIDS = "import torch; print(*(torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())))"
 #: Importing torch takes this long at most, on a cold and slow disk too.
 _PROBE_SECONDS = 300
+#: A GPU's UUID or the beginning of it, or that of a part of one.
+_UUID = r"(?:GPU|MIG)-[\w./-]+"
+_DEVICE = re.compile(rf"auto|cpu|cuda(?::\d+)?|{_UUID}")
 _NO_TORCH = "torch is not installed here: pip install 'batchmill[worker]'"
 _ALLOCATION_FAILURES = (
     "out of memory",
@@ -33,38 +37,75 @@ _DEVICE_FAILURES = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS_"
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a process works on. `uuid` tells GPUs apart; `total_bytes` is its memory, a CPU's the machine's."""
+    """What a process works on. `uuid` tells GPUs apart; `total_bytes` is its memory, a CPU's the machine's.
+
+    `written`: how the user calls it, who counts other devices than this process does; empty: as torch does.
+    """
 
     name: str
     uuid: str | None
     total_bytes: int
     torch_device: str
+    written: str = ""
 
 
-def visible_devices(device: str, environ: Mapping[str, str]) -> str:
-    """The CUDA_VISIBLE_DEVICES that shows one device alone: `auto`, `cpu`, `cuda` or `cuda:N` as written.
+def check_device(written: str) -> None:
+    """Raises UsageError for what is no spelling of a device."""
+    if _DEVICE.fullmatch(written) is None:
+        raise UsageError(
+            f"unknown device {written!r}; use auto, cpu, cuda, cuda:N such as cuda:0, or a UUID such as GPU-5f1d9c60"
+        )
 
-    N counts within the mask that is set already, whose entries may be indices or UUIDs. `auto` is the first
-    device, or none if the mask shows none. Raises UsageError for another spelling and for an N beyond the mask.
+
+def visible_devices(devices: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The CUDA_VISIBLE_DEVICES that shows these alone, in their order: `auto`, `cpu`, `cuda`, `cuda:N` or UUIDs.
+
+    N counts within the mask that is set already, whose entries may be indices or UUIDs; a UUID must be among them.
+    `auto` is the first device, or none if the mask shows none. Raises UsageError for another spelling, for what is
+    beyond the mask and for one device that is named twice.
     """
-    written = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
-    if written is None:
-        raise UsageError(f"unknown device {device!r}; use auto, cpu, cuda, or cuda:N such as cuda:0")
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    shown = [_entry(each, mask) for each in devices]
+    if len(set(shown)) != len(shown):
+        raise UsageError(f"{' and '.join(devices)} are not different devices in CUDA_VISIBLE_DEVICES={mask!r}")
+    return ",".join(shown)
+
+
+def _entry(device: str, mask: str | None) -> str:
+    """What one device is in a mask of its own."""
+    check_device(device)
     if device == CPU:
         return ""
-    place = int(written[1] or 0)
-    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    if device.startswith(("GPU-", "MIG-")):
+        return device if mask is None else _of_uuid(device, mask)
+    place = int(device.partition(":")[2] or 0)
     if mask is None:
         return str(place)
     shown = _entries(mask)
     if place < len(shown):
         return shown[place]
-    if device == "auto":
+    if device == AUTO:
         return ""
     raise UsageError(
         f"device {device} is beyond CUDA_VISIBLE_DEVICES={mask!r}, which shows {len(shown)}: "
         "choose a smaller number or widen the mask"
     )
+
+
+def _of_uuid(uuid: str, mask: str) -> str:
+    """The entry of a mask that shows the device of this UUID; either may be only the beginning of it.
+
+    What the numbers of a mask stand for, torch is asked in a process of its own. Raises UsageError and ModelError.
+    """
+    shown = _entries(mask)
+    found = [each for each in shown if each.startswith(uuid) or uuid.startswith(each)]
+    if not found and any(each.isdigit() for each in shown):
+        uuids = [f"GPU-{each}" for each in _probe(_UUIDS).split()]
+        found = [entry for entry, each in zip(shown, uuids, strict=False) if each.startswith(uuid)]
+    if len(found) == 1:
+        return found[0] if found[0].isdigit() else max(found[0], uuid, key=len)
+    how = "more than one device" if found else "no device"
+    raise UsageError(f"device {uuid} is {how} of CUDA_VISIBLE_DEVICES={mask!r}; name it in full, or widen the mask")
 
 
 def _entries(mask: str) -> list[str]:
@@ -77,30 +118,42 @@ def _entries(mask: str) -> list[str]:
     return shown
 
 
-def describe_device(written: str) -> DeviceInfo:
-    """The device of this process, whose mask `visible_devices` made from the same `written`.
+def describe_devices(devices: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[DeviceInfo, ...]:
+    """The devices of this process, whose mask in `environ` `visible_devices` made from the same `devices`.
 
     Raises ModelError if CUDA was asked for and there is none, or if torch is not installed. `cpu` imports no torch.
     """
-    if written == CPU:
-        return _cpu()
+    if tuple(devices) == (CPU,):
+        return (_cpu(),)
     try:
         import torch
     except ImportError as error:
         raise ModelError(_NO_TORCH) from error
-    if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        return DeviceInfo(found.name, f"GPU-{found.uuid}", found.total_memory, "cuda:0")
-    if written == "auto":
-        return _cpu()
-    raise ModelError(
-        f"device {written}: torch {torch.__version__} sees no such CUDA device; "
-        "look at nvidia-smi and at the installed torch, or use --device cpu"
-    )
+    if not torch.cuda.is_available() and tuple(devices) == (AUTO,):
+        return (_cpu(),)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < len(devices):
+        raise ModelError(
+            f"device {'+'.join(devices)}: torch {torch.__version__} sees {found or 'no such'} CUDA device"
+            f"{'s' if found > 1 else ''}; look at nvidia-smi and at the installed torch, or use --device cpu"
+        )
+    entries = _entries(environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return tuple(_cuda(place, written, entries) for place, written in enumerate(devices))
+
+
+def _cuda(place: int, written: str, entries: Sequence[str]) -> DeviceInfo:
+    """One CUDA device; what a MIG's mask calls it tells it from the other parts of its GPU, as torch's UUID may not."""
+    import torch
+
+    found = torch.cuda.get_device_properties(place)
+    mig = place < len(entries) and entries[place].startswith("MIG-")
+    uuid = entries[place] if mig else f"GPU-{found.uuid}"
+    device = f"cuda:{place}"
+    return DeviceInfo(found.name, uuid, found.total_memory, device, device if written == AUTO else written)
 
 
 def _cpu() -> DeviceInfo:
-    return DeviceInfo(CPU, None, psutil.virtual_memory().total, CPU)
+    return DeviceInfo(CPU, None, psutil.virtual_memory().total, CPU, CPU)
 
 
 def use_all_cores() -> None:
@@ -117,16 +170,21 @@ def all_cuda_devices() -> list[str]:
 
     Raises ModelError if that process fails.
     """
+    return [f"cuda:{index}" for index in range(int(_probe(_PROBE)))]
+
+
+def _probe(script: str) -> str:
+    """What a short process of its own prints that may import torch. Raises ModelError if it fails."""
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
         )
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
         raise ModelError(_NO_TORCH if "ModuleNotFoundError" in lines[-1] else f"torch failed: {lines[-1]}") from error
     except subprocess.TimeoutExpired as error:
-        raise ModelError(f"torch did not count its CUDA devices within {_PROBE_SECONDS} seconds") from error
-    return [f"cuda:{index}" for index in range(int(probe.stdout))]
+        raise ModelError(f"torch did not list its CUDA devices within {_PROBE_SECONDS} seconds") from error
+    return probe.stdout
 
 
 def is_out_of_memory(error: BaseException) -> bool:

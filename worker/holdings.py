@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from jobs.schema import Memory, Output, Request, RequestKey
+from jobs.memory import Memory
+from jobs.schema import Output, Request, RequestKey
 from jobs.store.lease import Claimed, Held, Lease, Turned
 
 
@@ -22,6 +23,7 @@ class Holding:
     in_flight: dict[int, Request] = field(default_factory=dict)
     answered: list[Output] = field(default_factory=list)
     untouched: bool = True
+    memory: Memory = field(default_factory=Memory)
 
 
 class Holdings:
@@ -58,7 +60,11 @@ class Holdings:
                 holding.answered.append(output)
 
     def said(self, *, room: int, memory: Memory, release: bool) -> Said:
-        """What the next turn says: all unsaved outputs, and up to `room` more requests in flight."""
+        """What the next turn says: all unsaved outputs, and up to `room` more requests in flight.
+
+        `memory`: since this was last asked. A batch says the largest since it was claimed, and its part of the energy.
+        """
+        self._remember(memory)
         said = Said([], {})
         for batch_id, holding in self._by_batch.items():
             entering = 0 if release else min(max(room, 0), len(holding.waiting))
@@ -71,12 +77,19 @@ class Holdings:
                     holding.lease,
                     outputs=tuple(holding.answered),
                     in_flight=tuple(begun + next_ones),
-                    memory=memory,
+                    memory=holding.memory,
                     untouched=holding.untouched and not entering,
                     release=release,
                 )
             )
         return said
+
+    def _remember(self, memory: Memory) -> None:
+        """What the devices held is each batch's; what they took is shared by those that were worked on."""
+        worked_on = sum(not each.untouched for each in self._by_batch.values())
+        for each in self._by_batch.values():
+            part = 0.0 if each.untouched else 1 / worked_on
+            each.memory = each.memory.and_then(memory, part=part)
 
     def absorb(self, said: Said, turned: Turned) -> list[RequestKey]:
         """Takes what a turn brought back: the keys that the engine is to forget."""
@@ -98,7 +111,7 @@ class Holdings:
                 self._enter(self._by_batch[batch_id], count)
 
     def _hold(self, claimed: Claimed) -> None:
-        holding = Holding(claimed.lease, deque(claimed.requests))
+        holding = Holding(claimed.lease, deque(_neighbours(claimed)))
         self._by_batch[claimed.lease.batch_id] = holding
         self._enter(holding, claimed.in_flight)
 
@@ -124,6 +137,15 @@ class Holdings:
             gone = set(forgotten)
             self.recorded = deque(each for each in self.recorded if each[0] not in gone)
         return forgotten
+
+
+def _neighbours(claimed: Claimed) -> list[Request]:
+    """A batch's requests in an order in which common beginnings meet, so that the engine reads each of them once.
+
+    Those that the store has recorded as in flight come first, as it has them.
+    """
+    recorded = claimed.requests[: claimed.in_flight]
+    return [*recorded, *sorted(claimed.requests[claimed.in_flight :], key=Request.to_body)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from jobs.adapters import Adapter
 from jobs.broker import Broker
 from jobs.errors import StoreError
 from jobs.logs import get_logger
@@ -26,6 +27,7 @@ from jobs.store import Store
 from jobs.store.workers import GIVEN_UP, Heartbeat
 from worker.child import DRAIN_SIGNAL
 from worker.leftovers import Leftovers
+from worker.placement import Placement
 from worker.reconciler import Reconciler
 from worker.waker import Waker
 
@@ -42,14 +44,15 @@ _LAST_LOOK_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What a worker was started as; `only_job` binds it to one job."""
+    """What a worker was started as; `only_job` binds it to one job. `adapters`: what it holds beside its model."""
 
     spec: ModelSpec
-    device: str = "auto"
+    placement: Placement = field(default_factory=Placement)
     name: str | None = None
     only_job: str | None = None
     exit_when_idle_seconds: float | None = None
     share_device: bool = False
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(slots=True)
@@ -229,9 +232,9 @@ class Keeper:
 
     def _give_up_sick(self) -> None:
         self.failure = (
-            f"{self._options.spec} on {self._options.device}: three different sets of requests in a row crashed this "
-            "worker while other workers answered theirs; look at the device (nvidia-smi, the kernel's log) and the "
-            "lines above"
+            f"{self._options.spec} on {self._options.placement.written}: three different sets of requests in a row "
+            "crashed this worker while other workers answered theirs; look at the device (nvidia-smi, the kernel's "
+            "log) and the lines above"
         )
         self._store.health.enter_sick(self._worker_id, reason=self.failure)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -243,7 +246,7 @@ class Keeper:
         busy = self._last.state is not WorkerState.READY or self._last.leases
         if busy or monotonic() - self._idle_since >= seconds:
             self._beat()
-            pending = self._store.recovery.pending_of(self._options.spec, most=1)
+            pending = self._store.recovery.pending_of(self._options.spec, most=1, adapters=self._options.adapters)
             if self._last.state is not WorkerState.READY or self._last.leases or pending:
                 self._idle_since = monotonic()
             elif monotonic() - self._idle_since >= seconds:

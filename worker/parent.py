@@ -15,6 +15,7 @@ from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 from kombu import Queue
 
+from jobs.adapters import to_json
 from jobs.broker import Broker, make_app
 from jobs.errors import BatchmillError, ModelError
 from jobs.logs import get_logger
@@ -23,8 +24,9 @@ from jobs.spec import ECHO, ModelSpec
 from jobs.store import Store
 from migrations import open_store
 from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
-from worker.devices import visible_devices
+from worker.devices import CPU, visible_devices
 from worker.keeper import Keeper, Pool, WorkerOptions
+from worker.placement import TOGETHER, Placement
 
 log = get_logger(__name__)
 #: Celery gives a child so much longer than the watchdog to load its model.
@@ -35,8 +37,9 @@ _LOST_WAIT_SECONDS = 0.1
 
 def run_worker(options: WorkerOptions, settings: Settings) -> None:
     """Runs one worker until it is told to end. Raises BatchmillError when it cannot work."""
-    device = "cpu" if options.spec.model == ECHO else options.device
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(device, os.environ)
+    placement = Placement((CPU,)) if options.spec.model == ECHO else options.placement
+    device = placement.written
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement.devices, os.environ)
     os.environ.update(environment_of(settings))
     # torch's threads wait asleep: awake they take the very cores that the slowest of them waits for, and beside one
     # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
@@ -46,7 +49,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     broker = Broker.of(settings)
     if settings.embedded_broker:
         _check_embedded(broker, settings)
-    name = options.name or f"{device.replace(':', '')}-{os.getpid()}"
+    name = options.name or f"{device.replace(':', '').replace(TOGETHER, '-')}-{os.getpid()}"
     celery_worker = _celery_worker(settings, options.spec, name)
     worker_id = store.workers.register(
         host=socket.gethostname(),
@@ -56,10 +59,18 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
         device=device,
         only_job=options.only_job,
         beat=settings.heartbeat_seconds,
+        adapters=options.adapters,
     )
     keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=Pool(celery_worker))
     try:
-        order = ChildOrder(worker_id, options.spec.canonical, device, options.only_job, options.share_device)
+        order = ChildOrder(
+            worker_id,
+            options.spec.canonical,
+            placement.to_json(),
+            options.only_job,
+            options.share_device,
+            to_json(options.adapters),
+        )
         os.environ[ORDER_VARIABLE] = order.to_environment()
         # A child inherits this: it would die of the signal, were it told to hand back before it can.
         signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)

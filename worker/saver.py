@@ -11,13 +11,14 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from jobs.errors import StoreError
 from jobs.failpoints import failpoint
 from jobs.logs import get_logger
-from jobs.schema import Memory, Output, Request, RequestKey
+from jobs.memory import Memory
+from jobs.schema import Output, Request, RequestKey
 from jobs.store import Store
 from jobs.store.lease import Seat, Turned
 from worker.holdings import Holdings, Said
@@ -27,6 +28,8 @@ log = get_logger(__name__)
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 _PAUSES_A_LEASE = 12
+#: The worker's row says anew what its devices hold, while it works, once in so many seconds.
+_DEVICES_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class Saver:
         #: Well below half a lease, after which others may take back what was not renewed.
         self._longest_pause = min(_LONGEST_PAUSE_SECONDS, seat.lease_seconds / _PAUSES_A_LEASE)
         self._try_at = 0.0
+        self._memory = Memory()
+        self._memory_kept_at = 0.0
         self._fits: int | None = None
         self._fits_kept: int | None = None
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
@@ -182,7 +187,8 @@ class Saver:
             backlog = self._recorded() + self._holdings.waiting
             wanted = 0 if release else max(0, self._rows - backlog)
             room = 0 if release else max(0, self._fill - self._recorded())
-            said = self._holdings.said(room=room, memory=self._peak(), release=release)
+            memory = self._peak()
+            said = self._holdings.said(room=room, memory=memory, release=release)
         turned = None
         if monotonic() >= self._try_at:
             turned = self._commit(said, wanted, room - sum(said.entering.values()))
@@ -199,6 +205,7 @@ class Saver:
         if turned.released:
             self._wake()
         self._keep_fits()
+        self._keep_devices(memory)
 
     def _commit(self, said: Said, wanted: int, room: int) -> Turned | None:
         """One turn in the store; None when it is away. What the turn says stays true, so it is said again later."""
@@ -236,6 +243,17 @@ class Saver:
             with suppress(StoreError):
                 self._store.health.remember_fits(self._seat.spec, self._device, fits)
                 self._fits_kept = fits
+
+    def _keep_devices(self, memory: Memory) -> None:
+        """Keeps in the worker's row what its devices held at most so far, and what all processes hold there now."""
+        used = {each.key: each.device_used_bytes for each in memory.devices}
+        self._memory = self._memory.and_then(memory)
+        if not self._memory.devices or (monotonic() < self._memory_kept_at + _DEVICES_SECONDS and self._open):
+            return
+        devices = [replace(each, device_used_bytes=used[each.key]) for each in self._memory.devices]
+        with suppress(StoreError):
+            self._store.workers.measured(self._seat.worker_id, self._seat.generation, devices=devices)
+            self._memory_kept_at = monotonic()
 
     def _absorb(self, said: Said, turned: Turned, wanted: int) -> None:
         self._forget += self._holdings.absorb(said, turned)

@@ -1,4 +1,4 @@
-"""One worker process per device, each restarted with a growing pause when it dies; ended together.
+"""One worker process per placement, each restarted with a growing pause when it dies; ended together.
 
 A worker whose model cannot be loaded is not started again. This module knows no Celery and no engine.
 """
@@ -20,6 +20,7 @@ from jobs.logs import get_logger
 from jobs.settings import Settings, environment_of
 from jobs.states import WorkerState
 from jobs.store import Store
+from worker.placement import Placement
 
 log = get_logger(__name__)
 _TICK_SECONDS = 0.2
@@ -69,11 +70,11 @@ class _Post:
 
 
 class Supervisor:
-    """Runs `python -m worker` once per device until told to end, or until no worker is left."""
+    """Runs `python -m worker` once per placement until told to end, or until no worker is left."""
 
     def __init__(
         self,
-        devices: Sequence[str],
+        placements: Sequence[Placement],
         arguments: Sequence[str],
         *,
         ends_when_idle: bool,
@@ -82,8 +83,8 @@ class Supervisor:
     ) -> None:
         environ = os.environ | environment_of(settings)
         self._posts = [
-            _Post(device, [sys.executable, "-m", "worker", *arguments, "--device", device], environ)
-            for device in devices
+            _Post(each.written, [sys.executable, "-m", "worker", *arguments, *each.command_line()], environ)
+            for each in placements
         ]
         self._ends_when_idle = ends_when_idle
         self._store = store

@@ -14,6 +14,7 @@ from typing import Any
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: JSON files that are large and hold words of the model's, of which any may look like one of the keys below.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
 #: Keys that make transformers run code of the model's own, whatever trust_remote_code says.
@@ -33,19 +34,49 @@ class Refusal(Exception):
 
 def vet(folder: Path) -> None:
     """Looks over what transformers would read of this folder. Raises Refusal."""
+    vet_configuration(folder)
+    for file in weights(folder):
+        _refuse_broken(file)
+
+
+def vet_configuration(folder: Path) -> None:
+    """The same where no weights are read, and perhaps none are there. Raises Refusal."""
     if not (folder / "config.json").is_file():
-        raise Refusal(f"{folder} holds no config.json; name the folder of a transformers model")
-    if (folder / "adapter_config.json").exists():
+        remedy = f"it is an adapter: serve it with --adapter NAME={folder} over its base"
+        named = remedy if (folder / ADAPTER_CONFIG).is_file() else "name the folder of a transformers model"
+        raise Refusal(f"{folder} holds no config.json; {named}")
+    if (folder / ADAPTER_CONFIG).exists():
         raise Refusal(
-            f"{folder} holds adapter_config.json: an adapter names another model to load, which nobody looked over; "
-            "merge the two with peft's merge_and_unload, and save the result"
+            f"{folder} holds {ADAPTER_CONFIG}: an adapter names another model to load, which nobody looked over; "
+            "merge the two with peft's merge_and_unload, and save the result, or serve it with --adapter over its base"
         )
     for file in _files(folder):
         _stays_inside(file, folder)
     for file in _configurations(folder):
         _refuse_code(file)
-    for file in weights(folder):
-        _refuse_broken(file)
+
+
+def vet_adapter(folder: Path) -> dict[str, Any]:
+    """Looks over what is read of an adapter's folder: its configuration, which is returned, and its weights.
+
+    Raises Refusal. What else lies there, a base model or a training's pickles, is never read.
+    """
+    config, tensors = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    if not config.is_file():
+        raise Refusal(f"{folder} holds no {ADAPTER_CONFIG}; name a folder that peft's save_pretrained wrote")
+    if not tensors.is_file():
+        raise Refusal(
+            f"{folder} holds no {ADAPTER_WEIGHTS}, and other weights are not loaded, since a pickle can run code; "
+            "save it with peft's save_pretrained"
+        )
+    for file in (config, tensors):
+        _stays_inside(file, folder)
+    _refuse_code(config)
+    _refuse_broken(tensors)
+    content = _read(config)
+    if not isinstance(content, dict):
+        raise Refusal(f"{ADAPTER_CONFIG} is no JSON object; copy or fetch it again")
+    return content
 
 
 def weights(folder: Path) -> list[Path]:

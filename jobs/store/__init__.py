@@ -3,7 +3,8 @@
 `loading` puts a prompt file into it, `saving` is a worker's turn (with what it claims), `recovery` takes leases back
 and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading` and `effort`
 answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the workers' rows,
-`health` tells a broken device from a bad prompt.
+`health` tells a broken device from a bad prompt; `evaluations` keeps what quantization was measured to cost, `speeds`
+reads how fast a machine's workers have been.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 
@@ -15,6 +16,7 @@ from jobs.errors import SchemaMismatch
 from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.effort import EffortReading
+from jobs.store.evaluations import Evaluations
 from jobs.store.health import Health
 from jobs.store.holders import Holders
 from jobs.store.loading import Loading
@@ -22,6 +24,7 @@ from jobs.store.reading import Reading
 from jobs.store.recovery import Recovery
 from jobs.store.retrying import Retrying
 from jobs.store.saving import Saving
+from jobs.store.speeds import Speeds
 from jobs.store.workers import Workers
 from jobs.tables import REVISION
 
@@ -37,9 +40,11 @@ class Store:
         self.saving = Saving(self.database, self.closing)
         self.recovery = Recovery(self.database, self.closing)
         self.effort = EffortReading(self.database)
+        self.evaluations = Evaluations(self.database)
         self.health = Health(self.database)
         self.holders = Holders(self.database)
         self.reading = Reading(self.database)
+        self.speeds = Speeds(self.database)
         self.workers = Workers(self.database)
 
     def revision(self) -> str | None:

@@ -60,7 +60,7 @@ class Blaming:
     def _crashed(self, connection: Connection, batch_id: int) -> _Crashed | None:
         """The batch with its suspects; None when nothing of it was in flight."""
         batch = connection.execute(
-            select(batches.c.id, batches.c.job_id, batches.c.crashes, batches.c.worker_id).where(
+            select(batches.c.id, batches.c.job_id, batches.c.crashes, batches.c.worker_id, batches.c.adapter).where(
                 batches.c.id == batch_id
             )
         ).one()
@@ -91,6 +91,7 @@ class Blaming:
             batch.job_id,
             suspects,
             batch_size=SUSPECT_GROUPS[batch.crashes],
+            adapter=batch.adapter,
             crashes=batch.crashes + 1,
             crashed_by=batch.worker_id,
         )

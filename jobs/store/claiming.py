@@ -1,28 +1,34 @@
 """Claiming: which batch a worker gets next, and the one UPDATE that gives it to a single worker.
 
-The oldest job's lowest batch comes first. Beyond its first batch a worker gets only what no idle worker could start.
+The oldest job's lowest batch comes first, of those that need no adapter but what the worker holds. Beyond its first
+batch a worker gets only what no idle worker could start.
 Suspects of a crash run apart: a worker that holds nothing gets such a batch before any other, and nothing beside it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, func, insert, literal_column, select, update
+from sqlalchemy import Connection, Row, and_, func, insert, select, update
 
+from jobs.adapters import from_json, to_json
+from jobs.errors import StoreBusy
 from jobs.schema import JobOptions, Request, SamplingParams
-from jobs.states import BATCH_BEFORE, CLAIMABLE_JOB_STATES, JOB_BEFORE, BatchState, JobState
+from jobs.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
 from jobs.store.database import Database
 from jobs.store.lease import Claimed, Lease, Seat
+from jobs.store.pending import NO_ADAPTER, Need, count_pending, heads, needs_met, waiting
 from jobs.store.workers import idle_workers
 from jobs.tables import batches, jobs, outputs, requests, runs
 
 #: How far pending batches are counted when they are compared with idle workers.
 _COUNT_LIMIT = 500
-#: Written as the partial index has it.
-_SUSPECT = batches.c.crashes > literal_column("0")
+#: So many jobs are tried where others hold the locks of all that is pending.
+_MOST_JOBS = 100
 
 
 class Claiming:
@@ -36,30 +42,41 @@ class Claiming:
     ) -> tuple[Claimed, ...]:
         """Claims until `wanted_requests` are there; beyond the first batch only what no idle worker could start."""
         claimed: list[Claimed] = []
-        spare: int | None = None
+        spare: Counter[str] | None = None
+        met: Sequence[Need] = needs_met(connection, seat.spec.canonical, seat.adapters) if wanted_requests > 0 else ()
         while wanted_requests > 0:
             if holds or claimed:
                 if spare is None:
-                    spare = self._spare(connection, seat)
-                if spare <= 0:
-                    break
-                spare -= 1
-            batch = self._claim_one(connection, seat, in_flight_room, alone=not holds and not claimed)
+                    spare = self._spare(connection, seat, met)
+                met = [each for each in met if spare[each.adapter] > 0]
+            batch = self._claim_one(connection, seat, met, in_flight_room, alone=not holds and not claimed)
             if batch is None:
                 break
             claimed.append(batch)
             if batch.lease.apart:
                 break
+            if spare is not None:
+                spare[batch.adapter or NO_ADAPTER] -= 1
             wanted_requests -= len(batch.requests)
             in_flight_room -= batch.in_flight
         return tuple(claimed)
 
-    def _spare(self, connection: Connection, seat: Seat) -> int:
-        """By how many the pending batches outnumber the live workers that hold none (up to a page)."""
-        idle = self.idle(connection, seat)
-        return len(pending_batches(connection, seat.spec.canonical, only_job=seat.only_job, most=_COUNT_LIMIT)) - idle
+    def _spare(self, connection: Connection, seat: Seat, met: Sequence[Need]) -> Counter[str]:
+        """What is left, by the adapter needed, of a page of pending batches once every idle worker has taken one.
 
-    def idle(self, connection: Connection, seat: Seat) -> int:
+        Who holds the fewest adapters takes first, and what few can take before what all can.
+        """
+        spare = count_pending(connection, seat.spec.canonical, met, only_job=seat.only_job, most=_COUNT_LIMIT)
+        for names, count in sorted(self.idle(connection, seat).items(), key=lambda each: len(each[0])):
+            free = count
+            for name in (*sorted(names), NO_ADAPTER):
+                taken = min(free, spare[name])
+                spare[name] -= taken
+                free -= taken
+        return spare
+
+    def idle(self, connection: Connection, seat: Seat) -> dict[frozenset[str], int]:
+        """How many idle workers there are beside the one that asks, by the adapters they hold."""
         return idle_workers(
             connection,
             spec=seat.spec.canonical,
@@ -68,16 +85,40 @@ class Claiming:
             now=self._database.now,
         )
 
-    def _claim_one(self, connection: Connection, seat: Seat, in_flight_room: int, *, alone: bool) -> Claimed | None:
+    def for_idle(self, connection: Connection, seat: Seat, untouched: Sequence[Lease]) -> list[Lease]:
+        """Which of these leases idle workers could start, who find nothing pending; the last claimed go first."""
+        idle = self.idle(connection, seat)
+        if not idle:
+            return []
+        takeable = [Need(name) for name in {NO_ADAPTER}.union(*idle)]
+        found = heads(connection, seat.spec.canonical, takeable, only_job=seat.only_job, most=1)
+        unclaimed = {each.adapter for each in found}
+        needed = self._needed(connection, untouched)
+        given: list[Lease] = []
+        for names, count in sorted(idle.items(), key=lambda each: len(each[0])):
+            takes = {NO_ADAPTER, *names}
+            if not takes & unclaimed:
+                free = [each for each in untouched if needed[each.batch_id] in takes and each not in given]
+                given += free[len(free) - min(count, len(free)) :]
+        return given
+
+    def _needed(self, connection: Connection, leases: Sequence[Lease]) -> dict[int, str]:
+        """The adapter that each of these batches needs."""
+        ids = [each.batch_id for each in leases]
+        rows = connection.execute(select(batches.c.id, batches.c.adapter).where(batches.c.id.in_(ids))).all()
+        return {row.id: row.adapter for row in rows}
+
+    def _claim_one(
+        self, connection: Connection, seat: Seat, met: Sequence[Need], in_flight_room: int, *, alone: bool
+    ) -> Claimed | None:
         """Claims the best pending batch; None if there is none, or if it runs apart and the worker is not alone.
 
         A worker that is alone (after a crash its new process is) takes suspects first, while the others go on. Who
         meets them behind the rest of their job claims nothing that comes after them: a worker that always found more
         would never be alone, and they would wait for ever.
         """
-        pending = _pending(seat.spec.canonical, seat.only_job)
-        found = self._best(connection, pending.where(_SUSPECT)) if alone else None
-        found = found or self._best(connection, pending)
+        found = self._best(connection, seat, met, suspects=True) if alone else None
+        found = found or self._best(connection, seat, met)
         if found is None or (found.crashes and not alone):
             return None
         batch_id = found.id
@@ -98,11 +139,22 @@ class Claiming:
         in_flight = [each.index for each in prompts[:first]]
         run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
         lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0)
-        return Claimed(lease, prompts, first)
+        return Claimed(lease, prompts, first, found.adapter or None)
 
-    def _best(self, connection: Connection, pending: Select[Any]) -> Row[Any] | None:
-        best = pending.limit(1).with_for_update(skip_locked=True, of=batches, key_share=True)
-        return connection.execute(best).first()
+    def _best(self, connection: Connection, seat: Seat, met: Sequence[Need], *, suspects: bool = False) -> Any:
+        """The first pending batch that the worker may take, locked; what others have locked is passed over."""
+        found = heads(connection, seat.spec.canonical, met, only_job=seat.only_job, suspects=suspects, most=_MOST_JOBS)
+        for head in found:
+            first = (
+                select(batches.c.id, batches.c.crashes, batches.c.adapter)
+                .where(batches.c.job_id == head.job_id, *waiting(head.adapter, suspects=suspects))
+                .order_by(batches.c.id)
+                .limit(1)
+            )
+            best: Any = connection.execute(first.with_for_update(skip_locked=True, key_share=True)).first()
+            if best is not None:
+                return best
+        return None
 
     def _unanswered(self, connection: Connection, seat: Seat, batch_id: int, job_id: str) -> tuple[Request, ...]:
         options = self._options(connection, seat, job_id)
@@ -123,13 +175,13 @@ class Claiming:
             return replace(asked, sampling=SamplingParams.from_json(json.loads(row.sampling)))
         return replace(asked, sampling=asked.sampling.over(seat.defaults).over(SamplingParams.fallback()))
 
-    def begin_job(self, connection: Connection, seat: Seat, job_id: str) -> None:
-        """A batch of this job was claimed: it runs, and what holds for its requests is written down.
+    def begin_job(self, connection: Connection, seat: Seat, job_id: str, *, adapters: Collection[str]) -> None:
+        """Batches of this job that need these adapters were claimed: it runs, and what holds for it is written down.
 
         A step of its own after all claims, since the jobs' rows are locked after the batches', by id.
         """
         row = connection.execute(
-            select(jobs.c.state, jobs.c.sampling, jobs.c.versions)
+            select(jobs.c.state, jobs.c.sampling, jobs.c.versions, jobs.c.adapters)
             .where(jobs.c.id == job_id)
             .with_for_update(key_share=True)
         ).one()
@@ -138,11 +190,28 @@ class Claiming:
             held = self._options(connection, seat, job_id).sampling
             changes["sampling"] = json.dumps(held.to_json())
             changes["versions"] = json.dumps(json.loads(row.versions) | dict(seat.versions))
+        if adapters:
+            changes |= self._settled(row.adapters, seat, job_id, adapters)
         if JobState(row.state) in JOB_BEFORE[JobState.RUNNING]:
             changes["state"] = JobState.RUNNING.value
             changes["started_at"] = func.coalesce(jobs.c.started_at, self._database.now)
         if changes:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(changes))
+
+    def _settled(self, before: str | None, seat: Seat, job_id: str, adapters: Collection[str]) -> dict[str, str]:
+        """What these adapters mean to the job from now on, so that its outputs never mix two meanings of a name.
+
+        Raises StoreBusy where another worker has settled one otherwise since this one looked.
+        """
+        settled = {each.name: each for each in from_json(before)}
+        for each in seat.adapters:
+            if each.name in adapters and settled.setdefault(each.name, each) != each:
+                raise StoreBusy(
+                    f"another worker began job {job_id} at the same moment with {settled[each.name]}, and this one"
+                    f" holds {each}; it claims again without that job"
+                )
+        after = to_json(settled.values())
+        return {} if after == before else {"adapters": after}
 
     def _begin_run(
         self,
@@ -167,19 +236,3 @@ class Claiming:
             error_codes="{}",
         )
         return int(connection.execute(run.returning(runs.c.id)).scalar_one())
-
-
-def pending_batches(connection: Connection, spec: str, *, most: int, only_job: str | None = None) -> list[int]:
-    """Ids of pending batches of this canonical spec, the oldest job's first."""
-    return list(connection.scalars(_pending(spec, only_job).limit(most)).all())
-
-
-def _pending(spec: str, only_job: str | None) -> Select[Any]:
-    chosen = (
-        select(batches.c.id, batches.c.crashes)
-        .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
-        .where(jobs.c.spec == spec, jobs.c.state.in_(CLAIMABLE_JOB_STATES))
-        .where(batches.c.state == BatchState.PENDING.value)
-        .order_by(jobs.c.queued_at, jobs.c.id, batches.c.id)
-    )
-    return chosen if only_job is None else chosen.where(jobs.c.id == only_job)

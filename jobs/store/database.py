@@ -5,12 +5,13 @@ What is written knows of no tables: `read()` and `write()` give a connection ins
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func
+from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func, select
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.engine import make_url
@@ -71,6 +72,12 @@ class Database:
             connection = plain.execution_options(writes=True)
             with connection.begin():
                 yield connection
+
+    def alone(self, connection: Connection, what: str) -> None:
+        """Until the transaction ends no other one gets past the same line with the same word; it waits."""
+        if not self.is_sqlite:  # where writers are alone anyway
+            key = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], signed=True)
+            connection.execute(select(func.pg_advisory_xact_lock(key)))
 
     def insert(self, table: Table) -> Any:
         """An INSERT of this dialect, which can say `on_conflict_do_nothing`."""

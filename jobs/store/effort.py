@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select
 
-from jobs.schema import Memory
+from jobs.memory import DeviceMemory, Memory, largest_of_texts
 from jobs.store.database import Database
 from jobs.tables import jobs, runs
 
@@ -19,7 +19,8 @@ RECENT_SECONDS = 60.0
 class Effort:
     """What a job's runs took. `running_seconds`: with at least one run open; rates come from these.
 
-    `recent_requests_per_second`: of the last minute, each run's requests spread evenly over its time.
+    `recent_requests_per_second`: of the last minute, each run's requests spread evenly over its time. `memory`: its
+    bytes are those of the run that held most, and its devices those of all runs.
     """
 
     runs: int = 0
@@ -45,7 +46,7 @@ class EffortReading:
             if not busy.runs:
                 waiting = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id))
                 return Effort(queued_seconds=max(0.0, now - (waiting or now)))
-            memory, load_seconds, commits = self._memory(connection, job_id)
+            memory, load_seconds, commits = self._memory(connection, job_id, self._devices(connection, job_id))
             queued_at = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id)) or 0.0
         return Effort(
             runs=busy.runs,
@@ -86,16 +87,31 @@ class EffortReading:
             )
         ).one()
 
-    def _memory(self, connection: Connection, job_id: str) -> tuple[Memory, float, tuple[str, ...]]:
-        largest = [
+    def _devices(self, connection: Connection, job_id: str) -> tuple[DeviceMemory, ...]:
+        """The devices of a job's runs, each with the largest numbers of all of them."""
+        texts = connection.scalars(
+            select(runs.c.devices).where(runs.c.job_id == job_id, runs.c.devices.is_not(None)).distinct()
+        ).all()
+        found = largest_of_texts(texts)
+        return tuple(sorted(found, key=lambda each: (each.device, each.key)))
+
+    def _memory(
+        self, connection: Connection, job_id: str, devices: tuple[DeviceMemory, ...]
+    ) -> tuple[Memory, float, tuple[str, ...]]:
+        most = [
             func.max(runs.c[name]).label(name)
             for name in ("weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_total_bytes")
         ]
         row = connection.execute(
-            select(*largest, func.max(runs.c.model_load_seconds).label("load")).where(runs.c.job_id == job_id)
+            select(
+                *most,
+                func.max(runs.c.model_load_seconds).label("load"),
+                func.sum(runs.c.energy_joules).label("joules"),
+            ).where(runs.c.job_id == job_id)
         ).one()
         commits = connection.scalars(
             select(runs.c.model_commit).where(runs.c.job_id == job_id, runs.c.model_commit.is_not(None)).distinct()
         ).all()
-        memory = Memory(row.weights_bytes, row.peak_allocated_bytes, row.peak_reserved_bytes, row.device_total_bytes)
+        bytes_of = (row.weights_bytes, row.peak_allocated_bytes, row.peak_reserved_bytes, row.device_total_bytes)
+        memory = Memory(*bytes_of, devices=devices, energy_joules=row.joules)
         return memory, row.load, tuple(sorted(commits))

@@ -11,10 +11,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, or_, select
 
+from jobs.adapters import Adapter, from_json
 from jobs.errors import NotFound
 from jobs.spec import ModelSpec
 from jobs.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
 from jobs.store.database import Database
+from jobs.store.lacks import Lack, lacks
 from jobs.store.workers import GIVEN_UP, alive
 from jobs.tables import batches, jobs, outputs, requests, runs, workers
 
@@ -37,6 +39,7 @@ class Seen:
     error: str | None
     spec: ModelSpec
     only_job: str | None
+    adapters: tuple[Adapter, ...]
     generation: int
     started_at: float
     seen_seconds: float
@@ -57,9 +60,13 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job's pending batches; those of `suspects` run apart. `waits_since`: when the next one could be claimed."""
+    """A job's pending batches; those of `suspects` run apart. `waits_since`: when the next one could be claimed.
+
+    `needs`: the adapters that they need, empty for those that need none.
+    """
 
     batches: int
+    needs: frozenset[str]
     suspects: int
     suspect_requests: int
     waits_since: float | None
@@ -125,6 +132,11 @@ class Holders:
                 or 0,
                 last_answer_at=_last_answer(connection, job_id),
             )
+
+    def lacks(self, job_id: str) -> tuple[Lack, ...]:
+        """The adapters that pending batches of a job need and no live worker holds that may take it."""
+        with self._database.read() as connection:
+            return lacks(connection, job_id, now=self._database.now)
 
     def given_up(self, spec: ModelSpec, *, job_id: str) -> tuple[Seen, ...]:
         """Workers of a spec that are sick or failed and were not started again since, the last seen first."""
@@ -228,7 +240,8 @@ def _pending(connection: Connection, job: Row[Any]) -> Pending:
     ).one()
     tried_at = connection.scalar(select(func.max(runs.c.finished_at)).where(runs.c.batch_id == row.next))
     waits_since = None if row.next is None else max(tried_at or 0.0, job.queued_at)
-    return Pending(row.batches, int(row.suspects), int(row.suspect_requests), waits_since)
+    needs = frozenset(connection.scalars(select(batches.c.adapter).where(mine).distinct()).all())
+    return Pending(row.batches, needs, int(row.suspects), int(row.suspect_requests), waits_since)
 
 
 def _older(connection: Connection, job: Row[Any]) -> tuple[tuple[str, int], ...]:
@@ -275,6 +288,7 @@ def _seen(row: Row[Any]) -> Seen:
         error=row.error,
         spec=ModelSpec.from_canonical(row.spec),
         only_job=row.only_job,
+        adapters=from_json(row.adapters),
         generation=row.generation,
         started_at=row.started_at,
         seen_seconds=row.seen_seconds,

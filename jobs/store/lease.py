@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement, Connection, update
 
-from jobs.schema import Memory, Output, Request, SamplingParams
+from jobs.adapters import Adapter
+from jobs.memory import Memory
+from jobs.schema import Output, Request, SamplingParams
 from jobs.spec import ModelSpec
 from jobs.states import RunOutcome
 from jobs.tables import runs
@@ -34,6 +36,7 @@ class Seat:
     defaults: SamplingParams = field(default_factory=SamplingParams.fallback)
     versions: Mapping[str, str] = field(default_factory=dict)
     only_job: str | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +57,21 @@ class Lease:
 class Claimed:
     """A batch just claimed: its requests that have no output yet, in file order, as the job wants them run.
 
-    The first `in_flight` of them are recorded as in flight.
+    The first `in_flight` of them are recorded as in flight. `adapter`: the name that all of them name, if they do.
     """
 
     lease: Lease
     requests: tuple[Request, ...]
     in_flight: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a worker says of one batch it holds.
 
-    `in_flight`: the indexes that are in the engine, or enter it after this turn. `release`: hand it back.
+    `in_flight`: the indexes that are in the engine, or enter it after this turn. `release`: hand it back. `memory`:
+    since the batch was claimed.
     """
 
     lease: Lease

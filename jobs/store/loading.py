@@ -7,6 +7,7 @@ left behind is deleted by others, in pages, once that lease has expired.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from sqlalchemy.exc import IntegrityError
 from jobs.errors import KeyTaken, LoadingLost
 from jobs.schema import JobOptions, Provenance, Request, new_job_id
 from jobs.spec import ModelSpec
-from jobs.states import JOB_BEFORE, JobState
+from jobs.states import JOB_BEFORE, BatchState, JobState
 from jobs.store.database import Database
 from jobs.store.moving import new_batches
+from jobs.store.pending import NO_ADAPTER
 from jobs.tables import batches, jobs, requests
 
 #: A loading transaction holds at most this many requests, or this many bytes of them: a tenth of a second or two.
@@ -77,19 +79,16 @@ class Loading:
     def add(self, job_id: str, *, prompts: Sequence[Request], batch_size: int, lease_seconds: float) -> list[Duplicate]:
         """Adds requests whose indexes go on where the last call ended; renews the lease.
 
+        They are gathered into batches of `batch_size` that name one adapter, or none.
         Requests with a custom_id that the job already has are left out and returned.
         Raises LoadingLost when the lease was lost.
         """
-        rows = [
-            {"job_id": job_id, "index": each.index, "custom_id": each.custom_id, "body": each.to_body()}
-            for each in prompts
-        ]
         try:
-            self._add(job_id, rows, batch_size, lease_seconds)
+            self._add(job_id, prompts, batch_size, lease_seconds)
         except IntegrityError:
             duplicates = self._duplicates(job_id, prompts)
             bad = {each.index for each in duplicates}
-            self._add(job_id, [row for row in rows if row["index"] not in bad], batch_size, lease_seconds)
+            self._add(job_id, [each for each in prompts if each.index not in bad], batch_size, lease_seconds)
             return duplicates
         return []
 
@@ -185,21 +184,31 @@ class Loading:
                 f"job {job_id} was not loaded: its lease expired while the file was read; submit it again"
             )
 
-    def _add(self, job_id: str, rows: list[dict[str, object]], batch_size: int, lease_seconds: float) -> None:
+    def _add(self, job_id: str, prompts: Sequence[Request], batch_size: int, lease_seconds: float) -> None:
+        named = [each.adapter or NO_ADAPTER for each in prompts]
+        rows: list[dict[str, object]] = [
+            {"job_id": job_id, "index": each.index, "custom_id": each.custom_id, "body": each.to_body()}
+            for each in prompts
+        ]
         with self._database.write() as connection:
             self._hold(connection, job_id, lease_seconds)
             if not rows:
                 return
-            by_batch = self._place(connection, job_id, len(rows), batch_size)
-            for row, batch_id in zip(rows, by_batch, strict=True):
-                row["batch_id"] = batch_id
+            # One open batch for each adapter and one for none: what stands together in the file may be apart here.
+            places = {
+                adapter: iter(self._place(connection, job_id, adapter, count, batch_size))
+                for adapter, count in sorted(Counter(named).items())
+            }
+            for row, adapter in zip(rows, named, strict=True):
+                row["batch_id"] = next(places[adapter])
             connection.execute(insert(requests), rows)
 
-    def _place(self, connection: Connection, job_id: str, count: int, batch_size: int) -> list[int]:
-        """Fills the job's last batch up and makes new ones: the batch id of each of `count` requests."""
+    def _place(self, connection: Connection, job_id: str, adapter: str, count: int, batch_size: int) -> list[int]:
+        """Fills the job's last batch of an adapter up and makes new ones: the batch id of each of `count` requests."""
         last = connection.execute(
             select(batches.c.id, batches.c.total)
-            .where(batches.c.job_id == job_id)
+            .where(batches.c.job_id == job_id, batches.c.state == BatchState.PENDING.value)
+            .where(batches.c.adapter == adapter)
             .order_by(batches.c.id.desc())
             .limit(1)
         ).first()
@@ -209,7 +218,7 @@ class Loading:
             connection.execute(update(batches).where(batches.c.id == last.id).values(total=batches.c.total + room))
             placed += [last.id] * room
         sizes = [min(batch_size, count - begin) for begin in range(len(placed), count, batch_size)]
-        for batch_id, size in zip(new_batches(connection, job_id, sizes), sizes, strict=True):
+        for batch_id, size in zip(new_batches(connection, job_id, sizes, adapter=adapter), sizes, strict=True):
             placed += [batch_id] * size
         return placed
 

@@ -11,9 +11,15 @@ from jobs.tables import batches, requests
 
 
 def new_batches(
-    connection: Connection, job_id: str, sizes: Sequence[int], *, crashes: int = 0, crashed_by: int | None = None
+    connection: Connection,
+    job_id: str,
+    sizes: Sequence[int],
+    *,
+    adapter: str,
+    crashes: int = 0,
+    crashed_by: int | None = None,
 ) -> list[int]:
-    """Inserts pending batches of these sizes: their ids, in order."""
+    """Inserts pending batches of these sizes, of requests that name this adapter (or none): their ids, in order."""
     if not sizes:
         return []
     rows = [
@@ -21,6 +27,7 @@ def new_batches(
             "job_id": job_id,
             "state": BatchState.PENDING.value,
             "total": size,
+            "adapter": adapter,
             "crashes": crashes,
             "crashed_by": crashed_by,
         }
@@ -36,13 +43,17 @@ def move(
     indexes: Sequence[int],
     *,
     batch_size: int,
+    adapter: str,
     crashes: int = 0,
     crashed_by: int | None = None,
 ) -> None:
-    """Puts these requests into new pending batches of at most `batch_size`; the old ones' counts are the caller's."""
+    """Puts these requests into new pending batches of at most `batch_size`; the old ones' counts are the caller's.
+
+    All of them name this adapter (or none).
+    """
     slices = [indexes[begin : begin + batch_size] for begin in range(0, len(indexes), batch_size)]
     sizes = [len(each) for each in slices]
-    new = new_batches(connection, job_id, sizes, crashes=crashes, crashed_by=crashed_by)
+    new = new_batches(connection, job_id, sizes, adapter=adapter, crashes=crashes, crashed_by=crashed_by)
     for batch_id, each in zip(new, slices, strict=True):
         connection.execute(
             update(requests).where(requests.c.job_id == job_id, requests.c.index.in_(each)).values(batch_id=batch_id)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, select
 
+from jobs.adapters import Adapter, from_json
 from jobs.errors import NotFound
 from jobs.spec import ModelSpec
 from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
@@ -37,7 +38,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as the store has it; times in seconds since 1970, UTC."""
+    """One job as the store has it; times in seconds since 1970, UTC. `adapters`: what the names it used mean to it."""
 
     id: str
     name: str | None
@@ -46,6 +47,7 @@ class Job:
     batch_size: int
     options: Mapping[str, Any]
     sampling: Mapping[str, Any] | None
+    adapters: tuple[Adapter, ...]
     file_name: str
     file_sha256: str
     command: str
@@ -194,6 +196,7 @@ def _job(row: Row[Any], counts: Counts) -> Job:
         batch_size=row.batch_size,
         options=json.loads(row.options),
         sampling=None if row.sampling is None else json.loads(row.sampling),
+        adapters=from_json(row.adapters),
         file_name=row.file_name,
         file_sha256=row.file_sha256,
         command=row.command,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, select, update
 
+from jobs.adapters import Adapter, from_json
 from jobs.failpoints import failpoint
 from jobs.spec import ModelSpec
 from jobs.states import (
@@ -18,10 +19,11 @@ from jobs.states import (
     RunOutcome,
 )
 from jobs.store.blame import Blaming
-from jobs.store.claiming import pending_batches
 from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE, end_runs
+from jobs.store.pending import needs_met, pending_batches
+from jobs.store.workers import alive
 from jobs.tables import batches, jobs, runs, workers
 
 #: How many batches one transaction takes back.
@@ -96,18 +98,38 @@ class Recovery:
         return reaped
 
     def pending(self, *, most: int) -> dict[str, list[int]]:
-        """The pending batches of open jobs, by canonical spec: at most `most` ids for each."""
+        """The pending batches of open jobs, by canonical spec: at most `most` ids for each.
+
+        Of those that need an adapter only what a live worker could take: a wake-up for the rest would be for nothing.
+        """
         with self._database.read() as connection:
             specs = connection.scalars(
                 select(jobs.c.spec).where(jobs.c.state.in_(CLAIMABLE_JOB_STATES)).distinct()
             ).all()
-            found = {spec: pending_batches(connection, spec, most=most) for spec in specs}
+            found = {spec: self._pending(connection, spec, self._held(connection, spec), most) for spec in specs}
         return {spec: ids for spec, ids in found.items() if ids}
 
-    def pending_of(self, spec: ModelSpec, *, most: int) -> list[int]:
-        """The pending batches of one spec, oldest job first."""
+    def pending_of(self, spec: ModelSpec, *, most: int, adapters: Iterable[Adapter] | None = None) -> list[int]:
+        """The pending batches of one spec, oldest job first.
+
+        Of those that need an adapter what a worker that holds `adapters` could take, or where None any live worker.
+        """
         with self._database.read() as connection:
-            return pending_batches(connection, spec.canonical, most=most)
+            held = self._held(connection, spec.canonical) if adapters is None else set(adapters)
+            return self._pending(connection, spec.canonical, held, most)
+
+    def _pending(self, connection: Connection, spec: str, held: set[Adapter], most: int) -> list[int]:
+        needs = needs_met(connection, spec, held)
+        return pending_batches(connection, spec, needs, most=most)
+
+    def _held(self, connection: Connection, spec: str) -> set[Adapter]:
+        """The adapters of all live workers of a canonical spec."""
+        written = connection.scalars(
+            select(workers.c.adapters)
+            .where(workers.c.spec == spec, workers.c.adapters.is_not(None), alive(self._database.now))
+            .distinct()
+        ).all()
+        return {each for text in written for each in from_json(text)}
 
     def _take_page(self, which: ColumnElement[bool], outcome: RunOutcome) -> int:
         with self._database.write() as connection:

@@ -15,7 +15,7 @@ from jobs.store.database import Database
 from jobs.store.moving import move
 from jobs.tables import batches, jobs, outputs, requests
 
-#: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id.
+#: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id, adapter.
 _Moving = Row[Any]
 
 
@@ -75,7 +75,9 @@ class Retrying:
             self._take_off(connection, page)
             indexes = [row.place for row in page]
             connection.execute(delete(outputs).where(outputs.c.job_id == job_id, outputs.c.index.in_(indexes)))
-            move(connection, job_id, indexes, batch_size=batch_size)
+            for adapter in sorted({row.adapter for row in page}):
+                alike = [row.place for row in page if row.adapter == adapter]
+                move(connection, job_id, alike, batch_size=batch_size, adapter=adapter)
         return len(page)
 
     def _unsuccessful(self, connection: Connection, job_id: str) -> Sequence[_Moving]:
@@ -89,8 +91,10 @@ class Retrying:
                 outputs.c.prompt_tokens,
                 outputs.c.completion_tokens,
                 requests.c.batch_id,
+                batches.c.adapter,
             )
             .select_from(outputs.join(requests, same).join(jobs, jobs.c.id == outputs.c.job_id))
+            .join(batches, batches.c.id == requests.c.batch_id)
             .where(of_job, marked)
             .order_by(outputs.c.index)
             .limit(PAGE_REQUESTS)

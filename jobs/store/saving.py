@@ -7,15 +7,16 @@ so that a kill between any two lines leaves either all of it or nothing.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import Connection, select, update
 
 from jobs.failpoints import failpoint
+from jobs.memory import Memory, devices_text
 from jobs.schema import Output
 from jobs.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
-from jobs.store.claiming import Claiming, pending_batches
+from jobs.store.claiming import Claiming
 from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
@@ -143,6 +144,7 @@ class Saving:
             update(runs)
             .where(runs.c.id == lease.run_id)
             .values({name: runs.c[name] + count for name, count in counted.items()})
+            .values(_of_devices(memory))
             .values(
                 in_flight=json.dumps(list(held.in_flight)),
                 weights_bytes=larger(runs.c.weights_bytes, memory.weights_bytes),
@@ -196,9 +198,8 @@ class Saving:
         """Hands back what is to be handed back, and what idle workers could start where nothing is pending."""
         leases = [each.lease for each in rest if each.release]
         untouched = [each.lease for each in rest if each.untouched and not each.release]
-        if untouched and not pending_batches(connection, seat.spec.canonical, only_job=seat.only_job, most=1):
-            idle = self._claiming.idle(connection, seat)
-            leases += untouched[len(untouched) - min(idle, len(untouched)) :]
+        if untouched:
+            leases += self._claiming.for_idle(connection, seat, untouched)
         if leases:
             self._free(connection, [lease.batch_id for lease in leases])
             self._end_runs(connection, leases, RunOutcome.RELEASED)
@@ -218,11 +219,13 @@ class Saving:
         claimed: Iterable[Claimed],
     ) -> None:
         """Moves the jobs on, by id: those with a claimed batch run, those with nothing open are closed."""
-        begun = {each.lease.job_id for each in claimed}
+        begun: defaultdict[str, set[str]] = defaultdict(set)
+        for each in claimed:
+            begun[each.lease.job_id] |= {each.adapter} if each.adapter else set()
         touched = {each.lease.job_id for each in mine if each.lease.batch_id in ended}
-        for job_id in sorted(begun | touched):
+        for job_id in sorted(begun.keys() | touched):
             if job_id in begun:
-                self._claiming.begin_job(connection, seat, job_id)
+                self._claiming.begin_job(connection, seat, job_id, adapters=begun[job_id])
             if job_id in touched:
                 self._closing.close_if_done(connection, job_id)
 
@@ -230,6 +233,12 @@ class Saving:
         if leases:
             which = runs.c.id.in_([lease.run_id for lease in leases])
             end_runs(connection, which, outcome, now=self._database.now)
+
+
+def _of_devices(memory: Memory) -> dict[str, object]:
+    """What a run says of its devices, since it began; what a crash left has nothing to say of them."""
+    values = {"devices": devices_text(memory.devices), "energy_joules": memory.energy_joules}
+    return {name: each for name, each in values.items() if each is not None}
 
 
 def _output_row(output: Output, run_id: int) -> dict[str, object]:

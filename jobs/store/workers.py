@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, or_, select, update
 
+from jobs.adapters import Adapter, from_json, to_json
+from jobs.errors import UsageError
+from jobs.memory import DeviceMemory, devices_from_text, devices_text
 from jobs.spec import ModelSpec
 from jobs.states import BatchState, WorkerState
 from jobs.store.database import Database
@@ -36,7 +40,7 @@ class Loaded:
     """What a child says of itself once it holds its model.
 
     Its engine works on `engine_rows` requests at once, each of at most `context_tokens` (None: no limit) with its
-    answer; its cache holds `cache_tokens` of them together (None: it has no cache).
+    answer; its cache holds `cache_tokens` of them together (None: it has no cache). `devices`: what each held so far.
     """
 
     device_name: str
@@ -48,13 +52,15 @@ class Loaded:
     engine_rows: int
     context_tokens: int | None = None
     cache_tokens: int | None = None
+    devices: tuple[DeviceMemory, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
     """One worker as the store has it; `leases` is how many batches it holds, `seen_seconds` how long ago it was.
 
-    The engine and its limits are those of its newest child that held the model; None before.
+    The engine and its limits are those of its newest child that held the model; None before. `devices`: what each
+    held at most since that child began, and what all processes held there when it was last asked.
     """
 
     id: int
@@ -79,6 +85,8 @@ class WorkerRow:
     uptime_seconds: float
     leases: int
     generation: int
+    adapters: tuple[Adapter, ...]
+    devices: tuple[DeviceMemory, ...]
 
 
 class Workers:
@@ -97,10 +105,18 @@ class Workers:
         device: str,
         only_job: str | None,
         beat: float,
+        adapters: Sequence[Adapter] = (),
     ) -> int:
-        """A new worker in the state `starting`: its id. `beat` is its heartbeat in seconds."""
+        """A new worker in the state `starting`: its id. `beat` is its heartbeat in seconds.
+
+        Raises UsageError where a live worker of this spec holds another adapter by the name of one of `adapters`.
+        """
         now = self._database.now
         with self._database.write() as connection:
+            if adapters:
+                # Of two that register at once, each would see the other's row too late.
+                self._database.alone(connection, f"adapters of {spec.canonical}")
+                self._refuse_other_meanings(connection, spec, adapters)
             row = insert(workers).values(
                 host=host,
                 name=name,
@@ -112,12 +128,35 @@ class Workers:
                 quantization=spec.quantization.canonical,
                 only_job=only_job,
                 device=device,
+                adapters=to_json(adapters) if adapters else None,
                 versions="{}",
                 started_at=now,
                 heartbeat_at=now,
                 alive_until=now + MISSED_HEARTBEATS * beat,
             )
             return int(connection.execute(row.returning(workers.c.id)).scalar_one())
+
+    def _refuse_other_meanings(self, connection: Connection, spec: ModelSpec, adapters: Sequence[Adapter]) -> None:
+        wanted = {each.name: each for each in adapters}
+        rows = connection.execute(
+            select(
+                workers.c.name,
+                workers.c.host,
+                workers.c.adapters,
+                (self._database.now - workers.c.heartbeat_at).label("seen_seconds"),
+            )
+            .where(workers.c.spec == spec.canonical, workers.c.adapters.is_not(None), alive(self._database.now))
+            .order_by(workers.c.id)
+        ).all()
+        for row in rows:
+            for held in from_json(row.adapters):
+                mine = wanted.get(held.name, held)
+                if mine != held:
+                    raise UsageError(
+                        f"the adapter {held.name!r} is {held.where} at worker {row.name} on {row.host} (last seen"
+                        f" {row.seen_seconds:.0f} s ago), and {mine.where} was asked for here: stop that worker, or"
+                        " choose another name"
+                    )
 
     def heartbeat(self, worker_id: int, *, beat: float) -> Heartbeat:
         """Says that the worker lives."""
@@ -166,7 +205,17 @@ class Workers:
                     engine_rows=loaded.engine_rows,
                     context_tokens=loaded.context_tokens,
                     cache_tokens=loaded.cache_tokens,
+                    devices=devices_text(loaded.devices),
                 )
+            )
+
+    def measured(self, worker_id: int, generation: int, *, devices: Sequence[DeviceMemory]) -> None:
+        """What each device of this child holds now; of a child that is not the newest it is of no interest."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(workers)
+                .where(workers.c.id == worker_id, workers.c.generation == generation)
+                .values(devices=devices_text(devices))
             )
 
     def enter(self, worker_id: int, state: WorkerState, *, error: str | None = None) -> None:
@@ -239,8 +288,8 @@ def alive(now: ColumnElement[float]) -> ColumnElement[bool]:
 
 def idle_workers(
     connection: Connection, *, spec: str, job_id: str | None, other_than: int, now: ColumnElement[float]
-) -> int:
-    """How many other live workers of this spec are ready and hold no batch.
+) -> dict[frozenset[str], int]:
+    """How many other live workers of this spec are ready and hold no batch, by the names of the adapters they hold.
 
     `job_id`: the one job that the asking worker serves; workers bound to another job do not count.
     """
@@ -248,13 +297,16 @@ def idle_workers(
     bound: ColumnElement[bool] = workers.c.only_job.is_(None)
     if job_id is not None:
         bound = or_(bound, workers.c.only_job == job_id)
-    counted = connection.scalar(
-        select(func.count())
-        .select_from(workers)
+    counted: Sequence[Any] = connection.execute(
+        select(workers.c.adapters, func.count().label("workers"))
         .where(workers.c.spec == spec, workers.c.id != other_than, bound)
         .where(workers.c.state == WorkerState.READY.value, workers.c.alive_until > now, ~holds)
-    )
-    return counted or 0
+        .group_by(workers.c.adapters)
+    ).all()
+    idle: Counter[frozenset[str]] = Counter()
+    for row in counted:  # equal names may be spelled with different meanings
+        idle[frozenset(each.name for each in from_json(row.adapters))] += row.workers
+    return idle
 
 
 def _worker(row: Row[Any]) -> WorkerRow:
@@ -281,4 +333,6 @@ def _worker(row: Row[Any]) -> WorkerRow:
         uptime_seconds=row.uptime_seconds,
         leases=row.leases,
         generation=row.generation,
+        adapters=from_json(row.adapters),
+        devices=devices_from_text(row.devices),
     )

@@ -21,7 +21,23 @@ def upgrade() -> None:
     )
     op.add_column(
         "batches",
-        sa.Column("adapter", sa.Text(), nullable=True, comment="the one that all of its requests name, if they do"),
+        sa.Column(
+            "adapter",
+            sa.Text(),
+            server_default=sa.text("''"),
+            nullable=False,
+            comment="the one that all of its requests name; empty where they name none",
+        ),
+    )
+    op.create_index("ix_batches_job_adapter", "batches", ["job_id", "state", "adapter", "id"])
+    op.add_column(
+        "jobs",
+        sa.Column(
+            "adapters",
+            sa.Text(),
+            nullable=True,
+            comment="JSON: {name: {path, revision}}, each set by the first worker that used it",
+        ),
     )
     op.create_table(
         "evaluations",

@@ -1,6 +1,6 @@
 """Measures batchmill on this machine and prints tables. It asserts nothing.
 
-python -m tests.bench [submit|echo|results|line ...] [--lines N]
+python -m tests.bench [submit|echo|results|load|load-1b|line ...] [--lines N]
 python -m tests.bench engine --help
 """
 
@@ -17,16 +17,23 @@ from tests.bench.table import Row, show
 def mill(words: Sequence[str]) -> None:
     """`make bench`: queue, store and the whole line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
-    from tests.bench import line, mill
+    from tests.bench import line, load, mill
 
-    benches = {"submit": mill.submit, "echo": mill.echo, "results": mill.results_and_status, "line": line.line}
+    benches = {
+        "submit": mill.submit,
+        "echo": mill.echo,
+        "results": mill.results_and_status,
+        "load": load.load,
+        "line": line.line,
+    }
+    asked_for = {"load-1b": load.load_1b}  # takes minutes
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("bench", nargs="*", help=f"of {', '.join(benches)} (default: all)")
+    parser.add_argument("bench", nargs="*", help=f"of {', '.join(benches)} (default: all), {', '.join(asked_for)}")
     parser.add_argument("--lines", type=int, default=1_000_000, help="lines of the submitted file")
     arguments = parser.parse_args(words)
     rows: list[Row] = []
     for name in arguments.bench or benches:
-        rows += benches[name](arguments.lines)
+        rows += (benches | asked_for)[name](arguments.lines)
     show(rows)
 
 

@@ -30,11 +30,12 @@ class Shape:
     kv_heads: int
 
 
-#: 42 and 250 million parameters in the blocks. None is the bundled model.
+#: 42, 250 and 960 million parameters in the blocks. None is the bundled model.
 SHAPES: dict[str, Shape | None] = {
     "demo": None,
     "45m": Shape(hidden=640, intermediate=1792, layers=9, heads=10, kv_heads=5),
     "250m": Shape(hidden=1280, intermediate=3584, layers=14, heads=20, kv_heads=5),
+    "1b": Shape(hidden=2048, intermediate=5632, layers=21, heads=32, kv_heads=8),
 }
 
 

@@ -16,6 +16,14 @@ from worker.engine.capacity import Capacity
 Progress = Callable[[], bool]
 
 
+def not_held(adapter: str, held: Collection[str]) -> str:
+    """Why a request that names this adapter is not answered; no batch with it should have come here."""
+    return (
+        f"this worker does not hold the adapter {adapter!r} (it holds {', '.join(sorted(held)) or 'none'}): "
+        "retry the request, so that a worker that holds it answers"
+    )
+
+
 class Engine(Protocol):
     """Stepped by the runner, so that one loop owns the device.
 

@@ -60,7 +60,7 @@ class TokenLogprob:
 
 
 class Answer:
-    """All choices of one request."""
+    """All choices of one request; `adapter`: the number of the one that computes them, 0 for none."""
 
     def __init__(
         self,
@@ -70,9 +70,11 @@ class Answer:
         *,
         matchers: Sequence[Matcher] = (),
         share: bool = True,
+        adapter: int = 0,
     ) -> None:
         self.key = key
         self.prompt = prompt
+        self._adapter = adapter
         self._tokenization = tokenization
         self._added = monotonic()
         self._began: float | None = None
@@ -87,6 +89,7 @@ class Answer:
             list(prompt.tokens),
             len(prompt.tokens) + prompt.max_tokens,
             share,
+            self._adapter,
             prompt=prompt,
             answer=self,
             choice=choice,

@@ -52,6 +52,10 @@ class Cache:
     def device(self) -> torch.device:
         return self.keys.device
 
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def copy(self, copies: Iterable[Copy]) -> None:
         """Copies tokens of all layers, one copy after the other; none overlaps itself."""
         for source, target, tokens in copies:

@@ -25,13 +25,14 @@ class Chosen:
     """An engine and its limits, as they are shown to people; `engine.rows` is the third.
 
     `context_tokens`: prompt and answer together, None for no limit. `cache_tokens`: what its KV cache holds at once,
-    None for an engine that has none.
+    None for an engine that has none. `cache_bytes`: what keys and values take, or may take, then.
     """
 
     engine: Engine
     kind: str
     context_tokens: int | None = None
     cache_tokens: int | None = None
+    cache_bytes: int | None = None
 
 
 def choose(loaded: LoadedModel, *, options: EngineOptions, progress: Progress, fits: int | None) -> Chosen:
@@ -56,7 +57,9 @@ def choose(loaded: LoadedModel, *, options: EngineOptions, progress: Progress, f
         reason = str(error)
     else:
         log.info("the weights are laid out", **asdict(engine.prepared))
-        return Chosen(engine, EngineKind.CONTINUOUS.value, engine.context_tokens, engine.cache_tokens)
+        return Chosen(
+            engine, EngineKind.CONTINUOUS.value, engine.context_tokens, engine.cache_tokens, engine.cache_bytes
+        )
     log.warning("the continuous engine cannot serve this model, so generate does", because=reason)
     return _generate(loaded, options, progress, fits, reason=f"the continuous engine cannot serve it: {reason}")
 
@@ -79,6 +82,9 @@ def _generate(
     if options.cache_bytes is not None:
         log.warning("the generate engine allocates no cache at start: cache_bytes changes nothing")
     if options.memory_fraction is not None and loaded.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(options.memory_fraction, loaded.device)
+        for place in range(torch.cuda.device_count()):  # a worker sees its own devices alone
+            torch.cuda.set_per_process_memory_fraction(options.memory_fraction, place)
     engine = GenerateEngine(loaded, rows=options.max_rows or GENERATE_ROWS, progress=progress, fits=fits)
-    return Chosen(engine, EngineKind.GENERATE.value, loaded.context_tokens, engine.capacity.limit)
+    tokens = engine.capacity.limit
+    kind = EngineKind.GENERATE.value
+    return Chosen(engine, kind, loaded.context_tokens, tokens, tokens * loaded.cache_token_bytes)

@@ -24,13 +24,14 @@ from worker.engine.decoder import Decoder, Unsupported, cache_shape, refuse_outl
 from worker.engine.flash import PAGE_TOKENS, serves
 from worker.engine.flight import Flight, Launcher
 from worker.engine.grammar import Grammars
-from worker.engine.limits import copy_bytes, limits
+from worker.engine.limits import Room, copy_bytes, limits
+from worker.engine.lora import Lora
 from worker.engine.options import EngineOptions
 from worker.engine.sampler import Sampler
 from worker.engine.schedule import Schedule, Step
 from worker.engine.slots import SMALLEST_TOKENS, Slots
 from worker.engine.tokenization import Refused, Tokenization
-from worker.engine.weights import prepare
+from worker.engine.weights import Prepared, prepare
 from worker.loader import LoadedModel
 
 __all__ = ["ContinuousEngine", "Unsupported"]
@@ -60,8 +61,11 @@ class ContinuousEngine:
             refuse_outliers(loaded.model)
         shape = cache_shape(loaded)
         #: What was done to the model's weights, for the log.
-        self.prepared = prepare(loaded.model, dequantize=options.dequantize, free_bytes=copy_bytes(loaded, options))
-        most = limits(loaded, shape, options)
+        spare = copy_bytes(Room.of(loaded), options)
+        self.prepared = Prepared()
+        if not loaded.layout.offloaded:  # of weights that come and go nothing can be laid out anew
+            self.prepared = prepare(loaded.model, dequantize=options.dequantize, free_bytes=spare)
+        most = limits(Room.of(loaded), options, token_bytes=shape.token_bytes, context_tokens=loaded.context_tokens)
         flash = serves(shape, loaded.device)
         slots = Slots(
             most.cache_tokens, longest=most.context_tokens, smallest=PAGE_TOKENS if flash else SMALLEST_TOKENS
@@ -70,7 +74,11 @@ class ContinuousEngine:
         step_tokens = max(step_tokens or most.step_tokens, most.rows)
         self.capacity = Capacity(step_tokens, found=fits)
         self.defaults = loaded.defaults
-        self._decoder = Decoder(loaded, shape, slots, rows=most.rows, tokens=step_tokens, fixed=options.deterministic)
+        self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=options.deterministic)
+        self._decoder = Decoder(
+            loaded, shape, slots, lora=self._lora, rows=most.rows, tokens=step_tokens, fixed=options.deterministic
+        )
+        self.cache_bytes = self._decoder.cache_bytes
         self._schedule = Schedule[ChoiceRow](slots, seats=most.rows, close_holes=not flash, alone=options.deterministic)
         sampler = Sampler(seats=self.rows, vocabulary=loaded.vocabulary, device=loaded.device)
         self._launcher = Launcher(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
@@ -106,12 +114,15 @@ class ContinuousEngine:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         try:
             prompt = self._tokenization.prompt(request)
+            adapter = self._lora.number(prompt.adapter)
             wanted = prompt.sampling.response_format
             matchers = [self._grammars.matcher(wanted) for _ in range(prompt.sampling.n or 1)] if wanted else []
         except Refused as refused:
             self._done.append(Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens))
             return
-        answer = self._answers[key] = Answer(key, prompt, self._tokenization, matchers=matchers, share=self._share)
+        answer = self._answers[key] = Answer(
+            key, prompt, self._tokenization, matchers=matchers, share=self._share, adapter=adapter
+        )
         for row in answer.rows:
             self._schedule.add(row)
 

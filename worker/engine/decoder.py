@@ -20,6 +20,7 @@ from worker.engine.attention import Attention
 from worker.engine.cache import Cache, CacheShape
 from worker.engine.flash import PAGE_TOKENS, FlashAttention, serves
 from worker.engine.graphs import DecodeGraphs
+from worker.engine.lora import BASE, Lora, OtherTokens
 from worker.engine.schedule import Copy, Piece, Row
 from worker.engine.slots import Slots
 from worker.loader import LoadedModel
@@ -32,6 +33,11 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Rotary embeddings of these kinds turn all rows by the length of the longest.
 _BY_LONGEST = {"dynamic", "longrope"}
 _TRIAL_TOKENS = 12
+#: On a CPU larger steps in 16 bits have a multiple of so many tokens, since oneDNN compiles a product for each number
+#: of them, and keeps up to a thousand: the 150 MiB that these took beside 45 million parameters are not needed.
+_EVEN_TOKENS = 32
+#: So many tokens has each of two prompts that are tried beside one another.
+_COMPANY_TOKENS = 3
 #: How far the trial's logits may be from the model's own, as a part of their largest: in float32, and where a
 #: quantization or a shorter float rounds by the shape of a batch.
 _TRIAL_TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 0.1
@@ -45,28 +51,47 @@ class Unsupported(Exception):
 class Decoder:
     """One model with its cache of `slots.tokens` places. Raises Unsupported.
 
-    `rows` and `tokens`: the most of one step. `fixed`: rows that decode are always `rows` in a forward, so that its
-    shapes say nothing of the others.
+    `lora`: the adapters that its rows may name. `rows` and `tokens`: the most of one step. `fixed`: rows that decode
+    are always `rows` in a forward, so that its shapes say nothing of the others.
     """
 
     def __init__(
-        self, loaded: LoadedModel, shape: CacheShape, slots: Slots, *, rows: int, tokens: int, fixed: bool = False
+        self,
+        loaded: LoadedModel,
+        shape: CacheShape,
+        slots: Slots,
+        *,
+        lora: Lora,
+        rows: int,
+        tokens: int,
+        fixed: bool = False,
     ) -> None:
         flash = serves(shape, loaded.device)
         # Behind the slots are places for the tokens of no one.
         self._cache = Cache(shape, slots.tokens + PAGE_TOKENS, loaded.device, heads_first=not flash)
         self._model = loaded.model
+        self._lora = lora
         self._device = loaded.device
-        self._rows, self._fixed = rows, fixed
+        self.rows, self._fixed = rows, fixed
         self._unused = slots.tokens
+        self._evened = loaded.device.type == "cpu" and shape.dtype.itemsize < torch.float32.itemsize
         self._graphs: DecodeGraphs | None = None
         self._attention: Attention | FlashAttention = Attention(self._cache, fixed=fixed)
         if flash:
             self._attention = FlashAttention(self._cache, rows=rows, tokens=tokens, longest=slots.longest, fixed=fixed)
-            self._graphs = DecodeGraphs(self._decoded, rows=rows, device=loaded.device)
+            # A graph would replay the copies of weights that wait elsewhere from where they were when it was captured.
+            if not loaded.layout.offloaded:
+                self._graphs = DecodeGraphs(self._decoded, rows=rows, device=loaded.device)
         self._name = f"batchmill-{next(_NAMES)}"
         AttentionInterface.register(self._name, self._attention)
         _try(self, loaded, slots)
+        for number in lora.numbers.values():
+            _try_adapter(self, loaded, slots, lora, number)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values take."""
+        return self._cache.nbytes
 
     @property
     def attention_seconds(self) -> float:
@@ -85,8 +110,12 @@ class Decoder:
             return self._decode(pieces, tokens, positions)
         ends = accumulate(end - begin for _, begin, end in pieces)
         last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.sampled]
-        self._attention.plan(pieces)
-        return self._forward(self._row(tokens), self._row(positions), self._row(last)[0])
+        more = self._missing(len(tokens))
+        self._attention.plan(pieces, unused=[self._unused] * more)
+        adapted = any(piece.row.adapter for piece in pieces)
+        owners = [row.adapter for row, begin, end in pieces for _ in range(begin, end)] if adapted else []
+        with self._lora.applied(self._lora.turn(owners + [BASE] * more if adapted else [], last)):
+            return self._forward(self._row(tokens + [0] * more), self._row(positions + [0] * more), self._row(last)[0])
 
     def following(self, pieces: Sequence[Piece[Any]], newest: torch.Tensor) -> torch.Tensor:
         """The same for one token of each row, which the host does not know yet: `newest`, (rows,), on the device."""
@@ -95,16 +124,25 @@ class Decoder:
     def _decode(
         self, pieces: Sequence[Piece[Any]], tokens: torch.Tensor | list[int], positions: list[int]
     ) -> torch.Tensor:
-        """One token of each row, and perhaps of rows that are no one's."""
+        """One token of each row, and perhaps of rows that are no one's.
+
+        A graph holds what the model alone launches, so a step with adapters runs without.
+        """
         rows = len(pieces)
-        more = (self._rows if self._fixed else self._graphs.padded(rows) if self._graphs else rows) - rows
+        owners = [piece.row.adapter for piece in pieces]
+        graphs = None if any(owners) else self._graphs
+        more = self.rows - rows if self._fixed else graphs.padded(rows) - rows if graphs else self._missing(rows)
         row = torch.zeros(rows + more, dtype=torch.long, device=self._device)
         row[:rows] = tokens if isinstance(tokens, torch.Tensor) else torch.tensor(tokens)
         places = self._row(positions + [0] * more)
         self._attention.plan(pieces, unused=[self._unused] * more)
-        if self._graphs is not None:
-            return self._graphs.run(row[None], places)[:rows]
-        return self._decoded(row[None], places)[:rows]
+        with self._lora.applied(self._lora.turn(owners + [BASE] * more)):
+            compute = self._decoded if graphs is None else graphs.run
+            return compute(row[None], places)[:rows]
+
+    def _missing(self, tokens: int) -> int:
+        """How many tokens that are no one's a step gets, for its number to be one of few."""
+        return -tokens % _EVEN_TOKENS if self._evened and tokens >= _EVEN_TOKENS else 0
 
     def _decoded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self._forward(tokens, positions, 0)
@@ -122,16 +160,23 @@ class Decoder:
 
 def cache_shape(loaded: LoadedModel) -> CacheShape:
     """What the model keeps of a token, seen by a forward of two tokens. Raises Unsupported."""
-    model, config = loaded.model, loaded.model.config
+    if loaded.layout.spread:
+        raise Unsupported("its layers are spread over several devices")
+    return seen_shape(loaded.model, loaded.device, context_tokens=loaded.context_tokens)
+
+
+def seen_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: int | None) -> CacheShape:
+    """The same of a model that may have no weights, on the device `meta`. Raises Unsupported."""
+    config = model.config
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise Unsupported("it computes the logits of every token of a prompt")
     if config.is_encoder_decoder:
         raise Unsupported("it has an encoder")
-    _refuse_longest(config.get_text_config(), loaded.context_tokens)
+    _refuse_longest(config.get_text_config(), context_tokens)
     seen = _Seen()
     name = f"batchmill-{next(_NAMES)}"
     AttentionInterface.register(name, seen)
-    positions = torch.arange(2, device=loaded.device)[None]
+    positions = torch.arange(2, device=device)[None]
     try:
         with torch.inference_mode(), _attending(model, name):
             model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
@@ -216,12 +261,42 @@ def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
         row.tokens = tokens[:end]
         found.append(decoder.logits([Piece(row, begin, end)])[0].float())
     slots.give(row.held)
-    wanted = own[[6, 10, 11]]
+    distance = _distance(torch.stack(found), own[[6, 10, 11]])
+    if not distance <= _tolerance(loaded):
+        raise Unsupported(f"its answers change when a prompt is read in pieces (by {distance:.1%})")
+
+
+@torch.inference_mode()
+def _try_adapter(decoder: Decoder, loaded: LoadedModel, slots: Slots, lora: Lora, number: int) -> None:
+    """Computes a prompt with this adapter beside the same one without, and compares with each alone."""
+    tokens = [5 * place % loaded.vocabulary for place in range(_COMPANY_TOKENS)]
+    rows = [Row(list(tokens), len(tokens), share=False, adapter=each) for each in (number, BASE)[: decoder.rows]]
+    alone = []
+    for row in rows:
+        row.slot = slots.take(len(tokens))
+        with lora.applied(lora.whole(row.adapter)):
+            forward = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False)
+        alone.append(forward.logits[0, -1].float())
+    try:
+        found = decoder.logits([Piece(row, 0, len(tokens)) for row in rows if row.slot is not None]).float()
+    except OtherTokens as error:
+        raise Unsupported(f"an adapter changes a layer that {error}") from error
+    for row in rows:
+        if row.slot is not None:
+            slots.give(row.slot)
+    distance = max(_distance(one, other) for one, other in zip(found, alone, strict=False))
+    if not distance <= _tolerance(loaded):
+        raise Unsupported(f"answers with an adapter change beside others without (by {distance:.1%})")
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """How far logits are from others, as a part of the largest of those."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _tolerance(loaded: LoadedModel) -> float:
     exact = loaded.spec.quantization.kind is Kind.NONE and loaded.model.dtype is torch.float32
-    tolerance = _TRIAL_TOLERANCE if exact else _ROUGH_TOLERANCE
-    distance = (torch.stack(found) - wanted).abs().max() / wanted.abs().max()
-    if not distance <= tolerance:
-        raise Unsupported(f"its answers change when a prompt is read in pieces (by {float(distance):.1%})")
+    return _TRIAL_TOLERANCE if exact else _ROUGH_TOLERANCE
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import time
 from collections.abc import Collection, Mapping
 from itertools import islice
 
-from jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
-from worker.engine import Progress
+from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
+from worker.engine import Progress, not_held
 from worker.engine.capacity import Capacity
 
 #: How many requests a step answers where nothing else is asked.
@@ -23,7 +23,8 @@ class EchoEngine:
     """Answers with the prompt, or with the last message of the user, cut after max_tokens words.
 
     Words are what whitespace separates. The text is cut before its first stop string too; temperature, seed and the
-    other sampling parameters change nothing. A step takes `seconds_per_step` and answers at most `rows` requests.
+    other sampling parameters change nothing, and neither does an adapter, if it is one of `adapters`. A step takes
+    `seconds_per_step` and answers at most `rows` requests.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class EchoEngine:
         progress: Progress = lambda: False,
         seconds_per_step: float = 0.0,
         fits: int | None = None,
+        adapters: Collection[str] = (),
     ) -> None:
         self.rows = rows
+        self._adapters = frozenset(adapters)
         self.capacity = Capacity(rows, found=fits)
         self.defaults = SamplingParams()
         self._progress = progress
@@ -72,7 +75,12 @@ class EchoEngine:
         return outputs
 
     def _answer(self, batch: Mapping[RequestKey, Request]) -> list[Output]:
-        return [_echo(key, request) for key, request in batch.items()]
+        return [self._reply(key, request) for key, request in batch.items()]
+
+    def _reply(self, key: RequestKey, request: Request) -> Output:
+        if request.adapter is not None and request.adapter not in self._adapters:
+            return Output.failed(key, ErrorCode.UNSUPPORTED_OPTION, not_held(request.adapter, self._adapters))
+        return _echo(key, request)
 
     def _interrupted(self) -> bool:
         """Lets the time of a step pass; True as soon as progress asks to return."""

@@ -19,6 +19,7 @@ from jobs.schema import ErrorCode, Output, Request, RequestKey
 from worker.devices import is_out_of_memory
 from worker.engine import Progress
 from worker.engine.capacity import Capacity
+from worker.engine.lora import Lora
 from worker.engine.planning import Size, plan
 from worker.engine.row_sampler import RowSampler
 from worker.engine.stopping import RowStopping
@@ -39,7 +40,7 @@ class GenerateEngine:
     A step runs one micro-batch to its end; progress is called before it and after each of its token steps. When the
     device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at `fits`
     where an earlier process found that); a request that fails alone is answered by the error `out_of_memory`. An
-    output's completion_tokens count the end token, as OpenAI and vLLM do.
+    output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one adapter, or none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class GenerateEngine:
         #: Cache places of a micro-batch.
         self.capacity = Capacity(available // (MEMORY_PARTS * loaded.cache_token_bytes), found=fits)
         self._loaded = loaded
+        self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device)
         self._progress = progress
         self._tokenization = Tokenization(
             loaded.tokenizer,
@@ -80,6 +82,7 @@ class GenerateEngine:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         try:
             _refuse_unsupported(request)
+            self._lora.number(request.adapter)
             self._waiting[key] = self._tokenization.prompt(request)
         except Refused as refused:
             self._refused[key] = Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens)
@@ -98,8 +101,9 @@ class GenerateEngine:
         outputs = list(self._refused.values())
         self._refused.clear()
         while self._waiting and not self._progress():
-            planned = plan(self._sizes(), rows=self.rows, tokens=self.capacity.limit)
-            keys = list(self._waiting)
+            keys = self._alike()
+            sizes = [Size(len(self._waiting[key].tokens), self._waiting[key].max_tokens) for key in keys]
+            planned = plan(sizes, rows=self.rows, tokens=self.capacity.limit)
             batch = {keys[place]: self._waiting[keys[place]] for place in planned.places}
             answered = self._answer(batch)
             if answered is not None:
@@ -112,8 +116,10 @@ class GenerateEngine:
             self.capacity.too_much(planned.tokens)
         return outputs
 
-    def _sizes(self) -> list[Size]:
-        return [Size(len(prompt.tokens), prompt.max_tokens) for prompt in self._waiting.values()]
+    def _alike(self) -> list[RequestKey]:
+        """The waiting requests of the oldest one's adapter, oldest first."""
+        adapter = next(iter(self._waiting.values())).adapter
+        return [key for key, prompt in self._waiting.items() if prompt.adapter == adapter]
 
     def _answer(self, batch: Mapping[RequestKey, Prompt]) -> list[Output] | None:
         """The outputs of the rows that ended; None if the memory does not suffice."""
@@ -149,7 +155,8 @@ class GenerateEngine:
             progress=self._progress,
         )
         sampler = RowSampler(prompts, vocabulary=self._loaded.vocabulary, device=device)
-        with self._positions_within_context(width + most):
+        turn = self._lora.whole(self._lora.number(prompts[0].adapter))
+        with self._positions_within_context(width + most), self._lora.applied(turn):
             sequences = self._loaded.model.generate(
                 inputs=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),

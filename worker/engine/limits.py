@@ -1,18 +1,21 @@
 """How much a worker takes on at once: rows, context and cache, from what is asked and from the memory that is free.
 
-Owns that arithmetic. It knows no request; what is found too much while working is `capacity`'s matter.
+Owns that arithmetic, which needs no model: what is planned before one is loaded is counted by it, too. It knows no
+request; what is found too much while working is `capacity`'s matter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from worker.engine.cache import CacheShape
 from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel
 from worker.telemetry import MemoryReader
+
+if TYPE_CHECKING:
+    from worker.loader import LoadedModel
 
 #: Rows where nothing else is asked, and tokens of one step: those of the rows that decode, and of prompts.
 CPU_ROWS, CPU_STEP_TOKENS = 128, 512
@@ -41,38 +44,57 @@ class Limits:
     step_tokens: int
 
 
-def copy_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The memory that an engine finds on its device. `free_bytes`: beside the weights. `total_bytes`: of a GPU."""
+
+    cuda: bool
+    free_bytes: int
+    total_bytes: int
+    weights_bytes: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Room:
+        """What is there now."""
+        cuda = loaded.device.type == "cuda"
+        total = torch.cuda.get_device_properties(loaded.device).total_memory if cuda else 0
+        return cls(cuda, MemoryReader(str(loaded.device)).available_bytes(), total, loaded.weights_bytes)
+
+    def usable_bytes(self, options: EngineOptions) -> int:
+        """What the engine may still take; on a GPU within its fraction, and beside the buffers of a step."""
+        if not self.cuda:
+            return self.free_bytes
+        kept = self.total_bytes * (1 - (options.memory_fraction or MEMORY_FRACTION))
+        return max(0, int(self.free_bytes - kept - self.buffers_bytes))
+
+    @property
+    def buffers_bytes(self) -> int:
+        """What a step's own buffers are planned with on a GPU."""
+        return max(self.weights_bytes // BUFFERS_PART, BUFFERS_BYTES) if self.cuda else 0
+
+
+def copy_bytes(room: Room, options: EngineOptions) -> int:
     """What copies of weights may take, if they are optional."""
-    parts = CPU_PARTS if loaded.device.type == "cpu" else COPY_PARTS
-    return _free_bytes(loaded, options) // parts
+    return room.usable_bytes(options) // (COPY_PARTS if room.cuda else CPU_PARTS)
 
 
-def limits(loaded: LoadedModel, shape: CacheShape, options: EngineOptions) -> Limits:
-    """The limits of a worker, once everything but the cache is on its device."""
-    cuda = loaded.device.type == "cuda"
-    context = options.context_tokens or loaded.context_tokens or CONTEXT_TOKENS
-    rows = options.max_rows or (CUDA_ROWS if cuda else CPU_ROWS)
-    cache = _cache_bytes(loaded, options) // shape.token_bytes
+def limits(room: Room, options: EngineOptions, *, token_bytes: int, context_tokens: int | None) -> Limits:
+    """The limits of a worker, once everything but the cache is on its device.
+
+    `token_bytes`: of one token in the cache. `context_tokens`: the model's own, None for no limit.
+    """
+    context = options.context_tokens or context_tokens or CONTEXT_TOKENS
+    rows = options.max_rows or (CUDA_ROWS if room.cuda else CPU_ROWS)
+    cache = _cache_bytes(room, options) // token_bytes
     if options.max_rows is None:
         rows = max(1, min(rows, cache // min(ROW_TOKENS, context)))
     context = max(1, min(context, cache))
-    step = max(CUDA_STEP_TOKENS if cuda else CPU_STEP_TOKENS, rows)
+    step = max(CUDA_STEP_TOKENS if room.cuda else CPU_STEP_TOKENS, rows)
     return Limits(rows, context, min(cache, rows * context), step)
 
 
-def _cache_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
-    free = _free_bytes(loaded, options)
+def _cache_bytes(room: Room, options: EngineOptions) -> int:
+    usable = room.usable_bytes(options)
     if options.cache_bytes is not None:
-        return min(options.cache_bytes, free)
-    return free // CPU_PARTS if loaded.device.type == "cpu" else free
-
-
-def _free_bytes(loaded: LoadedModel, options: EngineOptions) -> int:
-    """What the engine may still take; on a GPU within its fraction, and beside the buffers of a step."""
-    free = MemoryReader(str(loaded.device)).available_bytes()
-    if loaded.device.type == "cpu":
-        return free
-    total = torch.cuda.get_device_properties(loaded.device).total_memory
-    kept = total * (1 - (options.memory_fraction or MEMORY_FRACTION))
-    buffers = max(loaded.weights_bytes // BUFFERS_PART, BUFFERS_BYTES)
-    return max(0, int(free - kept - buffers))
+        return min(options.cache_bytes, usable)
+    return usable if room.cuda else usable // CPU_PARTS

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from jobs.settings import Settings
+
 
 class EngineKind(StrEnum):
     """Which engine serves a model; `auto` is the continuous one wherever the model allows it."""
@@ -38,3 +40,16 @@ class EngineOptions:
     cache_bytes: int | None = None
     dequantize: Dequantize = Dequantize.AUTO
     deterministic: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> EngineOptions:
+        """What the settings ask for."""
+        return cls(
+            EngineKind(settings.engine),
+            max_rows=settings.engine_rows,
+            context_tokens=settings.context_tokens,
+            memory_fraction=settings.gpu_memory_fraction,
+            cache_bytes=settings.cache_bytes,
+            dequantize=Dequantize(settings.dequantize),
+            deterministic=settings.deterministic,
+        )

@@ -2,8 +2,8 @@
 
 Owns the index of the beginnings of the rows that are in the cache. It knows no tensor and no slot.
 
-A prompt is cut into blocks; the hash of a block covers everything before it, so that one lookup finds the row with
-the longest common beginning. Hashes only propose: the tokens themselves are compared.
+A prompt is cut into blocks; the hash of a block covers everything before it and the adapter, so that one lookup finds
+the row with the longest common beginning. Hashes only propose: adapters and the tokens themselves are compared.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ BLOCK_TOKENS = 32
 
 
 class Beginning(Protocol):
-    """A row as its beginning is looked for: its tokens, the hashes of its prompt's blocks, and what is computed."""
+    """A row as its beginning is looked for: its tokens, the hashes of its prompt's blocks, and what is computed.
+
+    `adapter`: the number of what computes it; only rows of one number have a beginning in common.
+    """
 
     tokens: list[int]
+    adapter: int
     blocks: tuple[int, ...]
     computed: int
 
@@ -26,13 +30,12 @@ class Beginning(Protocol):
 B = TypeVar("B", bound=Beginning)
 
 
-def block_hashes(tokens: Sequence[int]) -> tuple[int, ...]:
-    """One hash a full block, each of all tokens up to the block's end."""
-    return tuple(_chained(tokens))
+def block_hashes(tokens: Sequence[int], *, adapter: int = 0) -> tuple[int, ...]:
+    """One hash a full block, each of all tokens up to the block's end and of the adapter that computes them."""
+    return tuple(_chained(tokens, adapter))
 
 
-def _chained(tokens: Sequence[int]) -> Iterator[int]:
-    chain = 0
+def _chained(tokens: Sequence[int], chain: int) -> Iterator[int]:
     for begin in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         chain = hash((chain, *tokens[begin : begin + BLOCK_TOKENS]))
         yield chain
@@ -78,7 +81,7 @@ class Prefixes(Generic[B]):
         One token of a prompt is always left to compute: what follows it is read from it.
         """
         for block in reversed(row.blocks):
-            rows = self._rows.get(block)
+            rows = [each for each in self._rows.get(block, ()) if each.adapter == row.adapter]
             if rows:
                 found = max(rows, key=lambda each: each.computed)
                 tokens = min(common(row.tokens, found.tokens), len(row.tokens) - 1)

@@ -29,13 +29,15 @@ RESERVE = 1 / 16
 class Row:
     """One sequence of tokens: a prompt and the answer so far.
 
-    `most_tokens`: its length at the most. `computed`: how many of its tokens have keys and values in the cache.
-    `seat`: its place among the rows that run, which it keeps while it does; -1 before.
+    `most_tokens`: its length at the most. `adapter`: the number of the one that computes it, 0 for none. `computed`:
+    how many of its tokens have keys and values in the cache. `seat`: its place among the rows that run, which it keeps
+    while it does; -1 before.
     """
 
     tokens: list[int]
     most_tokens: int
     share: bool = True
+    adapter: int = 0
     prompt_tokens: int = field(init=False)
     blocks: tuple[int, ...] = field(init=False)
     computed: int = 0
@@ -46,7 +48,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.tokens)
-        self.blocks = block_hashes(self.tokens) if self.share else ()
+        self.blocks = block_hashes(self.tokens, adapter=self.adapter) if self.share else ()
 
     @property
     def decodes(self) -> bool:

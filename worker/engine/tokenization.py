@@ -52,7 +52,7 @@ class Prompt:
 
     `max_tokens` is shortened to what the context leaves. `tail`: the tokens that its answer continues as text.
     `end_token_ids` are the model's, unless they are to be ignored, those of its stop strings that are special tokens,
-    and its `stop_token_ids`; `stop` are the other stop strings.
+    and its `stop_token_ids`; `stop` are the other stop strings. `adapter`: the name of the one that answers it.
     """
 
     tokens: Sequence[int]
@@ -61,6 +61,7 @@ class Prompt:
     tail: Sequence[int]
     end_token_ids: frozenset[int]
     stop: tuple[str, ...]
+    adapter: str | None = None
 
 
 class Tokenization:
@@ -103,6 +104,7 @@ class Tokenization:
             tail,
             frozenset(ends) if sampling.ignore_eos else self._end_token_ids.union(ends),
             tuple(each for each in stop if each not in self._special),
+            request.adapter,
         )
 
     def text(self, tokens: Sequence[int], *, after: Sequence[int] = ()) -> str:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -25,12 +29,21 @@ from transformers.utils import logging as transformers_logging
 from jobs.errors import ModelError
 from jobs.schema import SamplingParams
 from jobs.spec import ModelSpec
+from worker.engine.options import EngineOptions
+from worker.loader.cached import cache_token_bytes
 from worker.loader.generation import defaults, end_token_ids, pad_token_id
+from worker.loader.layers import finish, refuse_ignored, refuse_missing
+from worker.loader.layout import WHOLE, Layout, lay_out, settle
+from worker.loader.offload_folder import own_folder
 from worker.loader.precision import precision
 from worker.loader.reasons import reason
 from worker.loader.source import find
+from worker.placement import Placement
 from worker.telemetry import MemoryReader
 from worker.vetting import Refusal, vet
+
+if TYPE_CHECKING:
+    from worker.adapters.low_rank import LoadedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +54,8 @@ class LoadedModel:
     `pad_token_id` has an embedding and is masked wherever it stands. `context_tokens`: prompt and answer together,
     None for no limit. `vocabulary`: tokens that have an embedding. `cache_token_bytes`: what one token takes in the
     cache. `weights_bytes` was read after loading and before the first forward. `commit`: what the revision resolved
-    to, None for a folder.
+    to, None for a folder. `adapters`: those beside it, which count in `weights_bytes`. `layout`: where its layers lie,
+    if not all on `device`. `weights_elsewhere`: the part of `weights_bytes` on each of the placement's other devices.
     """
 
     spec: ModelSpec
@@ -57,14 +71,31 @@ class LoadedModel:
     weights_bytes: int
     load_seconds: float
     commit: str | None
+    adapters: tuple[LoadedAdapter, ...] = ()
+    layout: Layout = WHOLE
+    weights_elsewhere: tuple[int, ...] = ()
 
 
-def load(spec: ModelSpec, device: str) -> LoadedModel:
-    """Loads a model onto `cpu` or `cuda:N`. Raises ModelError, which says what to do."""
+def load(
+    spec: ModelSpec, device: str, *, placement: Placement | None = None, options: EngineOptions | None = None
+) -> LoadedModel:
+    """Loads a model onto `cpu` or `cuda:N`, or as a placement says whose first device this is.
+
+    `options`: of the engine that will serve it, and needs room beside the weights. Raises ModelError, which says what
+    to do.
+    """
     started = time.monotonic()
+    with loading(spec):
+        placement = placement or Placement((device,))
+        return _load(spec, torch.device(device), placement, options or EngineOptions(), started)
+
+
+@contextmanager
+def loading(spec: ModelSpec) -> Iterator[None]:
+    """Around everything that loads this model: keeps libraries quiet, and turns what they raise into ModelError."""
     _quiet()
     try:
-        return _load(spec, torch.device(device), started)
+        yield
     except ModelError:
         raise
     except Refusal as error:
@@ -83,22 +114,21 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
+def _load(
+    spec: ModelSpec, device: torch.device, placement: Placement, options: EngineOptions, started: float
+) -> LoadedModel:
     folder, commit = find(spec)
     vet(folder)
     source = str(folder)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        device_map={"": device},
-        **precision(spec, config, device),
-    )
+    if placement.plain:
+        _refuse_too_large(spec, folder, device, options)
+    model = read_model(spec, folder, device, placement)
+    config = model.config
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    weights_bytes = MemoryReader(str(device)).read().allocated
+    others = placement.names[1:]
+    weights_bytes, *elsewhere = (
+        MemoryReader(each).read().allocated for each in (str(device), *map(placement.seen, others))
+    )
     asked, model.generation_config = model.generation_config, GenerationConfig()
     ends = end_token_ids(asked, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -113,16 +143,53 @@ def _load(spec: ModelSpec, device: torch.device, started: float) -> LoadedModel:
         getattr(config.get_text_config(), "max_position_embeddings", None),
         vocabulary,
         _warm_up(model, device),
-        weights_bytes,
+        weights_bytes + sum(elsewhere),
         time.monotonic() - started,
         commit,
+        layout=Layout.of(model),
+        weights_elsewhere=tuple(elsewhere),
     )
+
+
+def read_model(
+    spec: ModelSpec, folder: Path, device: torch.device, placement: Placement | None = None
+) -> PreTrainedModel:
+    """The model of a folder that was looked over, as this spec holds it; no forward has run yet.
+
+    Raises ModelError, and whatever the libraries raise that load it.
+    """
+    source = str(folder)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    placement = placement or Placement((str(device),))
+    asked = precision(spec, config, folder, device, offloads=placement.offloads)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        device_map=lay_out(placement, spec.quantization, config, asked, device),
+        offload_folder=own_folder(placement.offload_folder),
+        **asked,
+    )
+    settle(model)
+    refuse_missing(found["missing_keys"])
+    finish(model, asked["dtype"])
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions) -> None:
+    # Imported here, since what is planned is counted with parts of this package.
+    from worker.plan.refusal import refuse_too_large
+
+    refuse_too_large(spec, folder, device, options)
 
 
 @torch.no_grad()
 def _warm_up(model: PreTrainedModel, device: torch.device) -> int:
     """One forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU. Returns its cache's bytes."""
-    output = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=True)
-    layers = getattr(output.get("past_key_values"), "layers", ())
-    held = (each for layer in layers for each in vars(layer).values() if isinstance(each, torch.Tensor))
-    return max(1, sum(each.nbytes for each in held))
+    token_bytes = cache_token_bytes(model, device)
+    refuse_ignored(model)
+    return token_bytes

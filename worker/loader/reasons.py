@@ -1,11 +1,12 @@
-"""Why a model could not be loaded, in one line and with what to do: the errors of four libraries, made ours."""
+"""Why a model could not be loaded, in one line and with what to do: the errors of three libraries, made ours.
+
+Those of the Hub are worker.hub_reasons'.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
-
-from huggingface_hub import errors as hub_errors
 
 from worker.devices import is_out_of_memory
 
@@ -15,11 +16,7 @@ _ERROR_LENGTH = 300
 
 def reason(error: Exception) -> str:
     """One line: what went wrong, and what to do."""
-    chain = list(_chain(error))
-    for kinds, said in _REASONS:
-        if any(isinstance(each, kinds) for each in chain):
-            return said
-    if any(is_out_of_memory(each) for each in chain):
+    if any(is_out_of_memory(each) for each in _chain(error)):
         return "the device has not enough memory for it; use -q nf4, a smaller model or a larger device"
     text = str(error)
     for words, said in _SAYINGS:
@@ -35,22 +32,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-_UNREACHABLE = (
-    "the Hugging Face Hub cannot be reached and the model is not in the cache; "
-    "check the network and HF_HUB_OFFLINE, or name a folder"
-)
-_REASONS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
-    ((hub_errors.GatedRepoError,), "it is gated; accept its terms on huggingface.co and set HF_TOKEN"),
-    (
-        (hub_errors.RepositoryNotFoundError,),
-        "the Hub has no such model; check its name, or set HF_TOKEN",
-    ),
-    ((hub_errors.RevisionNotFoundError,), "the Hub has no such revision of it; check --revision"),
-    (
-        (hub_errors.RevisionResolutionError, hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled),
-        _UNREACHABLE,
-    ),
-)
 _SAYINGS = (
     ("trust_remote_code", "it needs code of its own, which is never run; choose a model that transformers knows"),
     (

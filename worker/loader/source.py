@@ -5,28 +5,72 @@ It knows names of files and no tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from huggingface_hub import resolve_revision, snapshot_download
-
 from jobs.errors import ModelError
+from jobs.logs import get_logger
 from jobs.spec import DEMO, ModelSpec
-from worker.vetting import WEIGHTS, WEIGHTS_INDEX, shard_names
+from worker import repository
+from worker.hub import TensorHeader, local_headers
+from worker.vetting import Refusal, weights
 
+log = get_logger(__name__)
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
-#: What is fetched of a model beside its weights: configuration, vocabularies and chat templates.
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 def find(spec: ModelSpec) -> tuple[Path, str | None]:
     """The folder of this model, and the commit that its revision resolved to: None where it has none.
 
-    What a Hub's model lacks in the cache is fetched. Raises ModelError for a folder that is not here, and whatever
-    huggingface_hub raises.
+    A model of the Hub is taken from the cache where all of it is there, with no request to anyone; else what lacks is
+    fetched. Raises ModelError.
     """
-    if spec.model == DEMO or spec.folder is not None:
+    if _is_local(spec):
         return _folder(spec), None
-    return _fetched(spec)
+    found = repository.find_model(spec.model, spec.revision, announce=_announcer(str(spec)))
+    return found.folder, found.commit
+
+
+def find_adapter(path_or_id: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of an adapter, and its commit: None for a folder of this machine.
+
+    Of the Hub's come adapter_config.json and adapter_model.safetensors alone. Raises ModelError.
+    """
+    folder = Path(path_or_id).expanduser()
+    if not folder.is_dir():
+        if path_or_id.startswith(("/", ".", "~")):
+            raise ModelError(f"there is no adapter's folder {path_or_id} on this machine; copy the adapter there")
+        found = repository.find_adapter(path_or_id, revision, announce=_announcer(path_or_id))
+        return found.folder, found.commit
+    if revision is not None:
+        raise ModelError(f"a revision goes with a Hugging Face id, and the adapter {path_or_id} is a folder")
+    return folder.resolve(), None
+
+
+def configuration(spec: ModelSpec) -> Path:
+    """A folder that holds this model's config.json at least; no weights are fetched for it. Raises ModelError."""
+    return _folder(spec) if _is_local(spec) else repository.fetch_configuration(spec.model, spec.revision)
+
+
+def headers(spec: ModelSpec) -> Mapping[str, TensorHeader]:
+    """Every tensor of this model's weights by name, of which the headers alone are read. Raises ModelError."""
+    if not _is_local(spec):
+        return repository.fetch_headers(spec.model, spec.revision)
+    try:
+        return local_headers(weights(_folder(spec)))
+    except Refusal as error:
+        raise ModelError(f"cannot read {spec}: {error}") from None
+
+
+def _announcer(name: str) -> Callable[[int, int], None]:
+    def announce(files: int, bytes_: int) -> None:
+        log.info("fetching", name=name, files=files, bytes=bytes_)
+
+    return announce
+
+
+def _is_local(spec: ModelSpec) -> bool:
+    return spec.model == DEMO or spec.folder is not None
 
 
 def _folder(spec: ModelSpec) -> Path:
@@ -36,24 +80,3 @@ def _folder(spec: ModelSpec) -> Path:
         remedy = "make it with `make demo-model`" if spec.model == DEMO else "copy the model there"
         raise ModelError(f"cannot load {spec}: there is no folder {folder} on this machine; {remedy}")
     return folder
-
-
-def _fetched(spec: ModelSpec) -> tuple[Path, str]:
-    """The folder of the Hub's cache that holds this model, and its commit; what is missing there is fetched.
-
-    Of a repository only safetensors, configuration and vocabularies come to this machine: no pickles, no code, and
-    of weights that it holds in several forms just the one that is loaded.
-    """
-    revision = resolve_revision(spec.model, revision=spec.revision)
-
-    def fetch(*names: str) -> Path:
-        return Path(
-            snapshot_download(
-                spec.model, revision=revision.resolved, allow_patterns=list(names), ignore_patterns=["*/*"]
-            )
-        )
-
-    folder = fetch(*_SMALL_FILES)
-    index = folder / WEIGHTS_INDEX
-    fetch(*(shard_names(index) if index.is_file() else [WEIGHTS]))
-    return folder, revision.resolved

@@ -1,0 +1,121 @@
+"""What a worker's devices held: bytes of each and of all together, and the energy they took.
+
+Values that only grow together: two of them are joined by the larger of each number. Nothing here reads a device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes on one device: torch's own on CUDA; on a CPU the process's resident bytes.
+
+    `device`: as the worker's user wrote it, such as cuda:1. `cache_bytes`: what keys and values may take there.
+    `free_at_start_bytes`: before the model was loaded. `device_used_bytes`: of all processes together.
+    """
+
+    device: str
+    name: str
+    uuid: str | None = None
+    weights_bytes: int = 0
+    cache_bytes: int = 0
+    peak_allocated_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    free_at_start_bytes: int = 0
+    device_used_bytes: int = 0
+    device_total_bytes: int = 0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from others: a GPU's UUID, or else how it is called."""
+        return self.uuid or self.device, self.name
+
+    def or_larger(self, other: DeviceMemory) -> DeviceMemory:
+        """The larger of each number."""
+        return replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in _NUMBERS})
+
+
+_NUMBERS = tuple(each.name for each in fields(DeviceMemory) if each.name.endswith("_bytes"))
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The sums over a worker's devices, and each of them.
+
+    `energy_joules`: what they took meanwhile, whoever worked on them; None where nobody measures it.
+    """
+
+    weights_bytes: int = 0
+    peak_allocated_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    device_total_bytes: int = 0
+    devices: tuple[DeviceMemory, ...] = ()
+    energy_joules: float | None = None
+
+    @classmethod
+    def of(cls, devices: Iterable[DeviceMemory], *, energy_joules: float | None = None) -> Memory:
+        """The memory of these devices together."""
+        found = tuple(devices)
+        return cls(
+            sum(each.weights_bytes for each in found),
+            sum(each.peak_allocated_bytes for each in found),
+            sum(each.peak_reserved_bytes for each in found),
+            sum(each.device_total_bytes for each in found),
+            found,
+            energy_joules,
+        )
+
+    def and_then(self, later: Memory, *, part: float = 1.0) -> Memory:
+        """This time and the next as one: the larger bytes, and `part` of the later energy more."""
+        joules = self.energy_joules
+        if later.energy_joules is not None:
+            joules = (joules or 0.0) + part * later.energy_joules
+        return Memory(
+            max(self.weights_bytes, later.weights_bytes),
+            max(self.peak_allocated_bytes, later.peak_allocated_bytes),
+            max(self.peak_reserved_bytes, later.peak_reserved_bytes),
+            max(self.device_total_bytes, later.device_total_bytes),
+            largest((*self.devices, *later.devices)),
+            joules,
+        )
+
+
+def largest(devices: Iterable[DeviceMemory]) -> tuple[DeviceMemory, ...]:
+    """Each device once, in the order in which they first appear, with the largest of its numbers."""
+    found: dict[tuple[str, str], DeviceMemory] = {}
+    for each in devices:
+        known = found.get(each.key)
+        found[each.key] = each if known is None else known.or_larger(each)
+    return tuple(found.values())
+
+
+def devices_json(devices: Iterable[DeviceMemory]) -> list[dict[str, Any]]:
+    """Ready for json: an object for each device."""
+    return [asdict(each) for each in devices]
+
+
+def devices_text(devices: Sequence[DeviceMemory]) -> str | None:
+    """The JSON text that the store keeps; None for no devices."""
+    return json.dumps(devices_json(devices), separators=(",", ":")) if devices else None
+
+
+def largest_of_texts(texts: Iterable[str]) -> tuple[DeviceMemory, ...]:
+    """`largest` of what many texts of the store say: a job has thousands, so none becomes a value before the end."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for text in texts:
+        for each in json.loads(text):
+            known = found.setdefault((each["uuid"] or each["device"], each["name"]), each)
+            for name in _NUMBERS:
+                if each[name] > known[name]:
+                    known[name] = each[name]
+    return tuple(DeviceMemory(**each) for each in found.values())
+
+
+def devices_from_text(text: str | None) -> tuple[DeviceMemory, ...]:
+    """The inverse of `devices_text`; an unknown key is refused."""
+    return () if text is None else tuple(DeviceMemory(**each) for each in json.loads(text))

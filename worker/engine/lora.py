@@ -1,0 +1,166 @@
+"""Which tokens of a forward use which adapter, and what the adapted layers add for them.
+
+Owns the adapters' numbers, whose products go to which rows, and the hooks that add them. While no token of a forward
+uses an adapter there are none, so that the model runs as if it had no adapters. It knows no request's text, no cache
+and no file.
+
+A layer's low-rank product is added behind whatever computes the layer itself: quantized weights, a product of
+siblings, or an offloaded layer, which all stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from jobs.schema import ErrorCode
+from worker.adapters.low_rank import LoadedAdapter, LowRank
+from worker.engine import not_held
+from worker.engine.tokenization import Refused
+
+#: The number of the model without an adapter.
+BASE = 0
+#: Layers whose own output is not rounded before a product is added to it, as in peft.
+_PLAIN = (nn.Linear, nn.Embedding, Conv1D)
+
+
+class OtherTokens(RuntimeError):
+    """A layer that sees other tokens than those of the step, so that nobody knows whose they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The tokens that a layer sees: how many (None: whatever comes), and the places of each adapter's among them.
+
+    Places are (tokens,) on the device, or None where all of them are the adapter's.
+    """
+
+    tokens: int | None
+    places: Mapping[int, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose tokens one forward computes: in the layers, and in the head, which may see some of them only."""
+
+    layers: Seen
+    head: Seen
+
+
+class Lora:
+    """The adapters of one model.
+
+    `fixed`: a product is computed for all tokens of a forward, so that its shape says nothing of who else is there.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, adapters: Sequence[LoadedAdapter], *, device: torch.device, fixed: bool = False
+    ) -> None:
+        self.numbers = {each.adapter.name: number for number, each in enumerate(adapters, BASE + 1)}
+        self._device = device
+        self._fixed = fixed
+        self._head = model.get_output_embeddings()
+        self._parts: defaultdict[nn.Module, dict[int, LowRank]] = defaultdict(dict)
+        for number, each in enumerate(adapters, BASE + 1):
+            for name, part in each.layers.items():
+                self._parts[model.get_submodule(name)][number] = part
+        self._hooks: list[RemovableHandle] = []
+        self._turn: Turn | None = None
+
+    def number(self, name: str | None) -> int:
+        """What an adapter is called here. Raises Refused for one that this worker does not hold."""
+        if name is None:
+            return BASE
+        if name not in self.numbers:
+            raise Refused(ErrorCode.UNSUPPORTED_OPTION, not_held(name, self.numbers))
+        return self.numbers[name]
+
+    def whole(self, number: int) -> Turn | None:
+        """All tokens are one adapter's, however often and in which order the layers see them."""
+        if number == BASE:
+            return None
+        seen = Seen(None, {number: None})
+        return Turn(seen, seen)
+
+    def turn(self, owners: Sequence[int], kept: Sequence[int] | None = None) -> Turn | None:
+        """Whose each token of a forward is, by number; `kept`: those that the head sees, None for all.
+
+        None where no token has an adapter.
+        """
+        if not any(owners):
+            return None
+        layers = self._seen(owners)
+        return Turn(layers, layers if kept is None else self._seen([owners[place] for place in kept]))
+
+    def _seen(self, owners: Sequence[int]) -> Seen:
+        places: defaultdict[int, list[int]] = defaultdict(list)
+        for place, number in enumerate(owners):
+            if number != BASE:
+                places[number].append(place)
+        return Seen(
+            len(owners),
+            {
+                number: None if len(each) == len(owners) else torch.tensor(each, device=self._device)
+                for number, each in places.items()
+            },
+        )
+
+    @contextmanager
+    def applied(self, turn: Turn | None) -> Iterator[None]:
+        """Forwards in here compute with the adapters of this turn; None: with none."""
+        if turn is None:
+            self._detach()
+        elif not self._hooks:
+            self._hooks = [each.register_forward_hook(self._added) for each in self._parts]
+        self._turn = turn
+        try:
+            yield
+        finally:
+            self._turn = None
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _added(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The layer's output with what the adapters of this turn add to it."""
+        if self._turn is None:
+            return output
+        seen = self._turn.head if layer is self._head else self._turn.layers
+        parts = self._parts[layer]
+        inputs = arguments[0].flatten() if isinstance(layer, nn.Embedding) else arguments[0].flatten(0, -2)
+        found = output.reshape(-1, output.shape[-1])
+        if seen.tokens is not None and not len(inputs) == len(found) == seen.tokens:
+            raise OtherTokens(f"sees {len(inputs)} tokens in a step of {seen.tokens} ({type(layer).__name__})")
+        inputs = inputs.to(found.device)  # a layer that is computed elsewhere is given what lies here
+        for number, places in seen.places.items():
+            if number in parts:
+                found = self._sum(found, inputs, parts[number], places, plain=type(layer) in _PLAIN)
+        return found.view(output.shape)
+
+    def _sum(self, found: Tensor, inputs: Tensor, part: LowRank, places: Tensor | None, *, plain: bool) -> Tensor:
+        """Outputs [tokens, outputs] with one adapter's product added at its places, in their own memory if it can."""
+        if places is None:
+            return _rounded(found, part.delta(inputs), plain=plain)
+        places = places.to(found.device)
+        if self._fixed:
+            delta = part.delta(inputs).index_select(0, places)
+        else:
+            delta = part.delta(inputs.index_select(0, places))
+        return found.index_copy_(0, places, _rounded(found.index_select(0, places), delta, plain=plain))
+
+
+def _rounded(found: Tensor, delta: Tensor, *, plain: bool) -> Tensor:
+    """Their sum in the layer's dtype: rounded once for layers that are not quantized, as in peft, else before too."""
+    delta = delta.to(found.device)
+    return (found + delta).to(found.dtype) if plain else found + delta.to(found.dtype)

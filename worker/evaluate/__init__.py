@@ -1,0 +1,1 @@
+"""What quantization costs on a user's own text: every part of `batchmill evaluate` but its command line."""

@@ -1,0 +1,28 @@
+"""How far greedy answers are the baseline's: their tokens up to the first other one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """`share`: tokens before the first other one, of all tokens of the longer answers. `identical`: whole answers."""
+
+    share: float
+    identical: int
+    answers: int
+
+
+def agreement(baseline: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement | None:
+    """Of two models' answers to the same questions, as tokens; None where there are none."""
+    if not baseline:
+        return None
+    same = total = identical = 0
+    for expected, answer in zip(baseline, found, strict=True):
+        pairs = enumerate(zip(expected, answer, strict=False))
+        same += next((at for at, pair in pairs if pair[0] != pair[1]), min(len(expected), len(answer)))
+        total += max(len(expected), len(answer))
+        identical += list(expected) == list(answer)
+    return Agreement(same / total if total else 1.0, identical, len(baseline))

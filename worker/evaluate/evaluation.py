@@ -1,0 +1,215 @@
+"""The loop over the ModelSpecs of an evaluation: load, read, answer, give back; one model in memory at a time.
+
+Owns the order of these, and what the baseline leaves for the others. A spec that cannot be measured is a row that
+says why. It knows no store and no command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jobs.errors import BatchmillError, ModelError, UsageError
+from jobs.spec import ModelSpec
+from worker.devices import DeviceInfo
+from worker.engine.options import EngineOptions
+from worker.evaluate.accuracy import Match, accuracy
+from worker.evaluate.agreement import agreement
+from worker.evaluate.answers import Answers, answer
+from worker.evaluate.corpus import Corpus
+from worker.evaluate.divergence import Comparison, Distributions, Divergence
+from worker.evaluate.lineup import Lineup
+from worker.evaluate.measurement import Failure, Measurement, Method
+from worker.evaluate.memory import PeakMemory, give_back, weights_bytes
+from worker.evaluate.passages import Passages, Question
+from worker.evaluate.perplexity import Perplexity
+from worker.evaluate.progress import Shown
+from worker.evaluate.scoring import scored
+from worker.evaluate.windows import Window, windows
+from worker.loader import LoadedModel, load
+from worker.loader.reasons import reason
+
+#: The window where nothing else is asked and the model's context is longer; the stride is then half of it.
+WINDOW_TOKENS = 2_048
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user asks of an evaluation: how much is read and answered, and how.
+
+    `divergence_places`: of the scored tokens, at how many the distributions are compared, at most.
+    """
+
+    tokens: int
+    continuations: int
+    max_tokens: int
+    match: Match
+    divergence_places: int
+    window_tokens: int | None = None
+    stride_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every model is given, made with the tokenizer of the first."""
+
+    windows: Sequence[Window]
+    questions: Sequence[Question]
+    distributions: Distributions
+    method: Method
+
+
+class Evaluation:
+    """`keep` is given each measurement as soon as there is one."""
+
+    def __init__(
+        self,
+        lineup: Lineup,
+        corpus: Corpus,
+        asked: Asked,
+        *,
+        device: DeviceInfo,
+        options: EngineOptions,
+        shown: Shown,
+        keep: Callable[[Measurement, Method, Measurement | None], None],
+    ) -> None:
+        self._lineup = lineup
+        self._corpus = corpus
+        self._asked = asked
+        self._device = device
+        self._options = options
+        self._shown = shown
+        self._keep = keep
+        self._work: _Work | None = None
+        #: The baseline's, once it was measured.
+        self._reference: Measurement | None = None
+        self._answers: Answers | None = None
+
+    @property
+    def method(self) -> Method | None:
+        """None before a model was loaded."""
+        return None if self._work is None else self._work.method
+
+    def run(self) -> tuple[Measurement | Failure, ...]:
+        """A row for each spec, in the order of the lineup. Raises UsageError for data that the model cannot read."""
+        try:
+            rows = {spec: self._row(spec) for spec in self._lineup.order}
+        finally:
+            if self._work is not None:
+                self._work.distributions.close()
+        return tuple(rows[spec] for spec in self._lineup.specs)
+
+    def _row(self, spec: ModelSpec) -> Measurement | Failure:
+        self._shown.spec(spec.quantization.canonical)
+        try:
+            with _translated(spec):
+                row = self._measured(spec, PeakMemory(self._device.torch_device))
+        except ModelError as error:
+            return Failure(spec, str(error))
+        finally:
+            give_back()
+        if spec == self._lineup.baseline:
+            self._reference = row
+        assert self.method is not None
+        self._keep(row, self.method, self._reference)
+        return row
+
+    def _measured(self, spec: ModelSpec, memory: PeakMemory) -> Measurement:
+        with memory.watching():
+            loaded = load(spec, self._device.torch_device)
+        work = self._work = self._work or self._prepared(loaded)
+        held_bytes = weights_bytes(loaded)
+        perplexity, divergence = self._read(loaded, work)
+        # What was read took buffers of its own, which a worker does not have.
+        give_back()
+        with memory.watching():
+            answers = self._answer(loaded, work)
+        agreed = right = None
+        if answers is not None:
+            right = accuracy(answers.texts, [each.answer for each in work.questions], self._asked.match)
+            if spec == self._lineup.baseline:
+                self._answers = answers
+            elif self._answers is not None:
+                agreed = agreement(self._answers.tokens, answers.tokens)
+        return Measurement(
+            spec,
+            perplexity,
+            divergence,
+            agreed,
+            right,
+            held_bytes,
+            memory.peak_bytes,
+            None if answers is None else answers.completion_tokens / answers.seconds,
+            loaded.load_seconds,
+            None if answers is None else answers.engine,
+            loaded.commit,
+        )
+
+    def _prepared(self, loaded: LoadedModel) -> _Work:
+        asked = self._asked
+        width, stride = _sizes(asked, loaded.context_tokens)
+        passages = Passages(self._corpus, loaded)
+        found = windows(passages.scored(asked.tokens), width=width, stride=stride)
+        tokens = sum(each.scored for each in found)
+        questions = passages.questions(
+            asked.continuations, max_tokens=asked.max_tokens, context_tokens=loaded.context_tokens
+        )
+        distributions = Distributions(tokens, most=asked.divergence_places, vocabulary=loaded.vocabulary)
+        if distributions.count < distributions.wanted:
+            self._shown.say(
+                f"the disk has room for the baseline's distributions at {distributions.count:,} of "
+                f"{distributions.wanted:,} places; name a larger folder by TMPDIR"
+            )
+        method = Method(
+            width, stride, tokens, len(found), distributions.count, len(questions), asked.max_tokens, asked.match.value
+        )
+        return _Work(found, questions, distributions, method)
+
+    def _read(self, loaded: LoadedModel, work: _Work) -> tuple[float, Divergence | None]:
+        """Perplexity, and the distance from the baseline, whose own distributions are kept instead."""
+        self._shown.phase("reading", work.method.tokens)
+        is_baseline = loaded.spec == self._lineup.baseline
+        comparison = None if is_baseline or self._reference is None else Comparison(work.distributions)
+        takes = work.distributions.take if is_baseline else comparison.take if comparison is not None else None
+        perplexity = Perplexity()
+        for log_probs, targets in scored(loaded, work.windows):
+            perplexity.take(log_probs, targets)
+            if takes is not None:
+                takes(log_probs)
+            self._shown.reached(perplexity.tokens)
+        if not math.isfinite(perplexity.value):
+            raise ModelError(
+                f"{loaded.spec} holds a token of the text impossible, or gives no numbers: its numbers overflow in "
+                f"{loaded.model.dtype}; choose another dtype or quantization"
+            )
+        return perplexity.value, None if comparison is None else comparison.result
+
+    def _answer(self, loaded: LoadedModel, work: _Work) -> Answers | None:
+        if not work.questions:
+            return None
+        self._shown.phase("answering", len(work.questions))
+        return answer(loaded, work.questions, options=self._options, step=self._shown.reached)
+
+
+def _sizes(asked: Asked, context_tokens: int | None) -> tuple[int, int]:
+    """Window and stride, in tokens."""
+    width = asked.window_tokens or min(WINDOW_TOKENS, context_tokens or WINDOW_TOKENS)
+    if context_tokens is not None and width > context_tokens:
+        raise UsageError(f"--context {width} is more than the {context_tokens:,} tokens that the model reads")
+    stride = asked.stride_tokens or max(1, width // 2)
+    if stride > width:
+        raise UsageError(f"--stride {stride} leaves out tokens between windows of {width}: choose a smaller one")
+    return width, stride
+
+
+@contextmanager
+def _translated(spec: ModelSpec) -> Iterator[None]:
+    """Whatever four libraries raise becomes one ModelError; ours pass."""
+    try:
+        yield
+    except BatchmillError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot measure {spec}: {reason(error)}") from error

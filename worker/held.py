@@ -1,0 +1,73 @@
+"""A model in its engine, as a child holds it: loaded where its placement says, and what it takes of each device.
+
+Owns the order of loading, adapters and the choice of an engine. It knows no store, no run and no process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.adapters import Adapter
+from jobs.settings import Settings
+from jobs.spec import ECHO, ModelSpec
+from worker.devices import DeviceInfo, use_all_cores
+from worker.engine import Progress
+from worker.engine.chaos import ChaosEngine
+from worker.engine.choice import Chosen, choose
+from worker.engine.echo import ECHO_ROWS, EchoEngine
+from worker.engine.options import EngineOptions
+from worker.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """`weights_by_device`, `cache_by_device`: bytes on each device, in the placement's order.
+
+    `commit`: what the model's revision resolved to, None for a folder.
+    """
+
+    chosen: Chosen
+    load_seconds: float = 0.0
+    weights_by_device: tuple[int, ...] = (0,)
+    cache_by_device: tuple[int, ...] = (0,)
+    commit: str | None = None
+
+
+def hold(
+    spec: ModelSpec,
+    placement: Placement,
+    devices: Sequence[DeviceInfo],
+    *,
+    adapters: Sequence[Adapter],
+    settings: Settings,
+    progress: Progress,
+    fits: int | None,
+) -> Held:
+    """Loads the model and puts it into the engine that serves it. Raises ModelError.
+
+    `fits`: what these devices were found to hold, in the engine's unit.
+    """
+    if spec.model == ECHO:
+        kind = ChaosEngine if settings.chaos else EchoEngine
+        rows, pace = settings.engine_rows or ECHO_ROWS, settings.echo_step_seconds
+        names = [each.name for each in adapters]
+        engine = kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits, adapters=names)
+        return Held(Chosen(engine, ECHO))
+    # Imported here, so that the echo engine works where torch is not installed.
+    from worker.adapters.loading import with_adapters
+    from worker.loader import load
+
+    use_all_cores()
+    places = [each.torch_device for each in devices]
+    options = EngineOptions.of(settings)
+    loaded = with_adapters(load(spec, places[0], placement=placement, options=options), adapters)
+    chosen = choose(loaded, options=options, progress=progress, fits=fits)
+    elsewhere = loaded.weights_elsewhere
+    return Held(
+        chosen,
+        round(loaded.load_seconds, 3),
+        (loaded.weights_bytes - sum(elsewhere), *elsewhere),
+        tuple(int(part * (chosen.cache_bytes or 0)) for part in loaded.layout.parts(places)),
+        loaded.commit,
+    )

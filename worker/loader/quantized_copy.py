@@ -1,0 +1,93 @@
+"""A quantized copy of a model in a folder of its own, which `-q checkpoint` loads without quantizing it again.
+
+Owns which kinds can be saved, what is copied beside the weights, and that the folder is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from jobs.errors import ModelError, UsageError
+from jobs.quantization import Kind
+from jobs.spec import ECHO, ModelSpec
+from worker.loader import loading, read_model
+from worker.loader.source import find
+from worker.vetting import WEIGHTS_INDEX, vet
+
+_KINDS = (Kind.NF4, Kind.FP4, Kind.INT8)
+#: What lies beside the weights and is copied as it is: the tokenizer, its templates, the way to generate, the terms.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
+#: What is written anew instead.
+_WRITTEN = frozenset({"config.json", WEIGHTS_INDEX})
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """`weights_bytes`: the safetensors files. `seconds`: loading, quantizing and writing."""
+
+    folder: Path
+    weights_bytes: int
+    seconds: float
+
+
+def save_quantized(spec: ModelSpec, out: Path, device: str) -> Saved:
+    """Loads the model of this spec on `cpu` or `cuda:N`, and saves it quantized in `out`.
+
+    `out` must not exist or be empty. It appears when all of it is written. Raises UsageError for what cannot be
+    saved and where, and ModelError for a model that cannot be loaded.
+    """
+    started = time.monotonic()
+    _refuse(spec, out)
+    with loading(spec):
+        folder, _ = find(spec)
+        vet(folder)
+        model = read_model(spec, folder, torch.device(device))
+    unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(model, spec, unfinished)
+        _copy(folder, unfinished)
+        unfinished.rename(out)
+    except OSError as error:
+        raise ModelError(f"cannot save a copy in {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    weights_bytes = sum(each.stat().st_size for each in out.glob("*.safetensors"))
+    return Saved(out, weights_bytes, time.monotonic() - started)
+
+
+def _refuse(spec: ModelSpec, out: Path) -> None:
+    """Raises UsageError."""
+    if spec.model == ECHO:
+        raise UsageError("echo holds no weights; name a model")
+    if spec.quantization.kind not in _KINDS:
+        raise UsageError(f"-q {spec.quantization} quantizes nothing; choose one of {', '.join(_KINDS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is there already and not an empty folder; name another")
+
+
+def _write(model: PreTrainedModel, spec: ModelSpec, folder: Path) -> None:
+    """Weights and config.json, whose compute_dtype is as it was asked for: every device finds its own best."""
+    written = model.config.quantization_config
+    if spec.quantization.four_bit:
+        written.bnb_4bit_compute_dtype = getattr(torch, spec.quantization.compute_dtype)
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    (folder / _GENERATION).unlink(missing_ok=True)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for pattern in _COPIED:
+        for each in source.glob(pattern):
+            if each.is_dir():
+                shutil.copytree(each, folder / each.name)
+            elif each.name not in _WRITTEN:
+                shutil.copyfile(each, folder / each.name)

@@ -1,0 +1,83 @@
+"""Which quantization to take, in one plain sentence with the reason and the command.
+
+Owns that choice: of what fits, the most precise, unless another is much faster. It measures nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+
+from jobs.sizes import size
+from worker.plan.hardware import Hardware
+from worker.plan.report import Line, Report
+
+#: A more precise quantization is worth so many times the time.
+_WORTH = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to take, and where; `others` are more precise and fit too, but are that much slower."""
+
+    hardware: Hardware
+    line: Line
+    slower: Line | None = None
+
+
+def choose(report: Report) -> Choice | None:
+    """The choice on the first device that anything fits on, a GPU before a CPU; None where nothing fits."""
+    for hardware, lines in sorted(report.devices, key=lambda each: not each[0].cuda):
+        fitting = [each for each in lines if each.fit is not None and each.fit.fits]
+        if fitting:
+            fastest = max(map(_speed, fitting))
+            taken = next(each for each in fitting if _speed(each) * _WORTH >= fastest)
+            return Choice(hardware, taken, fitting[0] if taken is not fitting[0] else None)
+    return None
+
+
+def command(report: Report, choice: Choice, *, context_asked: bool) -> str:
+    """The command that starts this worker."""
+    words = replace(report.spec, quantization=choice.line.quantization).command_line()
+    if not choice.hardware.pretended:
+        words += ["--device", choice.hardware.device]
+    if context_asked:
+        words += ["--context", str(report.row_tokens)]
+    return shlex.join(words)
+
+
+def advice(report: Report, *, context_asked: bool) -> str:
+    """The sentence."""
+    choice = choose(report)
+    if choice is None:
+        return _nothing_fits(report)
+    lines = next(lines for hardware, lines in report.devices if hardware is choice.hardware)
+    taken = choice.line.quantization
+    if choice.slower is not None:
+        times = _speed(choice.line) / _speed(choice.slower)
+        why = f"it fits, and {choice.slower.quantization}, which loses less, is {times:.1f} times slower by the floor"
+    elif choice.line is lines[0]:
+        faster = "and nothing else is much faster" if choice.line.speeds else "and no speed of this device is known"
+        why = f"it fits, loses least of all, {faster}"
+    else:
+        why = f"of all that fits it loses least, and {lines[0].quantization} does not fit"
+    said = command(report, choice, context_asked=context_asked)
+    return f"Take {taken} on {choice.hardware.device}: {why}. Start it with: {said}"
+
+
+def _nothing_fits(report: Report) -> str:
+    planned = [(line.fit.total_bytes, line) for _, lines in report.devices for line in lines if line.fit is not None]
+    rows = "a row" if report.rows == 1 else f"{report.rows:,} rows"
+    if not planned:
+        return "Nothing of this can be loaded here, for the reasons above."
+    least, line = min(planned, key=lambda each: each[0])
+    split = ", split the model over GPUs with --devices 0+1" if any(each.cuda for each, _ in report.devices) else ""
+    return (
+        f"Nothing fits: {line.quantization} takes least, {size(least)} with {rows} of {report.row_tokens:,} tokens; "
+        f"ask for {'' if report.rows == 1 else 'fewer --rows or '}a smaller --context{split}, or take a smaller model."
+    )
+
+
+def _speed(line: Line) -> float:
+    """By the floor with as many rows as fit; equal for all where it is not known, so that precision decides."""
+    return line.speeds[-1][1] if line.speeds else 1.0

@@ -1,0 +1,112 @@
+"""The model that is planned: its configuration and, in each quantization on each kind of device, its bytes.
+
+Owns what is computed once: a model without weights is made for each layout of its weights and dtype, however many
+devices and options ask for it. It knows no memory and no speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from jobs.quantization import Quantization
+from jobs.spec import ModelSpec
+from worker.hub import TensorHeader
+from worker.loader.checkpoint import Checkpoint
+from worker.loader.precision import precision
+from worker.loader.source import headers
+from worker.plan.footprint import Footprint, footprint
+from worker.plan.shape import TokenCost, skeleton, token_cost
+
+#: How a safetensors header spells the dtypes of plain weights.
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A model in one quantization on one kind of device. `dtype`: of what is not quantized."""
+
+    quantization: Quantization
+    dtype: torch.dtype
+    footprint: Footprint
+    token: TokenCost
+
+
+class PlannedModel:
+    """`folder` holds the configuration at least. Raises what transformers raises for one that it cannot read."""
+
+    def __init__(self, spec: ModelSpec, folder: Path) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+        self._tokens: dict[torch.dtype, TokenCost] = {}
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The model's own, of prompt and answer together; None for no limit."""
+        found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers were trained, tied ones counted once."""
+        return sum(each.numel() for each in self._plain(torch.float32).parameters())
+
+    def holding(
+        self, quantization: Quantization, device: torch.device, *, context_tokens: int | None = None
+    ) -> Holding:
+        """Its bytes in this quantization, as a worker on this device would load it. `context_tokens`: asked for.
+
+        Raises Refusal for what that worker would refuse.
+        """
+        config = deepcopy(self.config)
+        spec = ModelSpec(self.spec.model, self.spec.revision, quantization)
+        asked = precision(spec, config, self.folder, device)
+        dtype = self._dtype(asked)
+        context = min(filter(None, (context_tokens, self.context_tokens)), default=None)
+        return Holding(quantization, dtype, self._footprint(asked, dtype, config), self._token(dtype, context))
+
+    def _dtype(self, asked: Mapping[str, Any]) -> torch.dtype:
+        """Of what is not quantized; `auto` is the configuration's, or else that of the first weights."""
+        dtype = asked["dtype"]
+        if dtype == "auto":
+            dtype = self.config.dtype or next(
+                (_STORED[each.dtype] for each in self._stored.values() if each.dtype in _STORED), torch.float32
+            )
+        found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return found
+
+    @cached_property
+    def _stored(self) -> Mapping[str, TensorHeader]:
+        return headers(self.spec)
+
+    def _footprint(self, asked: Mapping[str, Any], dtype: torch.dtype, config: PreTrainedConfig) -> Footprint:
+        quantizing = asked.get("quantization_config")
+        # Which 4-bit values there are makes no difference to their bytes.
+        options = {} if quantizing is None else quantizing.to_dict() | {"bnb_4bit_quant_type": None}
+        key = (dtype, str(options))
+        if key not in self._footprints:
+            found = Checkpoint.of(config)
+            # What becomes of such weights is written into the configuration: they stay, or are plain once loaded.
+            stays = found is not None and "dequantize" not in found.written
+            model = self._plain(dtype) if quantizing is None else skeleton(self.config, dtype, quantizing)
+            self._footprints[key] = footprint(model, dtype, self._stored if stays else None)
+        return self._footprints[key]
+
+    def _token(self, dtype: torch.dtype, context_tokens: int | None) -> TokenCost:
+        if dtype not in self._tokens:
+            self._tokens[dtype] = token_cost(self._plain(dtype), context_tokens=context_tokens)
+        return self._tokens[dtype]
+
+    def _plain(self, dtype: torch.dtype) -> PreTrainedModel:
+        return skeleton(self.config, dtype)

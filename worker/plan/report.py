@@ -1,0 +1,134 @@
+"""What there is to say about a model on some devices: for each quantization its bytes, what fits, and how fast.
+
+Owns how the parts of this package are put together. It prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from jobs.quantization import Kind, Quantization
+from jobs.spec import ModelSpec
+from jobs.store.speeds import Speed
+from worker.engine.limits import CONTEXT_TOKENS, MEMORY_FRACTION
+from worker.engine.options import EngineOptions
+from worker.plan.choices import choices
+from worker.plan.fit import Fit, Load, fit
+from worker.plan.hardware import Hardware
+from worker.plan.model import Holding, PlannedModel
+from worker.plan.speed import Work, expert_part, tokens_per_second
+from worker.vetting import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One quantization on one device. `refused`: why a worker would not load it, and then there is nothing else.
+
+    `speeds`: rows -> tokens per second by the floor, for one row and for as many as fit; empty where a device's rates
+    are not known. `recorded`: what workers of this machine did.
+    """
+
+    quantization: Quantization
+    refused: str = ""
+    holding: Holding | None = None
+    fit: Fit | None = None
+    speeds: tuple[tuple[int, float], ...] = ()
+    recorded: Speed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`lines` of each device, most precise first. `row_tokens`: what a row is planned with; `rows`: asked for, or 1.
+
+    `memory_fraction`: what of a GPU a worker touches.
+    """
+
+    spec: ModelSpec
+    parameters: int
+    context_tokens: int | None
+    row_tokens: int
+    rows: int
+    memory_fraction: float
+    devices: tuple[tuple[Hardware, tuple[Line, ...]], ...]
+
+
+def report(
+    model: PlannedModel, devices: Sequence[Hardware], options: EngineOptions, recorded: Sequence[Speed] = ()
+) -> Report:
+    """Plans every quantization of this model on these devices, for a worker with these options.
+
+    Without a context of the options' a row is planned with the model's own, or with 4,096 tokens where that is less.
+    Raises what transformers raises for a configuration that makes no model.
+    """
+    own = model.context_tokens or CONTEXT_TOKENS
+    row_tokens = min(options.context_tokens or CONTEXT_TOKENS, own)
+    if options.context_tokens is not None:
+        options = replace(options, context_tokens=row_tokens)
+    planned = []
+    for hardware in devices:
+        speeds = {each.quantization: each for each in recorded if each.device_name == hardware.name}
+        lines = [_line(model, each, hardware, options, row_tokens, speeds.get(each)) for each in choices(model.config)]
+        planned.append((hardware, tuple(_without_doubles(lines))))
+    return Report(
+        model.spec,
+        model.parameters,
+        model.context_tokens,
+        row_tokens,
+        options.max_rows or 1,
+        options.memory_fraction or MEMORY_FRACTION,
+        tuple(planned),
+    )
+
+
+def _line(
+    model: PlannedModel,
+    quantization: Quantization,
+    hardware: Hardware,
+    options: EngineOptions,
+    row_tokens: int,
+    recorded: Speed | None,
+) -> Line:
+    try:
+        holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
+    except Refusal as refusal:
+        return Line(quantization, refused=str(refusal))
+    found = fit(load_of(model, holding), hardware, options, row_tokens=row_tokens)
+    work = Work(
+        holding.footprint,
+        holding.token.bytes,
+        torch.int8 if quantization.kind is Kind.INT8 else holding.dtype,
+        copied=found.copied_bytes > 0,
+        outliers=quantization.kind is Kind.INT8 and quantization.threshold > 0,
+        expert_part=expert_part(model.config.get_text_config()),
+    )
+    speeds = []
+    for rows in sorted({1, max(1, found.rows)}):
+        speed = tokens_per_second(work, hardware, rows=rows, context_tokens=row_tokens)
+        if speed is not None:
+            speeds.append((rows, speed))
+    return Line(quantization, "", holding, found, tuple(speeds), recorded)
+
+
+def load_of(model: PlannedModel, holding: Holding) -> Load:
+    """What a device gets to hold."""
+    return Load(
+        holding.footprint.weights_bytes,
+        holding.footprint.copy_bytes,
+        holding.token.bytes,
+        model.context_tokens,
+        holding.token.continuous,
+    )
+
+
+def _without_doubles(lines: Sequence[Line]) -> list[Line]:
+    """Leaves `none` in bfloat16 out where `none` is of 16 bits, or cannot be."""
+    plain = next((each for each in lines if each.quantization.canonical == Kind.NONE), None)
+    wide = plain is not None and plain.holding is not None and plain.holding.dtype is torch.float32
+    return [
+        each
+        for each in lines
+        if each is plain or each.quantization.kind is not Kind.NONE or (wide and not each.refused)
+    ]

@@ -1,0 +1,81 @@
+"""A model without weights: transformers' own modules on torch's device `meta`, and what is seen of them there.
+
+Owns how such a model is built, in the order in which `from_pretrained` builds one before it reads any weight, so that
+which layers are quantized is transformers' decision and not a second opinion. It knows no device and no bytes.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from worker.engine.decoder import Unsupported, seen_shape
+from worker.loader.cached import cache_token_bytes
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCost:
+    """What one token takes in the cache, in bytes, and the engine that keeps it.
+
+    `continuous`: else the generate engine serves the model, because of `reason`. `window_tokens`: how far the layers
+    see that do not see everything, 0 where there are none; the continuous engine keeps what they no longer see.
+    """
+
+    bytes: int
+    continuous: bool
+    reason: str = ""
+    window_tokens: int = 0
+
+
+def skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, quantizing: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The model of this configuration without weights, whose layers bitsandbytes would quantize as asked.
+
+    `dtype`: of what is not quantized. Raises what transformers raises for a configuration that makes no model.
+    """
+    copy = deepcopy(config)
+    # With a pad token some models look into their input for it, and there is nothing to see on this device.
+    copy.get_text_config().pad_token_id = None
+    copy.pad_token_id = None
+    with META, local_torch_dtype(dtype):
+        model = AutoModelForCausalLM.from_config(copy, dtype=dtype, trust_remote_code=False)
+        if quantizing is not None:
+            quantizer = AutoHfQuantizer.from_config(deepcopy(quantizing), pre_quantized=False)
+            quantizer.preprocess_model(model=model, dtype=dtype, device_map={}, checkpoint_files=None)
+    found: PreTrainedModel = model.eval()
+    return found
+
+
+def token_cost(model: PreTrainedModel, *, context_tokens: int | None) -> TokenCost:
+    """What a token takes of a model without weights that is not quantized: by a forward, as the engines see it.
+
+    `context_tokens`: of prompt and answer, None for no limit.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = (getattr(config, "sliding_window", None) or 0) if "sliding_attention" in kinds else 0
+    try:
+        shape = seen_shape(model, META, context_tokens=context_tokens)
+    except Unsupported as error:
+        return TokenCost(_generated_bytes(model), continuous=False, reason=str(error), window_tokens=window)
+    return TokenCost(shape.token_bytes, continuous=True, window_tokens=window)
+
+
+def _generated_bytes(model: PreTrainedModel) -> int:
+    """In transformers' own cache. A model that looks into its numbers cannot run without any: then by its heads."""
+    try:
+        return cache_token_bytes(model, META)
+    except Exception:
+        # Whatever a model does where no tensor has numbers.
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)

@@ -1,0 +1,88 @@
+"""The floor of a decode step: no engine computes it in less time than reading its weights and cache takes.
+
+With the bytes R that are read of the weights, P numbers that a token is multiplied with, B rows, S tokens in the cache
+of each of c bytes, and a device that reads W bytes and does F operations a second:
+
+    seconds >= U / W + max(R / W, 2 * B * P / F) + B * S * c / W
+
+R of 4-bit weights depends on how the engine reads them: packed for a few rows; for more, from copies of full precision
+where they were made, or else they are unpacked at every step before they are multiplied with, which reads and writes
+U bytes. LLM.int8() waits in every layer for its
+search for outliers on a GPU, which makes a step about twice as long. This module knows no memory's size and no
+model's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worker.engine.products import CPU_COPY_ROWS
+from worker.plan.footprint import Footprint
+from worker.plan.hardware import Hardware
+
+#: Up to about so many rows bitsandbytes 0.50 multiplies with packed weights on a GPU, by its heuristic for shapes of
+#: 8 billion parameters on Hopper; it ends between 5 and 32 there, and between 8 and 128 on Ada.
+CUDA_FUSED_ROWS = 32
+#: Measured with and without: one copy from the device to the host in each of a model's linear layers.
+OUTLIERS_FACTOR = 2.0
+#: How configurations spell the experts of a layer, and those that a token goes through.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a model asks of a device: its weights, the cache of a token, and the part of the experts a token takes.
+
+    `copied`: the engine has made copies of 4-bit weights. `outliers`: LLM.int8() looks for them. `dtype`: what is
+    multiplied in; int8 for LLM.int8(), whose rate no device says here.
+    """
+
+    footprint: Footprint
+    token_bytes: int
+    dtype: torch.dtype
+    copied: bool = False
+    outliers: bool = False
+    expert_part: float = 1.0
+
+
+def tokens_per_second(work: Work, hardware: Hardware, *, rows: int, context_tokens: int) -> float | None:
+    """The most tokens a second that these rows can get, each with a full context; None for unknown rates."""
+    rates = hardware.rates
+    if rates is None:
+        return None
+    unpacked_bytes, read_bytes = _bytes(work, hardware, rows)
+    unpacking, reading = unpacked_bytes / rates.bytes_per_second, read_bytes / rates.bytes_per_second
+    operations = rates.operations_per_second.get(work.dtype)
+    numbers = work.footprint.packed_parameters + work.footprint.plain_parameters
+    numbers += int(work.footprint.expert_parameters * work.expert_part)
+    multiplying = 2 * rows * numbers / operations if operations else 0.0
+    cache = rows * context_tokens * work.token_bytes / rates.bytes_per_second
+    waiting = OUTLIERS_FACTOR if work.outliers and hardware.cuda else 1.0
+    return rows / (unpacking + waiting * max(reading, multiplying) + cache)
+
+
+def expert_part(config: Any) -> float:
+    """The part of a layer's experts that one token goes through; 1 for a model that has none."""
+    experts = next((found for name in _EXPERTS if (found := getattr(config, name, None))), 0)
+    taken = next((found for name in _EXPERTS_OF_A_TOKEN if (found := getattr(config, name, None))), 0)
+    return min(1.0, taken / experts) if experts and taken else 1.0
+
+
+def _bytes(work: Work, hardware: Hardware, rows: int) -> tuple[float, float]:
+    """What is read and written to unpack weights, and what of them is read to multiply with them."""
+    found = work.footprint
+    # So many of the experts are met by at least one of the rows, if each takes any with the same chance.
+    met = 1 - (1 - work.expert_part) ** rows
+    plain = found.head_bytes + found.other_bytes + found.expert_bytes * met
+    few = CUDA_FUSED_ROWS + 1 if hardware.cuda else CPU_COPY_ROWS
+    # A CPU's kernel for packed weights takes any number of rows, where it has one.
+    packed = hardware.fuses_four_bit and (rows < few or (not hardware.cuda and not work.copied))
+    if not found.copy_bytes or packed:
+        return 0, plain + found.packed_bytes
+    if work.copied:
+        return 0, plain + found.copy_bytes
+    return found.packed_bytes + found.copy_bytes, plain + found.copy_bytes
