@@ -7,9 +7,10 @@ DEMO_HOME := .demo
 MINUTES ?= 10
 SEED ?= 1
 BENCH ?= --peers
+DECODE ?= --peers
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-all lint bench bench-engine bench-peers mutants soak demo-model clean
+.PHONY: help demo test test-all lint bench bench-engine bench-gpu bench-peers mutants soak demo-model clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ bench: $(VENV)/test.stamp  ## measure submit, queue, export and the whole line; 
 
 bench-engine: $(VENV)/test.stamp  ## the engine against its peers, minutes to an hour (BENCH='--all', BENCH='--help')
 	$(BIN)/python -m tests.bench engine $(BENCH)
+
+bench-gpu: $(VENV)/test.stamp  ## on a GPU machine: its tests, then decoding against its floor (DECODE='--seconds 500')
+	PYTHON=$(BIN)/python tests/bench/gpu.sh $(DECODE)
 
 bench-peers: $(VENV)/test.stamp  ## install the peers of bench-engine into .venv; compiles for minutes
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PIP) --requirement tests/bench/peers.txt

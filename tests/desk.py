@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import delete, event, text
 
+from jobs.adapters import Adapter
 from jobs.memory import Memory
 from jobs.schema import Request, RequestKey
 from jobs.states import BatchState
@@ -90,10 +91,13 @@ class Child:
 class Desk:
     """One worker: its row in the store, its parent, and its child if one lives."""
 
-    def __init__(self, store: Store, bed: Bed, queues: Queues, rows: int, number: int) -> None:
+    def __init__(
+        self, store: Store, bed: Bed, queues: Queues, rows: int, number: int, adapters: tuple[Adapter, ...] = ()
+    ) -> None:
         self.store = store
         self.bed = bed
         self.rows = rows
+        self.adapters = adapters
         self.worker_id = store.workers.register(
             host="host",
             name=f"w{number}",
@@ -102,6 +106,7 @@ class Desk:
             device="cpu",
             only_job=None,
             beat=BEAT_SECONDS,
+            adapters=adapters,
         )
         self.reconciler = Reconciler(store, queues, lease_seconds=mill.LEASE_SECONDS)  # type: ignore[arg-type]
         self.leftovers = Leftovers(store, bed.settings)  # type: ignore[arg-type]
@@ -115,7 +120,8 @@ class Desk:
         self.generation = self.store.workers.new_generation(self.worker_id, child_pid=self.generation + 1)
         loaded = Loaded("cpu", None, 0.5, 100, {}, "echo", self.rows)
         self.store.workers.loaded(self.worker_id, self.generation, loaded=loaded)
-        seat = Seat(self.worker_id, self.generation, mill.ECHO_SPEC, "cpu", mill.LEASE_SECONDS)
+        spec, seconds = mill.ECHO_SPEC, mill.LEASE_SECONDS
+        seat = Seat(self.worker_id, self.generation, spec, "cpu", seconds, adapters=self.adapters)
         path = spool_path(self.bed.folder, self.bed.settings.database, self.worker_id, self.generation)
         self.child = Child(seat, Spool(path, limit_bytes=self.bed.spool_bytes), self.rows)
 

@@ -153,7 +153,6 @@ class TestReadingAhead:
         assert mill.claim(store, plain) == ()
         assert mill.claim(store, idle)[0].lease.batch_id == given.lease.batch_id
 
-
     def test_nothing_is_handed_over_to_who_finds_something_pending(self, store: Store) -> None:
         mill.load_named(store, *["a"] * 3, None, batch_size=1)
         who = mill.seat(store, adapters=[A])
@@ -161,11 +160,6 @@ class TestReadingAhead:
         mill.seat(store, name="idle", adapters=[A])
         held = [Held(first.lease, in_flight=[3]), Held(second.lease, untouched=True), Held(third.lease, untouched=True)]
         assert store.saving.turn(who, held).released == frozenset()
-        mill.load_named(store, "b")
-        mill.claim(store, mill.seat(store, name="plain"))
-        store.recovery.take_back(who.worker_id, generation=0)
-        pending = store.recovery.pending_of(mill.ECHO_SPEC, most=9)
-        assert len(pending) == 1
 
 
 class TestMoving:

@@ -237,14 +237,14 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == modules else find_spec("json"))
     say(folder, quant_method=method, bits=4)
     said = refusal(folder)
-    assert f"quantized by {method}, and {modules} is not installed" in said
+    assert f"quantized by {method}, and of its libraries {modules} cannot be found; " in said
     assert said.endswith(f"run: {command}")
 
 
 def test_a_part_of_a_package_that_is_missing_is_missing(folder: Path) -> None:
     say(folder, quant_method="quanto")
     if find_spec("optimum") is None:
-        assert "optimum.quanto is not installed; run: pip install 'optimum-quanto'" in refusal(folder)
+        assert "optimum.quanto cannot be found; run: pip install 'optimum-quanto'" in refusal(folder)
 
 
 @pytest.mark.parametrize("method", ["fbgemm_fp8", "hqq", "spqr", "vptq"])

@@ -9,12 +9,13 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import update
 
+from jobs.adapters import Adapter
 from jobs.errors import NotFound
 from jobs.quantization import Kind, Quantization
 from jobs.schema import ErrorCode
 from jobs.settings import Settings
 from jobs.spec import ModelSpec
-from jobs.states import WorkerState
+from jobs.states import RunOutcome, WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held, Seat
 from jobs.tables import batches
@@ -116,6 +117,51 @@ class TestClosedAndMoving:
         reason = expect(place.diagnose(job_id), Verdict.MOVING, "at_work")
         assert "no answer for 2 min 30 s" in reason.message
         assert "600 s" in reason.remedy
+
+
+class TestAdapters:
+    def test_the_adapter_that_nobody_holds_is_named_with_the_command(self, place: Place) -> None:
+        job_id = mill.load_named(place.store, "sql", "sql", "x", batch_size=1)
+        mill.seat(place.store, adapters=[Adapter("x", "/x")])
+        mill.claim(place.store, mill.seat(place.store, name="other", adapters=[Adapter("x", "/x")]))
+        place.store.workers.enter(2, WorkerState.STOPPED)
+        place.store.recovery.take_back(2, generation=1, outcome=RunOutcome.RELEASED)
+        found = finding(place.diagnose(job_id), "adapter_missing")
+        assert found.message == "2 batches wait for the adapter sql, which no live worker holds"
+        assert found.remedy == f"start a worker that holds it: {START} --adapter sql=PATH_OR_ID"
+        assert not found.stuck  # a worker is there for the third batch
+        mill.work_off(place.store, mill.seat(place.store, name="third", adapters=[Adapter("x", "/x")]))
+        expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
+        mill.seat(place.store, name="fourth", ready=False, adapters=[Adapter("sql", "org/sql")])
+        expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
+
+    def test_an_adapter_that_means_another_one_here_is_told_from_it(self, place: Place) -> None:
+        job_id = mill.load_named(place.store, "sql", "sql", batch_size=1)
+        first = mill.seat(place.store, adapters=[Adapter("sql", "org/sql", "v1")])
+        mill.save(place.store, first, [mill.answered(mill.claim(place.store, first)[0])])
+        place.later(30)
+        mill.seat(place.store, name="newer", adapters=[Adapter("sql", "/b")])
+        found = expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
+        assert found.message.endswith(": to this job it is org/sql@v1, and worker newer on host holds /b by that name")
+        assert found.remedy.endswith("--adapter sql=org/sql@v1")
+
+    def test_idle_workers_without_the_adapter_are_not_said_to_be_late(self, place: Place) -> None:
+        job_id = mill.load_named(place.store, "sql", "x", batch_size=1)
+        busy = mill.seat(place.store, adapters=[Adapter("x", "/x"), Adapter("sql", "/s")])
+        mill.load_named(place.store, "sql")
+        (claimed,) = mill.claim(place.store, busy)
+        idle = mill.seat(place.store, name="idle")
+        for _ in range(10):
+            place.later(15, busy, idle)
+            mill.save(place.store, busy, [Held(claimed.lease)])
+        codes = [each.code for each in place.diagnose(job_id).findings]
+        assert "not_claimed" not in codes
+        assert "adapter_missing" not in codes
+
+    def test_without_any_worker_the_command_names_the_adapters(self, place: Place) -> None:
+        job_id = mill.load_named(place.store, "sql", "x", None)
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, "no_worker")
+        assert reason.remedy == f"start one: {START} --adapter sql=PATH_OR_ID --adapter x=PATH_OR_ID"
 
 
 class TestNobodyServes:

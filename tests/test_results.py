@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from jobs.adapters import Adapter
 from jobs.errors import BatchmillError
 from jobs.failpoints import arm
 from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, Timings
@@ -156,6 +157,17 @@ def test_two_openai_exports_are_byte_for_byte_equal(store: Store, job: Job, tmp_
         export(store, job, out=out, form="openai", only="all")
     assert one.read_bytes() == other.read_bytes()
     assert errors_path(one).read_bytes() == errors_path(other).read_bytes()
+
+
+def test_answers_of_an_adapter_name_it(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    job_id = mill.load_named(store, "sql", None)
+    mill.work_off(store, mill.seat(store, adapters=[Adapter("sql", "/a")]))
+    lines = {}
+    for form in ("jsonl", "openai"):
+        export(store, store.reading.job(job_id), out=None, form=form, only="all")
+        lines[form] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("adapter", "none") for line in lines["jsonl"]] == ["sql", "none"]
+    assert [line["response"]["body"]["model"] for line in lines["openai"]] == ["sql", "echo"]
 
 
 def test_csv_quotes_what_needs_it(store: Store, job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,9 +33,10 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
+from jobs.adapters import Adapter
 from jobs.errors import JobStateError, LoadingLost, StoreUnavailable
 from jobs.memory import Memory
-from jobs.schema import ErrorCode, Output, RequestKey
+from jobs.schema import ErrorCode, Output, Request, RequestKey
 from jobs.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
 from jobs.store import loading, retrying, saving
 from jobs.store.blame import SUSPECT_GROUPS
@@ -77,6 +78,7 @@ _WORKED = {
     "thawed": st.booleans(),
     "settled": st.sampled_from(("first", "late", "never")),
 }
+_ADAPTERS = (Adapter("a", "/adapters/a"), Adapter("b", "org/b", "v1"))
 #: Not `integers`, which draws on the constants of whatever modules are loaded, and so differs from run to run.
 _DESK = st.sampled_from(range(_WORKERS))
 
@@ -126,6 +128,13 @@ class Mill(RuleBasedStateMachine):
     def new_desk(self) -> Desk:
         return Desk(self.store, self.bed, self.queues, self.rows, next(self.numbers))
 
+    def last_desk(self) -> Desk:
+        """One that can work everything off."""
+        return self.new_desk()
+
+    def prompts(self, count: int, first: int) -> list[Request]:
+        return mill.prompts(count, first=first)
+
     # --- submits ----------------------------------------------------------------------------------------------
 
     @initialize(**_SUBMITTED)
@@ -163,7 +172,7 @@ class Mill(RuleBasedStateMachine):
         for count in pieces:
             self.store.loading.add(
                 job_id,
-                prompts=mill.prompts(count, first=first),
+                prompts=self.prompts(count, first),
                 batch_size=batch_size,
                 lease_seconds=mill.LEASE_SECONDS,
             )
@@ -598,7 +607,7 @@ class Mill(RuleBasedStateMachine):
 
     def faults_stop(self) -> None:
         """L1: one worker works everything off in bounded time; L2: every poison request ends as poison."""
-        last = self.new_desk()
+        last = self.last_desk()
         for desk in self.desks:
             if desk.child is not None:
                 self.kill(desk)
@@ -611,6 +620,7 @@ class Mill(RuleBasedStateMachine):
             assert rounds <= bound, f"L1: something is open after {rounds} rounds"
             self.bed.clock.seconds += 31.0
             self.bed.own_clock.seconds += 31.0
+            self.store.workers.heartbeat(last.worker_id, beat=BEAT_SECONDS)
             last.reconciler.repair()
             last.reconciler.send_wakeups()
             if self.queues.waiting and last.child is not None:
@@ -654,6 +664,21 @@ class Mill(RuleBasedStateMachine):
             )
 
 
+class MillWithAdapters(Mill):
+    """The same, with requests that only some of the workers can answer."""
+
+    def new_desk(self) -> Desk:
+        number = next(self.numbers)
+        return Desk(self.store, self.bed, self.queues, self.rows, number, _ADAPTERS[: number % (len(_ADAPTERS) + 1)])
+
+    def last_desk(self) -> Desk:
+        return Desk(self.store, self.bed, self.queues, self.rows, next(self.numbers), _ADAPTERS)
+
+    def prompts(self, count: int, first: int) -> list[Request]:
+        names = itertools.cycle((None, *(each.name for each in _ADAPTERS)))
+        return mill.named(*itertools.islice(names, first, first + count), first=first)
+
+
 @contextmanager
 def failing(point: str, error: BaseException) -> Iterator[None]:
     """The next turn raises this inside its transaction."""
@@ -681,7 +706,15 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "log", Mock())
 
 
-def run_histories(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, histories: int, steps: int) -> None:
+def run_histories(
+    url: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    histories: int,
+    steps: int,
+    kind: type[Mill] = Mill,
+) -> None:
     bed = Bed(url, folder)
     monkeypatch.setattr(reconciler_module, "monotonic", lambda: bed.own_clock.seconds)
     profile = settings(
@@ -693,7 +726,7 @@ def run_histories(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, hi
         suppress_health_check=list(HealthCheck),
     )
     try:
-        run_state_machine_as_test(lambda: Mill(bed), settings=profile)
+        run_state_machine_as_test(lambda: kind(bed), settings=profile)
     finally:
         bed.store.close()
 
@@ -702,6 +735,16 @@ def run_histories(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, hi
 class TestHistories:
     def test_a_hundred_and_fifty(self, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run_histories(sqlite_url, tmp_path, monkeypatch, histories=150, steps=40)
+
+    def test_thirty_with_adapters(self, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_histories(sqlite_url, tmp_path, monkeypatch, histories=30, steps=40, kind=MillWithAdapters)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    def test_two_hundred_with_adapters_on_postgresql(
+        self, postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_histories(postgresql_url, tmp_path, monkeypatch, histories=200, steps=60, kind=MillWithAdapters)
 
     @pytest.mark.slow
     @pytest.mark.timeout(1800)

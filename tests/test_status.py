@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jobs.adapters import Adapter
 from jobs.schema import ErrorCode, JobOptions, SamplingParams
 from jobs.sizes import size
 from jobs.states import WorkerState
@@ -156,6 +157,31 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
     text = "\n".join(status.lines())
     assert "no live worker has served echo (none)" in text
     assert "batchmill worker -m echo" in text
+
+
+def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) -> None:
+    job_id = mill.load_named(store, "sql", "x")
+    mill.work_off(store, mill.seat(store, adapters=[Adapter("x", "org/x", "v1")]))
+    status = JobStatus.read(store, job_id)
+    assert status.missing_lines() == [
+        "1 batch waits for the adapter sql, which no live worker holds",
+        "start a worker that holds it: batchmill worker -m echo --adapter sql=PATH_OR_ID",
+    ]
+    text = "\n".join(status.lines())
+    assert "  adapters   sql (not used yet), x = org/x@v1\n" in text
+    assert "  waiting    start a worker that holds it: batchmill worker" in text
+    said = status.to_json()
+    assert said["adapters"] == {"sql": None, "x": {"path": "org/x", "revision": "v1"}}
+    assert said["missing_adapters"] == ["sql"]
+    store.closing.cancel(job_id)
+    assert JobStatus.read(store, job_id).missing_lines() == []
+
+
+def test_the_line_and_the_json_of_a_worker_name_its_adapters(store: Store) -> None:
+    mill.seat(store, adapters=[Adapter("sql", "/a"), Adapter("x", "org/x", "v1")])
+    (row,) = store.workers.rows()
+    assert "cache tokens  adapters: sql=/a, x=org/x@v1  up " in worker_line(row)
+    assert worker_json(row)["adapters"]["sql"] == {"path": "/a", "revision": None}
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
+from jobs.adapters import Adapter
 from jobs.errors import LoadingLost, PromptFileError, UsageError
+from jobs.logs import configure_logs
 from jobs.schema import JobOptions, SamplingParams
 from jobs.settings import load_settings
 from jobs.states import JobState
@@ -22,6 +25,7 @@ from producer import submit as submit_module
 from producer.submit import Submission, load_job
 from tests import mill
 
+B = Adapter("sql", "/b")
 SETTINGS = load_settings()  # read before any test changes the environment
 
 
@@ -50,6 +54,38 @@ def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) ->
     assert job.counts.total == 2
     assert mill.rows(store, "batches") == 2
     assert store.reading.resumable(asked.fingerprint(spec, job.file_sha256)) == job_id
+
+
+def test_declared_adapters_are_part_of_the_job(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs(SETTINGS)
+    path = write(tmp_path / "p.jsonl", {"prompt": "x", "adapter": "sql"}, {"prompt": "y"})
+    asked = Submission(path, "echo", options=JobOptions(adapters=("sql", "unused")))
+    job_id, spec = load_job(asked, store=store, settings=SETTINGS)
+    job = store.reading.job(job_id)
+    assert (job.options, job.adapters) == ({"adapters": ["sql", "unused"]}, ())
+    assert mill.rows(store, "batches") == 2
+    said = capsys.readouterr().err
+    assert "unused" in said
+    assert "sql" not in said
+    plain = Submission(path, "echo", options=JobOptions(adapters=("sql",)))
+    meant = replace(plain, adapters=(Adapter("sql", "/a"),))
+    prints = {each.fingerprint(spec, "0") for each in (asked, plain, meant, replace(meant, adapters=(B,)))}
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "said"),
+    [
+        ("p.jsonl", "sql", "is the name of the model, too"),
+        ("p.txt", "echo", '{"prompt": "...", "adapter": "sql"}'),
+    ],
+)
+def test_adapters_that_no_line_could_name_are_refused(path: str, model: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        Submission(path, model, options=JobOptions(adapters=("sql",)))
+    assert said in str(refused.value)
 
 
 def test_a_bad_file_leaves_nothing_and_names_duplicates_of_every_page(

@@ -12,13 +12,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import astuple, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from jobs import VERSION
 from jobs.adapters import from_json
 from jobs.broker import Broker
 from jobs.errors import AlreadyRunning, ModelError, StoreError
@@ -41,6 +38,7 @@ from worker.runner import Runner
 from worker.saver import Saver
 from worker.spool import Spool, spool_path
 from worker.telemetry import MemoryMeter
+from worker.versions import versions
 from worker.waker import Waker
 from worker.watchdog import Watchdog
 
@@ -51,7 +49,6 @@ ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
 _STORE_PAUSE_SECONDS = 1.0
-_LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +205,7 @@ def _seat(order: ChildOrder, generation: int, held: Held, devices: Sequence[Devi
         model_commit=held.commit,
         device_uuid=_uuid(devices),
         defaults=held.chosen.engine.defaults,
-        versions=_versions(),
+        versions=versions(),
         only_job=order.only_job,
         adapters=from_json(order.adapters),
     )
@@ -220,7 +217,7 @@ def _loaded(held: Held, devices: Sequence[DeviceInfo], memory: Memory) -> Loaded
         _uuid(devices),
         held.load_seconds,
         sum(held.weights_by_device),
-        _versions(),
+        versions(),
         engine=held.chosen.kind,
         engine_rows=held.chosen.engine.rows,
         context_tokens=held.chosen.context_tokens,
@@ -241,14 +238,6 @@ def _say_ready(order: ChildOrder, loaded: Loaded) -> None:
         context_tokens=loaded.context_tokens,
         cache_tokens=loaded.cache_tokens,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"batchmill": VERSION}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _give_up(store: Store, worker_id: int, reason: str, *, sick: bool = False) -> NoReturn:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import closing, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs import VERSION
 from jobs.errors import ModelError, NotAllSucceeded, StoreError
 from jobs.exits import one_line_errors
 from jobs.logs import configure_logs
@@ -23,6 +21,7 @@ from migrations import open_store
 from worker.device_lock import DeviceLock
 from worker.devices import DeviceInfo, describe_devices, use_all_cores, visible_devices
 from worker.engine.options import EngineOptions
+from worker.versions import versions
 
 if TYPE_CHECKING:
     from worker.evaluate.corpus import Corpus
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from worker.evaluate.lineup import Lineup
     from worker.evaluate.measurement import Measurement, Method, Report
 
-_LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 _COUNT = click.IntRange(min=0)
 _SIZE = click.IntRange(min=2)
 
@@ -150,7 +148,7 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
     from worker.evaluate.measurement import Report
     from worker.evaluate.progress import Shown
 
-    store, versions = open_store(settings), _versions()
+    store, found = open_store(settings), versions()
 
     def keep(row: Measurement, method: Method, reference: Measurement | None) -> None:
         try:
@@ -164,7 +162,7 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
                     "baseline_perplexity": None if reference is None else reference.perplexity,
                     "method": method.to_json(),
                 },
-                versions=versions,
+                versions=found,
             )
         except StoreError as error:
             shown.say(f"what was measured of {row.spec} is not kept: {error}")
@@ -173,12 +171,4 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
         options = EngineOptions.of(settings)
         evaluation = Evaluation(lineup, corpus, asked, device=device, options=options, shown=shown, keep=keep)
         rows = evaluation.run()
-    return Report(lineup.baseline, corpus.name, corpus.sha256, device.name, evaluation.method, rows, versions)
-
-
-def _versions() -> dict[str, str]:
-    found = {"batchmill": VERSION}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return Report(lineup.baseline, corpus.name, corpus.sha256, device.name, evaluation.method, rows, found)

@@ -2,6 +2,7 @@
 
 python -m tests.bench [submit|echo|results|load|load-1b|line ...] [--lines N]
 python -m tests.bench engine --help
+python -m tests.bench decode --help
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def main() -> None:
         from tests.bench import lineup
 
         lineup.main(words[1:])
+    elif words[:1] == ["decode"]:
+        from tests.bench import decode
+
+        decode.main(words[1:])
     else:
         mill(words)
 

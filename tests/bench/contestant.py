@@ -18,24 +18,37 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
+from tests.bench.timeline import Timeline
 from tests.bench.workloads import Ask, Workload
 
 #: The weights as they are, in a format without rounding; for each of the quantizations, formats are what compares.
 EXACT = "exact"
-#: Requests of the run that only warms up.
-_WARM_UP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a contestant is loaded for. `device`: `cpu` or `cuda:N`. None leaves rows and context to itself.
+
+    `dequantize`: as the worker's flag of that name.
+    """
+
+    device: str = "cpu"
+    rows: int | None = None
+    context_tokens: int | None = None
+    dequantize: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
     """`counts`: generated tokens of each request. `tokens`: their ids, where the contestant shows them.
 
-    `split`: seconds of this run by part, where it measures them.
+    `split`: seconds of this run by part, where it measures them; `timeline`: when each token came, where it notes that.
     """
 
     counts: list[int]
     tokens: list[list[int]] | None = None
     split: Mapping[str, float] = field(default_factory=dict)
+    timeline: Timeline | None = None
 
     @classmethod
     def of(cls, tokens: list[list[int]]) -> Answers:
@@ -67,6 +80,10 @@ class Contestant:
     environment: ClassVar[Mapping[str, str]] = {}
     #: It is slow, and gets only so many of the requests.
     most: ClassVar[int | None] = None
+    #: Requests of the run that only warms up.
+    warm_up: ClassVar[int] = 8
+    #: Given before it is loaded.
+    setup: Setup = Setup()
 
     @classmethod
     def prepare(cls, folder: Path, weights: str) -> None:
@@ -104,11 +121,14 @@ def longest_first(asks: Sequence[Ask]) -> list[int]:
 class Process:
     """A contestant in a process of its own. Every method raises ContestantError with what went wrong there."""
 
-    def __init__(self, kind: type[Contestant], folder: Path, weights: str, *, threads: int) -> None:
+    def __init__(
+        self, kind: type[Contestant], folder: Path, weights: str, *, threads: int, setup: Setup | None = None
+    ) -> None:
         self._connection, theirs = multiprocessing.Pipe()
+        given = (theirs, kind, folder, weights, threads, setup or Setup())
         with _openmp({**kind.environment, "OMP_NUM_THREADS": str(threads)}):
             context = multiprocessing.get_context("spawn")
-            self._process = context.Process(target=_serve, args=(theirs, kind, folder, weights, threads), daemon=True)
+            self._process = context.Process(target=_serve, args=given, daemon=True)
             self._process.start()
         theirs.close()
         self._receive()
@@ -165,9 +185,12 @@ def _openmp(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _serve(connection: Connection, kind: type[Contestant], folder: Path, weights: str, threads: int) -> None:
+def _serve(
+    connection: Connection, kind: type[Contestant], folder: Path, weights: str, threads: int, setup: Setup
+) -> None:
     """The process: loads, then answers until the other end is closed."""
     contestant = kind()
+    contestant.setup = setup
     try:
         contestant.load(folder, weights, threads)
         connection.send(None)
@@ -193,7 +216,7 @@ def _serve(connection: Connection, kind: type[Contestant], folder: Path, weights
 def _fastest(contestant: Contestant, workload: Workload) -> Any:
     """The setting that is measured; where there is only one, a part of the requests is enough to warm up."""
     settings = contestant.settings(workload)
-    _measure(contestant, workload.first(_WARM_UP), settings[0])
+    _measure(contestant, workload.first(contestant.warm_up), settings[0])
     if len(settings) == 1:
         return settings[0]
     return min(settings, key=lambda setting: _measure(contestant, workload, setting).seconds)

@@ -33,7 +33,7 @@ class _Ours(Contestant):
         from worker.loader import load
 
         torch.set_num_threads(threads)
-        loaded = load(ModelSpec.parse(str(folder), quantization=weights), "cpu")
+        loaded = load(ModelSpec.parse(str(folder), quantization=weights), self.setup.device)
         self._engine: Any = self.engine(replace(loaded, end_token_ids=()))
 
     def engine(self, loaded: Any) -> Any:
@@ -79,11 +79,21 @@ class ContinuousContestant(_Ours):
     ignore_eos: ClassVar[bool | None] = True
     share_prefixes: ClassVar[bool] = True
 
+    def ready(self, workload: Workload, setting: Any) -> None:
+        """Another request takes out of the cache what the rows that ended last left there, to be shared again."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        drive(self._engine, [Request(0, "forget", prompt="a", sampling=sampling)], AT_ONCE)
+
     def engine(self, loaded: Any) -> Any:
         from worker.engine.continuous import ContinuousEngine
-        from worker.engine.options import EngineOptions
+        from worker.engine.options import Dequantize, EngineOptions
 
-        return ContinuousEngine(loaded, options=EngineOptions(), share_prefixes=self.share_prefixes)
+        options = EngineOptions(
+            max_rows=self.setup.rows,
+            context_tokens=self.setup.context_tokens,
+            dequantize=Dequantize(self.setup.dequantize),
+        )
+        return ContinuousEngine(loaded, options=options, share_prefixes=self.share_prefixes)
 
 
 class UnsharedContestant(ContinuousContestant):

@@ -53,7 +53,7 @@ _LARGE = frozenset({"250m"})
 def main(words: Sequence[str]) -> None:
     chosen = _arguments(words)
     print(report.heading(chosen.threads))
-    with _root(chosen.folder) as root:
+    with root_folder(chosen.folder) as root:
         for model in chosen.models:
             folder = in_process(_checkpoint, root, model, None if model == "demo" else chosen.vocabulary)
             if chosen.agree:
@@ -92,14 +92,14 @@ def _kinds(chosen: argparse.Namespace, asked: Workload) -> list[Kind]:
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench engine", description=__doc__)
-    parser.add_argument("--models", type=_some_of(MODELS), default=["45m", "250m"], help=", ".join(MODELS))
-    parser.add_argument("--workloads", type=_some_of(PLANS), default=["a", "b"], help=", ".join(PLANS))
-    parser.add_argument("--quantizations", type=_some_of(QUANTIZATIONS), default=["nf4"], help=", ".join(QUANTIZATIONS))
+    parser.add_argument("--models", type=some_of(MODELS), default=["45m", "250m"], help=", ".join(MODELS))
+    parser.add_argument("--workloads", type=some_of(PLANS), default=["a", "b"], help=", ".join(PLANS))
+    parser.add_argument("--quantizations", type=some_of(QUANTIZATIONS), default=["nf4"], help=", ".join(QUANTIZATIONS))
     parser.add_argument(
-        "--engine", type=_some_of(ENGINES), default=["continuous"], help=f"{', '.join(ENGINES)}; the first is compared"
+        "--engine", type=some_of(ENGINES), default=["continuous"], help=f"{', '.join(ENGINES)}; the first is compared"
     )
     parser.add_argument(
-        "--peers", type=_some_of(PEERS), nargs="?", const=list(PEERS), default=[], help=f"all, or {', '.join(PEERS)}"
+        "--peers", type=some_of(PEERS), nargs="?", const=list(PEERS), default=[], help=f"all, or {', '.join(PEERS)}"
     )
     parser.add_argument("--all", action="store_true", help="every model, workload, quantization and peer: takes hours")
     parser.add_argument("--agree", action="store_true", help="compare the peers' tokens with transformers' instead")
@@ -114,7 +114,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     return chosen
 
 
-def _some_of(names: Collection[str]) -> Callable[[str], list[str]]:
+def some_of(names: Collection[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         found = text.split(",")
         if unknown := sorted(set(found) - set(names)):
@@ -125,7 +125,7 @@ def _some_of(names: Collection[str]) -> Callable[[str], list[str]]:
 
 
 @contextmanager
-def _root(folder: Path | None) -> Iterator[Path]:
+def root_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder.absolute()

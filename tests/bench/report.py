@@ -43,14 +43,14 @@ def table(title: str, asked: Workload, entries: Sequence[Entry]) -> str:
         ("", "weights", "setting", "tokens/s", "least - most", "seconds", "first / this"),
         *(_row(entry, best) for entry in entries),
     ]
-    lines += _aligned(rows)
+    lines += aligned(rows)
     for entry in entries:
         lines += _split(entry)
     return "\n".join([*lines, ""])
 
 
 def agreement(title: str, found: Mapping[str, str]) -> str:
-    lines = _aligned([("", "tokens before the first that differs from generate's"), *found.items()])
+    lines = aligned([("", "tokens before the first that differs from generate's"), *found.items()])
     return "\n".join([f"### {title}", *lines, ""])
 
 
@@ -61,11 +61,11 @@ def _row(entry: Entry, best: float | None) -> tuple[str, ...]:
     rates = [run.tokens_per_second for run in entry.runs]
     seconds = median(run.seconds for run in entry.runs)
     ratio = "" if best is None else f"{best / median(rates):.2f}"
-    span = f"{_rate(min(rates))} - {_rate(max(rates))}"
-    return (name, entry.weights, entry.runs[-1].setting, _rate(median(rates)), span, f"{seconds:.2f}", ratio)
+    span = f"{rate(min(rates))} - {rate(max(rates))}"
+    return (name, entry.weights, entry.runs[-1].setting, rate(median(rates)), span, f"{seconds:.2f}", ratio)
 
 
-def _rate(tokens_per_second: float) -> str:
+def rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
 
 
@@ -80,7 +80,7 @@ def _split(entry: Entry) -> list[str]:
     if not whole:
         return []
     shares = [(part, f"{seconds:.3f}", f"{seconds / whole:.1%}") for part, seconds in parts.items()]
-    return ["", f"{entry.kind.name}, its own time:", *_aligned([("part", "seconds", "share"), *shares])]
+    return ["", f"{entry.kind.name}, its own time:", *aligned([("part", "seconds", "share"), *shares])]
 
 
 def _mean_split(runs: Sequence[Measured]) -> Mapping[str, float]:
@@ -88,7 +88,7 @@ def _mean_split(runs: Sequence[Measured]) -> Mapping[str, float]:
     return {part: mean(run.answers.split[part] for run in runs) for part in parts}
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

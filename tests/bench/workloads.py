@@ -108,15 +108,29 @@ def workload(name: str, folder: Path, *, large: bool) -> Workload | None:
     lengths = plan.lengths(chance, large)
     if max(map(sum, lengths)) > _context_tokens(folder):
         return None
+    return asked(folder, name, plan.title, lengths, shared_tokens=plan.shared_tokens, chance=chance)
+
+
+def asked(
+    folder: Path,
+    name: str,
+    title: str,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    shared_tokens: int = 0,
+    chance: random.Random | None = None,
+) -> Workload:
+    """Requests for the model of a folder, of these lengths of prompt and answer in tokens."""
+    chance = chance or random.Random(_SEED)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     words = _pieces(tokenizer)
     added = len(tokenizer.encode("").ids)
     # The first token of all is the tokenizer's own, and part of what is shared.
-    shared = "".join(chance.choices(words, k=max(0, plan.shared_tokens - added)))
+    shared = "".join(chance.choices(words, k=max(0, shared_tokens - added)))
     asks = [_ask(tokenizer, shared, words, chance, length) for length in lengths]
-    if plan.shared_tokens == 0:
+    if shared_tokens == 0:
         _differ(asks)
-    return Workload(name, plan.title, tuple(asks), plan.shared_tokens)
+    return Workload(name, title, tuple(asks), shared_tokens)
 
 
 def _ask(

@@ -120,6 +120,20 @@ def test_the_same_run_again_exports_and_new_runs_anew(home: Home, tmp_path: Path
     assert len(json.loads(home.run("jobs", "--json").stdout)) == 3
 
 
+def test_a_run_holds_its_adapters_and_another_meaning_of_a_name_is_another_job(home: Home, tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    file, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": "a", "adapter": "sql"}, {"prompt": "b"}, {"prompt": "c", "model": "sql"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for folder in ("one", "other", "one"):
+        home.run("run", file, "-m", "echo", "--adapter", f"sql={tmp_path / folder}", "-o", out)
+        assert [json.loads(line).get("adapter") for line in out.read_text().splitlines()] == ["sql", None, "sql"]
+    jobs: list[dict[str, Any]] = json.loads(home.run("jobs", "--json").stdout)
+    meant = [json.loads(home.run("status", each["id"], "--json").stdout)["adapters"] for each in jobs]
+    assert [each["sql"]["path"] for each in meant] == [str(tmp_path / "other"), str(tmp_path / "one")]
+
+
 def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home, tmp_path: Path) -> None:
     file, out = write_prompts(tmp_path / "p.jsonl", 1_000), tmp_path / "out.jsonl"
     process = home.start("run", file, "-m", "echo", "-o", out, **SLOW)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _RACES = "tests/test_races.py"
 _HISTORIES = "tests/test_state_machine.py"
+_ADAPTERS = "tests/test_adapters_store.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "jobs/store/claiming.py",
-                "pending.limit(1).with_for_update(skip_locked=True, of=batches, key_share=True)",
-                "pending.limit(1)",
+                "first.with_for_update(skip_locked=True, key_share=True)",
+                "first",
             ),
         ),
         (f"{_RACES}::TestClaiming",),
@@ -212,6 +213,41 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         (f"{_RACES}::TestOpening",),
+    ),
+    Mutant(
+        "a worker gets what it holds alone",
+        (
+            Edit(
+                "jobs/store/pending.py",
+                "return (batches.c.state == BatchState.PENDING.value, batches.c.adapter == adapter)",
+                "return (batches.c.state == BatchState.PENDING.value,)",
+            ),
+        ),
+        (_ADAPTERS,),
+    ),
+    Mutant(
+        "requests that move stay with their adapter",
+        (
+            Edit("jobs/store/retrying.py", "adapter=adapter)", 'adapter="")'),
+            Edit("jobs/store/blame.py", "adapter=batch.adapter,", 'adapter="",'),
+        ),
+        (_ADAPTERS,),
+    ),
+    Mutant(
+        "an adapter's name means one thing to a job",
+        (
+            Edit(
+                "jobs/store/claiming.py",
+                "settled.setdefault(each.name, each) != each:",
+                "settled.setdefault(each.name, each) is None:",
+            ),
+        ),
+        (_ADAPTERS,),
+    ),
+    Mutant(
+        "an adapter's name means one thing to all live workers",
+        (Edit("jobs/store/database.py", "if not self.is_sqlite:", "if False:"),),
+        (_ADAPTERS,),
     ),
     Mutant(
         "one worker on a GPU",

@@ -19,8 +19,8 @@ from worker.engine.schedule import Piece
 
 #: The kernel reads the cache in pages of a multiple of this many tokens, so slots begin at one.
 PAGE_TOKENS = 256
-#: The kernel's head sizes, and the first generation of GPUs that it runs on.
-LARGEST_HEAD, FIRST_CAPABILITY = 256, (8, 0)
+#: The kernel's head sizes, the largest and what all are a multiple of, and the first generation of GPUs it runs on.
+LARGEST_HEAD, HEAD_MULTIPLE, FIRST_CAPABILITY = 256, 8, (8, 0)
 
 
 def serves(shape: CacheShape, device: torch.device) -> bool:
@@ -28,7 +28,8 @@ def serves(shape: CacheShape, device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
         return False
     halves = shape.dtype in (torch.float16, torch.bfloat16)
-    return halves and not shape.capped and shape.key_size == shape.value_size <= LARGEST_HEAD
+    sizes = shape.key_size == shape.value_size <= LARGEST_HEAD and shape.key_size % HEAD_MULTIPLE == 0
+    return halves and not shape.capped and sizes
 
 
 class FlashAttention:
@@ -42,7 +43,7 @@ class FlashAttention:
         device = cache.device
         self.seconds = 0.0
         self._cache = cache
-        self._splits = 1 if fixed else None
+        self._fixed = fixed
         self._places = torch.zeros(tokens, dtype=torch.long, device=device)
         self._starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -63,12 +64,13 @@ class FlashAttention:
         _write(self._places, [*places, *unused])
         _write(self._starts, [0, *accumulate(counts)])
         _write(self._lengths, ends)
-        pages = torch.arange(self._pages.shape[1], dtype=torch.int32)
         first = torch.tensor([start // PAGE_TOKENS for start in starts], dtype=torch.int32)
         used = torch.tensor([-(-end // PAGE_TOKENS) for end in ends], dtype=torch.int32)
-        # Pages beyond a row's own are never read, and have to be pages all the same.
+        # Pages beyond a row's own are never read, and have to be pages all the same; those beyond the longest row's
+        # stay what they were, since a long context has more of them than the host copies without waiting.
+        pages = torch.arange(int(used.max()), dtype=torch.int32)
         numbers = first[:, None] + torch.minimum(pages, used[:, None] - 1)
-        self._pages[: self._rows].copy_(numbers, non_blocking=True)
+        self._pages[: self._rows, : len(pages)].copy_(numbers, non_blocking=True)
 
     def __call__(
         self,
@@ -94,24 +96,40 @@ class FlashAttention:
         places = self._places[: self._tokens]
         keys.index_copy_(0, places, key[0].transpose(0, 1))
         values.index_copy_(0, places, value[0].transpose(0, 1))
+        shared = query.shape[1] != key.shape[1]
+        window, splits = self._how(sliding_window, shared=shared)
+        starts = self._starts[: self._rows + 1]
         found = varlen_attn(
             query[0].transpose(0, 1).contiguous(),
             keys.view(-1, PAGE_TOKENS, heads, key.shape[-1]),
             values.view(-1, PAGE_TOKENS, heads, value.shape[-1]),
-            self._starts[: self._rows + 1],
-            None,
+            starts,
+            starts,  # asked for, and not read beside lengths and pages
             self._most_queries,
             self._longest,
             scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            window_size=window,
+            enable_gqa=shared,
             seqused_k=self._lengths[: self._rows],
             block_table=self._pages[: self._rows],
-            num_splits=self._splits,
+            num_splits=splits,
         )
         assert isinstance(found, torch.Tensor), "no second result was asked for"
         self.seconds += perf_counter() - begin
         return found[None], None
+
+    def _how(self, sliding_window: int | None, *, shared: bool) -> tuple[tuple[int, int], int | None]:
+        """The window of a call, left and right of a query, and into how many parts its keys are split.
+
+        A row's only query sees all of it without being told to be causal. Asked so, the kernel reads keys once for all
+        heads that share them, and splits long rows as it likes. Any other call over pages is wrong when it is split
+        (pytorch issue 194167), so it is told not to.
+        """
+        if sliding_window is not None:
+            return (sliding_window - 1, 0), 1
+        if self._most_queries > 1:
+            return (-1, 0), 1
+        return (-1, -1), None if shared and not self._fixed else 1
 
 
 def _write(target: torch.Tensor, values: Sequence[int]) -> None:

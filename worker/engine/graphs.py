@@ -35,7 +35,9 @@ class DecodeGraphs:
         self._counts = row_counts(rows)
         self._tokens = torch.zeros((1, rows), dtype=torch.long, device=device)
         self._positions = torch.zeros((1, rows), dtype=torch.long, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        #: What the graphs write: one tensor for all, since each would keep its own.
+        self._logits: torch.Tensor | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._refused = False
 
@@ -52,27 +54,39 @@ class DecodeGraphs:
             self._capture(rows)
         if self._refused:
             return self._computed(rows)
-        graph, logits = self._graphs[rows]
-        graph.replay()
-        return logits
+        self._graphs[rows].replay()
+        return self._written(rows)
 
     def _computed(self, rows: int) -> torch.Tensor:
         return self._forward(self._tokens[:, :rows], self._positions[:, :rows])
+
+    def _written(self, rows: int) -> torch.Tensor:
+        assert self._logits is not None, "a graph was captured"
+        return self._logits[:rows]
 
     def _capture(self, rows: int) -> None:
         side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
-                self._computed(rows)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
                 logits = self._computed(rows)
+        torch.cuda.current_stream().wait_stream(side)
+        if self._logits is None:
+            self._logits = logits.new_empty((self._tokens.shape[1], logits.shape[1]))
+        try:
+            self._graphs[rows] = self._recorded(rows)
         except RuntimeError as error:
             self._refused = True
             self._graphs.clear()
-            log.warning("decode steps are not captured as CUDA graphs", because=str(error).splitlines()[0])
-            return
-        self._graphs[rows] = (graph, logits)
+            # Ending a capture that failed fails as well, with less to say.
+            because = str(error.__context__ or error)
+            log.warning("decode steps are not captured as CUDA graphs", because=because.partition("\n")[0])
+
+    def _recorded(self, rows: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # A capture that fails leaves its own stream behind as the current one, so this one is returned to. What another
+        # thread asks the device meanwhile (how much memory is free) is no part of it, and no reason to fail.
+        here = torch.cuda.stream(torch.cuda.current_stream())
+        with here, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._written(rows).copy_(self._computed(rows))
+        return graph

@@ -31,6 +31,7 @@ from jobs.schema import SamplingParams
 from jobs.spec import ModelSpec
 from worker.engine.options import EngineOptions
 from worker.loader.cached import cache_token_bytes
+from worker.loader.checkpoint import announce
 from worker.loader.generation import defaults, end_token_ids, pad_token_id
 from worker.loader.layers import finish, refuse_ignored, refuse_missing
 from worker.loader.layout import WHOLE, Layout, lay_out, settle
@@ -162,6 +163,7 @@ def read_model(
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     placement = placement or Placement((str(device),))
     asked = precision(spec, config, folder, device, offloads=placement.offloads)
+    announce(config)
     model, found = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,

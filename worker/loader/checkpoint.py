@@ -103,8 +103,8 @@ class Checkpoint:
         missing = [each for each in method.modules if not _installed(each)]
         if missing:
             raise Refusal(
-                f"its weights are quantized by {self.method}, and {' and '.join(missing)} is not installed; "
-                f"run: pip install '{method.package}'"
+                f"its weights are quantized by {self.method}, and of its libraries {' and '.join(missing)} cannot be "
+                f"found; run: pip install '{method.package}'"
             )
         if self.method == COMPRESSED_TENSORS:
             self._refuse_reordered()
@@ -112,18 +112,15 @@ class Checkpoint:
             _refuse_cut_blocks(folder, self.written.get("weight_block_size"))
 
     def changes(self, device: torch.device) -> dict[str, Any]:
-        """What the quantization_config is told besides, and the log with it: whether weights are dequantized."""
-        because = _METHODS[self.method].dequantized
-        if not because:
+        """What the quantization_config is told besides: whether weights are dequantized while they are loaded."""
+        if not _METHODS[self.method].dequantized:
             return {}
         if self.method == COMPRESSED_TENSORS:
             if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY and self._fp8():
                 return {"use_optimized_inference": True}
             if len(self._groups()) > 1:
                 # Weights of several schemes are told apart by their layers alone, after they are loaded.
-                log.info("the checkpoint is dequantized after loading", method=self.method, because=because)
                 return {"dequantize": False}
-        log.info("the checkpoint is dequantized while loading", method=self.method, because=because)
         return {"dequantize": True}
 
     def _groups(self) -> list[Mapping[str, Any]]:
@@ -141,6 +138,14 @@ class Checkpoint:
                 "its weights lie in the order of their activations (actorder: group), which compressed-tensors no "
                 "longer reads; take another checkpoint, or the original with -q nf4"
             )
+
+
+def announce(config: Any) -> None:
+    """Says in the log where the completed quantization_config of this config has weights dequantized, and why."""
+    found = Checkpoint.of(config)
+    if found is not None and "dequantize" in found.written:
+        because = _METHODS[found.method].dequantized
+        log.info("the checkpoint is dequantized; activations stay as they are", method=found.method, because=because)
 
 
 def _written(config: Any) -> dict[str, Any] | None:

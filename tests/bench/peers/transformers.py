@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +24,7 @@ class _Transformers(Contestant):
         from worker.loader import load
 
         torch.set_num_threads(threads)
-        loaded = load(ModelSpec.parse(str(folder), quantization=weights), "cpu")
+        loaded = load(ModelSpec.parse(str(folder), quantization=weights), self.setup.device)
         self._model: Any = loaded.model
         self._pad = loaded.pad_token_id
 
@@ -46,10 +46,15 @@ class SortedGenerate(_Transformers):
             answers |= dict(zip(places, found, strict=True))
         return Answers.of([answers[place] for place in range(len(order))])
 
-    def _generate(self, workload: Workload, places: Sequence[int]) -> list[list[int]]:
-        """A plain call: the useful tokens of each row, which are those that its request asked for."""
+    def _generate(
+        self, workload: Workload, places: Sequence[int], *, watch: Callable[..., Any] | None = None
+    ) -> list[list[int]]:
+        """A plain call: the useful tokens of each row, which are those that its request asked for.
+
+        `watch`: called after each token as a stopping criterion.
+        """
         import torch
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         asks = [workload.asks[place] for place in places]
         width = max(len(ask.tokens) for ask in asks)
@@ -57,9 +62,10 @@ class SortedGenerate(_Transformers):
         mask = [[0] * (width - len(ask.tokens)) + [1] * len(ask.tokens) for ask in asks]
         most = max(ask.answer_tokens for ask in asks)
         found = self._model.generate(
-            inputs=torch.tensor(rows),
-            attention_mask=torch.tensor(mask),
+            inputs=torch.tensor(rows, device=self.setup.device),
+            attention_mask=torch.tensor(mask, device=self.setup.device),
             generation_config=GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=self._pad),
+            stopping_criteria=StoppingCriteriaList([] if watch is None else [watch]),
         )
         tokens = found[:, width:].tolist()
         return [row[: ask.answer_tokens] for row, ask in zip(tokens, asks, strict=True)]
@@ -131,20 +137,25 @@ class GenerateBatch(_Transformers):
             self._manager = None
 
     def run(self, workload: Workload, setting: Any) -> Answers:
+        return Answers.of([list(each.generated_tokens) for each in self.results(workload)])
+
+    def results(self, workload: Workload, **asked: Any) -> list[Any]:
+        """What the manager says of each request. `asked`: more than their lengths."""
         manager = self._manager
-        found: dict[str, list[int]] = {}
+        found: dict[str, Any] = {}
         ids = {}
         for place in longest_first(workload.asks):
             ask = workload.asks[place]
-            ids[manager.add_request(list(ask.tokens), max_new_tokens=ask.answer_tokens, eos_token_id=-1)] = place
+            lengths = {"max_new_tokens": ask.answer_tokens, "eos_token_id": -1}
+            ids[manager.add_request(list(ask.tokens), **lengths, **asked)] = place
         while len(found) < len(ids):
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
-                found[result.request_id] = list(result.generated_tokens)
+                found[result.request_id] = result
             elif result is None and not manager.is_running():
                 raise RuntimeError("the thread of generate_batch ended")
         by_place = {place: found[name] for name, place in ids.items()}
-        return Answers.of([by_place[place] for place in range(len(ids))])
+        return [by_place[place] for place in range(len(ids))]
 
 
 class UntunedGenerateBatch(GenerateBatch):

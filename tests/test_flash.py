@@ -1,0 +1,122 @@
+"""Attention over pages: what is asked of the kernel for each step, answered here by the kernel's definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from worker.engine import flash
+from worker.engine.attention import Attention
+from worker.engine.cache import Cache, CacheShape
+from worker.engine.flash import PAGE_TOKENS, FlashAttention
+from worker.engine.schedule import Piece, Row
+from worker.engine.slots import Slots
+
+CPU = torch.device("cpu")
+SIZE, KV_HEADS = 8, 2
+#: What each row computes in each step: prompts, one token each, and one token each beside a piece of a prompt.
+STEPS = [[(0, 300), (0, 5), (0, 256), (0, 700)], [(300, 301), (5, 6), (256, 257)], [(301, 302), (6, 7), (700, 709)]]
+ROWS = [[0, 1, 2, 3], [0, 1, 2], [0, 1, 3]]
+
+
+def kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+    num_splits: int | None,
+) -> torch.Tensor:
+    """`varlen_attn` over pages, by its documentation; it refuses what torch 2.13's refuses, or gets wrong."""
+    shared = query.shape[1] // key.shape[2]
+    assert enable_gqa == (shared > 1)
+    assert cu_seq_k.dtype is torch.int32
+    assert cu_seq_k.shape == cu_seq_q.shape
+    packed = max_q == 1 and shared > 1 and window_size == (-1, -1)
+    assert packed or num_splits == 1, "split keys of packed rows go wrong"
+    found = torch.empty_like(query)
+    for row, used in enumerate(seqused_k.tolist()):
+        begin, end = cu_seq_q[row : row + 2].tolist()
+        assert end - begin <= max_q
+        assert used <= max_k
+        pages = block_table[row, : -(-used // PAGE_TOKENS)].long()
+        keys, values = (each[pages].flatten(0, 1)[:used].repeat_interleave(shared, 1) for each in (key, value))
+        places, asks = torch.arange(used), torch.arange(used - (end - begin), used)[:, None]
+        left, right = window_size
+        seen = (places <= asks + right if right >= 0 else places >= 0) & (places >= asks - left if left >= 0 else True)
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end], keys) * scale
+        shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        found[begin:end] = torch.einsum("hqk,khd->qhd", shares, values)
+    return found
+
+
+class Steps:
+    """Both kinds of attention over rows of the same slots."""
+
+    def __init__(self, *, heads: int, window: int | None, fixed: bool) -> None:
+        self._heads, self._window = heads, window
+        slots = Slots(4096, longest=1024, smallest=PAGE_TOKENS)
+        shape = CacheShape(1, KV_HEADS, SIZE, SIZE, torch.float32)
+        self._unused = slots.tokens
+        caches = [Cache(shape, slots.tokens + PAGE_TOKENS, CPU, heads_first=first) for first in (True, False)]
+        self._plain = Attention(caches[0], fixed=fixed)
+        self._flash = FlashAttention(caches[1], rows=6, tokens=2048, longest=slots.longest, fixed=fixed)
+        self._rows = [Row([0] * 709, 709) for _ in range(4)]
+        for row, tokens in zip(self._rows, (302, 40, 300, 709), strict=True):
+            row.slot = slots.take(tokens)
+
+    def compare(self, spans: Sequence[tuple[int, int]], rows: Sequence[int], *, more: int) -> None:
+        pieces = [Piece(self._rows[row], *span) for row, span in zip(rows, spans, strict=True)]
+        tokens = sum(end - begin for begin, end in spans)
+        query, key, value = (torch.randn(1, heads, tokens + more, SIZE) for heads in (self._heads, KV_HEADS, KV_HEADS))
+        module: Any = SimpleNamespace(layer_idx=0)
+        found = []
+        for attention, several in ((self._plain, 0), (self._flash, more)):
+            attention.plan(pieces, unused=[self._unused] * several)
+            q, k, v = (each[:, :, : tokens + several] for each in (query, key, value))
+            answer, _ = attention(module, q, k, v, None, scaling=0.3, sliding_window=self._window)
+            found.append(answer[:, :tokens])
+        torch.testing.assert_close(*found)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Steps]:
+    monkeypatch.setattr(flash, "varlen_attn", kernel)
+    torch.manual_seed(0)
+    return Steps
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads", [KV_HEADS, 3 * KV_HEADS])
+def test_pages_are_read_as_slots_are(steps: Callable[..., Steps], heads: int, window: int | None, fixed: bool) -> None:
+    both = steps(heads=heads, window=window, fixed=fixed)
+    for spans, rows in zip(STEPS, ROWS, strict=True):
+        both.compare(spans, rows, more=0)
+
+
+def test_tokens_that_are_no_ones_change_nothing(steps: Callable[..., Steps]) -> None:
+    both = steps(heads=2 * KV_HEADS, window=None, fixed=False)
+    both.compare(STEPS[0], ROWS[0], more=0)
+    both.compare(STEPS[1], ROWS[1], more=3)
+
+
+def test_a_cpu_and_a_head_of_an_odd_size_are_served_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fine = CacheShape(1, 2, 64, 64, torch.bfloat16)
+    assert flash.serves(fine, torch.device("cuda:0"))
+    assert not flash.serves(fine, CPU)
+    assert not flash.serves(CacheShape(1, 2, 60, 60, torch.bfloat16), torch.device("cuda:0"))
+    assert not flash.serves(CacheShape(1, 2, 64, 64, torch.float32), torch.device("cuda:0"))

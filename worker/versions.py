@@ -1,0 +1,19 @@
+"""The versions of batchmill and of the libraries that compute, as the store keeps them with what was computed."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+from jobs import VERSION
+
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
+
+
+def versions() -> dict[str, str]:
+    """By name; without those that are not installed."""
+    found = {"batchmill": VERSION}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
