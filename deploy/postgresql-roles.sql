@@ -41,6 +41,7 @@ BEGIN
             ('batchmill_producer', 'runs',            'SELECT, UPDATE'),
             ('batchmill_producer', 'workers',         'SELECT'),
             ('batchmill_producer', 'capacities',      'SELECT'),
+            ('batchmill_producer', 'evaluations',     'SELECT'),
             -- A worker's reconciler deletes jobs whose submit died half-way; an output is never changed nor deleted.
             -- It puts the suspects of a crash into batches of their own.
             ('batchmill_worker',   'alembic_version', 'SELECT'),
@@ -51,6 +52,7 @@ BEGIN
             ('batchmill_worker',   'runs',            'SELECT, INSERT, UPDATE'),
             ('batchmill_worker',   'workers',         'SELECT, INSERT, UPDATE'),
             ('batchmill_worker',   'capacities',      'SELECT, INSERT, UPDATE'),
+            ('batchmill_worker',   'evaluations',     'SELECT, INSERT'),
             ('batchmill_reader',   'alembic_version', 'SELECT'),
             ('batchmill_reader',   'jobs',            'SELECT'),
             ('batchmill_reader',   'batches',         'SELECT'),
@@ -58,7 +60,8 @@ BEGIN
             ('batchmill_reader',   'outputs',         'SELECT'),
             ('batchmill_reader',   'runs',            'SELECT'),
             ('batchmill_reader',   'workers',         'SELECT'),
-            ('batchmill_reader',   'capacities',      'SELECT')
+            ('batchmill_reader',   'capacities',      'SELECT'),
+            ('batchmill_reader',   'evaluations',     'SELECT')
         ) AS rights (grantee, relation, privileges)
     LOOP
         -- Before the first upgrade there are no tables yet.

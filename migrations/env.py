@@ -9,6 +9,15 @@ from jobs.tables import metadata
 
 engine = create_engine(context.config.attributes["url"], poolclass=pool.NullPool)
 with engine.connect() as connection:
-    context.configure(connection=connection, target_metadata=metadata, render_as_batch=True, compare_type=True)
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        render_as_batch=True,
+        compare_type=True,
+        transactional_ddl=True,
+    )
     with context.begin_transaction():
+        if connection.dialect.name == "sqlite":
+            # Python's sqlite3 begins a transaction for rows alone, so that each change of a table would stand by itself.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         context.run_migrations()

@@ -49,6 +49,18 @@ def test_upgrading_twice_changes_nothing(sqlite_url: str) -> None:
     store.close()
 
 
+def test_an_upgrade_of_sqlite_that_breaks_off_leaves_the_store_as_it_was(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    command.upgrade(migrations.alembic_config(url), "0003")
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("CREATE TABLE evaluations (id INTEGER)")  # in the way of 0004's last step
+    with pytest.raises(OperationalError, match="already exists"):
+        command.upgrade(migrations.alembic_config(url), "head")
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
+        assert "devices" not in {row[1] for row in connection.execute("PRAGMA table_info(runs)")}
+
+
 def test_the_embedded_store_is_made_at_first_use() -> None:
     settings = load_settings()
     store = migrations.open_store(settings)
