@@ -18,6 +18,6 @@ with engine.connect() as connection:
     )
     with context.begin_transaction():
         if connection.dialect.name == "sqlite":
-            # Python's sqlite3 begins a transaction for rows alone, so that each change of a table would stand by itself.
+            # Python begins a transaction for rows alone: each change of a table would stand by itself.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         context.run_migrations()
