@@ -17,7 +17,7 @@ from worker.engine.schedule import Piece, Row
 from worker.engine.slots import Slots
 
 CPU = torch.device("cpu")
-SIZE, KV_HEADS = 8, 2
+KV_HEADS = 2
 #: What each row computes in each step: prompts, one token each, and one token each beside a piece of a prompt.
 STEPS = [[(0, 300), (0, 5), (0, 256), (0, 700)], [(300, 301), (5, 6), (256, 257)], [(301, 302), (6, 7), (700, 709)]]
 ROWS = [[0, 1, 2, 3], [0, 1, 2], [0, 1, 3]]
@@ -52,27 +52,39 @@ def kernel(
         assert end - begin <= max_q
         assert used <= max_k
         pages = block_table[row, : -(-used // PAGE_TOKENS)].long()
-        keys, values = (each[pages].flatten(0, 1)[:used].repeat_interleave(shared, 1) for each in (key, value))
+        keys, values = (each[pages].flatten(0, 1)[:used].repeat_interleave(shared, 1).float() for each in (key, value))
         places, asks = torch.arange(used), torch.arange(used - (end - begin), used)[:, None]
         left, right = window_size
         seen = (places <= asks + right if right >= 0 else places >= 0) & (places >= asks - left if left >= 0 else True)
-        scores = torch.einsum("qhd,khd->hqk", query[begin:end], keys) * scale
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end].float(), keys) * scale
         shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        found[begin:end] = torch.einsum("hqk,khd->qhd", shares, values)
+        found[begin:end] = torch.einsum("hqk,khd->qhd", shares, values).to(found.dtype)
     return found
 
 
 class Steps:
-    """Both kinds of attention over rows of the same slots."""
+    """Both kinds of attention over rows of the same slots; the plain one is in float32. `size`: of a head."""
 
-    def __init__(self, *, heads: int, window: int | None, fixed: bool) -> None:
-        self._heads, self._window = heads, window
+    def __init__(
+        self,
+        *,
+        heads: int,
+        window: int | None,
+        fixed: bool,
+        size: int = 8,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        self._heads, self._window, self._size = heads, window, size
+        self._to: dict[str, Any] = {"dtype": dtype, "device": device}
         slots = Slots(4096, longest=1024, smallest=PAGE_TOKENS)
-        shape = CacheShape(1, KV_HEADS, SIZE, SIZE, torch.float32)
         self._unused = slots.tokens
-        caches = [Cache(shape, slots.tokens + PAGE_TOKENS, CPU, heads_first=first) for first in (True, False)]
-        self._plain = Attention(caches[0], fixed=fixed)
-        self._flash = FlashAttention(caches[1], rows=6, tokens=2048, longest=slots.longest, fixed=fixed)
+        tokens = slots.tokens + PAGE_TOKENS
+        exact, shape = (CacheShape(1, KV_HEADS, size, size, each) for each in (torch.float32, dtype))
+        self._plain = Attention(Cache(exact, tokens, device, heads_first=True), fixed=fixed)
+        self._flash = FlashAttention(
+            Cache(shape, tokens, device, heads_first=False), rows=6, tokens=2048, longest=slots.longest, fixed=fixed
+        )
         self._rows = [Row([0] * 709, 709) for _ in range(4)]
         for row, tokens in zip(self._rows, (302, 40, 300, 709), strict=True):
             row.slot = slots.take(tokens)
@@ -80,15 +92,19 @@ class Steps:
     def compare(self, spans: Sequence[tuple[int, int]], rows: Sequence[int], *, more: int) -> None:
         pieces = [Piece(self._rows[row], *span) for row, span in zip(rows, spans, strict=True)]
         tokens = sum(end - begin for begin, end in spans)
-        query, key, value = (torch.randn(1, heads, tokens + more, SIZE) for heads in (self._heads, KV_HEADS, KV_HEADS))
+        query, key, value = (
+            torch.randn(1, heads, tokens + more, self._size).to(**self._to)
+            for heads in (self._heads, KV_HEADS, KV_HEADS)
+        )
         module: Any = SimpleNamespace(layer_idx=0)
         found = []
-        for attention, several in ((self._plain, 0), (self._flash, more)):
+        for attention, several, dtype in ((self._plain, 0, torch.float32), (self._flash, more, query.dtype)):
             attention.plan(pieces, unused=[self._unused] * several)
-            q, k, v = (each[:, :, : tokens + several] for each in (query, key, value))
+            q, k, v = (each[:, :, : tokens + several].to(dtype) for each in (query, key, value))
             answer, _ = attention(module, q, k, v, None, scaling=0.3, sliding_window=self._window)
-            found.append(answer[:, :tokens])
-        torch.testing.assert_close(*found)
+            found.append(answer[:, :tokens].float())
+        near = 1e-5 if query.dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(*found, rtol=near, atol=near)
 
 
 @pytest.fixture
