@@ -427,7 +427,7 @@ MEASURED = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[1:])
 _, status, used = os.wait4(process.pid, 0)
-print(os.waitstatus_to_exitcode(status), used.ru_maxrss)
+print(os.waitstatus_to_exitcode(status), used.ru_maxrss, flush=True)
 os._exit(0)
 """
 

@@ -74,10 +74,10 @@ def test_graphs_hold_the_model_alone_before_and_after_steps_with_adapters(folder
     with closing(ContinuousEngine(held(folders, torch.bfloat16), options=EngineOptions(max_rows=8))) as engine:
         graphs = engine._decoder._graphs
         assert graphs is not None
+        tried = set(graphs._graphs)  # by the trial of the model
         answered(engine, [each for each in requests() if each.adapter == "wide"])
-        assert not graphs._graphs, "steps with adapters are launched"
+        assert set(graphs._graphs) == tried, "steps with adapters are launched"
         assert answered(engine, plain)[0].choices == wanted
-        assert graphs._graphs
         with_adapter = answered(engine, requests())
         assert with_adapter[1].choices != wanted
         assert answered(engine, plain)[0].choices == wanted

@@ -26,6 +26,7 @@ def entered(device: str, vocabulary: int) -> Sampler:
     return sampler
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("vocabulary", [300, 128_256])
 def test_a_gpu_draws_what_a_cpu_draws_and_nothing_waits_for_it(vocabulary: int) -> None:
     on_cpu, on_gpu = entered("cpu", vocabulary), entered("cuda", vocabulary)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import accumulate, count
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -23,6 +24,7 @@ from worker.engine.graphs import DecodeGraphs
 from worker.engine.lora import BASE, Lora, OtherTokens
 from worker.engine.schedule import Copy, Piece, Row
 from worker.engine.slots import Slots
+from worker.engine.upload import upload
 from worker.loader import LoadedModel
 
 #: What a layer may ask of attention, and what asks for nothing here.
@@ -81,8 +83,9 @@ class Decoder:
         self._attention: Attention | FlashAttention = Attention(self._cache, fixed=fixed)
         if flash:
             self._attention = FlashAttention(self._cache, rows=rows, tokens=tokens, longest=slots.longest, fixed=fixed)
-            # A graph would replay the copies of weights that wait elsewhere from where they were when it was captured.
-            if not loaded.layout.offloaded:
+            # A graph would replay the copies of weights that wait elsewhere from where they were when it was captured;
+            # and a search for outlier columns waits for the device, which no graph can.
+            if not loaded.layout.offloaded and not finds_outliers(loaded.model):
                 self._graphs = DecodeGraphs(self._decoded, rows=rows, device=loaded.device)
         self._name = f"batchmill-{next(_NAMES)}"
         AttentionInterface.register(self._name, self._attention)
@@ -159,7 +162,8 @@ class Decoder:
         return logits
 
     def _row(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([numbers], dtype=torch.long, device=self._device)
+        # Uploaded without waiting for the step that is in the air, as torch.tensor on a GPU does.
+        return upload(np.array([numbers], dtype=np.int64), self._device)
 
 
 def cache_shape(loaded: LoadedModel) -> CacheShape:
@@ -234,9 +238,14 @@ class _Seen:
 
 def refuse_outliers(model: PreTrainedModel) -> None:
     """Raises Unsupported for a model whose layers round a row by what its neighbours hold."""
-    states = (getattr(module, "state", None) for module in model.modules())
-    if any(getattr(state, "threshold", 0.0) for state in states):
+    if finds_outliers(model):
         raise Unsupported("LLM.int8() looks for outlier columns in all rows of a batch together")
+
+
+def finds_outliers(model: PreTrainedModel) -> bool:
+    """Whether LLM.int8() looks for columns that are computed apart."""
+    states = (getattr(module, "state", None) for module in model.modules())
+    return any(getattr(state, "threshold", 0.0) for state in states)
 
 
 def _refuse_longest(config: Any, context_tokens: int | None) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from worker.engine.answer import ChoiceRow, TokenLogprob
@@ -20,6 +21,7 @@ from worker.engine.grammar import fill
 from worker.engine.logprobs import Logprobs
 from worker.engine.sampler import Sampler
 from worker.engine.schedule import Step
+from worker.engine.upload import upload
 
 _WORD_BITS = 32
 
@@ -89,7 +91,7 @@ class Launcher:
         if len(rows) < len(flight.rows):
             staying = set(map(id, rows))
             places = [place for place, row in enumerate(flight.rows) if id(row) in staying]
-            newest = newest.index_select(0, torch.tensor(places, device=self._device))
+            newest = newest.index_select(0, upload(np.array(places), self._device))
         with self._timed("model"):
             logits = self._decoder.following(step.pieces, newest)
         return self._sampled(step, rows, logits)
