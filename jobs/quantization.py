@@ -209,12 +209,11 @@ def _values(kind: Kind, text: str) -> dict[str, Value]:
 
 
 def _pairs(kind: Kind, text: str) -> Iterator[tuple[str, str]]:
-    for part in filter(None, [text]):
-        for pair in part.split(","):
-            name, equals, value = pair.partition("=")
-            if not equals:
-                raise UsageError(f"-q {kind}: {pair!r} is no option; write NAME=VALUE, such as {_example(kind)}")
-            yield name, value
+    for pair in text.split(",") if text else ():
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"-q {kind}: {pair!r} is no option; write NAME=VALUE, such as {_example(kind)}")
+        yield name, value
 
 
 def _option(kind: Kind, name: str) -> _Option:
