@@ -85,7 +85,7 @@ def test_a_plan_says_what_the_generate_engine_says(pretend: Any) -> None:
     pretend(10 * 1024**2)
     loaded = load(ModelSpec(DEMO, quantization=Quantization.parse("none")), "cpu")
     engine = GenerateEngine(loaded)
-    asked = Load(1000, 0, loaded.cache_token_bytes, 512, continuous=False)
+    asked = Load(1000, 0, loaded.cache_token_bytes, 512, 320, continuous=False)
     found = fit(asked, cpu(10 * 1024**2 + 1000), EngineOptions(), row_tokens=100)
     assert (found.engine_rows, found.cache_tokens) == (engine.rows, engine.capacity.limit)
     assert found.rows == engine.capacity.limit // 100
@@ -93,7 +93,7 @@ def test_a_plan_says_what_the_generate_engine_says(pretend: Any) -> None:
 
 def test_a_gpu_has_what_its_fraction_leaves_beside_weights_and_buffers() -> None:
     gpu = Hardware("cuda:0", "a GPU", True, 24 * GIB, 23 * GIB, None)
-    asked = Load(14 * GIB, 0, 128 * 1024, 8192, continuous=True)
+    asked = Load(14 * GIB, 0, 128 * 1024, 8192, 128_256, continuous=True)
     found = fit(asked, gpu, EngineOptions(), row_tokens=4096)
     left = 23 * GIB - 14 * GIB - 14 * GIB // engine_limits.BUFFERS_PART - 24 * GIB // 10
     assert found.rows == left // (128 * 1024 * 4096) == 10
@@ -103,15 +103,24 @@ def test_a_gpu_has_what_its_fraction_leaves_beside_weights_and_buffers() -> None
     assert fit(asked, gpu, EngineOptions(max_rows=11, memory_fraction=1.0), row_tokens=4096).fits
 
 
+def test_a_large_vocabulary_runs_in_fewer_rows_on_a_cpu() -> None:
+    found = [
+        fit(Load(GIB, 0, 1024, 4096, vocabulary, continuous=True), cpu(24 * GIB), EngineOptions(), row_tokens=64)
+        for vocabulary in (32_000, 128_256, 262_144)
+    ]
+    assert [each.engine_rows for each in found] == [256, 130, 64]
+
+
 def test_weights_larger_than_a_device_fit_no_row() -> None:
-    found = fit(Load(30 * GIB, 0, 1024, None, continuous=True), pretended_gpu(24 * GIB), EngineOptions(), row_tokens=64)
+    asked = Load(30 * GIB, 0, 1024, None, 32_000, continuous=True)
+    found = fit(asked, pretended_gpu(24 * GIB), EngineOptions(), row_tokens=64)
     assert (found.rows, found.fits) == (0, False)
 
 
 def test_a_model_over_two_gpus_has_their_memory_together() -> None:
     two = joined([Hardware(f"cuda:{index}", "one", True, 24 * GIB, 22 * GIB, None) for index in range(2)])
     assert (two.device, two.name, two.total_bytes, two.free_bytes) == ("cuda:0+cuda:1", "2 x one", 48 * GIB, 44 * GIB)
-    assert fit(Load(30 * GIB, 0, 1024, None, continuous=True), two, EngineOptions(), row_tokens=64).fits
+    assert fit(Load(30 * GIB, 0, 1024, None, 32_000, continuous=True), two, EngineOptions(), row_tokens=64).fits
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -65,7 +65,13 @@ class ContinuousEngine:
         self.prepared = Prepared()
         if not loaded.layout.offloaded:  # of weights that come and go nothing can be laid out anew
             self.prepared = prepare(loaded.model, dequantize=options.dequantize, free_bytes=spare)
-        most = limits(Room.of(loaded), options, token_bytes=shape.token_bytes, context_tokens=loaded.context_tokens)
+        most = limits(
+            Room.of(loaded),
+            options,
+            token_bytes=shape.token_bytes,
+            context_tokens=loaded.context_tokens,
+            vocabulary=loaded.vocabulary,
+        )
         flash = serves(shape, loaded.device)
         slots = Slots(
             most.cache_tokens, longest=most.context_tokens, smallest=PAGE_TOKENS if flash else SMALLEST_TOKENS

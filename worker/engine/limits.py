@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from worker.loader import LoadedModel
 
 #: Rows where nothing else is asked, and tokens of one step: those of the rows that decode, and of prompts.
-CPU_ROWS, CPU_STEP_TOKENS = 128, 512
+CPU_ROWS, CPU_STEP_TOKENS = 256, 512
 CUDA_ROWS, CUDA_STEP_TOKENS = 256, 4_096
+#: Fewer rows run on a CPU where their logits would take more, which sampling holds several times, in float32.
+CPU_LOGITS_BYTES = 64 * 1024**2
 #: The context of a model that says nothing of its own.
 CONTEXT_TOKENS = 4_096
 #: What of a GPU's memory the engine plans with where nothing else is asked.
@@ -78,19 +80,23 @@ def copy_bytes(room: Room, options: EngineOptions) -> int:
     return room.usable_bytes(options) // (COPY_PARTS if room.cuda else CPU_PARTS)
 
 
-def limits(room: Room, options: EngineOptions, *, token_bytes: int, context_tokens: int | None) -> Limits:
+def limits(
+    room: Room, options: EngineOptions, *, token_bytes: int, context_tokens: int | None, vocabulary: int
+) -> Limits:
     """The limits of a worker, once everything but the cache is on its device.
 
     `token_bytes`: of one token in the cache. `context_tokens`: the model's own, None for no limit.
     """
     context = options.context_tokens or context_tokens or CONTEXT_TOKENS
-    rows = options.max_rows or (CUDA_ROWS if room.cuda else CPU_ROWS)
     cache = _cache_bytes(room, options) // token_bytes
-    if options.max_rows is None:
-        rows = max(1, min(rows, cache // min(ROW_TOKENS, context)))
+    rows = options.max_rows or max(1, min(_rows(room, vocabulary), cache // min(ROW_TOKENS, context)))
     context = max(1, min(context, cache))
     step = max(CUDA_STEP_TOKENS if room.cuda else CPU_STEP_TOKENS, rows)
     return Limits(rows, context, min(cache, rows * context), step)
+
+
+def _rows(room: Room, vocabulary: int) -> int:
+    return CUDA_ROWS if room.cuda else min(CPU_ROWS, CPU_LOGITS_BYTES // (torch.float32.itemsize * vocabulary))
 
 
 def _cache_bytes(room: Room, options: EngineOptions) -> int:

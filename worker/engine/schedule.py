@@ -87,7 +87,7 @@ class Copy(NamedTuple):
 
 @dataclass(slots=True)
 class Step(Generic[R]):
-    """The next step. Decoding rows come first, and each kind in the order of the cache.
+    """The next step. Decoding rows come first, then pieces of prompts, in the order of the cache; beginnings by length.
 
     `copies` are done one after the other before anything is computed. Then rows lost the seats `vacated`, and others
     `entered`.
@@ -173,7 +173,7 @@ class Schedule(Generic[R]):
         self._forget_unwanted()
         if self._close_holes:
             self._move_down(step)
-        step.pieces.sort(key=_in_cache_order)
+        step.pieces.sort(key=_in_reading_order)
         return step
 
     def after(self, step: Step[R]) -> Step[R] | None:
@@ -328,5 +328,8 @@ def _longest_first(row: Row) -> tuple[int, int]:
     return -row.most_tokens, row.arrival
 
 
-def _in_cache_order(piece: Piece[Any]) -> tuple[bool, int]:
-    return piece.end - piece.begin > 1, piece.row.held.start
+def _in_reading_order(piece: Piece[Any]) -> tuple[bool, bool, int]:
+    """Rows that decode, pieces of prompts whose beginning is in the cache, and beginnings, by length."""
+    if piece.begin == 0 and piece.end > 1:
+        return True, True, piece.end
+    return piece.end - piece.begin > 1, False, piece.row.held.start

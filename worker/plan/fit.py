@@ -23,13 +23,15 @@ SPLIT_PART = 0.9
 class Load:
     """What is put on a device. `token_bytes`: of a token in the cache. `copy_bytes`: of the copies that could be made.
 
-    `context_tokens`: the model's own, None for no limit. `continuous`: served by that engine, or else by generate.
+    `context_tokens`: the model's own, None for no limit. `vocabulary`: its tokens. `continuous`: served by that engine,
+    or else by generate.
     """
 
     weights_bytes: int
     copy_bytes: int
     token_bytes: int
     context_tokens: int | None
+    vocabulary: int
     continuous: bool
 
 
@@ -104,7 +106,13 @@ def fit(load: Load, hardware: Hardware, options: EngineOptions, *, row_tokens: i
 
 
 def _continuous(load: Load, room: Room, options: EngineOptions, row_tokens: int) -> _Engine:
-    most = limits(room, options, token_bytes=load.token_bytes, context_tokens=load.context_tokens)
+    most = limits(
+        room,
+        options,
+        token_bytes=load.token_bytes,
+        context_tokens=load.context_tokens,
+        vocabulary=load.vocabulary,
+    )
     slots = Slots(
         most.cache_tokens, longest=most.context_tokens, smallest=PAGE_TOKENS if room.cuda else SMALLEST_TOKENS
     )

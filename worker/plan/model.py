@@ -58,6 +58,12 @@ class PlannedModel:
         return found
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Tokens that have an embedding."""
+        found: int = self._plain(torch.float32).get_input_embeddings().num_embeddings
+        return found
+
+    @cached_property
     def parameters(self) -> int:
         """How many numbers were trained, tied ones counted once."""
         return sum(each.numel() for each in self._plain(torch.float32).parameters())

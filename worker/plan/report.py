@@ -119,6 +119,7 @@ def load_of(model: PlannedModel, holding: Holding) -> Load:
         holding.footprint.copy_bytes,
         holding.token.bytes,
         model.context_tokens,
+        model.vocabulary,
         holding.token.continuous,
     )
 
