@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from tests.families import CONTEXT_TOKENS, VOCABULARY, load_alphabet, load_famil
 from worker.engine.choice import choose
 from worker.engine.continuous import ContinuousEngine, Unsupported
 from worker.engine.generate import GenerateEngine
+from worker.engine.grammar import Grammars, Matcher
 from worker.engine.options import EngineOptions
+from worker.engine.sampling.penalties import Penalties
 from worker.loader import LoadedModel, load
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
@@ -59,12 +63,12 @@ def prompt(index: int, text: str, **sampling: Any) -> Request:
     return Request(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
 
 
-def answers(engine: ContinuousEngine, *requests: Request) -> list[Output]:
-    """The outputs of these requests, in their order."""
+def answers(engine: ContinuousEngine, *requests: Request, until: int = sys.maxsize) -> list[Output]:
+    """The outputs of these requests, and of those that are there, in their order; or the first of them alone."""
     for request in requests:
         engine.add(key(request.index), request)
-    outputs = []
-    while engine.waiting or engine.active:
+    outputs: list[Output] = []
+    while (engine.waiting or engine.active) and len(outputs) < until:
         outputs += engine.step()
     return sorted(outputs, key=lambda output: output.key.index)
 
@@ -223,6 +227,32 @@ def test_a_request_of_several_choices_may_be_cancelled_when_some_have_ended(alph
     assert answers(engine, prompt(1, "a"))[0].error is None
 
 
+@pytest.mark.parametrize("cancelled", [False, True], ids=["answered", "cancelled"])
+def test_rows_go_on_while_a_grammar_is_compiled(
+    alphabet: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    compiling, go_on = Event(), Event()
+    matcher = Grammars.matcher
+
+    def slow(grammars: Grammars, response_format: Any) -> Matcher:
+        compiling.set()
+        assert go_on.wait(60)
+        return matcher(grammars, response_format)
+
+    monkeypatch.setattr(Grammars, "matcher", slow)
+    engine = make(alphabet)
+    engine.add(key(0), prompt(0, "a", response_format={"type": "choice", "choice": ["abc"]}))
+    assert [each.key.index for each in answers(engine, prompt(1, "b"), until=1)] == [1]
+    assert compiling.wait(60)
+    assert (engine.waiting, engine.active) == (1, 0)
+    assert engine.step() == []
+    if cancelled:
+        engine.cancel([key(0)])
+    go_on.set()
+    assert [each.choices[0].text for each in answers(engine)] == ([] if cancelled else ["abc"])
+    assert (engine.waiting, engine.active) == (0, 0)
+
+
 def test_timings_add_up_to_the_time_that_a_request_took(llama: LoadedModel, make: Make) -> None:
     outputs = answers(make(llama, rows=1), prompt(0, "x"), prompt(1, "y"))
     spent = [each.timings for each in outputs]
@@ -266,6 +296,37 @@ def test_a_request_that_does_not_fit_alone_is_an_error_and_the_next_one_is_answe
         [failed] = answers(engine, prompt(0, "x"))
     assert error(failed)[0] == "out_of_memory"
     assert answers(engine, prompt(1, "x"))[0].error is None
+
+
+def test_a_request_for_whose_sampling_is_no_memory_is_an_error_beside_others_that_go_on(
+    llama: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has two rows, which enter in the same step as the others; the engine serves its like again later."""
+    others = [prompt(index, f"prompt {index}" * 3) for index in range(3)]
+    greedy = prompt(3, "greedy", n=2, presence_penalty=0.5)
+    engine = make(llama)
+    wanted = said(answers(make(llama), *others, greedy))
+    with monkeypatch.context() as full:
+        full.setattr(Penalties, "_make_room", no_memory)
+        *fine, failed = answers(engine, *others, greedy)
+    assert error(failed)[0] == "out_of_memory"
+    assert said(fine) == wanted[:3]
+    assert said(answers(engine, *others, greedy)) == wanted
+
+
+def no_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_all_rows_can_have_the_whole_context_at_once(llama: LoadedModel, make: Make) -> None:
+    engine = make(llama, rows=4, step_tokens=1_024)
+    for index in range(4):
+        engine.add(key(index), prompt(index, "abcd"[index] * 199, max_tokens=CONTEXT_TOKENS - 200, ignore_eos=True))
+    outputs = []
+    while engine.active or not outputs:
+        outputs += engine.step()
+        assert engine.waiting == 0
+    assert [each.completion_tokens for each in outputs] == [CONTEXT_TOKENS - 200] * 4
 
 
 def test_a_broken_device_is_no_lack_of_memory(llama: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

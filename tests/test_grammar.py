@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from jobs.schema import ErrorCode
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 from worker.engine.grammar import Grammars, Matcher, fill
-from worker.engine.response_format import MAX_TEXT_LENGTH
+from worker.engine.grammar.response_format import MAX_TEXT_LENGTH
 from worker.engine.tokenization import Refused
 from worker.loader.source import DEMO_FOLDER
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.schema import SamplingParams
-from worker.engine.penalties import LEAST_PLACES, Penalties
+from worker.engine.sampling.penalties import LEAST_PLACES, Penalties
 
 CPU = torch.device("cpu")
 VOCABULARY = 9

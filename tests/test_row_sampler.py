@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from jobs.schema import SamplingParams
-from worker.engine.row_sampler import RowSampler
-from worker.engine.sampler import Sampler
+from worker.engine.sampling import Sampler
+from worker.engine.sampling.row_sampler import RowSampler
 from worker.engine.tokenization import Prompt
 
 CPU = torch.device("cpu")

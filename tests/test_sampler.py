@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.schema import SamplingParams
-from worker.engine.sampler import Sampled, Sampler
+from worker.engine.sampling import Sampled, Sampler
 
 CPU = torch.device("cpu")
 #: Searched whole, in blocks, and in blocks by rows.

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from jobs.schema import SamplingParams
-from worker.engine.sampler import Sampler
+from worker.engine.sampling import Sampler
 
 CPU = torch.device("cpu")
 SAMPLES = 3_000

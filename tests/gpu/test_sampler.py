@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jobs.schema import SamplingParams
-from worker.engine.sampler import Sampler
+from worker.engine.sampling import Sampler
 
 ROWS = 48
 

@@ -1,14 +1,14 @@
 """batchmill's own engine: requests enter and leave the running batch at every token step.
 
 Owns the loop: schedule, run, postprocess. What the next step computes is decided in `schedule`, the model is behind
-`decoder`, the next tokens are `sampler`'s, and an answer's text is made by a thread beside the device.
+`decoder`, the next tokens are `sampling`'s, and an answer's text is made by a thread beside the device.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from time import monotonic, perf_counter
@@ -23,18 +23,22 @@ from worker.engine.capacity import Capacity
 from worker.engine.decoder import Decoder, Unsupported, cache_shape, refuse_outliers
 from worker.engine.flash import PAGE_TOKENS, serves
 from worker.engine.flight import Flight, Launcher
-from worker.engine.grammar import Grammars
+from worker.engine.grammar import Grammars, Matcher
+from worker.engine.grammar.matching import Matching
 from worker.engine.limits import Room, copy_bytes, limits
 from worker.engine.lora import Lora
 from worker.engine.options import EngineOptions
-from worker.engine.sampler import Sampler
+from worker.engine.sampling import Sampler
 from worker.engine.schedule import Schedule, Step
 from worker.engine.slots import SMALLEST_TOKENS, Slots
-from worker.engine.tokenization import Refused, Tokenization
+from worker.engine.tokenization import Prompt, Refused, Tokenization
 from worker.engine.weights import Prepared, prepare
 from worker.loader import LoadedModel
 
 __all__ = ["ContinuousEngine", "Unsupported"]
+
+#: How long a step waits for a grammar while nothing else is to do.
+_COMPILING_SECONDS = 0.05
 
 
 class ContinuousEngine:
@@ -96,7 +100,9 @@ class ContinuousEngine:
             context_tokens=self.context_tokens,
             end_token_ids=loaded.end_token_ids,
         )
-        self._grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, end_token_ids=loaded.end_token_ids)
+        self._matching = Matching(
+            Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, end_token_ids=loaded.end_token_ids)
+        )
         self._loaded = loaded
         self._progress = progress
         self._share = share_prefixes and not options.deterministic
@@ -109,7 +115,7 @@ class ContinuousEngine:
     @property
     def waiting(self) -> int:
         """Requests that were added and not begun; those that were refused are answered by the next step."""
-        return self._schedule.waiting + len(self._done)
+        return self._schedule.waiting + len(self._matching) + len(self._done)
 
     @property
     def active(self) -> int:
@@ -118,22 +124,16 @@ class ContinuousEngine:
 
     def add(self, key: RequestKey, request: Request) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
-        try:
+        with self._refusing(key):
             prompt = self._tokenization.prompt(request)
-            adapter = self._lora.number(prompt.adapter)
-            wanted = prompt.sampling.response_format
-            matchers = [self._grammars.matcher(wanted) for _ in range(prompt.sampling.n or 1)] if wanted else []
-        except Refused as refused:
-            self._done.append(Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens))
-            return
-        answer = self._answers[key] = Answer(
-            key, prompt, self._tokenization, matchers=matchers, share=self._share, adapter=adapter
-        )
-        for row in answer.rows:
-            self._schedule.add(row)
+            if prompt.sampling.response_format:
+                self._matching.add(key, prompt)
+            else:
+                self._enqueue(key, prompt)
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; unknown keys are ignored."""
+        self._matching.cancel(keys)
         for key in keys:
             answer = self._answers.pop(key, None)
             for row in answer.rows if answer is not None else ():
@@ -145,6 +145,7 @@ class ContinuousEngine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """One forward: a token of every row that decodes, and some of prompts. The outputs that are ready."""
+        self._take_matched()
         if not self._progress():
             self._advance()
         return self._ready()
@@ -156,8 +157,35 @@ class ContinuousEngine:
         return {**self._seconds, **launched, "model": launched["model"] - attention, "attention": attention}
 
     def close(self) -> None:
-        """Ends the thread that writes texts."""
+        """Ends the threads that write texts and compile grammars."""
         self._texts.shutdown()
+        self._matching.close()
+
+    def _enqueue(self, key: RequestKey, prompt: Prompt, matchers: Sequence[Matcher] = ()) -> None:
+        adapter = self._lora.number(prompt.adapter)
+        answer = self._answers[key] = Answer(
+            key, prompt, self._tokenization, matchers=matchers, share=self._share, adapter=adapter
+        )
+        for row in answer.rows:
+            self._schedule.add(row)
+
+    def _take_matched(self) -> None:
+        """Lets requests wait for a seat whose grammars are compiled; where nothing else is to do, for a moment."""
+        seconds = 0.0 if self._scheduled else _COMPILING_SECONDS
+        for key, prompt, matchers in self._matching.ready(seconds=seconds):
+            with self._refusing(key):
+                self._enqueue(key, prompt, matchers.result())
+
+    @contextmanager
+    def _refusing(self, key: RequestKey) -> Iterator[None]:
+        try:
+            yield
+        except Refused as refused:
+            self._done.append(Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens))
+
+    @property
+    def _scheduled(self) -> int:
+        return self._schedule.running + self._schedule.waiting
 
     def _advance(self) -> None:
         """Launches a step, and where it can the one after it, and takes the tokens of the first."""
@@ -175,7 +203,10 @@ class ContinuousEngine:
             return None
         for row in step.entered:
             row.answer.began()
-        self._launcher.seat(step)
+        self._seat(step)
+        if not step.pieces:
+            self._decoder.copy(step.copies)
+            return None
         try:
             return self._launcher.launch(step)
         except (RuntimeError, MemoryError) as error:
@@ -184,6 +215,13 @@ class ContinuousEngine:
         # Memory is freed out here: the exception's frames hold tensors until their block is left.
         self._too_much(step)
         return None
+
+    def _seat(self, step: Step[ChoiceRow]) -> None:
+        """Rows that enter get their places in the sampler; the step goes on without those that find no memory there."""
+        for row in self._launcher.seat(step):
+            if not row.ended:
+                self._give_up(row.answer)
+        step.pieces = [piece for piece in step.pieces if not piece.row.ended]
 
     def _launch_after(self, flight: Flight) -> Flight | None:
         if any(row.matcher is not None for row in flight.rows):
@@ -233,7 +271,7 @@ class ContinuousEngine:
     def _ready(self) -> list[Output]:
         """Outputs whose text is written; those of the last rows are waited for."""
         outputs, self._done = self._done, []
-        idle = not self._schedule.running and not self._schedule.waiting
+        idle = not self._scheduled
         with self._timed("detokenize"):
             for key, future in list(self._written.items()):
                 if idle or future.done():
@@ -249,7 +287,9 @@ class ContinuousEngine:
         if step.tokens > 1:
             self.capacity.too_much(step.tokens)
             return
-        answer = step.pieces[0].row.answer
+        self._give_up(step.pieces[0].row.answer)
+
+    def _give_up(self, answer: Answer) -> None:
         self.cancel([answer.key])
         self._done.append(answer.too_large())
 

@@ -15,11 +15,12 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from worker.devices import is_out_of_memory
 from worker.engine.answer import ChoiceRow, TokenLogprob
 from worker.engine.decoder import Decoder
 from worker.engine.grammar import fill
-from worker.engine.logprobs import Logprobs
-from worker.engine.sampler import Sampler
+from worker.engine.sampling import Sampler
+from worker.engine.sampling.logprobs import Logprobs
 from worker.engine.schedule import Step
 from worker.engine.upload import upload
 
@@ -57,12 +58,15 @@ class Launcher:
         self._words = -(-vocabulary // _WORD_BITS)
         self._device = device
 
-    def seat(self, step: Step[ChoiceRow]) -> None:
-        """Tells the sampler who sits where in this step."""
+    def seat(self, step: Step[ChoiceRow]) -> list[ChoiceRow]:
+        """Tells the sampler who sits where in this step. Returns the rows for which it has no memory."""
         for seat in step.vacated:
             self._sampler.leave(seat)
-        for row in step.entered:
-            sampling = row.prompt.sampling
+        return [row for row in step.entered if not self._seated(row)]
+
+    def _seated(self, row: ChoiceRow) -> bool:
+        sampling = row.prompt.sampling
+        try:
             self._sampler.enter(
                 row.seat,
                 # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
@@ -72,6 +76,11 @@ class Launcher:
                 end_token_ids=row.prompt.end_token_ids,
                 choice=row.choice,
             )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def unseat(self, row: ChoiceRow) -> None:
         """Tells the sampler that this row leaves its seat."""

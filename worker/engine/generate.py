@@ -1,7 +1,7 @@
 """The engine around transformers' own `generate`: one micro-batch after the other, each run to its end.
 
 Owns the queue of one device, and what happens when its memory does not suffice. What runs together is decided in
-`planning`, text and tokens in `tokenization`, the next token in `sampler`, the end of a row in `stopping`; the cache
+`planning`, text and tokens in `tokenization`, the next token in `sampling`, the end of a row in `stopping`; the cache
 and the positions are `generate`'s own. Requests need nothing in common to run together.
 """
 
@@ -21,7 +21,7 @@ from worker.engine import Progress
 from worker.engine.capacity import Capacity
 from worker.engine.lora import Lora
 from worker.engine.planning import Size, plan
-from worker.engine.row_sampler import RowSampler
+from worker.engine.sampling.row_sampler import RowSampler
 from worker.engine.stopping import RowStopping
 from worker.engine.tokenization import Prompt, Refused, Tokenization
 from worker.loader import LoadedModel

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Rows where nothing else is asked, and tokens of one step: those of the rows that decode, and of prompts.
 CPU_ROWS, CPU_STEP_TOKENS = 256, 512
 CUDA_ROWS, CUDA_STEP_TOKENS = 256, 4_096
-#: Fewer rows run on a CPU where their logits would take more, which sampling holds several times, in float32.
+#: Fewer rows run on a CPU where their logits would take more in float32.
 CPU_LOGITS_BYTES = 64 * 1024**2
 #: The context of a model that says nothing of its own.
 CONTEXT_TOKENS = 4_096

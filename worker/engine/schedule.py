@@ -21,7 +21,7 @@ from worker.engine.slots import Slot, Slots
 
 #: A row that waited while this many others per seat entered enters next.
 PATIENCE = 4
-#: Rows enter while this part of the cache stays free for the growth of those that run.
+#: Rows enter while this part of the cache stays free for the growth of those that run, if not all can have all.
 RESERVE = 1 / 16
 
 
@@ -253,7 +253,8 @@ class Schedule(Generic[R]):
         """Gives the row a seat and a slot, if there is room; a prompt that is read beside others is read whole."""
         whole = row.most_tokens if self._alone else min(row.most_tokens, 2 * len(row.tokens))
         size = self._slots.size_for(whole)
-        if self._running and self._slots.free_tokens - size < RESERVE * self._slots.tokens:
+        left = self._slots.free_tokens - size
+        if self._running and left < RESERVE * self._slots.tokens and not self._all_fit(row):
             return False
         nearest = self._prefixes.nearest(row)
         if nearest is not None and nearest[0].computed < min(nearest[1], nearest[0].prompt_tokens):
@@ -274,6 +275,10 @@ class Schedule(Generic[R]):
         self._entries += 1
         step.entered.append(row)
         return True
+
+    def _all_fit(self, row: R) -> bool:
+        """Whether this row and those that run can all have as many tokens as they may come to."""
+        return sum(self._slots.size_for(each.most_tokens) for each in (row, *self._running)) <= self._slots.tokens
 
     def _take(self, tokens: int) -> Slot | None:
         """A slot, if need be of a row that was kept."""

@@ -17,8 +17,8 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from jobs.schema import ErrorCode
-from worker.engine.grammar_trial import Trial, compiled
-from worker.engine.response_format import grammar_text
+from worker.engine.grammar.response_format import grammar_text
+from worker.engine.grammar.trial import Trial, compiled
 from worker.engine.tokenization import Refused
 
 #: So many grammars are kept compiled, and the refusals of those that cannot be.

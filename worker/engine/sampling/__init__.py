@@ -22,11 +22,11 @@ import numpy.typing as npt
 import torch
 
 from jobs.schema import SamplingParams
-from worker.engine import draws, nucleus
-from worker.engine.biases import Biases, asks_for_biases
-from worker.engine.bitmask import Bitmask
-from worker.engine.logprobs import Logprobs, RawLogprobs
-from worker.engine.penalties import Penalties, asks_for_penalties
+from worker.engine.sampling import draws, nucleus
+from worker.engine.sampling.biases import Biases, asks_for_biases
+from worker.engine.sampling.bitmask import Bitmask
+from worker.engine.sampling.logprobs import Logprobs, RawLogprobs
+from worker.engine.sampling.penalties import Penalties, asks_for_penalties
 from worker.engine.upload import upload
 
 #: Temperatures below this are greedy: dividing by one of them leaves nothing but the largest logit.

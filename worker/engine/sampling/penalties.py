@@ -60,8 +60,8 @@ class Penalties:
         self._counts[seat, : len(counts)] = upload(np.array(list(counts.values()), dtype=np.float32), self._device)
 
     def leave(self, seat: int) -> None:
-        """The sequence that asked is gone."""
-        self._held.remove(seat)
+        """The sequence that asked is gone, or found no room."""
+        self._held.discard(seat)
         if not self._held:
             self._tokens, self._counts = self._tokens[:, :0].clone(), self._counts[:, :0].clone()
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from worker.engine.sampler import Sampler
+from worker.engine.sampling import Sampler
 from worker.engine.tokenization import Prompt
 
 

@@ -53,8 +53,8 @@ class Biases:
         )
 
     def leave(self, seat: int) -> None:
-        """The sequence that asked is gone."""
-        del self._by_seat[seat]
+        """The sequence that asked is gone, or found no room."""
+        self._by_seat.pop(seat, None)
 
     def add(self, scores: torch.Tensor, rows: _Places, seats: _Places, generated: npt.NDArray[np.int64]) -> None:
         """Changes in place these rows of the scores (all rows, vocabulary), contiguous, of the sequences on `seats`.
