@@ -23,12 +23,12 @@ from worker.cli import _arguments
 from worker.engine import Engine
 from worker.engine.choice import choose
 from worker.engine.continuous import ContinuousEngine, Unsupported
-from worker.engine.decoder import cache_shape
 from worker.engine.echo import EchoEngine
 from worker.engine.generate import GenerateEngine
 from worker.engine.options import Dequantize, EngineOptions
 from worker.engine.prefixes import BLOCK_TOKENS, Prefixes
-from worker.engine.schedule import Row
+from worker.engine.probe import cache_shape
+from worker.engine.step import Row
 from worker.loader import LoadedModel, load
 from worker.placement import Placement
 

@@ -19,8 +19,8 @@ from jobs.spec import DEMO, ModelSpec
 from producer.lines import json_request
 from tests.families import FAMILIES, load_family
 from worker.engine.continuous import ContinuousEngine
-from worker.engine.decoder import cache_shape
 from worker.engine.options import Dequantize, EngineOptions
+from worker.engine.probe import cache_shape
 from worker.loader import LoadedModel, load
 
 SHARED = "a beginning that many prompts have in common, "

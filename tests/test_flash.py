@@ -13,8 +13,8 @@ from worker.engine import flash
 from worker.engine.attention import Attention
 from worker.engine.cache import Cache, CacheShape
 from worker.engine.flash import PAGE_TOKENS, FlashAttention
-from worker.engine.schedule import Piece, Row
 from worker.engine.slots import Slots
+from worker.engine.step import Piece, Row
 
 CPU = torch.device("cpu")
 KV_HEADS = 2

@@ -27,8 +27,8 @@ from tests.bench.models import checkpoint
 from tests.families import FAMILIES
 from tests.tiny import build_tokenizer
 from worker import cli_plan
-from worker.engine.decoder import cache_shape
 from worker.engine.options import EngineOptions
+from worker.engine.probe import cache_shape
 from worker.loader import load, read_model
 from worker.loader.source import DEMO_FOLDER
 from worker.plan.advice import advice

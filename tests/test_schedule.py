@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.engine.prefixes import BLOCK_TOKENS
-from worker.engine.schedule import PATIENCE, Row, Schedule, Step
+from worker.engine.schedule import PATIENCE, Schedule
 from worker.engine.slots import SMALLEST_TOKENS, Slots
+from worker.engine.step import Row, Step
 
 LONGEST = 4 * SMALLEST_TOKENS
 

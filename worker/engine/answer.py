@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
-from worker.engine.schedule import Row
+from worker.engine.step import Row
 from worker.engine.stopping import StopWatch
 from worker.engine.tokenization import Prompt, Tokenization
 

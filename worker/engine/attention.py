@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.engine.cache import Cache
-from worker.engine.schedule import Piece
+from worker.engine.step import Piece
 from worker.engine.upload import upload
 
 #: Longer pieces are grouped while padding takes at most this many times what they need.

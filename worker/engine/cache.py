@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from worker.engine.schedule import Copy
 from worker.engine.slots import Slot
+from worker.engine.step import Copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from worker.devices import is_out_of_memory
 from worker.engine import Progress
 from worker.engine.answer import Answer, ChoiceRow, TokenLogprob
 from worker.engine.capacity import Capacity
-from worker.engine.decoder import Decoder, Unsupported, cache_shape, refuse_outliers
+from worker.engine.decoder import Decoder
 from worker.engine.flash import PAGE_TOKENS, serves
 from worker.engine.flight import Flight, Launcher
 from worker.engine.grammar import Grammars, Matcher
@@ -28,9 +28,11 @@ from worker.engine.grammar.matching import Matching
 from worker.engine.limits import Room, copy_bytes, limits
 from worker.engine.lora import Lora
 from worker.engine.options import EngineOptions
+from worker.engine.probe import Unsupported, cache_shape, refuse_outliers
 from worker.engine.sampling import Sampler
-from worker.engine.schedule import Schedule, Step
+from worker.engine.schedule import Schedule
 from worker.engine.slots import SMALLEST_TOKENS, Slots
+from worker.engine.step import Step
 from worker.engine.tokenization import Prompt, Refused, Tokenization
 from worker.engine.weights import Prepared, prepare
 from worker.loader import LoadedModel

@@ -1,39 +1,30 @@
-"""A transformers model as a function from tokens to logits, over the engine's own cache; and whether it can be one.
+"""A transformers model as a function from tokens to logits, over the engine's own cache.
 
-Owns the door into the model: the attention function under a name of its own, and the trial of a model before it is
-served. What a model can do is seen by what it does, never by its name.
+Owns the shapes of a step, and the trial of a model before it is served: its logits must be the model's own.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate, count
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, PreTrainedModel
 
 from jobs.quantization import Kind
 from worker.engine.attention import Attention
 from worker.engine.cache import Cache, CacheShape
 from worker.engine.flash import PAGE_TOKENS, FlashAttention, serves
 from worker.engine.graphs import DecodeGraphs
+from worker.engine.interface import attending, register
 from worker.engine.lora import BASE, Lora, OtherTokens
-from worker.engine.schedule import Copy, Piece, Row
+from worker.engine.probe import Unsupported, finds_outliers
 from worker.engine.slots import Slots
+from worker.engine.step import Copy, Piece, Row
 from worker.engine.upload import upload
 from worker.loader import LoadedModel
 
-#: What a layer may ask of attention, and what asks for nothing here.
-_UNDERSTOOD = {"scaling", "sliding_window", "softcap"}
-_WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "output_router_logits", "is_causal", "cache_position"}
-#: Kinds of layers whose attention sees all tokens before it, or a window of them.
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-#: Rotary embeddings of these kinds turn all rows by the length of the longest.
-_BY_LONGEST = {"dynamic", "longrope"}
 _TRIAL_TOKENS = 12
 #: On a CPU steps in 16 bits have a multiple of so many tokens, from some more on, since oneDNN compiles a product for
 #: each number of them, and keeps up to a thousand: beside 45 million parameters 100 MiB less, in the same time.
@@ -45,11 +36,6 @@ _COMPANY_TOKENS = 3
 #: How far the trial's logits may be from the model's own, as a part of their largest: in float32, and where a
 #: quantization or a shorter float rounds by the shape of a batch.
 _TRIAL_TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 0.1
-_NAMES = count()
-
-
-class Unsupported(Exception):
-    """A model that this engine cannot serve; the text says why."""
 
 
 class Decoder:
@@ -87,8 +73,7 @@ class Decoder:
             # and a search for outlier columns waits for the device, which no graph can.
             if not loaded.layout.offloaded and not finds_outliers(loaded.model):
                 self._graphs = DecodeGraphs(self._decoded, rows=rows, device=loaded.device)
-        self._name = f"batchmill-{next(_NAMES)}"
-        AttentionInterface.register(self._name, self._attention)
+        self._name = register(self._attention)
         _try(self, loaded, slots)
         for number in lora.numbers.values():
             _try_adapter(self, loaded, slots, lora, number)
@@ -156,7 +141,7 @@ class Decoder:
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """`keep`: the places whose logits are computed, 0 for all."""
-        with _attending(self._model, self._name):
+        with attending(self._model, self._name):
             output = self._model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -164,102 +149,6 @@ class Decoder:
     def _row(self, numbers: Sequence[int]) -> torch.Tensor:
         # Uploaded without waiting for the step that is in the air, as torch.tensor on a GPU does.
         return upload(np.array([numbers], dtype=np.int64), self._device)
-
-
-def cache_shape(loaded: LoadedModel) -> CacheShape:
-    """What the model keeps of a token, seen by a forward of two tokens. Raises Unsupported."""
-    if loaded.layout.spread:
-        raise Unsupported("its layers are spread over several devices")
-    return seen_shape(loaded.model, loaded.device, context_tokens=loaded.context_tokens)
-
-
-def seen_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: int | None) -> CacheShape:
-    """The same of a model that may have no weights, on the device `meta`. Raises Unsupported."""
-    config = model.config
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise Unsupported("it computes the logits of every token of a prompt")
-    if config.is_encoder_decoder:
-        raise Unsupported("it has an encoder")
-    _refuse_longest(config.get_text_config(), context_tokens)
-    seen = _Seen()
-    name = f"batchmill-{next(_NAMES)}"
-    AttentionInterface.register(name, seen)
-    positions = torch.arange(2, device=device)[None]
-    try:
-        with torch.inference_mode(), _attending(model, name):
-            model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
-    except Exception as error:
-        # Whatever a model does with an attention function that it does not expect.
-        raise Unsupported(f"its attention takes no other function ({type(error).__name__})") from error
-    return seen.shape(config.get_text_config())
-
-
-class _Seen:
-    """An attention function that notes what it is asked."""
-
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[tuple[int, int, int], torch.dtype]] = {}
-        self._asked: set[str] = set()
-        self._windows: dict[int, int | None] = {}
-
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **asked: Any,
-    ) -> tuple[torch.Tensor, None]:
-        layer: Any = module.layer_idx
-        self._layers[layer] = (key.shape[1], key.shape[3], value.shape[3]), key.dtype
-        self._windows[layer] = asked.get("sliding_window")
-        self._asked |= {name for name, each in asked.items() if each is not None}
-        if attention_mask is not None:
-            self._asked.add("attention_mask")
-        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3])), None
-
-    def shape(self, config: Any) -> CacheShape:
-        layers = config.num_hidden_layers
-        if sorted(self._layers) != list(range(layers)):
-            raise Unsupported(f"{len(self._layers)} of its {layers} layers attend through transformers' interface")
-        if unknown := sorted(self._asked - _UNDERSTOOD - _WITHOUT_EFFECT):
-            raise Unsupported(f"its attention asks for {', '.join(unknown)}")
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-        if unknown := sorted(set(kinds) - _LAYER_TYPES):
-            raise Unsupported(f"it has layers of {', '.join(unknown)}")
-        if any(kind == "sliding_attention" and self._windows[place] is None for place, kind in enumerate(kinds)):
-            raise Unsupported("its layers do not say how far they see")
-        if len(set(self._layers.values())) > 1:
-            raise Unsupported("its layers keep keys of different sizes")
-        (heads, key_size, value_size), dtype = self._layers[0]
-        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._asked)
-
-
-def refuse_outliers(model: PreTrainedModel) -> None:
-    """Raises Unsupported for a model whose layers round a row by what its neighbours hold."""
-    if finds_outliers(model):
-        raise Unsupported("LLM.int8() looks for outlier columns in all rows of a batch together")
-
-
-def finds_outliers(model: PreTrainedModel) -> bool:
-    """Whether LLM.int8() looks for columns that are computed apart."""
-    states = (getattr(module, "state", None) for module in model.modules())
-    return any(getattr(state, "threshold", 0.0) for state in states)
-
-
-def _refuse_longest(config: Any, context_tokens: int | None) -> None:
-    """Raises Unsupported for rotary embeddings that this context stretches by the longest row of a batch."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    for each in (rotary, *(each for each in rotary.values() if isinstance(each, dict))):
-        if each.get("rope_type") not in _BY_LONGEST:
-            continue
-        original = each.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if original is None or context_tokens is None or context_tokens > original:
-            limit = f"; with --context {original} it can be served" if original else ""
-            raise Unsupported(f"its positions depend on the longest row of a batch{limit}")
 
 
 @torch.inference_mode()
@@ -310,13 +199,3 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def _tolerance(loaded: LoadedModel) -> float:
     exact = loaded.spec.quantization.kind is Kind.NONE and loaded.model.dtype is torch.float32
     return _TRIAL_TOLERANCE if exact else _ROUGH_TOLERANCE
-
-
-@contextmanager
-def _attending(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Between two forwards the model is as it was, for whoever else calls it."""
-    before, model.config._attn_implementation = model.config._attn_implementation, name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before

@@ -21,7 +21,7 @@ from worker.engine.decoder import Decoder
 from worker.engine.grammar import fill
 from worker.engine.sampling import Sampler
 from worker.engine.sampling.logprobs import Logprobs
-from worker.engine.schedule import Step
+from worker.engine.step import Step
 from worker.engine.upload import upload
 
 _WORD_BITS = 32
