@@ -120,7 +120,7 @@ def let_echo_have_twins() -> None:
     """Lets `-m echo` take a quantization, which gives it a queue of its own."""
     from jobs import spec
 
-    spec._quantization_of = lambda _model, written: spec.Quantization(written or "none")
+    spec._quantization_of = lambda _model, written, _default: spec.Quantization.parse(written or "none")
 
 
 def move_to_other_host() -> None:
