@@ -133,16 +133,13 @@ class _Group:
         self._fresh = self.longest > 1 and _fresh(pieces[0], fixed=fixed)
         self._even = fixed
         self._fused = fixed or self.rows * self._heads * slot.size <= CALL
-        self._reach = slot.size if fixed or self._reads_whole(cache) else max(piece.end for piece in pieces)
+        whole = fixed or (self.longest == 1 and not self._fused and _copies_parts(cache))
+        self._reach = slot.size if whole else max(piece.end for piece in pieces)
         self._size = slot.size
         self._memory = slice(slot.start * cache.heads, (slot.start + self.rows * slot.size) * cache.heads)
         self._masks: dict[int | None, torch.Tensor] = {}
         if self.longest > 1:
             self._padding, self._packing = self._places()
-
-    def _reads_whole(self, cache: Cache) -> bool:
-        """Whether products of parts of slots would be of copies of them, as a CPU's are in 16 bits."""
-        return self.longest == 1 and cache.device.type == "cpu" and cache.keys.dtype.itemsize < torch.float32.itemsize
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Which token stands at each place of (rows, longest), and which of these places each token has."""
@@ -230,6 +227,11 @@ def _attend(
 def _capped(scores: torch.Tensor, scaling: float, softcap: float) -> torch.Tensor:
     """Scores scaled and drawn into the range of a soft cap, in their own memory."""
     return scores.mul_(scaling / softcap).tanh_().mul_(softcap)
+
+
+def _copies_parts(cache: Cache) -> bool:
+    """Whether products of parts of slots are of copies of them, as a CPU's are in 16 bits."""
+    return cache.device.type == "cpu" and cache.keys.dtype.itemsize < torch.float32.itemsize
 
 
 def _groups(pieces: Sequence[Piece[Any]], cache: Cache, *, fixed: bool) -> Iterator[_Group]:
