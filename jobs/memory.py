@@ -13,9 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes on one device: torch's own on CUDA; on a CPU the process's resident bytes.
+    """Bytes on one device. Peaks are torch's own on CUDA; on a CPU the process's resident bytes.
 
-    `device`: as the worker's user wrote it, such as cuda:1. `cache_bytes`: what keys and values may take there.
+    `device`: as the worker's user wrote it, such as cuda:1. `weights_bytes`: of the model's tensors there.
+    `cache_bytes`: what keys and values may take there.
     `free_at_start_bytes`: before the model was loaded. `device_used_bytes`: of all processes together.
     """
 

@@ -79,6 +79,7 @@ def test_a_plan_says_what_a_started_worker_says(quantization: str, options: Engi
     )
     found = fit(load_of(model, holding), cpu(64 * 1024**2 + there), options, row_tokens=50)
     assert (found.engine_rows, found.context_tokens, found.cache_tokens) == started
+    assert loaded.weights_bytes == pytest.approx(holding.footprint.weights_bytes, rel=0.01)
 
 
 def test_a_plan_says_what_the_generate_engine_says(pretend: Any) -> None:

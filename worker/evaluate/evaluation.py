@@ -22,7 +22,7 @@ from worker.evaluate.corpus import Corpus
 from worker.evaluate.divergence import Comparison, Distributions, Divergence
 from worker.evaluate.lineup import Lineup
 from worker.evaluate.measurement import Failure, Measurement, Method
-from worker.evaluate.memory import PeakMemory, give_back, weights_bytes
+from worker.evaluate.memory import PeakMemory, give_back
 from worker.evaluate.passages import Passages, Question
 from worker.evaluate.perplexity import Perplexity
 from worker.evaluate.progress import Shown
@@ -120,7 +120,6 @@ class Evaluation:
         with memory.watching():
             loaded = load(spec, self._device.torch_device)
         work = self._work = self._work or self._prepared(loaded)
-        held_bytes = weights_bytes(loaded)
         perplexity, divergence = self._read(loaded, work)
         # What was read took buffers of its own, which a worker does not have.
         give_back()
@@ -139,7 +138,7 @@ class Evaluation:
             divergence,
             agreed,
             right,
-            held_bytes,
+            loaded.weights_bytes,
             memory.peak_bytes,
             None if answers is None else answers.completion_tokens / answers.seconds,
             loaded.load_seconds,

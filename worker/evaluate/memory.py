@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import torch
 
-from worker.loader import LoadedModel
 from worker.telemetry import MemoryReader
 
 _READ_SECONDS = 0.01
@@ -53,17 +52,6 @@ class PeakMemory:
     def _read_until(self, over: threading.Event) -> None:
         while not over.wait(_READ_SECONDS):
             self._largest = max(self._largest, self._reader.read().allocated)
-
-
-def weights_bytes(loaded: LoadedModel) -> int:
-    """What the tensors of a loaded model take, the scales of quantized ones included and shared ones once."""
-    held = loaded.model.state_dict(keep_vars=True).values()
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in held if _is_held(each)}
-    return sum(each.nbytes() for each in storages.values())
-
-
-def _is_held(each: object) -> bool:
-    return isinstance(each, torch.Tensor) and each.device.type != "meta"
 
 
 def give_back() -> None:

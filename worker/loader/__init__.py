@@ -39,8 +39,8 @@ from worker.loader.offload_folder import own_folder
 from worker.loader.precision import precision
 from worker.loader.reasons import reason
 from worker.loader.source import find
+from worker.loader.weights import bytes_by_device
 from worker.placement import Placement
-from worker.telemetry import MemoryReader
 from worker.vetting import Refusal, vet
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LoadedModel:
     `model.generation_config` is empty: what the checkpoint's said is in `defaults` and `end_token_ids`.
     `pad_token_id` has an embedding and is masked wherever it stands. `context_tokens`: prompt and answer together,
     None for no limit. `vocabulary`: tokens that have an embedding. `cache_token_bytes`: what one token takes in the
-    cache. `weights_bytes` was read after loading and before the first forward. `commit`: what the revision resolved
+    cache. `weights_bytes` is counted after loading and before the first forward. `commit`: what the revision resolved
     to, None for a folder. `adapters`: those beside it, which count in `weights_bytes`. `layout`: where its layers lie,
     if not all on `device`. `weights_elsewhere`: the part of `weights_bytes` on each of the placement's other devices.
     """
@@ -127,9 +127,8 @@ def _load(
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     others = placement.names[1:]
-    weights_bytes, *elsewhere = (
-        MemoryReader(each).read().allocated for each in (str(device), *map(placement.seen, others))
-    )
+    held = bytes_by_device(model)
+    weights_bytes, *elsewhere = (held[torch.device(each)] for each in (str(device), *map(placement.seen, others)))
     asked, model.generation_config = model.generation_config, GenerationConfig()
     ends = end_token_ids(asked, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
