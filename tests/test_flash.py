@@ -103,8 +103,8 @@ class Steps:
             q, k, v = (each[:, :, : tokens + several].to(dtype) for each in (query, key, value))
             answer, _ = attention(module, q, k, v, None, scaling=0.3, sliding_window=self._window)
             found.append(answer[:, :tokens].float())
-        near = 1e-5 if query.dtype is torch.float32 else 2e-2
-        torch.testing.assert_close(*found, rtol=near, atol=near)
+        near = {} if query.dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(*found, **near)
 
 
 @pytest.fixture

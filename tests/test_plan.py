@@ -102,6 +102,7 @@ def test_every_byte_of_a_loaded_model_is_planned(family: str, tmp_path: Path) ->
         found = model.holding(Quantization.parse(quantization), CPU).footprint
         assert found.footprint_bytes == held.get_memory_footprint(), quantization
         assert found.scales_bytes == scales_of(held), quantization
+        assert model.vocabulary == held.get_input_embeddings().num_embeddings
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -223,7 +223,7 @@ class ContinuousEngine:
         for row in self._launcher.seat(step):
             if not row.ended:
                 self._give_up(row.answer)
-        step.pieces = [piece for piece in step.pieces if not piece.row.ended]
+                step.pieces = [piece for piece in step.pieces if not piece.row.ended]
 
     def _launch_after(self, flight: Flight) -> Flight | None:
         if any(row.matcher is not None for row in flight.rows):

@@ -57,10 +57,10 @@ class PlannedModel:
         found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return found
 
-    @cached_property
+    @property
     def vocabulary(self) -> int:
         """Tokens that have an embedding."""
-        found: int = self._plain(torch.float32).get_input_embeddings().num_embeddings
+        found: int = self.config.get_text_config().vocab_size
         return found
 
     @cached_property
