@@ -24,11 +24,15 @@ _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A name and what it means: the real path of a folder, or a Hugging Face id with its revision as written."""
+    """A name and what it means: the real path of a folder, or a Hugging Face id with its revision as written.
+
+    `identity`: what lay there (`jobs.identity`); None where nobody has read it.
+    """
 
     name: str
     path: str
     revision: str | None = None
+    identity: str | None = None
 
     @classmethod
     def parse(cls, written: str) -> Adapter:
@@ -58,6 +62,16 @@ class Adapter:
         """`PATH_OR_ID[@REVISION]`."""
         return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it lies in, None for a Hugging Face id."""
+        return Path(self.path) if self.path.startswith("/") else None
+
+    def agrees_with(self, other: Adapter) -> bool:
+        """Whether both are the same, as far as it is known what lay there."""
+        is_other = None not in (self.identity, other.identity) and self.identity != other.identity
+        return (self.name, self.path, self.revision) == (other.name, other.path, other.revision) and not is_other
+
     def __str__(self) -> str:
         """The spelling that `parse` takes."""
         return f"{self.name}={self.where}"
@@ -85,8 +99,10 @@ def check_all(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
 
 
 def to_json(adapters: Iterable[Adapter]) -> str:
-    """The JSON text that the store keeps: `{name: {"path": ..., "revision": ...}}`."""
-    return json.dumps({each.name: {"path": each.path, "revision": each.revision} for each in adapters})
+    """The JSON text that the store keeps: `{name: {"path": ..., "revision": ..., "identity": ...}}`."""
+    return json.dumps(
+        {each.name: {"path": each.path, "revision": each.revision, "identity": each.identity} for each in adapters}
+    )
 
 
 def from_json(text: str | None) -> tuple[Adapter, ...]:

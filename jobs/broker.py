@@ -9,11 +9,14 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
+from celery.loaders.app import AppLoader
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
@@ -36,6 +39,12 @@ _REMEDIES = {
     "invalid username-password pair": "; mend BATCHMILL_BROKER_URL",
     "NOPERM": "; its user lacks a right that deploy/redis-users.acl gives",
 }
+#: Words of a Redis that answers and takes no writes, each with the remedy.
+_REFUSALS = {
+    "used memory > 'maxmemory'": "; raise its maxmemory, or give batchmill a Redis of its own",
+    "read only replica": "; name the one that it copies by BATCHMILL_BROKER_URL",
+    "MISCONF": "; its log says why it cannot save to its disk",
+}
 _TLS = "rediss"
 _SOCKET = "redis+socket"
 
@@ -52,7 +61,7 @@ def make_app(
     # Every connection of this process goes through the gate; kombu has no way to say so for one whose URL names
     # the transport.
     TRANSPORT_ALIASES.update(redis=TRANSPORT, rediss=TRANSPORT)
-    app = Celery("batchmill", broker=url, set_as_current=False)
+    app = Celery("batchmill", broker=url, loader=Loader, fixups=(), set_as_current=False)
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
@@ -96,6 +105,16 @@ def make_app(
     return app
 
 
+class Loader(AppLoader):  # type: ignore[misc]
+    """Imports the modules that the app names as any other is; Celery's loaders look in the current folder first.
+
+    The app is given this class and not its name, since Celery would look for that in the current folder, too.
+    """
+
+    def import_from_cwd(self, module: str, imp: Any = None, package: str | None = None) -> ModuleType:
+        return import_module(module, package)
+
+
 class Broker:
     """Sends wake-ups to the queues of Redis."""
 
@@ -135,6 +154,34 @@ class Broker:
         with self._translated(), self._app.connection_for_write() as connection:
             return self._length(connection, queue)
 
+    def check_writes(self, queue: str) -> None:
+        """Raises BrokerUnavailable where Redis would refuse a wake-up; it is asked in a transaction that never ends."""
+        with self._translated(), self._app.connection_for_write() as connection:
+            pool = self._connected(connection).connection_pool
+            link = pool.get_connection()
+            try:
+                for words in (("MULTI",), ("LPUSH", f"{_KEY_PREFIX}{queue}", "")):
+                    link.send_command(*words)
+                    link.read_response()
+            finally:
+                link.disconnect()
+                pool.release(link)
+
+    def delete(self, queue: str) -> None:
+        """Deletes a queue with all that lies in it. Raises BrokerUnavailable."""
+        with self._translated(), self._app.connection_for_write() as connection:
+            self._connected(connection).delete(queue)
+
+    def mark(self, store_id: str, text: str, *, seconds: int) -> str | None:
+        """Leaves a mark under a store's id for so long: the one that was there before. Raises BrokerUnavailable."""
+        key = f"bm-store-{store_id}"
+        with self._translated(), self._app.connection_for_write() as connection:
+            client = self._connected(connection)
+            # kombu puts the prefix before the keys of its own commands alone
+            before = client.get(f"{_KEY_PREFIX}{key}")
+            client.set(key, text, ex=seconds)
+        return None if before is None else before.decode(errors="replace")
+
     def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer."""
         with self._translated(), self._app.connection_for_write() as connection:
@@ -144,8 +191,11 @@ class Broker:
         self._app.close()
 
     def _length(self, connection: Any, queue: str) -> int:
+        return int(self._connected(connection).llen(queue))
+
+    def _connected(self, connection: Any) -> Any:
         connection.ensure_connection(max_retries=1, timeout=_CONNECT_SECONDS)
-        return int(connection.default_channel.client.llen(queue))
+        return connection.default_channel.client
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -153,8 +203,13 @@ class Broker:
             yield
         except (OperationalError, RedisError, OSError) as error:
             said = str(error)
-            remedy = next((remedy for words, remedy in _REMEDIES.items() if words in said), "")
-            raise BrokerUnavailable(f"Redis at {self.name} is not reachable: {said}{remedy}") from error
+            refused, unreached = _fitting(_REFUSALS, said), _fitting(_REMEDIES, said)
+            what = f"refuses writes: {said.rstrip('.')}{refused}" if refused else f"is not reachable: {said}{unreached}"
+            raise BrokerUnavailable(f"Redis at {self.name} {what}") from error
+
+
+def _fitting(remedies: dict[str, str], said: str) -> str:
+    return next((remedy for words, remedy in remedies.items() if words in said), "")
 
 
 def _scheme(url: str) -> str:

@@ -6,32 +6,36 @@ kernel ends it when the process that started it is gone. It never listens on TCP
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-import psutil
 import redis
 from filelock import FileLock, Timeout
 
 from jobs.errors import AlreadyRunning, BatchmillError
+from jobs.exits import say
+from jobs.home import make_home, try_home
+from jobs.pid_file import PidFile
+from jobs.signals import block_sigterm, die_with_parent
 
 _SERVER_NAMES = ("redis-server", "valkey-server")
 #: A unix socket's path has at most 107 bytes.
 _SOCKET_PATH_BYTES = 107
 _START_SECONDS = 10.0
 _STOP_SECONDS = 5.0
-_PR_SET_PDEATHSIG = 1
+#: A server that ended is started again after a pause that grows.
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
 
 
 def socket_path(home: Path) -> Path:
@@ -56,11 +60,16 @@ def find_server() -> Path | None:
 
 
 def start_process(
-    command: Sequence[str | Path], *, log: IO[bytes], environ: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    *,
+    log: IO[bytes],
+    environ: Mapping[str, str] | None = None,
+    blocks_sigterm: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Starts a process in a session of its own that gets SIGTERM when this thread's process is gone.
 
-    Call it from the main thread: the kernel sends that signal when the thread that started the process ends.
+    `blocks_sigterm`: it begins with the signal blocked, and lets it in by `exit_on_sigterm`. Call it from
+    the main thread: the kernel sends that signal when the thread that started the process ends.
     """
     return subprocess.Popen(
         [str(word) for word in command],
@@ -69,7 +78,7 @@ def start_process(
         stderr=log,
         env=environ,
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=partial(_before_exec, os.getpid(), blocks_sigterm),
     )
 
 
@@ -93,23 +102,24 @@ class MillLock:
     """Held by the one live `run` or `up` of a home; the file says who holds it."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._pid_file = home / "mill.pid"
+        make_home(home)
+        try_home(home)
+        self._home = home
+        self._pid_file = PidFile(home / "mill.pid")
         self._lock = FileLock(home / "mill.lock", timeout=0)
 
     def __enter__(self) -> None:
         try:
             self._lock.acquire()
         except Timeout:
-            pid = self._pid_file.read_text().strip() if self._pid_file.exists() else "unknown"
             raise AlreadyRunning(
-                f"another `batchmill run` or `up` is at work in {self._pid_file.parent} (pid {pid}); "
+                f"another `batchmill run` or `up` is at work in {self._home} ({self._pid_file.shown()}); "
                 "wait for it, stop it, or set BATCHMILL_HOME to another folder"
             ) from None
-        self._pid_file.write_text(f"{os.getpid()}\n")
+        self._pid_file.write(os.getpid())
 
     def __exit__(self, *_: object) -> None:
-        self._pid_file.unlink(missing_ok=True)
+        self._pid_file.remove()
         self._lock.release()
 
 
@@ -119,8 +129,10 @@ class EmbeddedRedis:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._socket = socket_path(home)
-        self._pid_file = self._home / "redis.pid"
+        self._pid_file = PidFile(home / "redis.pid")
         self._process: subprocess.Popen[bytes] | None = None
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._start_at = 0.0
 
     def start(self) -> None:
         """Starts the server; the caller holds the MillLock. Raises BatchmillError."""
@@ -134,14 +146,27 @@ class EmbeddedRedis:
         log_path = self._home / "redis.log"
         with log_path.open("ab") as log:
             self._process = start_process(self._command(server), log=log)
-        self._pid_file.write_text(f"{self._process.pid}\n")
+        self._pid_file.write(self._process.pid)
         self._wait(log_path)
+
+    def tend(self) -> None:
+        """Starts the server again where it has ended, and says so; where that fails, a later call tries again."""
+        if (self._process is not None and self._process.poll() is None) or time.monotonic() < self._start_at:
+            return
+        self._start_at = time.monotonic() + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+        try:
+            self.start()
+        except BatchmillError as error:
+            say(f"the embedded Redis has ended, and workers find their work without it: {error}")
+        else:
+            say("the embedded Redis had ended and is started again")
 
     def stop(self) -> None:
         if self._process is not None:
             stop_process(self._process, seconds=_STOP_SECONDS)
             self._process = None
-        self._pid_file.unlink(missing_ok=True)
+        self._pid_file.remove()
         self._socket.unlink(missing_ok=True)
 
     def _command(self, server: Path) -> list[str | Path]:
@@ -159,8 +184,7 @@ class EmbeddedRedis:
 
     def _clear(self) -> None:
         """Ends the server that a killed mill of this home left behind, and makes the private folder."""
-        if self._pid_file.exists():
-            end_leftover(self._pid_file, named=_SERVER_NAMES)
+        self._pid_file.end_leftover(self._home, word=str(self._socket))
         self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._socket.parent.stat().st_uid != os.getuid():
             raise BatchmillError(f"{self._socket.parent} belongs to someone else; set BATCHMILL_HOME")
@@ -183,21 +207,8 @@ class EmbeddedRedis:
         raise BatchmillError(f"the embedded Redis did not start; see {log_path}")
 
 
-def end_leftover(pid_file: Path, *, named: Sequence[str]) -> None:
-    """Ends the process of a pid file if it is still one of these programs, and removes the file."""
-    try:
-        process = psutil.Process(int(pid_file.read_text()))
-        if any(name in " ".join(process.cmdline()) for name in named):
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except psutil.TimeoutExpired:
-                process.kill()
-    except (ValueError, psutil.Error):
-        pass  # already gone
-    pid_file.unlink(missing_ok=True)
-
-
-def _die_with_parent() -> None:
-    """Runs in the child before exec: Linux sends it SIGTERM when its parent's thread ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _before_exec(parent_pid: int, blocks_sigterm: bool) -> None:
+    """Runs in the new process."""
+    die_with_parent(signal.SIGTERM, parent_pid)
+    if blocks_sigterm:
+        block_sigterm()

@@ -13,10 +13,14 @@
     |-- JobStateError              1   the job's state does not allow what was asked
     |-- LoadingLost                1   a submit's lease expired before its file was loaded
     |-- ModelError                 1   a model that cannot be loaded
+    |-- WriteFailed                1   a file of the user's that could not be written
     |-- StoreError                 1   the database
     |   |-- StoreBusy            (r)   locked by someone else for longer than the busy timeout
+    |   |   |-- StoreConflict    (r)   the transaction was ended for another's sake
+    |   |   `-- StoreCrowded     (r)   every connection of its server is taken
     |   |-- StoreUnavailable     (r)   not reachable, or the connection broke
     |   |-- StoreFull            (r)   no space left
+    |   |-- StoreReplaced              its file is gone, or is another one
     |   `-- SchemaMismatch             its tables are of another revision
     `-- BrokerUnavailable        (r)   Redis is not reachable; a message may or may not have been sent
 
@@ -110,6 +114,10 @@ class ModelError(BatchmillError):
     """A model that cannot be loaded; the text says which and why."""
 
 
+class WriteFailed(BatchmillError):
+    """What a command was to write, to a file or to stdout, could not be written; the text says why."""
+
+
 class StoreError(BatchmillError):
     """The database refused or failed."""
 
@@ -118,6 +126,14 @@ class StoreBusy(StoreError):
     """Someone else held the database's lock for longer than the busy timeout."""
 
     retryable = True
+
+
+class StoreConflict(StoreBusy):
+    """PostgreSQL ended the transaction, a deadlock's victim or one that it could not serialize; nothing was done."""
+
+
+class StoreCrowded(StoreBusy):
+    """The server has no connection left, for anybody or for this user; the text says what mends it."""
 
 
 class StoreUnavailable(StoreError):
@@ -130,6 +146,10 @@ class StoreFull(StoreError):
     """The disk under the database is full."""
 
     retryable = True
+
+
+class StoreReplaced(StoreError):
+    """The file of a SQLite store was deleted or replaced while this process used it."""
 
 
 class SchemaMismatch(StoreError):

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jobs.errors import UsageError
+
+_LONGEST_LABEL = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -41,3 +45,9 @@ PLACEMENT_FLAGS = (
 )
 DEVICE_HELP = "auto (default), cpu, cuda, cuda:N or a GPU's UUID; cuda:0+cuda:1 splits one model over two."
 FLAG_OF_SETTING = {each.setting: each.name for each in ENGINE_FLAGS}
+
+
+def check_label(name: str | None) -> None:
+    """Raises UsageError for a --name, of a job or a worker, that no list could show."""
+    if name is not None and len(name) > _LONGEST_LABEL:
+        raise UsageError(f"--name has {len(name):,} characters; give it at most {_LONGEST_LABEL}")

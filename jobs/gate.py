@@ -116,9 +116,28 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
 
 class Transport(redis.Transport):  # type: ignore[misc]
-    """kombu's transport, with such channels."""
+    """kombu's transport, with such channels, of which one at a time is in this process's event loop.
+
+    kombu leaves there what it registered for a connection that was lost: its timers and its share of each tick would
+    run for ever, and more of them with each connection.
+    """
 
     Channel: ClassVar[type[Channel]] = Channel
+    _registered: ClassVar[Transport | None] = None
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        if Transport._registered is not None:
+            Transport._registered._leave(loop)
+        before = set(loop.on_tick)
+        super().register_with_event_loop(connection, loop)
+        self._ticks = loop.on_tick - before
+        Transport._registered = self
+
+    def _leave(self, loop: Any) -> None:
+        loop.on_tick.difference_update(self._ticks)
+        for name, timer in vars(self.cycle).items():
+            if name.endswith("_tref") and timer is not None:
+                timer.cancel()
 
 
 @contextmanager

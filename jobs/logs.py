@@ -9,6 +9,18 @@ import structlog
 
 from jobs.settings import Settings
 
+#: Of what Celery and kombu tell of a Redis that is away, the error's own line says all.
+_CONNECTION_MODULES = ("redis", "kombu")
+
+
+def _without_stack(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A lost connection that another library logs, with its error in place of the stack."""
+    error = (event.get("exc_info") or (None, None, None))[1]
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CONNECTION_MODULES:
+        del event["exc_info"]
+        event["error"] = f"{type(error).__name__}: {error}"
+    return event
+
 
 def configure_logs(settings: Settings) -> None:
     """Sends every log line of this process, foreign ones too, to stderr in one form."""
@@ -23,19 +35,20 @@ def configure_logs(settings: Settings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(),
-            exception_formatter=structlog.dev.plain_traceback,  # a richer one prints variables, so prompts
-        )
-    )
+    if settings.log_format == "json":
+        renderers: list[structlog.typing.Processor] = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
+    else:
+        # A richer exception_formatter prints variables, so prompts.
+        plain = structlog.dev.plain_traceback
+        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=[_without_stack, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()

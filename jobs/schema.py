@@ -6,20 +6,23 @@ Everything here is frozen and changed by copy. Nothing here knows SQL, Redis, fi
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from jobs.states import RequestState
 
-#: Letters and digits that cannot be taken for one another when a job's id is typed.
-ID_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
-ID_LENGTH = 8
 #: A request's custom_id has 1 to this many characters.
 CUSTOM_ID_LENGTH = 256
 DEFAULT_BATCH_SIZE = 64
+#: A line of a prompt file has at most so many bytes where the settings say nothing else.
+DEFAULT_LINE_BYTES = 16 * 1024**2
+#: The settings may say at most this: longer texts do not go into every database.
+MAX_LINE_BYTES = 256 * 1024**2
+#: About what one logprob takes in the store.
+_LOGPROB_BYTES = 80
 #: A batch is closed or retried within one transaction of at most half a second, so it is bounded.
 MAX_BATCH_SIZE = 5_000
 
@@ -28,11 +31,14 @@ class ErrorCode(StrEnum):
     """The codes of error outputs."""
 
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    EMPTY_PROMPT = "empty_prompt"
+    UNKNOWN_TOKEN = "unknown_token"
     NO_CHAT_TEMPLATE = "no_chat_template"
     CHAT_TEMPLATE_ERROR = "chat_template_error"
     INVALID_RESPONSE_FORMAT = "invalid_response_format"
     UNSUPPORTED_OPTION = "unsupported_option"
     OUT_OF_MEMORY = "out_of_memory"
+    NOT_A_NUMBER = "not_a_number"
     ENGINE_ERROR = "engine_error"
     POISON = "poison"
     CANCELLED = "cancelled"
@@ -116,7 +122,8 @@ class Request:
     """One prompt with its sampling parameters: either `prompt` or `messages` is set, never both.
 
     `passthrough` holds what is kept and returned without effect (user, metadata, store, service_tier). `adapter`: the
-    name of the one that answers it, None for the model alone.
+    name of the one that answers it, None for the model alone. `tools`: those that the model is told of, as OpenAI
+    writes them; `calls_tools`: whether its answer may call them.
     """
 
     index: int
@@ -127,6 +134,8 @@ class Request:
     chat_template_kwargs: Mapping[str, Any] | None = None
     passthrough: Mapping[str, Any] | None = None
     adapter: str | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    calls_tools: bool = True
 
     def to_body(self) -> str:
         """The JSON text that the store keeps: everything but index and custom_id."""
@@ -143,6 +152,10 @@ class Request:
             body["passthrough"] = self.passthrough
         if self.adapter is not None:
             body["adapter"] = self.adapter
+        if self.tools is not None:
+            body["tools"] = self.tools
+        if not self.calls_tools:
+            body["calls_tools"] = False
         return _to_json(body)
 
     @classmethod
@@ -153,6 +166,8 @@ class Request:
             values["sampling"] = SamplingParams.from_json(values["sampling"])
         if "messages" in values:
             values["messages"] = tuple(values["messages"])
+        if "tools" in values:
+            values["tools"] = tuple(values["tools"])
         return cls(index, custom_id, **values)
 
     def under(self, options: JobOptions) -> Request:
@@ -173,7 +188,9 @@ class Request:
         return replace(request, prompt=None, messages=messages)
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+#: NUL and half a surrogate pair: a template's own words, say, may hold them.
+_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +225,26 @@ class Choice:
     """One answer to a request; `finish_reason` is `stop` or `length`.
 
     `logprobs`, where asked for, is OpenAI's object: `{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`.
+    `tool_calls` are those in the text, as OpenAI writes them, and `content` is what the text says besides.
     """
 
     text: str
     finish_reason: str
     logprobs: Mapping[str, Any] | None = None
+    tool_calls: Sequence[Mapping[str, Any]] | None = None
+    content: str | None = None
+
+    @property
+    def logprob_count(self) -> int:
+        """Of all its tokens, with their alternatives."""
+        content = () if self.logprobs is None else self.logprobs["content"]
+        return sum(1 + len(each["top_logprobs"]) for each in content)
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for json; `logprobs` only where there are some."""
+        """Ready for json; `logprobs` and `tool_calls` only where there are some."""
         logprobs = {} if self.logprobs is None else {"logprobs": self.logprobs}
-        return {"text": self.text, "finish_reason": self.finish_reason} | logprobs
+        calls = {} if self.tool_calls is None else {"tool_calls": self.tool_calls, "content": self.content}
+        return {"text": self.text, "finish_reason": self.finish_reason} | logprobs | calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +285,11 @@ class Output:
         cancelled = self.error.code == ErrorCode.CANCELLED
         return RequestState.CANCELLED if cancelled else RequestState.FAILED
 
+    @property
+    def size_bytes(self) -> int:
+        """About what its choices take in the store, told without writing them down."""
+        return sum(len(each.text) + _LOGPROB_BYTES * each.logprob_count for each in self.choices)
+
     def choices_json(self) -> str:
         """The choices as the store keeps them."""
         return _to_json([choice.to_json() for choice in self.choices])
@@ -281,8 +313,9 @@ class Output:
 
     @classmethod
     def failed(cls, key: RequestKey, code: ErrorCode, message: str, *, prompt_tokens: int = 0) -> Output:
-        """The error output of one request."""
-        return cls(key, prompt_tokens=prompt_tokens, error=OutputError(code.value, message))
+        """The error output of one request; what no database can hold of its message is replaced by U+FFFD."""
+        told = _UNSTORABLE.sub("\ufffd", message)
+        return cls(key, prompt_tokens=prompt_tokens, error=OutputError(code.value, told))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +326,3 @@ class Provenance:
     file_sha256: str
     command: str
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def new_job_id() -> str:
-    """A job's id: short, lower case, random."""
-    return "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))

@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -18,27 +18,32 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from jobs.embedded import socket_path
 from jobs.errors import SettingsError, UsageError
+from jobs.exits import say
 from jobs.flags import FLAG_OF_SETTING
 from jobs.quantization import Quantization
+from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES
+from jobs.settings_file import TOML_FILE, read_settings_file
 
 PREFIX = "BATCHMILL_"
-TOML_FILE = "batchmill.toml"
+#: Settings that say where something is, or whom to believe that it is there.
+_PLACES = ("home", "broker_url", "broker_ca_file", "broker_insecure", "database_url")
 _WORKER_BUSY_SECONDS = 2.0
+#: At most a year: what is longer overflows the clocks that wait for it.
+Seconds = Annotated[float, Field(gt=0, le=366 * 86_400)]
+#: What lies in home beside the store, its folders and the files of trials.
+_OWN_FILES = ("mill.lock", "mill.pid", "redis.log", "redis.pid", "redis.sock", "store.lock", "worker.log", "worker.pid")
 
 
 class Settings(BaseSettings):
     """Timers are in seconds. A bad value is refused by name, and so is an unknown name."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, toml_file=TOML_FILE, extra="forbid", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     home: Path = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("batchmill")),
@@ -49,15 +54,15 @@ class Settings(BaseSettings):
     broker_insecure: bool = Field(default=False, description="of rediss://: take any certificate")
     database_url: str = Field(default="", description="SQLite or PostgreSQL; empty: SQLite under home")
 
-    heartbeat_seconds: float = Field(default=5.0, gt=0, description="between two heartbeats of a worker")
-    lease_seconds: float = Field(default=60.0, gt=0, description="a batch's lease without renewal")
-    save_seconds: float = Field(default=1.0, gt=0, description="at most between two commits of a worker")
-    reconcile_seconds: float = Field(default=15.0, gt=0, description="between two passes of the reconciler")
-    loading_lease_seconds: float = Field(default=60.0, gt=0, description="a submit's lease on its job")
-    drain_seconds: float = Field(default=15.0, gt=0, description="for a stopping worker to hand work back")
-    stall_seconds: float = Field(default=600.0, gt=0, description="without a token before a worker is ended")
-    load_stall_seconds: float = Field(default=3_600.0, gt=0, description="for loading a model")
-    busy_seconds: float = Field(default=30.0, gt=0, description="to wait for a locked SQLite database")
+    heartbeat_seconds: Seconds = Field(default=5.0, description="between two heartbeats of a worker")
+    lease_seconds: Seconds = Field(default=60.0, description="a batch's lease without renewal; the same everywhere")
+    save_seconds: Seconds = Field(default=1.0, description="at most between two commits of a worker")
+    reconcile_seconds: Seconds = Field(default=15.0, description="between two passes of the reconciler")
+    loading_lease_seconds: Seconds = Field(default=60.0, description="a submit's lease; the same everywhere")
+    drain_seconds: Seconds = Field(default=15.0, description="for a stopping worker to hand work back")
+    stall_seconds: Seconds = Field(default=600.0, description="without a token before a worker is ended")
+    load_stall_seconds: Seconds = Field(default=3_600.0, description="for loading a model")
+    busy_seconds: Seconds = Field(default=30.0, description="to wait for SQLite's lock or a PostgreSQL connection")
 
     quantization: str = Field(default="nf4", description="of commands without -q, with its options if it has any")
     engine: Literal["auto", "continuous", "generate"] = Field(
@@ -71,6 +76,9 @@ class Settings(BaseSettings):
         default="auto", description="full-precision copies of 4-bit weights; auto: where memory is left for them"
     )
     deterministic: bool = Field(default=False, description="an answer does not depend on what else runs")
+    max_line_bytes: int = Field(
+        default=DEFAULT_LINE_BYTES, ge=1, le=MAX_LINE_BYTES, description="longest line of a prompt file"
+    )
     spool_bytes: int = Field(default=256 * 1024**2, gt=0, description="outputs that wait while the store is away")
     echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")
     chaos: bool = Field(default=False, description="the echo engine obeys magic prompts such as !kill9, for trials")
@@ -87,12 +95,15 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings
 
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
-        return home.expanduser().absolute()
+        try:
+            return home.expanduser().absolute()
+        except RuntimeError as error:  # ~somebody, of whom this machine knows nothing
+            raise ValueError(str(error)) from None
 
     @field_validator("broker_url")
     @classmethod
@@ -156,22 +167,41 @@ class Settings(BaseSettings):
     @property
     def database(self) -> str:
         """The URL of the store, embedded or not."""
-        return self.database_url or f"sqlite:///{self.database_file}"
+        return self.database_url or URL.create("sqlite", database=str(self.database_file)).render_as_string()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that batchmill lives by: no command writes its user's answers over them."""
+        own = [Path(TOML_FILE), *(self.home / name for name in _OWN_FILES)]
+        if self.broker_ca_file is not None:
+            own.append(self.broker_ca_file)
+        url = make_url(self.database)
+        if url.get_backend_name() == "sqlite" and url.database:
+            own += [Path(url.database + ending) for ending in ("", "-journal", "-wal", "-shm", "-line")]
+        return tuple(own)
 
 
 def load_settings(**flags: Any) -> Settings:
     """The settings in force; `flags` that are None were not given.
 
-    Raises SettingsError, which names each bad or unknown setting.
+    Says on stderr which file names servers and folders. Raises SettingsError, which names each bad or unknown setting.
     """
     _refuse_unknown(os.environ)
     given = {name: value for name, value in flags.items() if value is not None}
+    path = Path(TOML_FILE)
+    in_environment = {name.upper() for name in os.environ}
+    written = {
+        name: value
+        for name, value in read_settings_file(path).items()
+        if name not in given and f"{PREFIX}{name.upper()}" not in in_environment
+    }
     try:
-        return Settings(**given)
+        settings = Settings(**written, **given)
     except ValidationError as error:
         raise SettingsError("; ".join(_spell(each, given) for each in error.errors())) from None
-    except ValueError as error:  # batchmill.toml that is not TOML
-        raise SettingsError(f"{TOML_FILE}: {error}") from None
+    if places := [name for name in _PLACES if name in written]:
+        say(f"{path.resolve()} is read, which says {' and '.join(places)}")
+    return settings
 
 
 def environment_of(settings: Settings) -> dict[str, str]:

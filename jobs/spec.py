@@ -16,7 +16,10 @@ from jobs.quantization import NF4, Kind, Quantization
 
 #: Literal model names: the bundled model, and the engine without a model that answers with the prompt.
 DEMO, ECHO = "demo", "echo"
+#: Where the bundled model lies.
+DEMO_FOLDER = Path(__file__).parents[1] / "worker" / "demo" / "model"
 QUEUE_NAME_LENGTH = 24
+_LONGEST_NAME = 2_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -45,9 +48,11 @@ class ModelSpec:
 
         `default_quantization` holds where `quantization` is None and the model has weights.
 
-        Raises UsageError for a folder that does not exist here, and for names that mean nothing.
+        Raises UsageError for a folder that does not exist here, and for names that mean nothing or are too long.
         """
+        _check_length(model, revision)
         name = _model_identity(model, remote_path=remote_path)
+        _check_length(name, revision)
         if revision is not None and (name in (DEMO, ECHO) or _is_path(name)):
             raise UsageError(f"--revision goes with a Hugging Face id, and {model!r} is none")
         return cls(name, revision or None, _quantization_of(name, quantization, default_quantization))
@@ -67,10 +72,17 @@ class ModelSpec:
             options["revision"] = self.revision
         return f"{quote(self.model, safe='/')}?{urlencode(options)}"
 
+    def queue(self, store_id: str) -> str:
+        """The Redis queue of this spec in one store: characters that are safe in Redis keys and patterns alone."""
+        return self._queue(f"{store_id} {self.canonical}")
+
     @property
-    def queue(self) -> str:
-        """The Redis queue of this spec: characters that are safe in Redis keys and patterns alone."""
-        digest = hashlib.sha256(self.canonical.encode()).hexdigest()[:12]
+    def old_queue(self) -> str:
+        """The queue of this spec before each store had its own."""
+        return self._queue(self.canonical)
+
+    def _queue(self, what: str) -> str:
+        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
         name = re.sub(r"[^a-z0-9]+", "-", self.model.rsplit("/", 1)[-1].lower()).strip("-")
         return f"bm-{name[:QUEUE_NAME_LENGTH].strip('-') or 'model'}-{digest}"
 
@@ -100,6 +112,16 @@ def is_hub_id(name: str) -> bool:
 
 def _is_path(name: str) -> bool:
     return name.startswith("/")
+
+
+def _check_length(model: str, revision: str | None) -> None:
+    """Refuses what the store could not keep in an index: PostgreSQL's entries have at most 2,704 bytes."""
+    length = len(quote(model + (revision or ""), safe="/", errors="replace"))
+    if length > _LONGEST_NAME:
+        raise UsageError(
+            f"the names of the model and its revision have {length:,} characters, with % codes for special ones; "
+            f"at most {_LONGEST_NAME:,} can be kept: use shorter ones, or a link to the folder"
+        )
 
 
 def _model_identity(model: str, *, remote_path: bool) -> str:

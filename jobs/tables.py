@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0004"
+REVISION = "0007"
 
 metadata = MetaData(
     naming_convention={
@@ -65,7 +65,12 @@ jobs = Table(
     Column("batch_size", Integer, nullable=False),
     Column("options", Text, nullable=False, comment="JSON: what the job's flags ask for"),
     Column("sampling", Text, comment="JSON: what held, set by the first worker"),
-    Column("adapters", Text, comment="JSON: {name: {path, revision}}, each set by the first worker that used it"),
+    Column("identity", Text, comment="what its model consists of, set by the first worker"),
+    Column(
+        "adapters",
+        Text,
+        comment="JSON: {name: {path, revision, identity}}, each set by the first worker that used it",
+    ),
     Column("fingerprint", Text, comment="SHA-256 of file, spec and options: equal jobs are equal here"),
     Column("file_name", Text, nullable=False),
     Column("file_sha256", Text),
@@ -111,6 +116,8 @@ batches = Table(
     _count("cancelled"),
     _count("prompt_tokens"),
     _count("completion_tokens"),
+    Column("stop_choices", BigInteger, comment="that ended by themselves; none where nobody has counted"),
+    Column("length_choices", BigInteger, comment="that max_tokens ended; none where nobody has counted"),
     _one_of("state", BatchState),
     CheckConstraint("succeeded + failed + cancelled <= total", name="counts"),
     CheckConstraint("(state = 'leased') = (worker_id IS NOT NULL)", name="lease"),
@@ -218,6 +225,8 @@ workers = Table(
     Column("host", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("pid", Integer, nullable=False),
+    Column("process", Text, comment="its parent process as jobs.process writes it; none where the system tells none"),
+    Column("namesake", Text, comment="JSON: a worker of another store that shows this one's id, seen of late"),
     Column("state", String(_STATE_LENGTH), nullable=False),
     Column("error", Text, comment="why a failed worker could not load its model"),
     Column("spec", Text, nullable=False),
@@ -237,13 +246,22 @@ workers = Table(
     Column("context_tokens", BigInteger),
     Column("cache_tokens", BigInteger),
     Column("devices", Text, comment="JSON: list of memory by device"),
-    Column("adapters", Text, comment="JSON: {name: {path, revision}} that it holds"),
+    Column("identity", Text, comment="what the model consists of that its newest child holds; none while it loads"),
+    Column("adapters", Text, comment="JSON: {name: {path, revision, identity}} that it holds"),
     Column("versions", Text, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("heartbeat_at", Float, nullable=False),
     Column("alive_until", Float, nullable=False, comment="past it the worker counts as dead"),
     _one_of("state", WorkerState),
     Index("ix_workers_spec_alive", "spec", "alive_until"),
+)
+
+stores = Table(
+    "stores",
+    metadata,
+    Column("place", Integer, primary_key=True, autoincrement=False, comment="always 1: there is one row"),
+    Column("id", String(32), nullable=False, comment="random; spools and queues are named by it"),
+    CheckConstraint("place = 1", name="one"),
 )
 
 capacities = Table(
@@ -261,6 +279,7 @@ evaluations = Table(
     metadata,
     Column("id", _Id, primary_key=True, autoincrement=True),
     Column("spec", Text, nullable=False, comment="canonical ModelSpec"),
+    Column("identity", Text, comment="what the model consisted of"),
     Column("baseline", Text, comment="canonical ModelSpec that it was compared with"),
     Column("data_name", Text, nullable=False),
     Column("data_sha256", Text, nullable=False),

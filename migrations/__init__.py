@@ -10,19 +10,28 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from filelock import FileLock, Timeout
+from sqlalchemy.engine import make_url
 
-from jobs.errors import AlreadyRunning, SchemaMismatch
+from jobs.disks import Disk, disk_of
+from jobs.errors import AlreadyRunning, SchemaMismatch, StoreError
+from jobs.exits import say
+from jobs.home import make_home, make_store
 from jobs.settings import Settings
 from jobs.store import Store
 from jobs.tables import REVISION
 
 _LOCK_SECONDS = 60
+_OTHER_PLACE = "set BATCHMILL_HOME to a folder of this machine's own disk, or BATCHMILL_DATABASE_URL to a PostgreSQL"
 
 
 def upgrade(url: str, *, revision: str = "head") -> None:
-    """Brings the store at this URL to a revision; at that revision already, nothing happens. Raises StoreError."""
+    """Brings the store at this URL to a revision; at that revision already, nothing happens.
+
+    Raises StoreError, also for one that cannot hold every text.
+    """
     store = Store(url)
     try:
+        store.database.check_encoding()
         store.revision()  # a store that cannot be reached is told of before alembic logs
         with store.database.translated():
             command.upgrade(alembic_config(url), revision)
@@ -45,12 +54,35 @@ def open_store(settings: Settings) -> Store:
     already. Raises SchemaMismatch, StoreError, AlreadyRunning.
     """
     if settings.embedded_store:
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_home(settings.home)
+    check_disk(settings.database)
     store = Store(settings.database, busy_seconds=settings.busy_seconds)
-    if settings.embedded_store and store.revision() != REVISION:
-        _upgrade_embedded(settings, store)
+    if settings.embedded_store:
+        _bring_up(settings, store)
     store.check_revision()
     return store
+
+
+def _bring_up(settings: Settings, store: Store) -> None:
+    if settings.database_file.exists():
+        if store.revision() != REVISION:
+            _upgrade_embedded(settings, store)
+        return
+    with make_store(settings.home):
+        _upgrade_embedded(settings, store)
+
+
+def check_disk(written: str) -> None:
+    """Raises StoreError for a SQLite store on a network file system, and warns where that cannot be told."""
+    url = make_url(written)
+    if url.get_backend_name() != "sqlite" or not url.database:
+        return
+    kind, name = disk_of(Path(url.database))
+    said = f"SQLite's locks do not hold between machines; {_OTHER_PLACE}"
+    if kind is Disk.SHARED:
+        raise StoreError(f"the store {url.database} lies on {name}, a network file system, where {said}")
+    if kind is Disk.UNKNOWN:
+        say(f"the store {url.database} lies on {name}, which may be a network file system, where {said}")
 
 
 def _upgrade_embedded(settings: Settings, store: Store) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from alembic import context
 from sqlalchemy import create_engine, pool
+from sqlalchemy.engine import make_url
 
+from jobs.store.postgresql import postgresql_engine
 from jobs.tables import metadata
 
-engine = create_engine(context.config.attributes["url"], poolclass=pool.NullPool)
+_BUSY_SECONDS = 30.0
+
+url = make_url(context.config.attributes["url"])
+if url.get_backend_name() == "postgresql":
+    engine = postgresql_engine(url, busy_seconds=_BUSY_SECONDS, limited=False)
+else:
+    engine = create_engine(url, poolclass=pool.NullPool)
 with engine.connect() as connection:
     context.configure(
         connection=connection,
@@ -21,3 +29,4 @@ with engine.connect() as connection:
             # Python begins a transaction for rows alone: each change of a table would stand by itself.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         context.run_migrations()
+engine.dispose()

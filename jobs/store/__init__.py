@@ -4,15 +4,18 @@
 and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading` and `effort`
 answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the workers' rows,
 `health` tells a broken device from a bad prompt; `evaluations` keeps what quantization was measured to cost, `speeds`
-reads how fast a machine's workers have been.
+reads how fast a machine's workers have been; `checking` looks it all over; `own_id` tells this store from every other.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import ColumnElement, inspect, text
 
-from jobs.errors import SchemaMismatch
+from jobs.errors import SchemaMismatch, StoreError
+from jobs.store.checking import Checking
 from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.effort import EffortReading
@@ -20,20 +23,32 @@ from jobs.store.evaluations import Evaluations
 from jobs.store.health import Health
 from jobs.store.holders import Holders
 from jobs.store.loading import Loading
+from jobs.store.own_id import OwnId
 from jobs.store.reading import Reading
 from jobs.store.recovery import Recovery
 from jobs.store.retrying import Retrying
 from jobs.store.saving import Saving
 from jobs.store.speeds import Speeds
 from jobs.store.workers import Workers
-from jobs.tables import REVISION
+from jobs.tables import REVISION, metadata
+
+_REVISION = re.compile(r"[0-9]{4}")
+_MOST_NAMES = 5
 
 
 class Store:
     """One store, by its URL. Safe to use from several threads; each call is its own transaction."""
 
-    def __init__(self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None) -> None:
-        self.database = Database(url, busy_seconds=busy_seconds, now=now)
+    def __init__(
+        self,
+        url: str,
+        *,
+        busy_seconds: float = 30.0,
+        now: ColumnElement[float] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.database = Database(url, busy_seconds=busy_seconds, now=now, read_only=read_only)
+        self.checking = Checking(self.database)
         self.closing = Closing(self.database)
         self.loading = Loading(self.database)
         self.retrying = Retrying(self.database)
@@ -43,16 +58,34 @@ class Store:
         self.evaluations = Evaluations(self.database)
         self.health = Health(self.database)
         self.holders = Holders(self.database)
+        self.own_id = OwnId(self.database)
         self.reading = Reading(self.database)
         self.speeds = Speeds(self.database)
         self.workers = Workers(self.database)
 
+    @property
+    def id(self) -> str:
+        """What tells this store from every other. Raises StoreError."""
+        return self.own_id.get()
+
     def revision(self) -> str | None:
-        """The alembic revision of its tables, None when it has none."""
+        """The alembic revision of its tables, None when it has none. Raises StoreError for those of another program."""
+        if self.database.is_absent:
+            return None
         with self.database.read() as connection:
-            if not inspect(connection).has_table("alembic_version"):
-                return None
-            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            tables = set(inspect(connection).get_table_names())
+            found = None
+            if "alembic_version" in tables:
+                found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        # Others may have tables in a PostgreSQL database, under other names; a file is one program's.
+        foreign = tables if self.database.is_sqlite else tables & metadata.tables.keys()
+        if (found is None and foreign - {"alembic_version"}) or (found and not _REVISION.fullmatch(found)):
+            names = ", ".join(sorted(foreign)[:_MOST_NAMES])
+            raise StoreError(
+                f"{self.database.name} holds the tables of another program ({names}), and no store of batchmill; "
+                "name another by BATCHMILL_HOME or BATCHMILL_DATABASE_URL"
+            )
+        return found
 
     def check_revision(self) -> None:
         """Raises SchemaMismatch unless the tables are of the revision that this batchmill works with."""

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, and_, select, update
 
 from jobs.schema import ErrorCode
 from jobs.states import BATCH_BEFORE, BatchState, RequestState
+from jobs.store.bounds import octets
 from jobs.store.closing import end_unanswered
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE
@@ -31,11 +32,11 @@ _POISON_MESSAGE = (
 
 @dataclass(frozen=True, slots=True)
 class _Crashed:
-    """One batch of a dead process: its row, its open run, and the suspects among its requests."""
+    """One batch of a dead process: its row, its open run, and its suspects, {index: bytes of the body}."""
 
     batch: Any
     run_id: int
-    suspects: list[int]
+    suspects: dict[int, int]
 
 
 class Blaming:
@@ -70,14 +71,14 @@ class Blaming:
         if run is None:
             return None
         answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
-        unanswered = connection.scalars(
-            select(requests.c.index)
+        unanswered = connection.execute(
+            select(requests.c.index, octets(self._database, requests.c.body))
             .select_from(requests.outerjoin(outputs, answered))
             .where(requests.c.batch_id == batch_id, outputs.c.index.is_(None))
             .order_by(requests.c.index)
         ).all()
         in_flight = set(json.loads(run.in_flight))
-        suspects = [index for index in unanswered if index in in_flight]
+        suspects = {index: size for index, size in unanswered if index in in_flight}
         return _Crashed(batch, run.id, suspects) if suspects else None
 
     def _punish(self, connection: Connection, crashed: _Crashed) -> bool:
@@ -101,7 +102,7 @@ class Blaming:
         return False
 
     def _end(self, connection: Connection, crashed: _Crashed) -> None:
-        which = and_(requests.c.batch_id == crashed.batch.id, requests.c.index.in_(crashed.suspects))
+        which = and_(requests.c.batch_id == crashed.batch.id, requests.c.index.in_(list(crashed.suspects)))
         end_unanswered(
             self._database,
             connection,

@@ -17,11 +17,13 @@ from sqlalchemy import Connection, Row, and_, func, insert, select, update
 
 from jobs.adapters import from_json, to_json
 from jobs.errors import StoreBusy
+from jobs.identity import differences
 from jobs.schema import JobOptions, Request, SamplingParams
 from jobs.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
+from jobs.store.bounds import PAGE_BYTES, text_bytes
 from jobs.store.database import Database
 from jobs.store.lease import Claimed, Lease, Seat
-from jobs.store.pending import NO_ADAPTER, Need, count_pending, heads, needs_met, waiting
+from jobs.store.pending import NO_ADAPTER, Among, Need, count_pending, heads, needs_met, waiting
 from jobs.store.workers import idle_workers
 from jobs.tables import batches, jobs, outputs, requests, runs
 
@@ -29,6 +31,11 @@ from jobs.tables import batches, jobs, outputs, requests, runs
 _COUNT_LIMIT = 500
 #: So many jobs are tried where others hold the locks of all that is pending.
 _MOST_JOBS = 100
+
+
+def _among(seat: Seat) -> Among:
+    """The jobs that this worker may take."""
+    return Among(seat.spec.canonical, frozenset([seat.identity]), seat.only_job, begun=not seat.may_begin)
 
 
 class Claiming:
@@ -40,7 +47,9 @@ class Claiming:
     def claim(
         self, connection: Connection, seat: Seat, holds: bool, wanted_requests: int, in_flight_room: int
     ) -> tuple[Claimed, ...]:
-        """Claims until `wanted_requests` are there; beyond the first batch only what no idle worker could start."""
+        """Claims until `wanted_requests` or a page of bytes are there; beyond the first batch only what no idle worker
+        could start.
+        """
         claimed: list[Claimed] = []
         spare: Counter[str] | None = None
         met: Sequence[Need] = needs_met(connection, seat.spec.canonical, seat.adapters) if wanted_requests > 0 else ()
@@ -59,6 +68,8 @@ class Claiming:
                 spare[batch.adapter or NO_ADAPTER] -= 1
             wanted_requests -= len(batch.requests)
             in_flight_room -= batch.in_flight
+            if sum(each.size_bytes for each in claimed) >= PAGE_BYTES:
+                break
         return tuple(claimed)
 
     def _spare(self, connection: Connection, seat: Seat, met: Sequence[Need]) -> Counter[str]:
@@ -66,7 +77,7 @@ class Claiming:
 
         Who holds the fewest adapters takes first, and what few can take before what all can.
         """
-        spare = count_pending(connection, seat.spec.canonical, met, only_job=seat.only_job, most=_COUNT_LIMIT)
+        spare = count_pending(connection, _among(seat), met, most=_COUNT_LIMIT)
         for names, count in sorted(self.idle(connection, seat).items(), key=lambda each: len(each[0])):
             free = count
             for name in (*sorted(names), NO_ADAPTER):
@@ -80,6 +91,7 @@ class Claiming:
         return idle_workers(
             connection,
             spec=seat.spec.canonical,
+            identity=seat.identity,
             job_id=seat.only_job,
             other_than=seat.worker_id,
             now=self._database.now,
@@ -91,7 +103,7 @@ class Claiming:
         if not idle:
             return []
         takeable = [Need(name) for name in {NO_ADAPTER}.union(*idle)]
-        found = heads(connection, seat.spec.canonical, takeable, only_job=seat.only_job, most=1)
+        found = heads(connection, _among(seat), takeable, most=1)
         unclaimed = {each.adapter for each in found}
         needed = self._needed(connection, untouched)
         given: list[Lease] = []
@@ -134,16 +146,16 @@ class Claiming:
             )
             .returning(batches.c.fence, batches.c.job_id)
         ).one()
-        prompts = self._unanswered(connection, seat, batch_id, won.job_id)
+        prompts, size_bytes = self._unanswered(connection, seat, batch_id, won.job_id)
         first = max(0, min(in_flight_room, len(prompts)))
         in_flight = [each.index for each in prompts[:first]]
         run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
         lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0)
-        return Claimed(lease, prompts, first, found.adapter or None)
+        return Claimed(lease, prompts, first, found.adapter or None, size_bytes)
 
     def _best(self, connection: Connection, seat: Seat, met: Sequence[Need], *, suspects: bool = False) -> Any:
         """The first pending batch that the worker may take, locked; what others have locked is passed over."""
-        found = heads(connection, seat.spec.canonical, met, only_job=seat.only_job, suspects=suspects, most=_MOST_JOBS)
+        found = heads(connection, _among(seat), met, suspects=suspects, most=_MOST_JOBS)
         for head in found:
             first = (
                 select(batches.c.id, batches.c.crashes, batches.c.adapter)
@@ -156,7 +168,10 @@ class Claiming:
                 return best
         return None
 
-    def _unanswered(self, connection: Connection, seat: Seat, batch_id: int, job_id: str) -> tuple[Request, ...]:
+    def _unanswered(
+        self, connection: Connection, seat: Seat, batch_id: int, job_id: str
+    ) -> tuple[tuple[Request, ...], int]:
+        """The requests of a batch that have no output yet, and the bytes of their bodies."""
         options = self._options(connection, seat, job_id)
         answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         rows = connection.execute(
@@ -165,7 +180,10 @@ class Claiming:
             .where(requests.c.batch_id == batch_id, outputs.c.index.is_(None))
             .order_by(requests.c.index)
         ).all()
-        return tuple(Request.from_body(*row).under(options) for row in rows)
+        return (
+            tuple(Request.from_body(*row).under(options) for row in rows),
+            sum(text_bytes(row.body) for row in rows),
+        )
 
     def _options(self, connection: Connection, seat: Seat, job_id: str) -> JobOptions:
         """What holds for a job's requests: what was written down, or else what `begin_job` will write."""
@@ -181,11 +199,18 @@ class Claiming:
         A step of its own after all claims, since the jobs' rows are locked after the batches', by id.
         """
         row = connection.execute(
-            select(jobs.c.state, jobs.c.sampling, jobs.c.versions, jobs.c.adapters)
+            select(jobs.c.state, jobs.c.sampling, jobs.c.versions, jobs.c.identity, jobs.c.adapters)
             .where(jobs.c.id == job_id)
             .with_for_update(key_share=True)
         ).one()
         changes: dict[str, Any] = {}
+        if row.identity is None:
+            changes["identity"] = seat.identity
+        elif row.identity != seat.identity:
+            raise StoreBusy(
+                f"another worker began job {job_id} at the same moment, and this one holds a model with another"
+                f" {differences(row.identity, seat.identity)}; it claims again without that job"
+            )
         if row.sampling is None:
             held = self._options(connection, seat, job_id).sampling
             changes["sampling"] = json.dumps(held.to_json())
@@ -205,11 +230,15 @@ class Claiming:
         """
         settled = {each.name: each for each in from_json(before)}
         for each in seat.adapters:
-            if each.name in adapters and settled.setdefault(each.name, each) != each:
+            if each.name not in adapters:
+                continue
+            mine = settled.get(each.name, each)
+            if not mine.agrees_with(each):
                 raise StoreBusy(
-                    f"another worker began job {job_id} at the same moment with {settled[each.name]}, and this one"
-                    f" holds {each}; it claims again without that job"
+                    f"another worker began job {job_id} at the same moment with {mine}, and this one"
+                    f" holds another one, {each}; it claims again without that job"
                 )
+            settled[each.name] = mine if each.identity is None else each
         after = to_json(settled.values())
         return {} if after == before else {"adapters": after}
 

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select
 from jobs.failpoints import failpoint
 from jobs.schema import MAX_BATCH_SIZE, ErrorCode
 from jobs.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE
 from jobs.tables import batches, jobs, outputs, requests
@@ -94,17 +95,22 @@ class Closing:
 
         The job's state afterwards. A closed job is left as it is.
         """
+        self._begin_cancel(job_id)
+        self._close_pages(job_id)
+        with self._database.read() as connection:
+            state = select(jobs.c.state).where(jobs.c.id == job_id)
+            return JobState(connection.execute(state).scalar_one())
+
+    @retried
+    def _begin_cancel(self, job_id: str) -> None:
         with self._database.write() as connection:
             connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job_id, jobs.c.state.in_(JOB_BEFORE[JobState.CANCELLING]))
                 .values(state=JobState.CANCELLING.value, retry_started_at=None)
             )
-        self._close_pages(job_id)
-        with self._database.read() as connection:
-            state = select(jobs.c.state).where(jobs.c.id == job_id)
-            return JobState(connection.execute(state).scalar_one())
 
+    @retried
     def _close_pages(self, job_id: str) -> bool:
         while True:
             with self._database.write() as connection:

@@ -6,50 +6,65 @@ What is written knows of no tables: `read()` and `write()` give a connection ins
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func, select
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
 from sqlalchemy.schema import Table
 
-from jobs.errors import StoreBusy, StoreError, StoreFull, StoreUnavailable
+from jobs.errors import (
+    SettingsError,
+    StoreBusy,
+    StoreConflict,
+    StoreCrowded,
+    StoreError,
+    StoreFull,
+    StoreReplaced,
+    StoreUnavailable,
+)
 from jobs.store.clock import StoreClock
+from jobs.store.line import Line
+from jobs.store.postgresql import crowded, postgresql_engine
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
 WAL_SAFE_SINCE = (3, 51, 3)
 _CACHE_KIB = 64 * 1024
-_CONNECT_SECONDS = 5
-#: PostgreSQL: a session of ours that waits longer than this for a lock or a statement is in trouble.
-_POSTGRESQL_OPTIONS = (
-    "-c timezone=UTC -c lock_timeout=30s -c statement_timeout=120s -c idle_in_transaction_session_timeout=60s"
-)
-#: A connection whose other end is silent (a network that drops everything) breaks after about so long.
-_POSTGRESQL_LIVENESS = {
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,
-}
+#: SQLite: the longest that a writer waits for its place in line, before it waits for the lock itself.
+_LINE_SECONDS = 2.0
+#: What PostgreSQL calls a transaction that it could not serialize, and a deadlock's victim.
+_CONFLICTS = ("40001", "40P01")
 
 
 class Database:
-    """One database: an engine, its clock, and transactions.
+    """One database: an engine, its clock, and transactions. The file of SQLite is opened, never made.
 
-    `now` is the clock, an SQL expression in seconds since 1970; a test may pass its own.
+    `now` is the clock, an SQL expression in seconds since 1970; a test may pass its own. `read_only`: no statement
+    writes, not even what SQLite keeps about its journal.
     """
 
-    def __init__(self, url: str, *, busy_seconds: float = 30.0, now: ColumnElement[float] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        busy_seconds: float = 30.0,
+        now: ColumnElement[float] | None = None,
+        read_only: bool = False,
+    ) -> None:
         self.url = make_url(url)
         self.now: ColumnElement[float] = StoreClock() if now is None else now
+        #: SQLite: the file that was opened first.
+        self._file: tuple[int, int] | None = None
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._engine = self._sqlite(busy_seconds) if self.is_sqlite else self._postgresql()
+        self._read_only = read_only
+        self._engine = self._sqlite(busy_seconds) if self.is_sqlite else self._postgresql(busy_seconds)
 
     @property
     def name(self) -> str:
@@ -66,7 +81,8 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A connection in a transaction that commits at the end, or rolls back when an error passes through.
 
-        On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE).
+        On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE), and writers get it
+        in the order in which they came.
         """
         with self.translated(), self._engine.connect() as plain:
             connection = plain.execution_options(writes=True)
@@ -88,39 +104,88 @@ class Database:
         greatest = func.max if self.is_sqlite else func.greatest
         return greatest(one, other)
 
+    @property
+    def is_absent(self) -> bool:
+        """True for a SQLite store whose file is not there; only an upgrade makes it."""
+        return self.is_sqlite and _file_of(self.url) is None
+
+    def check_encoding(self) -> None:
+        """Raises StoreError for a database that cannot hold every text, with the command that makes one."""
+        if self.is_absent:
+            return
+        ask = "PRAGMA encoding" if self.is_sqlite else "SHOW server_encoding"
+        with self.read() as connection:
+            encoding = connection.exec_driver_sql(ask).scalar_one()
+        if encoding in ("UTF8", "UTF-8"):
+            return
+        make = "`createdb --encoding=UTF8 --template=template0 --locale=C NAME`"
+        raise StoreError(
+            f"the store {self.name} is encoded in {encoding}, which does not keep every text; make another"
+            f"{'' if self.is_sqlite else f', {make},'} and name it by BATCHMILL_DATABASE_URL"
+        )
+
+    def check_writable(self) -> None:
+        """Raises StoreError for a database that takes no transaction that writes."""
+        with self.write() as connection:
+            read_only = not self.is_sqlite and connection.exec_driver_sql("SHOW transaction_read_only").scalar_one()
+        if read_only == "on":
+            raise StoreError(f"the store {self.name} is read-only: name the server that writes")
+
     def close(self) -> None:
         self._engine.dispose()
+        self._file = None
+
+    def _check_file(self) -> None:
+        """Raises StoreReplaced where the store's file is not the one that this process opened."""
+        if self._file is not None and _file_of(self.url) != self._file:
+            raise StoreReplaced(
+                f"the file of the store {self.name} was deleted or replaced while this process used it; "
+                "put it back, or start anew with what is there now"
+            )
 
     def _sqlite(self, busy_seconds: float) -> Engine:
         engine = create_engine(
             self.url, pool_reset_on_return=None, hide_parameters=True, connect_args={"timeout": busy_seconds}
         )
 
+        @event.listens_for(engine, "do_connect")
+        def open_existing(_dialect: object, _record: object, args: list[Any], options: dict[str, Any]) -> None:
+            self._check_file()
+            if not options.get("uri"):
+                args[0] = f"{Path(args[0]).absolute().as_uri()}?mode={'ro' if self._read_only else 'rw'}"
+                options["uri"] = True
+
         @event.listens_for(engine, "connect")
         def configure(connection: sqlite3.Connection, _record: object) -> None:
             connection.isolation_level = None  # transactions begin where SQLAlchemy says so, below
-            journal = "WAL" if sqlite3.sqlite_version_info >= WAL_SAFE_SINCE else "TRUNCATE"
-            for pragma in (
-                f"busy_timeout={int(busy_seconds * 1000)}",
-                f"journal_mode={journal}",
-                "synchronous=FULL",
-                "foreign_keys=ON",
-                f"cache_size=-{_CACHE_KIB}",
-            ):
-                connection.execute(f"PRAGMA {pragma}")
+            connection.execute(f"PRAGMA busy_timeout={int(busy_seconds * 1000)}")
+            connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+            if not self._read_only:
+                journal = "WAL" if sqlite3.sqlite_version_info >= WAL_SAFE_SINCE else "TRUNCATE"
+                for pragma in (f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
+                    connection.execute(f"PRAGMA {pragma}")
+            self._file = self._file or _file_of(self.url)
+
+        line = Line(Path(f"{self.url.database}-line").absolute(), most_seconds=min(_LINE_SECONDS, busy_seconds / 2))
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
-            writes = connection.get_execution_options().get("writes")
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+            self._check_file()
+            if not connection.get_execution_options().get("writes"):
+                connection.exec_driver_sql("BEGIN")
+                return
+            with line.head():
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
 
         return engine
 
-    def _postgresql(self) -> Engine:
-        arguments = {"connect_timeout": _CONNECT_SECONDS, "options": _POSTGRESQL_OPTIONS} | _POSTGRESQL_LIVENESS
-        return create_engine(
-            self.url, pool_pre_ping=True, pool_recycle=1_800, hide_parameters=True, connect_args=arguments
-        )
+    def _postgresql(self, busy_seconds: float) -> Engine:
+        try:
+            return postgresql_engine(self.url, busy_seconds=busy_seconds, read_only=self._read_only)
+        except ModuleNotFoundError as error:
+            raise SettingsError(
+                f"the store {self.name} needs {error.name}, which is not installed: `pip install 'batchmill[postgres]'`"
+            ) from error
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -137,8 +202,17 @@ class Database:
         """Our error for a foreign one; None for one that is a bug of ours (a constraint, a syntax)."""
         cause = error.orig if isinstance(error, DBAPIError) else error
         text = _first_line(cause or error)
+        if getattr(cause, "sqlstate", None) in _CONFLICTS:
+            return StoreConflict(f"the store {self.name} is busy: {text}; try again")
+        if isinstance(error, DBAPIError) and error.statement is None and (line := crowded(str(cause))):
+            return StoreCrowded(
+                f"the store {self.name} has no connection left ({line}): raise max_connections of its server, or stop "
+                "some of who use it; a worker needs up to four at once, see deploy/README.md"
+            )
         if "locked" in text or "lock timeout" in text or isinstance(error, TimeoutError):
             return StoreBusy(f"the store {self.name} is locked by another process ({text}); try again")
+        if isinstance(cause, sqlite3.Error) and (damage := _damage(cause, self.name)):
+            return StoreError(damage)
         if "disk is full" in text or "No space left" in text:
             return StoreFull(f"no space left for the store {self.name}; free some and try again")
         if "permission denied" in text:
@@ -147,13 +221,60 @@ class Database:
             )
         failed_over = "read-only transaction" in text  # for a while, after PostgreSQL has failed over
         if isinstance(error, OperationalError) or failed_over or getattr(error, "connection_invalidated", False):
-            return StoreUnavailable(f"cannot use the store {self.name}: {text}")
+            return StoreUnavailable(f"cannot use the store {self.name}: {text}{_advice(cause)}")
         return None
+
+
+def _file_of(url: URL) -> tuple[int, int] | None:
+    """The file of a SQLite store, by device and inode; None where there is none."""
+    try:
+        found = os.stat(url.database or "")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _first_line(error: BaseException) -> str:
     """What an error says first; PostgreSQL's further lines quote the row that it is about, so prompts."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _damage(error: sqlite3.Error, name: str) -> str:
+    """The line about a file that is no store of SQLite's, or not a whole one; empty for any other error."""
+    match _sqlite_code(error):
+        case sqlite3.SQLITE_NOTADB:
+            return (
+                f"the store {name} is no SQLite database; move the file away, or name another by BATCHMILL_HOME "
+                "or BATCHMILL_DATABASE_URL"
+            )
+        case sqlite3.SQLITE_CORRUPT:
+            return (
+                f"the store {name} is damaged ({error}); stop its workers and put a backup in its place, or rescue "
+                "what can be read by `sqlite3 FILE .recover | sqlite3 NEW`"
+            )
+    return ""
+
+
+def _advice(error: BaseException | None) -> str:
+    """The way out of what SQLite says of a file that it may not open or write."""
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+        return ": a process died while it wrote, and what it left has to be taken back first, as `batchmill jobs` does"
+    if isinstance(error, sqlite3.Error) and _sqlite_code(error) in (
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_PERM,
+    ):
+        return (
+            "; your user has to be able to write this file, to any size, and its folder: allow it, or name another "
+            "by BATCHMILL_HOME or BATCHMILL_DATABASE_URL"
+        )
+    return ""
+
+
+def _sqlite_code(error: sqlite3.Error) -> int:
+    """The primary result code, without what SQLite adds in the higher bits; 0 for an error of Python's own."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _without_rows(error: DBAPIError | TimeoutError) -> DBAPIError | TimeoutError:

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import insert, select
 
 from jobs.spec import ModelSpec
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
 from jobs.tables import evaluations
 
@@ -55,19 +56,22 @@ class Evaluations:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @retried
     def add(
         self,
         spec: ModelSpec,
         *,
+        identity: str,
         baseline: ModelSpec | None,
         data: DataFile,
         device_name: str,
         measured: Mapping[str, Any],
         versions: Mapping[str, str],
     ) -> None:
-        """Keeps what was measured of one ModelSpec; `measured` is ready for json."""
+        """Keeps what was measured of one ModelSpec, of a model of this identity; `measured` is ready for json."""
         row = insert(evaluations).values(
             spec=spec.canonical,
+            identity=identity,
             baseline=None if baseline is None else baseline.canonical,
             data_name=data.name,
             data_sha256=data.sha256,
@@ -79,14 +83,16 @@ class Evaluations:
         with self._database.write() as connection:
             connection.execute(row)
 
-    def latest(self, spec: ModelSpec) -> EvaluationRow | None:
-        """The last one of exactly this ModelSpec, None if it was never measured."""
+    def latest(self, spec: ModelSpec, *, identity: str | None = None) -> EvaluationRow | None:
+        """The last one of exactly this ModelSpec, and of a model of this identity if one is given; None without."""
         newest = (
             select(evaluations)
             .where(evaluations.c.spec == spec.canonical)
             .order_by(evaluations.c.created_at.desc(), evaluations.c.id.desc())
             .limit(1)
         )
+        if identity is not None:
+            newest = newest.where(evaluations.c.identity == identity)
         with self._database.read() as connection:
             row = connection.execute(newest).one_or_none()
         if row is None:

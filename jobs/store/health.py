@@ -14,6 +14,7 @@ from sqlalchemy import Connection, and_, exists, or_, select, update
 
 from jobs.spec import ModelSpec
 from jobs.states import BatchState, RunOutcome, WorkerState
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
 from jobs.tables import batches, capacities, jobs, runs, workers
 
@@ -48,6 +49,7 @@ class Health:
                 return False
             return self._others_succeed(connection, worker_id, since=crashes[0].at)
 
+    @retried
     def enter_sick(self, worker_id: int, *, reason: str) -> None:
         """The worker gives up, and one crash is taken off the suspects that it made and nobody has claimed since."""
         with self._database.write() as connection:
@@ -67,6 +69,7 @@ class Health:
                 select(capacities.c.fits).where(capacities.c.spec == spec.canonical, capacities.c.device == device)
             )
 
+    @retried
     def remember_fits(self, spec: ModelSpec, device: str, fits: int) -> None:
         """Keeps what the device was found to hold after its memory ran out."""
         found = {"fits": fits, "found_at": self._database.now}

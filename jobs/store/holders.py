@@ -13,10 +13,12 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func,
 
 from jobs.adapters import Adapter, from_json
 from jobs.errors import NotFound
+from jobs.process import Process
 from jobs.spec import ModelSpec
 from jobs.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
 from jobs.store.database import Database
 from jobs.store.lacks import Lack, lacks
+from jobs.store.lease import is_over
 from jobs.store.workers import GIVEN_UP, alive
 from jobs.tables import batches, jobs, outputs, requests, runs, workers
 
@@ -34,11 +36,13 @@ class Seen:
     id: int
     name: str
     host: str
+    process: Process | None
     device: str
     state: WorkerState
     error: str | None
     spec: ModelSpec
     only_job: str | None
+    identity: str | None
     adapters: tuple[Adapter, ...]
     generation: int
     started_at: float
@@ -49,7 +53,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What one worker holds of a job: since when, until when its first lease runs, and how many have expired."""
+    """What one worker holds of a job: since when, until when its first lease runs, and how many are over."""
 
     worker: Seen
     batches: int
@@ -88,7 +92,8 @@ class Around:
     """Everything around one job at one moment, `now` in seconds since 1970, UTC.
 
     `serving`: workers of its ModelSpec, the last seen first. `others`: live ones of the same model held differently.
-    `older`: jobs that go first, with their pending batches. `live_workers`: of any ModelSpec; each reconciles.
+    `older`: jobs that go first, with their pending batches. `live`: the process of each live worker, of any
+    ModelSpec, None where it told none; each of them reconciles.
     """
 
     now: float
@@ -98,8 +103,12 @@ class Around:
     crashes: tuple[Crashes, ...]
     serving: tuple[Seen, ...]
     others: tuple[Seen, ...]
-    live_workers: int
+    live: tuple[Process | None, ...]
     last_answer_at: float | None
+
+    @property
+    def live_workers(self) -> int:
+        return len(self.live)
 
 
 class Holders:
@@ -108,7 +117,7 @@ class Holders:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def around(self, job_id: str) -> Around:
+    def around(self, job_id: str, *, lease_seconds: float) -> Around:
         """What is around a job. Raises NotFound."""
         with self._database.read() as connection:
             job: Any = connection.execute(
@@ -118,18 +127,16 @@ class Holders:
             ).first()
             if job is None:
                 raise NotFound(f"there is no job {job_id}; `batchmill jobs` lists them")
+            now = self._database.now
             return Around(
-                now=connection.scalar(select(self._database.now)) or 0.0,
-                holds=self._holds(connection, job_id),
+                now=connection.scalar(select(now)) or 0.0,
+                holds=self._holds(connection, job_id, lease_seconds),
                 pending=_pending(connection, job),
                 older=_older(connection, job),
                 crashes=self._crashes(connection, job_id),
                 serving=self._seen(connection, self._serving(job.spec, job_id)),
                 others=self._others(connection, ModelSpec.from_canonical(job.spec)),
-                live_workers=connection.scalar(
-                    select(func.count()).select_from(workers).where(alive(self._database.now))
-                )
-                or 0,
+                live=tuple(map(Process.parse, connection.scalars(select(workers.c.process).where(alive(now))))),
                 last_answer_at=_last_answer(connection, job_id),
             )
 
@@ -183,9 +190,10 @@ class Holders:
         ).all()
         return tuple(_seen(row) for row in rows)
 
-    def _holds(self, connection: Connection, job_id: str) -> tuple[Hold, ...]:
+    def _holds(self, connection: Connection, job_id: str, lease_seconds: float) -> tuple[Hold, ...]:
         its_run = and_(runs.c.batch_id == batches.c.id, runs.c.fence == batches.c.fence)
-        late = case((batches.c.lease_until < self._database.now, 1), else_=0)
+        over = is_over(batches.c.lease_until, now=self._database.now, lease_seconds=lease_seconds)
+        late = case((over, 1), else_=0)
         rows = connection.execute(
             select(
                 batches.c.worker_id,
@@ -283,11 +291,13 @@ def _seen(row: Row[Any]) -> Seen:
         id=row.id,
         name=row.name,
         host=row.host,
+        process=Process.parse(row.process),
         device=row.device,
         state=WorkerState(row.state),
         error=row.error,
         spec=ModelSpec.from_canonical(row.spec),
         only_job=row.only_job,
+        identity=row.identity,
         adapters=from_json(row.adapters),
         generation=row.generation,
         started_at=row.started_at,

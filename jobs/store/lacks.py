@@ -28,6 +28,11 @@ class Lack:
     held_otherwise: tuple[tuple[str, Adapter], ...] = ()
 
     @property
+    def changed(self) -> bool:
+        """Whether another one lies by now where the job's adapter lay."""
+        return self.meant is not None and self.meant.where in {each.where for _, each in self.held_otherwise}
+
+    @property
     def wanted(self) -> str:
         """What `--adapter` takes; with a word in the place of what only the user knows."""
         return f"{self.name}={SOMEWHERE}" if self.meant is None else str(self.meant)
@@ -50,7 +55,7 @@ def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> 
     found = []
     for row in needed:
         mine, theirs = meant.get(row.adapter), held[row.adapter]
-        if (mine is None and theirs) or any(each == mine for _, each in theirs):
+        if any((mine or each).agrees_with(each) for _, each in theirs):
             continue
         found.append(Lack(row.adapter, row.batches, mine, tuple(theirs)))
     return tuple(found)

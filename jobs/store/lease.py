@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, update
+from sqlalchemy import ColumnElement, Connection, or_, update
 
 from jobs.adapters import Adapter
 from jobs.memory import Memory
@@ -23,13 +24,17 @@ NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Who asks: one generation of one worker, what it holds and what it does where nobody says otherwise."""
+    """Who asks: one generation of one worker, what it holds and what it does where nobody says otherwise.
+
+    `identity`: what its model consists of (`jobs.identity`). `may_begin`: whether it takes jobs that nobody has begun.
+    """
 
     worker_id: int
     generation: int
     spec: ModelSpec
     device: str
     lease_seconds: float
+    identity: str
     model_load_seconds: float = 0.0
     model_commit: str | None = None
     device_uuid: str | None = None
@@ -37,6 +42,7 @@ class Seat:
     versions: Mapping[str, str] = field(default_factory=dict)
     only_job: str | None = None
     adapters: tuple[Adapter, ...] = ()
+    may_begin: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +64,14 @@ class Claimed:
     """A batch just claimed: its requests that have no output yet, in file order, as the job wants them run.
 
     The first `in_flight` of them are recorded as in flight. `adapter`: the name that all of them name, if they do.
+    `size_bytes`: of their bodies.
     """
 
     lease: Lease
     requests: tuple[Request, ...]
     in_flight: int
     adapter: str | None = None
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Held:
     """What a worker says of one batch it holds.
 
     `in_flight`: the indexes that are in the engine, or enter it after this turn. `release`: hand it back. `memory`:
-    since the batch was claimed.
+    since the batch was claimed. `more`: it has further outputs, which the next turn says, so it is not to end in this.
     """
 
     lease: Lease
@@ -80,6 +88,7 @@ class Held:
     memory: Memory = field(default_factory=Memory)
     untouched: bool = False
     release: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,16 @@ class Turned:
     released: frozenset[int] = frozenset()
     claimed: tuple[Claimed, ...] = ()
     drain: bool = False
+
+
+def is_over(
+    until: ColumnElement[Any], *, now: ColumnElement[float], lease_seconds: float, for_seconds: float = 0.0
+) -> ColumnElement[bool]:
+    """A lease that expired at least so long ago, or that is further ahead than one of `lease_seconds` can be.
+
+    The latter was given before the store's clock was set back; who lives renews it by the new time.
+    """
+    return or_(until < now - for_seconds, until > now + lease_seconds)
 
 
 def end_runs(

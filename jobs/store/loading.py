@@ -1,35 +1,41 @@
 """Putting a prompt file into the store, in short transactions that nobody sees until the last one.
 
 A loading job has a lease of its own; only who renews it may add to the job or open it. What a killed submit
-left behind is deleted by others, in pages, once that lease has expired.
+left behind is deleted by reconcilers, in pages, once that lease has expired; until they begin it can be renewed still.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from jobs.errors import KeyTaken, LoadingLost
-from jobs.schema import JobOptions, Provenance, Request, new_job_id
+from jobs.ids import new_job_id
+from jobs.schema import JobOptions, Provenance, Request
 from jobs.spec import ModelSpec
 from jobs.states import JOB_BEFORE, BatchState, JobState
+from jobs.store.bounds import cut, octets, page_of, text_bytes
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
+from jobs.store.lease import is_over
 from jobs.store.moving import new_batches
 from jobs.store.pending import NO_ADAPTER
 from jobs.tables import batches, jobs, requests
 
-#: A loading transaction holds at most this many requests, or this many bytes of them: a tenth of a second or two.
-MAX_REQUESTS = 10_000
-MAX_BYTES = 8 * 1024 * 1024
+#: A loading transaction holds at most this many requests, beside the bound of its bytes: others write too.
+MAX_REQUESTS = 4_000
 #: How many rows one transaction deletes.
 _PAGE = 5_000
 #: How many values one query compares with.
 _SLICE = 500
+#: The lease of a loading job that is being deleted; it cannot be renewed.
+_DISCARDED = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class Loading:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @retried
     def begin(
         self,
         *,
@@ -79,7 +86,7 @@ class Loading:
     def add(self, job_id: str, *, prompts: Sequence[Request], batch_size: int, lease_seconds: float) -> list[Duplicate]:
         """Adds requests whose indexes go on where the last call ended; renews the lease.
 
-        They are gathered into batches of `batch_size` that name one adapter, or none.
+        They are gathered into batches of at most `batch_size` that name one adapter, or none.
         Requests with a custom_id that the job already has are left out and returned.
         Raises LoadingLost when the lease was lost.
         """
@@ -92,11 +99,13 @@ class Loading:
             return duplicates
         return []
 
+    @retried
     def renew(self, job_id: str, *, lease_seconds: float) -> None:
         """Renews the lease of a loading job; raises LoadingLost."""
         with self._database.write() as connection:
             self._hold(connection, job_id, lease_seconds)
 
+    @retried
     def open(
         self,
         job_id: str,
@@ -151,32 +160,48 @@ class Loading:
 
     def discard(self, job_id: str) -> None:
         """Deletes a job that is loading, with all its rows, in pages; any other is left alone."""
-        with self._database.write() as connection:  # from here on nothing can be added, nor the job opened
-            expired = connection.execute(
-                update(jobs)
-                .where(jobs.c.id == job_id, jobs.c.state == JobState.LOADING.value)
-                .values(loading_until=0.0)
-            )
-        if expired.rowcount:
-            self._delete(job_id)
+        self._discard(jobs.c.id == job_id)
 
-    def discard_expired(self) -> list[str]:
-        """Deletes loading jobs whose lease has expired: their ids."""
+    def expired(self, *, lease_seconds: float) -> dict[str, float]:
+        """Loading jobs whose lease is over, as `is_over` has it: {job id: loading_until}."""
+        over = is_over(jobs.c.loading_until, now=self._database.now, lease_seconds=lease_seconds)
         with self._database.read() as connection:
-            expired = connection.scalars(
-                select(jobs.c.id).where(
-                    jobs.c.state == JobState.LOADING.value, jobs.c.loading_until < self._database.now
-                )
+            found = connection.execute(
+                select(jobs.c.id, jobs.c.loading_until).where(jobs.c.state == JobState.LOADING.value, over)
             ).all()
-        for job_id in expired:
+        return {row.id: row.loading_until for row in found}
+
+    def discard_expired(self, leases: Mapping[str, float]) -> list[str]:
+        """Deletes these loading jobs, as `expired` gave them, unless their lease was renewed since: their ids."""
+        return [
+            job_id
+            for job_id, until in sorted(leases.items())
+            if self._discard(and_(jobs.c.id == job_id, jobs.c.loading_until == until))
+        ]
+
+    def _discard(self, which: ColumnElement[bool]) -> bool:
+        job_id = self._mark_discarded(which)
+        if job_id is not None:
             self._delete(job_id)
-        return list(expired)
+        return job_id is not None
+
+    @retried
+    def _mark_discarded(self, which: ColumnElement[bool]) -> str | None:
+        """From here on nothing can be added to this loading job, nor can it be opened: its id."""
+        with self._database.write() as connection:
+            job_id: str | None = connection.scalar(
+                update(jobs)
+                .where(which, jobs.c.state == JobState.LOADING.value)
+                .values(loading_until=_DISCARDED)
+                .returning(jobs.c.id)
+            )
+        return job_id
 
     def _hold(self, connection: Connection, job_id: str, lease_seconds: float) -> None:
         now = self._database.now
         held = connection.execute(
             update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.state == JobState.LOADING.value, jobs.c.loading_until >= now)
+            .where(jobs.c.id == job_id, jobs.c.state == JobState.LOADING.value, jobs.c.loading_until > _DISCARDED)
             .values(loading_until=now + lease_seconds)
         )
         if held.rowcount != 1:
@@ -184,9 +209,10 @@ class Loading:
                 f"job {job_id} was not loaded: its lease expired while the file was read; submit it again"
             )
 
+    @retried
     def _add(self, job_id: str, prompts: Sequence[Request], batch_size: int, lease_seconds: float) -> None:
         named = [each.adapter or NO_ADAPTER for each in prompts]
-        rows: list[dict[str, object]] = [
+        rows: list[dict[str, Any]] = [
             {"job_id": job_id, "index": each.index, "custom_id": each.custom_id, "body": each.to_body()}
             for each in prompts
         ]
@@ -195,16 +221,21 @@ class Loading:
             if not rows:
                 return
             # One open batch for each adapter and one for none: what stands together in the file may be apart here.
+            sizes: defaultdict[str, list[int]] = defaultdict(list)
+            for row, adapter in zip(rows, named, strict=True):
+                sizes[adapter].append(text_bytes(row["body"]))
             places = {
-                adapter: iter(self._place(connection, job_id, adapter, count, batch_size))
-                for adapter, count in sorted(Counter(named).items())
+                adapter: iter(self._place(connection, job_id, adapter, each, batch_size))
+                for adapter, each in sorted(sizes.items())
             }
             for row, adapter in zip(rows, named, strict=True):
                 row["batch_id"] = next(places[adapter])
             connection.execute(insert(requests), rows)
 
-    def _place(self, connection: Connection, job_id: str, adapter: str, count: int, batch_size: int) -> list[int]:
-        """Fills the job's last batch of an adapter up and makes new ones: the batch id of each of `count` requests."""
+    def _place(
+        self, connection: Connection, job_id: str, adapter: str, sizes: Sequence[int], batch_size: int
+    ) -> list[int]:
+        """Fills the job's last batch of an adapter up and makes new ones: the batch id of each of these requests."""
         last = connection.execute(
             select(batches.c.id, batches.c.total)
             .where(batches.c.job_id == job_id, batches.c.state == BatchState.PENDING.value)
@@ -213,14 +244,18 @@ class Loading:
             .limit(1)
         ).first()
         placed: list[int] = []
-        if last is not None and last.total < batch_size:
-            room = min(batch_size - last.total, count)
-            connection.execute(update(batches).where(batches.c.id == last.id).values(total=batches.c.total + room))
-            placed += [last.id] * room
-        sizes = [min(batch_size, count - begin) for begin in range(len(placed), count, batch_size)]
-        for batch_id, size in zip(new_batches(connection, job_id, sizes, adapter=adapter), sizes, strict=True):
-            placed += [batch_id] * size
+        filled = (0, 0) if last is None else (last.total, self._body_bytes(connection, last.id))
+        counts = cut(sizes, most=batch_size, filled=filled)
+        if last is not None and (count := counts.pop(0)):
+            connection.execute(update(batches).where(batches.c.id == last.id).values(total=batches.c.total + count))
+            placed += [last.id] * count
+        for batch_id, count in zip(new_batches(connection, job_id, counts, adapter=adapter), counts, strict=True):
+            placed += [batch_id] * count
         return placed
+
+    def _body_bytes(self, connection: Connection, batch_id: int) -> int:
+        bodies = select(func.sum(octets(self._database, requests.c.body))).where(requests.c.batch_id == batch_id)
+        return int(connection.execute(bodies).scalar_one() or 0)
 
     def _duplicates(self, job_id: str, prompts: Sequence[Request]) -> list[Duplicate]:
         first: dict[str, int] = {}
@@ -240,13 +275,21 @@ class Loading:
                 duplicates.append(Duplicate(each.index, each.custom_id, seen))
         return duplicates
 
+    @retried
     def _delete(self, job_id: str) -> None:
-        page = select(requests.c.index).where(requests.c.job_id == job_id).limit(_PAGE).scalar_subquery()
-        of_page = delete(requests).where(requests.c.job_id == job_id, requests.c.index.in_(page))
-        deleted = _PAGE
-        while deleted:
+        of_job = select(requests.c.index).where(requests.c.job_id == job_id).order_by(requests.c.index).limit(_PAGE)
+        size = octets(self._database, requests.c.body)
+        more = True
+        while more:
             with self._database.write() as connection:
-                deleted = connection.execute(of_page).rowcount
+                page = page_of(self._database, connection, of_job, size=size)
+                last = page[-1][0] if page else -1
+                connection.execute(delete(requests).where(requests.c.job_id == job_id, requests.c.index <= last))
+                more = bool(page)
+        some = select(batches.c.id).where(batches.c.job_id == job_id).order_by(batches.c.id).limit(_PAGE)
+        more = True
+        while more:
+            with self._database.write() as connection:
+                more = connection.execute(delete(batches).where(batches.c.id.in_(some.scalar_subquery()))).rowcount > 0
         with self._database.write() as connection:
-            connection.execute(delete(batches).where(batches.c.job_id == job_id))
             connection.execute(delete(jobs).where(jobs.c.id == job_id))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from sqlalchemy import Connection, insert, update
 
 from jobs.states import BatchState
+from jobs.store.bounds import cut
 from jobs.tables import batches, requests
 
 
@@ -40,7 +42,7 @@ def new_batches(
 def move(
     connection: Connection,
     job_id: str,
-    indexes: Sequence[int],
+    sizes: Mapping[int, int],
     *,
     batch_size: int,
     adapter: str,
@@ -49,12 +51,13 @@ def move(
 ) -> None:
     """Puts these requests into new pending batches of at most `batch_size`; the old ones' counts are the caller's.
 
-    All of them name this adapter (or none).
+    `sizes`: {index: bytes of its body}, in order. All of them name this adapter (or none).
     """
-    slices = [indexes[begin : begin + batch_size] for begin in range(0, len(indexes), batch_size)]
-    sizes = [len(each) for each in slices]
-    new = new_batches(connection, job_id, sizes, adapter=adapter, crashes=crashes, crashed_by=crashed_by)
-    for batch_id, each in zip(new, slices, strict=True):
+    counts = cut(sizes.values(), most=batch_size)
+    new = new_batches(connection, job_id, counts, adapter=adapter, crashes=crashes, crashed_by=crashed_by)
+    indexes = iter(sizes)
+    for batch_id, count in zip(new, counts, strict=True):
+        each = list(islice(indexes, count))
         connection.execute(
             update(requests).where(requests.c.job_id == job_id, requests.c.index.in_(each)).values(batch_id=batch_id)
         )

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, literal_column, select, union_all
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, literal_column, or_, select, union_all
 
 from jobs.adapters import Adapter, from_json
 from jobs.states import CLAIMABLE_JOB_STATES, BatchState
@@ -28,6 +28,19 @@ class Need(NamedTuple):
 
     adapter: str = NO_ADAPTER
     not_of: tuple[str, ...] = ()
+
+
+class Among(NamedTuple):
+    """The open jobs that are looked through: those of a canonical spec, or the one of them that is `only_job`.
+
+    A job that was begun with a model of another identity than these is passed over; with None, no job is. `begun`: so
+    is a job that nobody has begun.
+    """
+
+    spec: str
+    identities: frozenset[str] | None = None
+    only_job: str | None = None
+    begun: bool = False
 
 
 class Head(NamedTuple):
@@ -54,19 +67,13 @@ def needs_met(connection: Connection, spec: str, adapters: Iterable[Adapter]) ->
     others: defaultdict[str, list[str]] = defaultdict(list)
     for row in settled:
         for meant in from_json(row.adapters):
-            if meant not in held.get(meant.name, {meant}):
+            if not any(map(meant.agrees_with, held.get(meant.name, {meant}))):
                 others[meant.name].append(row.id)
     return (Need(), *(Need(name, tuple(others[name])) for name in sorted(held)))
 
 
 def heads(
-    connection: Connection,
-    spec: str,
-    needs: Iterable[Need],
-    *,
-    most: int,
-    only_job: str | None = None,
-    suspects: bool = False,
+    connection: Connection, among: Among, needs: Iterable[Need], *, most: int, suspects: bool = False
 ) -> list[Head]:
     """The first pending batch of each job for each of these needs, of at most `most` jobs, the oldest job's first.
 
@@ -79,31 +86,29 @@ def heads(
         of_jobs = select(
             jobs.c.queued_at, jobs.c.id.label("job_id"), first.label("batch_id"), literal(need.adapter).label("adapter")
         )
-        each = _of_queue(of_jobs, spec, need, only_job).subquery()
+        each = _of_queue(of_jobs, among, need).subquery()
         waited_for = select(each).where(each.c.batch_id.is_not(None))
         chosen.append(waited_for.order_by(each.c.queued_at, each.c.job_id).limit(most))
     return sorted(Head(row.queued_at, row.job_id, row.batch_id, row.adapter) for row in _rows(connection, chosen))
 
 
-def count_pending(
-    connection: Connection, spec: str, needs: Iterable[Need], *, most: int, only_job: str | None = None
-) -> Counter[str]:
-    """How many pending batches of this canonical spec need what, each counted up to `most`."""
+def count_pending(connection: Connection, among: Among, needs: Iterable[Need], *, most: int) -> Counter[str]:
+    """How many pending batches need what, each counted up to `most`."""
     chosen: list[Select[Any]] = []
     for need in needs:
         found = select(batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
-        page = _of_queue(found, spec, need, only_job).limit(most).subquery()
+        page = _of_queue(found, among, need).limit(most).subquery()
         counted: Any = select(literal(need.adapter).label("adapter"), func.count().label("batches"))
         chosen.append(counted.select_from(page))
     return Counter({row.adapter: row.batches for row in _rows(connection, chosen)})
 
 
-def pending_batches(connection: Connection, spec: str, needs: Iterable[Need], *, most: int) -> list[int]:
-    """Ids of pending batches of this canonical spec that need one of these, the oldest job's first."""
+def pending_batches(connection: Connection, among: Among, needs: Iterable[Need], *, most: int) -> list[int]:
+    """Ids of pending batches that need one of these, the oldest job's first."""
     chosen: list[Select[Any]] = []
     for need in needs:
         found = select(jobs.c.queued_at, jobs.c.id, batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
-        chosen.append(_of_queue(found, spec, need).order_by(jobs.c.queued_at, jobs.c.id, batches.c.id).limit(most))
+        chosen.append(_of_queue(found, among, need).order_by(jobs.c.queued_at, jobs.c.id, batches.c.id).limit(most))
     return [batch_id for _, _, batch_id in sorted(tuple(row) for row in _rows(connection, chosen))[:most]]
 
 
@@ -116,11 +121,14 @@ def waiting(adapter: str, *, suspects: bool = False) -> tuple[ColumnElement[bool
     return (_SUSPECT, state == BatchState.PENDING.value, needed == adapter)
 
 
-def _of_queue(chosen: Select[Any], spec: str, need: Need, only_job: str | None = None) -> Select[Any]:
-    chosen = chosen.where(jobs.c.spec == spec, jobs.c.state.in_(CLAIMABLE_JOB_STATES))
+def _of_queue(chosen: Select[Any], among: Among, need: Need) -> Select[Any]:
+    chosen = chosen.where(jobs.c.spec == among.spec, jobs.c.state.in_(CLAIMABLE_JOB_STATES))
+    if among.identities is not None:
+        settled = jobs.c.identity.in_(among.identities)
+        chosen = chosen.where(settled if among.begun else or_(jobs.c.identity.is_(None), settled))
     if need.not_of:
         chosen = chosen.where(jobs.c.id.not_in(need.not_of))
-    return chosen if only_job is None else chosen.where(jobs.c.id == only_job)
+    return chosen if among.only_job is None else chosen.where(jobs.c.id == among.only_job)
 
 
 def _rows(connection: Connection, chosen: Sequence[Select[Any]]) -> Sequence[Row[Any]]:

@@ -10,19 +10,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, func, select
+from sqlalchemy import Connection, Row, Select, and_, case, func, select
 
 from jobs.adapters import Adapter, from_json
 from jobs.errors import NotFound
 from jobs.spec import ModelSpec
 from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
+from jobs.store.bounds import octets, page_of
 from jobs.store.database import Database
 from jobs.tables import batches, jobs, outputs, requests
 
 
 @dataclass(frozen=True, slots=True)
+class FinishReasons:
+    """Counts of the choices of a job's answers: those that ended by themselves, and those that `max_tokens` ended."""
+
+    stop: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
-    """A job's requests by state; `total` is their sum."""
+    """A job's requests by state; `total` is their sum.
+
+    `finish_reasons`: None where some were answered before they were counted, at revision 0007.
+    """
 
     total: int
     succeeded: int
@@ -30,6 +42,7 @@ class Counts:
     cancelled: int
     prompt_tokens: int
     completion_tokens: int
+    finish_reasons: FinishReasons | None = None
 
     @property
     def pending(self) -> int:
@@ -38,7 +51,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as the store has it; times in seconds since 1970, UTC. `adapters`: what the names it used mean to it."""
+    """One job as the store has it; times in seconds since 1970, UTC.
+
+    `identity`: what its model consists of, None until it was begun (or where that was before revision 0005).
+    `adapters`: what the names it used mean to it.
+    """
 
     id: str
     name: str | None
@@ -47,6 +64,7 @@ class Job:
     batch_size: int
     options: Mapping[str, Any]
     sampling: Mapping[str, Any] | None
+    identity: str | None
     adapters: tuple[Adapter, ...]
     file_name: str
     file_sha256: str
@@ -60,6 +78,10 @@ class Job:
     @property
     def closed(self) -> bool:
         return self.state in CLOSED_JOB_STATES
+
+    def is_of(self, identity: str | None) -> bool:
+        """Whether a model of this identity may answer it, as far as both are known."""
+        return None in (self.identity, identity) or self.identity == identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +120,8 @@ class Reading:
                 newest = select(jobs.c.id).where(shown).order_by(jobs.c.queued_at.desc(), jobs.c.id).limit(1)
                 found = list(connection.scalars(newest).all())
             else:
-                same = jobs.c.id.startswith(written.lower(), autoescape=True)
+                # SQLite refuses patterns of more than 50,000 bytes.
+                same = jobs.c.id.startswith(written.lower()[:_LONGEST_ID], autoescape=True)
                 found = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
         if not found:
             what = "no job was submitted yet" if written == "last" else f"no job begins with {written!r}"
@@ -124,20 +147,14 @@ class Reading:
             counts = _counts(connection, [row.id for row in rows])
         return [_job(row, counts[row.id]) for row in rows]
 
-    def resumable(self, fingerprint: str) -> str | None:
-        """The newest job of this fingerprint that was not cancelled, if there is one."""
-        same = (
-            select(jobs.c.id)
-            .where(jobs.c.fingerprint == fingerprint)
-            .where(jobs.c.state.not_in([JobState.CANCELLING.value, JobState.CANCELLED.value]))
-            .order_by(jobs.c.queued_at.desc())
-            .limit(1)
-        )
-        with self._database.read() as connection:
-            return connection.scalar(same)
+    def resumable(self, fingerprint: str) -> list[Job]:
+        """The jobs of this fingerprint that were not cancelled, newest first."""
+        ended = [JobState.CANCELLING.value, JobState.CANCELLED.value]
+        same = _SHOWN.where(jobs.c.fingerprint == fingerprint, jobs.c.state.not_in(ended))
+        return self._jobs(same.order_by(jobs.c.queued_at.desc(), jobs.c.id))
 
     def output_pages(self, job_id: str, *, states: frozenset[RequestState], page: int) -> Iterator[list[OutputRow]]:
-        """A job's outputs in file order, in pages; no transaction is open between two of them."""
+        """A job's outputs in file order, in pages of at most so many; no transaction is open between two of them."""
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         chosen = (
             select(
@@ -162,17 +179,22 @@ class Reading:
         )
         if RequestState.SUCCEEDED not in states:
             chosen = chosen.where(outputs.c.state != RequestState.SUCCEEDED.value)
+        size = octets(self._database, requests.c.body, outputs.c.choices)
         after = -1
         while True:
             with self._database.read() as connection:
-                rows: Sequence[Any] = connection.execute(chosen.where(outputs.c.index > after)).all()
+                rows: Sequence[Any] = page_of(
+                    self._database, connection, chosen.where(outputs.c.index > after), size=size
+                )
             if not rows:
                 return
-            found = [OutputRow(*row) for row in rows]
+            found = [OutputRow(*row[:-1]) for row in rows]
             after = found[-1].index
             yield [each for each in found if each.state in states]
 
 
+#: Ids are shorter than this.
+_LONGEST_ID = 64
 #: Jobs that are loading are shown to nobody.
 _SHOWN = select(jobs).where(jobs.c.state != JobState.LOADING.value)
 _SUMS = ("total", "succeeded", "failed", "cancelled", "prompt_tokens", "completion_tokens")
@@ -180,11 +202,20 @@ _SUMS = ("total", "succeeded", "failed", "cancelled", "prompt_tokens", "completi
 
 def _counts(connection: Connection, job_ids: list[str]) -> dict[str, Counts]:
     """A job's counts are the sums over its batches."""
-    sums = [func.sum(batches.c[name]) for name in _SUMS]
-    rows = connection.execute(
-        select(batches.c.job_id, *sums).where(batches.c.job_id.in_(job_ids)).group_by(batches.c.job_id)
+    sums = [func.sum(batches.c[name]).label(name) for name in _SUMS]
+    reasons = [func.coalesce(func.sum(batches.c[name]), 0).label(name) for name in ("stop_choices", "length_choices")]
+    uncounted = func.sum(case((and_(batches.c.succeeded > 0, batches.c.stop_choices.is_(None)), 1), else_=0))
+    rows: Sequence[Any] = connection.execute(
+        select(batches.c.job_id, *sums, *reasons, uncounted.label("uncounted"))
+        .where(batches.c.job_id.in_(job_ids))
+        .group_by(batches.c.job_id)
     ).all()
-    return {row[0]: Counts(*(int(value) for value in row[1:])) for row in rows}
+    return {row.job_id: _of_sums(row) for row in rows}
+
+
+def _of_sums(row: Row[Any]) -> Counts:
+    reasons = None if row.uncounted else FinishReasons(int(row.stop_choices), int(row.length_choices))
+    return Counts(**{name: int(row._mapping[name]) for name in _SUMS}, finish_reasons=reasons)
 
 
 def _job(row: Row[Any], counts: Counts) -> Job:
@@ -196,6 +227,7 @@ def _job(row: Row[Any], counts: Counts) -> Job:
         batch_size=row.batch_size,
         options=json.loads(row.options),
         sampling=None if row.sampling is None else json.loads(row.sampling),
+        identity=row.identity,
         adapters=from_json(row.adapters),
         file_name=row.file_name,
         file_sha256=row.file_sha256,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, func, select, update
 
-from jobs.adapters import Adapter, from_json
+from jobs.adapters import from_json
 from jobs.failpoints import failpoint
+from jobs.process import Process
 from jobs.spec import ModelSpec
 from jobs.states import (
     BATCH_BEFORE,
@@ -19,23 +20,25 @@ from jobs.states import (
     RunOutcome,
 )
 from jobs.store.blame import Blaming
+from jobs.store.bounds import octets, page_of
 from jobs.store.closing import Closing
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
-from jobs.store.lease import NO_LEASE, end_runs
-from jobs.store.pending import needs_met, pending_batches
+from jobs.store.lease import NO_LEASE, end_runs, is_over
+from jobs.store.pending import Among, needs_met, pending_batches
 from jobs.store.workers import alive
-from jobs.tables import batches, jobs, runs, workers
+from jobs.tables import batches, jobs, requests, runs, workers
 
-#: How many batches one transaction takes back.
-_PAGE = 500
+#: How many batches one transaction takes back: to blame who was in flight takes ten queries for each.
+_PAGE = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker that holds leases: its process, its children so far, and when it was last heard of."""
+    """A worker that holds leases: its process if it is known, its children so far, when it was last heard of."""
 
     worker_id: int
-    pid: int
+    process: Process | None
     generation: int
     seen_seconds: float
 
@@ -54,9 +57,8 @@ class Recovery:
         After a crash what was in flight is blamed (`jobs.store.blame`); what was released is not.
         """
         whose = and_(batches.c.worker_id == worker_id, batches.c.worker_generation <= generation)
-        taken = page = self._take_page(whose, outcome)
-        while page == _PAGE:
-            page = self._take_page(whose, outcome)
+        taken = 0
+        while page := self._take_page(whose, outcome):
             taken += page
         return taken
 
@@ -66,31 +68,49 @@ class Recovery:
             found = connection.execute(
                 select(
                     workers.c.id,
-                    workers.c.pid,
+                    workers.c.process,
                     workers.c.generation,
                     (self._database.now - workers.c.heartbeat_at).label("seen_seconds"),
                 )
                 .where(workers.c.host == host, workers.c.id.in_(select(batches.c.worker_id).distinct()))
                 .order_by(workers.c.id)
             ).all()
-        return [Holder(row.id, row.pid, row.generation, row.seen_seconds) for row in found]
+        return [Holder(row.id, Process.parse(row.process), row.generation, row.seen_seconds) for row in found]
+
+    def silent(self, worker_ids: Collection[int]) -> dict[int, Process | None]:
+        """Those of these workers that are not alive by their heartbeats, with their processes as far as known."""
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(workers.c.id, workers.c.process)
+                .where(workers.c.id.in_(worker_ids), ~alive(self._database.now))
+                .order_by(workers.c.id)
+            ).all()
+        return {row.id: Process.parse(row.process) for row in found}
 
     def expired(
-        self, *, for_seconds: float = 0.0, of_jobs: Collection[JobState] = HOLDING_JOB_STATES
+        self,
+        *,
+        lease_seconds: float,
+        for_seconds: float = 0.0,
+        of_jobs: Collection[JobState] = HOLDING_JOB_STATES,
     ) -> dict[int, tuple[int, float]]:
-        """Batches whose lease expired at least so long ago: {batch id: (fence, lease_until)}."""
+        """Batches whose lease is over, as `is_over` has it: {batch id: (fence, lease_until)}."""
+        now = self._database.now
+        over = is_over(batches.c.lease_until, now=now, lease_seconds=lease_seconds, for_seconds=for_seconds)
         with self._database.read() as connection:
             found = connection.execute(
                 select(batches.c.id, batches.c.fence, batches.c.lease_until)
                 .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
                 .where(jobs.c.state.in_(of_jobs))
-                .where(batches.c.state == BatchState.LEASED.value)
-                .where(batches.c.lease_until < self._database.now - for_seconds)
+                .where(batches.c.state == BatchState.LEASED.value, over)
             ).all()
         return {row.id: (row.fence, row.lease_until) for row in found}
 
     def reap(self, leases: Mapping[int, tuple[int, float]]) -> int:
-        """Takes back these leases, as `expired` gave them, unless they were renewed since: how many."""
+        """Takes back these leases, as `expired` gave them, unless they were renewed since: how many.
+
+        Nobody is blamed: whose worker was not heard of may have been paused, or cut off, as well as dead.
+        """
         reaped = 0
         for batch_id, (fence, lease_until) in sorted(leases.items()):
             same = and_(batches.c.id == batch_id, batches.c.fence == fence, batches.c.lease_until == lease_until)
@@ -100,37 +120,39 @@ class Recovery:
     def pending(self, *, most: int) -> dict[str, list[int]]:
         """The pending batches of open jobs, by canonical spec: at most `most` ids for each.
 
-        Of those that need an adapter only what a live worker could take: a wake-up for the rest would be for nothing.
+        Only what a live worker could take as far as is known: a wake-up for the rest would be for nothing.
         """
         with self._database.read() as connection:
             specs = connection.scalars(
                 select(jobs.c.spec).where(jobs.c.state.in_(CLAIMABLE_JOB_STATES)).distinct()
             ).all()
-            found = {spec: self._pending(connection, spec, self._held(connection, spec), most) for spec in specs}
+            found = {spec: self._pending(connection, spec, alive(self._database.now), most) for spec in specs}
         return {spec: ids for spec, ids in found.items() if ids}
 
-    def pending_of(self, spec: ModelSpec, *, most: int, adapters: Iterable[Adapter] | None = None) -> list[int]:
-        """The pending batches of one spec, oldest job first.
-
-        Of those that need an adapter what a worker that holds `adapters` could take, or where None any live worker.
-        """
+    def pending_of(self, spec: ModelSpec, *, most: int, worker_id: int | None = None) -> list[int]:
+        """The pending batches of one spec, oldest job first, that this worker could take, or where None a live one."""
+        who = alive(self._database.now) if worker_id is None else workers.c.id == worker_id
         with self._database.read() as connection:
-            held = self._held(connection, spec.canonical) if adapters is None else set(adapters)
-            return self._pending(connection, spec.canonical, held, most)
+            return self._pending(connection, spec.canonical, who, most)
 
-    def _pending(self, connection: Connection, spec: str, held: set[Adapter], most: int) -> list[int]:
-        needs = needs_met(connection, spec, held)
-        return pending_batches(connection, spec, needs, most=most)
-
-    def _held(self, connection: Connection, spec: str) -> set[Adapter]:
-        """The adapters of all live workers of a canonical spec."""
-        written = connection.scalars(
-            select(workers.c.adapters)
-            .where(workers.c.spec == spec, workers.c.adapters.is_not(None), alive(self._database.now))
-            .distinct()
+    def _pending(self, connection: Connection, spec: str, who: ColumnElement[bool], most: int) -> list[int]:
+        """Where none of these workers has loaded its model, or one has not yet, any model may be what it holds."""
+        holding = connection.execute(
+            select(workers.c.identity, workers.c.adapters).where(workers.c.spec == spec, who).distinct()
         ).all()
-        return {each for text in written for each in from_json(text)}
+        identities = frozenset(row.identity for row in holding)
+        among = Among(spec, identities if identities and None not in identities else None)
+        needs = needs_met(connection, spec, {each for row in holding for each in from_json(row.adapters)})
+        return pending_batches(connection, among, needs, most=most)
 
+    def _page_of(self, connection: Connection, ids: Sequence[int]) -> list[int]:
+        """Those of these batches, from the first on, whose requests one transaction can move."""
+        bodies = select(func.sum(octets(self._database, requests.c.body))).where(requests.c.batch_id == batches.c.id)
+        chosen = select(batches.c.id).where(batches.c.id.in_(ids)).order_by(batches.c.id)
+        page = page_of(self._database, connection, chosen, size=func.coalesce(bodies.scalar_subquery(), 0))
+        return [row[0] for row in page]
+
+    @retried
     def _take_page(self, which: ColumnElement[bool], outcome: RunOutcome) -> int:
         with self._database.write() as connection:
             ids = connection.scalars(
@@ -142,8 +164,9 @@ class Recovery:
             ).all()
             if not ids:
                 return 0
+            ids = self._page_of(connection, ids)
             of_jobs: set[str | None] = set()
-            if outcome is RunOutcome.RELEASED:
+            if outcome is not RunOutcome.CRASHED:
                 connection.execute(
                     update(batches)
                     .where(batches.c.id.in_(ids), batches.c.state.in_(BATCH_BEFORE[BatchState.PENDING]))

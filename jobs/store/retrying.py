@@ -10,12 +10,15 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, or_, 
 
 from jobs.errors import JobStateError
 from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
-from jobs.store.closing import PAGE_REQUESTS
+from jobs.store.bounds import octets, page_of
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
 from jobs.store.moving import move
 from jobs.tables import batches, jobs, outputs, requests
 
-#: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id, adapter.
+#: One transaction moves about this many requests in a tenth of a second, and always whole batches of the job's size.
+PAGE_REQUESTS = 1_000
+#: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id, adapter, size_bytes.
 _Moving = Row[Any]
 
 
@@ -30,14 +33,18 @@ class Retrying:
 
         Raises JobStateError for a job that is open, unless a retry of it was cut short.
         """
-        self._begin_retry(job_id)
+        most = self._begin_retry(job_id)
         moved = 0
-        while (page := self._retry_page(job_id)) is not None:
+        while (page := self._retry_page(job_id, most)) is not None:
             moved += page
         return moved
 
-    def _begin_retry(self, job_id: str) -> None:
-        """Marks which outputs are meant: those that are there now. A retry cut short keeps its mark."""
+    @retried
+    def _begin_retry(self, job_id: str) -> int:
+        """Marks which outputs are meant: those that are there now. A retry cut short keeps its mark.
+
+        How many requests a page of it moves.
+        """
         with self._database.write() as connection:
             marked = connection.execute(
                 update(jobs)
@@ -46,12 +53,15 @@ class Retrying:
                     or_(jobs.c.state.in_(CLOSED_JOB_STATES), jobs.c.retry_started_at.is_not(None)),
                 )
                 .values(retry_started_at=func.coalesce(jobs.c.retry_started_at, self._mark(job_id)))
-            )
-            if marked.rowcount == 0:
+                .returning(jobs.c.batch_size)
+            ).first()
+            if marked is None:
                 state = connection.scalar(select(jobs.c.state).where(jobs.c.id == job_id))
                 raise JobStateError(
                     f"job {job_id} is {state}: wait until it has ended (`batchmill wait {job_id}`), then retry it"
                 )
+            batch_size = int(marked.batch_size)
+            return max(1, PAGE_REQUESTS // batch_size) * batch_size
 
     def _mark(self, job_id: str) -> ColumnElement[float]:
         """Now, or the time of the job's last output where the clock was set back since."""
@@ -60,27 +70,28 @@ class Retrying:
         )
         return self._database.larger(self._database.now, func.coalesce(last.scalar_subquery(), 0.0))
 
-    def _retry_page(self, job_id: str) -> int | None:
-        """Moves one page: how many requests, None when nothing is left to move.
+    @retried
+    def _retry_page(self, job_id: str, most: int) -> int | None:
+        """Moves one page of at most so many requests: how many requests, None when nothing is left to move.
 
         The page is read again under the locks: another retry of the same job may have moved it meanwhile.
         """
         with self._database.write() as connection:
-            seen = {row.batch_id for row in self._unsuccessful(connection, job_id)}
+            seen = {row.batch_id for row in self._unsuccessful(connection, job_id, most)}
             self._lock(connection, seen)
             batch_size = self._reopen(connection, job_id, bool(seen))
             if batch_size is None or not seen:
                 return None
-            page = [row for row in self._unsuccessful(connection, job_id) if row.batch_id in seen]
+            page = [row for row in self._unsuccessful(connection, job_id, most) if row.batch_id in seen]
             self._take_off(connection, page)
             indexes = [row.place for row in page]
             connection.execute(delete(outputs).where(outputs.c.job_id == job_id, outputs.c.index.in_(indexes)))
             for adapter in sorted({row.adapter for row in page}):
-                alike = [row.place for row in page if row.adapter == adapter]
+                alike = {row.place: row.size_bytes for row in page if row.adapter == adapter}
                 move(connection, job_id, alike, batch_size=batch_size, adapter=adapter)
         return len(page)
 
-    def _unsuccessful(self, connection: Connection, job_id: str) -> Sequence[_Moving]:
+    def _unsuccessful(self, connection: Connection, job_id: str, most: int) -> Sequence[_Moving]:
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         of_job = and_(outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value)
         marked = outputs.c.finished_at <= jobs.c.retry_started_at
@@ -97,10 +108,9 @@ class Retrying:
             .join(batches, batches.c.id == requests.c.batch_id)
             .where(of_job, marked)
             .order_by(outputs.c.index)
-            .limit(PAGE_REQUESTS)
+            .limit(most)
         )
-        rows: Sequence[Any] = connection.execute(chosen).all()
-        return rows
+        return page_of(self._database, connection, chosen, size=octets(self._database, requests.c.body))
 
     def _lock(self, connection: Connection, batch_ids: set[int]) -> None:
         connection.execute(

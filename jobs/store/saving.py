@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, case, func, select, update
 
 from jobs.failpoints import failpoint
 from jobs.memory import Memory, devices_text
@@ -18,6 +19,7 @@ from jobs.schema import Output
 from jobs.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
 from jobs.store.claiming import Claiming
 from jobs.store.closing import Closing
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
 from jobs.store.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
 from jobs.store.workers import GIVEN_UP
@@ -34,6 +36,7 @@ class Saving:
         self._closing = closing
         self._claiming = Claiming(database)
 
+    @retried
     def turn(
         self,
         seat: Seat,
@@ -57,9 +60,9 @@ class Saving:
             if resumed:
                 self._hand_back_strays(connection, seat, held)
             mine = self._lock(connection, held)
-            counted = {each.lease.batch_id: self._save(connection, each) for each in mine}
+            saved = {each.lease.batch_id: self._save(connection, each) for each in mine}
             for each in mine:
-                self._renew(connection, seat, each, counted[each.lease.batch_id])
+                self._renew(connection, seat, each, saved[each.lease.batch_id])
             failpoint("turn.saved")
             finished = self._finish(connection, mine)
             cancelled = self._close_cancelled(connection, mine, finished)
@@ -111,31 +114,34 @@ class Saving:
         mine = [each for each in held if fences.get(each.lease.batch_id) == each.lease.fence]
         return sorted(mine, key=lambda each: each.lease.batch_id)
 
-    def _save(self, connection: Connection, held: Held) -> Mapping[str, int]:
+    def _save(self, connection: Connection, held: Held) -> _Saved:
         """Inserts the outputs that are not there yet: their counts and tokens, for batch and run."""
         if not held.outputs:
-            return {}
+            return _Saved({}, {})
         rows = [_output_row(each, held.lease.run_id) for each in held.outputs]
         statement = self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
-        returned = (outputs.c.state, outputs.c.prompt_tokens, outputs.c.completion_tokens, outputs.c.error_code)
+        names = ("index", "state", "prompt_tokens", "completion_tokens", "error_code")
+        returned = [outputs.c[name] for name in names]
         new = connection.execute(statement.returning(*returned), rows).all()
         self._add_codes(connection, held.lease.run_id, Counter(row.error_code for row in new if row.error_code))
         states = Counter(row.state for row in new)
-        return {
+        counts = {
             "succeeded": states[RequestState.SUCCEEDED.value],
             "failed": states[RequestState.FAILED.value],
             "prompt_tokens": sum(row.prompt_tokens for row in new),
             "completion_tokens": sum(row.completion_tokens for row in new),
         }
+        return _Saved(counts, _reasons(held, {row[0] for row in new}))
 
-    def _renew(self, connection: Connection, seat: Seat, held: Held, counted: Mapping[str, int]) -> None:
+    def _renew(self, connection: Connection, seat: Seat, held: Held, saved: _Saved) -> None:
         """Adds the counts to batch and run, records what is in flight, renews the lease."""
         lease, memory = held.lease, held.memory
         connection.execute(
             update(batches)
             .where(batches.c.id == lease.batch_id)
             .values(
-                {name: batches.c[name] + count for name, count in counted.items()}
+                {name: batches.c[name] + count for name, count in saved.counts.items()}
+                | _with_reasons(saved.reasons)
                 | {"lease_until": self._database.now + seat.lease_seconds}
             )
         )
@@ -143,7 +149,7 @@ class Saving:
         connection.execute(
             update(runs)
             .where(runs.c.id == lease.run_id)
-            .values({name: runs.c[name] + count for name, count in counted.items()})
+            .values({name: runs.c[name] + count for name, count in saved.counts.items()})
             .values(_of_devices(memory))
             .values(
                 in_flight=json.dumps(list(held.in_flight)),
@@ -182,7 +188,7 @@ class Saving:
         self, connection: Connection, mine: Sequence[Held], finished: frozenset[int]
     ) -> frozenset[int]:
         """Gives every unfinished request of a cancelled job its output."""
-        rest = [each.lease for each in mine if each.lease.batch_id not in finished]
+        rest = [each.lease for each in mine if each.lease.batch_id not in finished and not each.more]
         of_jobs = {lease.job_id for lease in rest}
         if not of_jobs:
             return frozenset()
@@ -233,6 +239,29 @@ class Saving:
         if leases:
             which = runs.c.id.in_([lease.run_id for lease in leases])
             end_runs(connection, which, outcome, now=self._database.now)
+
+
+class _Saved(NamedTuple):
+    """Counts and tokens of what a turn saved of one batch, and how many of its choices ended for each reason."""
+
+    counts: Mapping[str, int]
+    reasons: Mapping[str, int]
+
+
+def _reasons(held: Held, saved: Collection[int]) -> Mapping[str, int]:
+    """Counts the ends of the choices of the outputs at these indexes, by reason."""
+    choices = (choice for each in held.outputs if each.key.index in saved for choice in each.choices)
+    ended = Counter(each.finish_reason for each in choices)
+    return {"stop_choices": ended["stop"], "length_choices": ended["length"]}
+
+
+def _with_reasons(reasons: Mapping[str, int]) -> dict[str, Any]:
+    """The new values of a batch's columns; one that was answered before anybody counted stays without counts."""
+    is_new = batches.c.succeeded == 0
+    return {
+        name: case((is_new, func.coalesce(batches.c[name], 0)), else_=batches.c[name]) + count
+        for name, count in reasons.items()
+    }
 
 
 def _of_devices(memory: Memory) -> dict[str, object]:

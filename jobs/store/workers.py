@@ -8,18 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, insert, or_, select, update
 
 from jobs.adapters import Adapter, from_json, to_json
 from jobs.errors import UsageError
 from jobs.memory import DeviceMemory, devices_from_text, devices_text
+from jobs.process import Process
 from jobs.spec import ModelSpec
 from jobs.states import BatchState, WorkerState
+from jobs.store.conflicts import retried
 from jobs.store.database import Database
 from jobs.tables import batches, workers
 
 #: A worker counts as dead after this many heartbeats that did not come.
 MISSED_HEARTBEATS = 4
+#: A clock that is set back by less makes nobody dead.
+_CLOCK_SLACK_SECONDS = 1.0
 #: The states in which a worker takes no work any more, and for which its row keeps the reason.
 GIVEN_UP = frozenset({WorkerState.FAILED, WorkerState.SICK})
 
@@ -41,6 +45,7 @@ class Loaded:
 
     Its engine works on `engine_rows` requests at once, each of at most `context_tokens` (None: no limit) with its
     answer; its cache holds `cache_tokens` of them together (None: it has no cache). `devices`: what each held so far.
+    `identity`: what the model consists of; that of each of `adapters` is known, too.
     """
 
     device_name: str
@@ -48,11 +53,13 @@ class Loaded:
     model_load_seconds: float
     weights_bytes: int
     versions: Mapping[str, str]
+    identity: str
     engine: str
     engine_rows: int
     context_tokens: int | None = None
     cache_tokens: int | None = None
     devices: tuple[DeviceMemory, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +67,20 @@ class WorkerRow:
     """One worker as the store has it; `leases` is how many batches it holds, `seen_seconds` how long ago it was.
 
     The engine and its limits are those of its newest child that held the model; None before. `devices`: what each
-    held at most since that child began, and what all processes held there when it was last asked.
+    held at most since that child began, and what all processes held there when it was last asked. `identity`: what
+    the model consists of that its child holds; None while it loads.
     """
 
     id: int
     name: str
     host: str
     pid: int
+    process: Process | None
     state: WorkerState
     error: str | None
     spec: ModelSpec
     only_job: str | None
+    identity: str | None
     device: str
     device_name: str | None
     device_uuid: str | None
@@ -95,6 +105,7 @@ class Workers:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @retried
     def register(
         self,
         *,
@@ -106,8 +117,11 @@ class Workers:
         only_job: str | None,
         beat: float,
         adapters: Sequence[Adapter] = (),
+        process: Process | None = None,
     ) -> int:
         """A new worker in the state `starting`: its id. `beat` is its heartbeat in seconds.
+
+        `process`: its parent process, by which others know whether it lives; None where nothing can be told.
 
         Raises UsageError where a live worker of this spec holds another adapter by the name of one of `adapters`.
         """
@@ -121,6 +135,7 @@ class Workers:
                 host=host,
                 name=name,
                 pid=pid,
+                process=None if process is None else str(process),
                 state=WorkerState.STARTING.value,
                 spec=spec.canonical,
                 model=spec.model,
@@ -151,26 +166,32 @@ class Workers:
         for row in rows:
             for held in from_json(row.adapters):
                 mine = wanted.get(held.name, held)
-                if mine != held:
+                if not mine.agrees_with(held):
                     raise UsageError(
                         f"the adapter {held.name!r} is {held.where} at worker {row.name} on {row.host} (last seen"
                         f" {row.seen_seconds:.0f} s ago), and {mine.where} was asked for here: stop that worker, or"
                         " choose another name"
                     )
 
-    def heartbeat(self, worker_id: int, *, beat: float) -> Heartbeat:
-        """Says that the worker lives."""
+    @retried
+    def heartbeat(self, worker_id: int, *, beat: float, hindrance: str | None = None) -> Heartbeat:
+        """Says that the worker lives, and what hinders it."""
         now = self._database.now
         with self._database.write() as connection:
             row = connection.execute(
                 update(workers)
                 .where(workers.c.id == worker_id)
-                .values(heartbeat_at=now, alive_until=now + MISSED_HEARTBEATS * beat)
+                .values(
+                    heartbeat_at=now,
+                    alive_until=now + MISSED_HEARTBEATS * beat,
+                    error=case((workers.c.state.in_(GIVEN_UP), workers.c.error), else_=hindrance),
+                )
                 .returning(workers.c.state, workers.c.generation, workers.c.child_pid, workers.c.error)
             ).one()
             held = connection.scalar(select(func.count()).select_from(batches).where(batches.c.worker_id == worker_id))
         return Heartbeat(WorkerState(row.state), row.generation, row.child_pid, row.error, held or 0)
 
+    @retried
     def new_generation(self, worker_id: int, *, child_pid: int) -> int:
         """A new child of this worker begins to load its model: the generation it is."""
         with self._database.write() as connection:
@@ -181,14 +202,18 @@ class Workers:
                     .values(
                         generation=workers.c.generation + 1,
                         child_pid=child_pid,
-                        state=WorkerState.LOADING.value,
+                        identity=None,
+                        # A pool replaces the child that has given up; its worker has given up all the same.
+                        state=case((workers.c.state.in_(GIVEN_UP), workers.c.state), else_=WorkerState.LOADING.value),
                     )
                     .returning(workers.c.generation)
                 ).scalar_one()
             )
 
+    @retried
     def loaded(self, worker_id: int, generation: int, *, loaded: Loaded) -> None:
         """The child holds its model and may be given work."""
+        adapters = {"adapters": to_json(loaded.adapters)} if loaded.adapters else {}
         with self._database.write() as connection:
             connection.execute(
                 update(workers)
@@ -206,9 +231,12 @@ class Workers:
                     context_tokens=loaded.context_tokens,
                     cache_tokens=loaded.cache_tokens,
                     devices=devices_text(loaded.devices),
+                    identity=loaded.identity,
+                    **adapters,
                 )
             )
 
+    @retried
     def measured(self, worker_id: int, generation: int, *, devices: Sequence[DeviceMemory]) -> None:
         """What each device of this child holds now; of a child that is not the newest it is of no interest."""
         with self._database.write() as connection:
@@ -218,6 +246,7 @@ class Workers:
                 .values(devices=devices_text(devices))
             )
 
+    @retried
     def enter(self, worker_id: int, state: WorkerState, *, error: str | None = None) -> None:
         """The worker drains, has stopped, or has given up for the reason given; one that has given up stays so."""
         values: dict[str, object] = {"state": state.value}
@@ -230,17 +259,45 @@ class Workers:
                 update(workers).where(workers.c.id == worker_id, workers.c.state.not_in(GIVEN_UP)).values(values)
             )
 
-    def gave_up(self, *, host: str, pid: int) -> WorkerState | None:
-        """FAILED or SICK if the newest worker of this process gave up, else None."""
+    def gave_up(self, *, host: str, pid: int, process: Process | None = None) -> WorkerState | None:
+        """FAILED or SICK if the newest worker of this process gave up, else None.
+
+        `process`: tells it from an earlier one of this pid, where that is known.
+        """
         newest = (
             select(workers.c.state)
             .where(workers.c.host == host, workers.c.pid == pid)
+            .where(workers.c.process.is_(None) if process is None else workers.c.process == str(process))
             .order_by(workers.c.id.desc())
             .limit(1)
         )
         with self._database.read() as connection:
             state = connection.scalar(newest)
         return WorkerState(state) if state in GIVEN_UP else None
+
+    def knows(self, process: Process, *, within_seconds: float) -> bool:
+        """Whether a worker of this process was heard of so lately."""
+        seen = workers.c.heartbeat_at > self._database.now - within_seconds
+        with self._database.read() as connection:
+            return bool(connection.scalar(select(exists().where(workers.c.process == str(process), seen))))
+
+    @retried
+    def meet(self, worker_id: int, namesake: str | None) -> None:
+        """This worker met that one, of another store that shows this one's id; None: it has met none of late."""
+        with self._database.write() as connection:
+            connection.execute(update(workers).where(workers.c.id == worker_id).values(namesake=namesake))
+
+    def namesakes(self) -> list[str]:
+        """Workers of other stores, which show this one's id, that live workers of this one have met of late."""
+        met = select(workers.c.namesake).where(workers.c.namesake.is_not(None), alive(self._database.now)).distinct()
+        with self._database.read() as connection:
+            return sorted(connection.scalars(met).all())
+
+    def models(self) -> list[str]:
+        """The models that a worker has held, by name."""
+        held = select(workers.c.model).where(workers.c.device_name.is_not(None)).distinct()
+        with self._database.read() as connection:
+            return sorted(connection.scalars(held).all())
 
     def unserved_seconds(self, spec: ModelSpec, *, since: float) -> float:
         """How long no worker of this spec has lived: since the last one was seen, or since this time."""
@@ -261,12 +318,13 @@ class Workers:
             .where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
             .scalar_subquery()
         )
+        stopped = workers.c.state == WorkerState.STOPPED.value
         chosen = select(
             workers,
             held.label("leases"),
             alive(now).label("alive"),
             (now - workers.c.heartbeat_at).label("seen_seconds"),
-            (now - workers.c.started_at).label("uptime_seconds"),
+            case((alive(now), now), (stopped, workers.c.alive_until), else_=workers.c.heartbeat_at).label("up_until"),
         ).order_by(workers.c.id)
         if only_alive:
             chosen = chosen.where(alive(now))
@@ -282,14 +340,18 @@ class Workers:
 
 
 def alive(now: ColumnElement[float]) -> ColumnElement[bool]:
-    """Whether a row of `workers` is of a live worker that has not given up."""
-    return and_(workers.c.alive_until > now, workers.c.state.not_in(GIVEN_UP))
+    """Whether a row of `workers` is of a live worker that has not given up.
+
+    One last seen in the future is none until its next heartbeat: the store's clock was set back since.
+    """
+    seen = workers.c.heartbeat_at <= now + _CLOCK_SLACK_SECONDS
+    return and_(workers.c.alive_until > now, seen, workers.c.state.not_in(GIVEN_UP))
 
 
 def idle_workers(
-    connection: Connection, *, spec: str, job_id: str | None, other_than: int, now: ColumnElement[float]
+    connection: Connection, *, spec: str, identity: str, job_id: str | None, other_than: int, now: ColumnElement[float]
 ) -> dict[frozenset[str], int]:
-    """How many other live workers of this spec are ready and hold no batch, by the names of the adapters they hold.
+    """How many other live workers of this very model are ready and hold no batch, by the adapters they hold.
 
     `job_id`: the one job that the asking worker serves; workers bound to another job do not count.
     """
@@ -299,8 +361,8 @@ def idle_workers(
         bound = or_(bound, workers.c.only_job == job_id)
     counted: Sequence[Any] = connection.execute(
         select(workers.c.adapters, func.count().label("workers"))
-        .where(workers.c.spec == spec, workers.c.id != other_than, bound)
-        .where(workers.c.state == WorkerState.READY.value, workers.c.alive_until > now, ~holds)
+        .where(workers.c.spec == spec, workers.c.identity == identity, workers.c.id != other_than, bound)
+        .where(workers.c.state == WorkerState.READY.value, alive(now), ~holds)
         .group_by(workers.c.adapters)
     ).all()
     idle: Counter[frozenset[str]] = Counter()
@@ -315,10 +377,12 @@ def _worker(row: Row[Any]) -> WorkerRow:
         name=row.name,
         host=row.host,
         pid=row.pid,
+        process=Process.parse(row.process),
         state=WorkerState(row.state),
         error=row.error,
         spec=ModelSpec.from_canonical(row.spec),
         only_job=row.only_job,
+        identity=row.identity,
         device=row.device,
         device_name=row.device_name,
         device_uuid=row.device_uuid,
@@ -330,7 +394,7 @@ def _worker(row: Row[Any]) -> WorkerRow:
         cache_tokens=row.cache_tokens,
         alive=bool(row.alive),
         seen_seconds=row.seen_seconds,
-        uptime_seconds=row.uptime_seconds,
+        uptime_seconds=max(0.0, row.up_until - row.started_at),
         leases=row.leases,
         generation=row.generation,
         adapters=from_json(row.adapters),

@@ -1,0 +1,34 @@
+"""The command that starts a worker for a model: the one that works as it stands, where the reader is.
+
+With the embedded Redis a worker needs the mill that brings it: `up` while there is none, and `worker` beside one, since
+a second `up` is refused. With a Redis of its own a team starts workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.embedded import socket_path
+from jobs.pid_file import PidFile
+from jobs.process import Lives
+from jobs.settings import Settings
+from jobs.spec import ModelSpec
+
+
+def start_verb(settings: Settings) -> str:
+    """`up` or `worker`."""
+    brings_its_own = settings.embedded_broker and settings.embedded_store
+    return "up" if brings_its_own and not mill_lives(settings.home) else "worker"
+
+
+def start_words(spec: ModelSpec, settings: Settings, *, adapters: Sequence[str] = ()) -> list[str]:
+    """The words of that command for a model and adapters, each as `--adapter` takes it."""
+    named = [word for each in adapters for word in ("--adapter", each)]
+    return ["batchmill", start_verb(settings), *spec.command_line()[2:], *named]
+
+
+def mill_lives(home: Path) -> bool:
+    """True where a `run` or `up` of this home lives; where the system cannot tell, where its Redis listens."""
+    lives = PidFile(home / "mill.pid").lives
+    return lives is Lives.YES or (lives is Lives.UNKNOWN and socket_path(home).exists())

@@ -1,0 +1,58 @@
+"""The environment of a batchmill process, cleaned of what other projects and the current folder would put into it.
+
+An entry point calls `isolate` before it imports Celery, which reads variables of its own as it is imported. What this
+process starts inherits the clean environment.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Lists of folders, in which an empty or relative entry stands for the current folder or for one in it.
+_FOLDER_LISTS = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
+_PREFIXES = ("CELERY_", "CELERYD_", "KOMBU_", "_MP_FORK_")
+#: What Celery, kombu and billiard read besides: some name code to import, some stop a worker from working or ending.
+_NAMES = frozenset(
+    {
+        "AUTOSCALE_KEEPALIVE",
+        "C_BENCH",
+        "C_BENCH_EVERY",
+        "C_FAKEFORK",
+        "C_FORCE_ROOT",
+        "C_IMPDEBUG",
+        "C_REMDEBUG",
+        "C_STRICT_APP",
+        "C_WARN_APP",
+        "C_WNOCONF",
+        "DISABLE_TRACEBACKS",
+        "DJANGO_PROJECT_DIR",
+        "DJANGO_SETTINGS_MODULE",
+        "EVENTLET_NOBLOCK",
+        "FORKED_BY_MULTIPROCESSING",
+        "MP_LOG",
+        "MP_MAIN_FILE",
+        "MULTIPROCESSING_FORKING_DISABLE",
+        "NOSETPS",
+        "PICKLE_PROTOCOL",
+        "REMAP_SIGTERM",
+        "TIMER_DEBUG",
+        "USE_FAST_LOCALS",
+    }
+)
+
+
+def isolate() -> None:
+    """Takes out of this process's environment what would bring in foreign code or override batchmill's settings."""
+    for name in [name for name in os.environ if is_foreign(name)]:
+        del os.environ[name]
+    for name in _FOLDER_LISTS:
+        if name in os.environ:
+            absolute = [entry for entry in os.environ[name].split(os.pathsep) if os.path.isabs(entry)]
+            os.environ[name] = os.pathsep.join(absolute)
+    # For the interpreters that libraries start: billiard's spawn, say, runs `python -c`.
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a variable speaks to Celery, kombu, billiard or Django, to none of which the user speaks here."""
+    return name in _NAMES or name.startswith(_PREFIXES)

@@ -1,0 +1,55 @@
+"""Signals in the first moments of a process, and the one that comes when its parent dies.
+
+SIGTERM may come before anything is there that could hand work back. Who becomes a worker, or starts one, blocks it
+first; a new program inherits that, so the signal waits until the worker's first lines let it in. From then on it ends
+the process at once, until there is something to hand back. An exception would not do: it would come in the middle of
+an import, and some of those swallow whatever is raised. Imports nothing of batchmill's, since the entry points call it
+before their imports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+
+
+def block_sigterm() -> None:
+    """Lets SIGTERM wait, in this process and in the program that it becomes, until `exit_on_sigterm`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM, also one that has waited, ends this process at once with 0."""
+    _admit_sigterm(lambda *_: os._exit(0))
+
+
+def raise_on_sigterm() -> None:
+    """SIGTERM, also one that has waited, ends this process as a failure, and what it began is cleaned up."""
+    _admit_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def note_sigterm() -> threading.Event:
+    """Notes SIGTERM until another handler takes the place of this one: set once the signal came."""
+    came = threading.Event()
+    _admit_sigterm(lambda *_: came.set())
+    return came
+
+
+def die_with_parent(number: signal.Signals, parent_pid: int) -> None:
+    """Has Linux send this process the signal when the thread that started it ends; at once if it has ended by now."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent_pid:
+            os.kill(os.getpid(), number)
+
+
+def _admit_sigterm(handler: Callable[[int, FrameType | None], object]) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

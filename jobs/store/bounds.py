@@ -1,0 +1,71 @@
+"""How much one transaction takes: so many rows, or so many bytes of prompts and answers, whichever comes first.
+
+One row is always taken, however long it is. It knows neither tables nor what the rows are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, LargeBinary, Row, Select, cast, func, or_, select
+
+from jobs.store.database import Database
+
+#: What a batch holds at most, and what one transaction reads or writes at most: a tenth of a second or two.
+PAGE_BYTES = 8 * 1024 * 1024
+
+
+def cut(sizes: Iterable[int], *, most: int, filled: tuple[int, int] = (0, 0)) -> list[int]:
+    """How many of these, by their bytes, go into each of several parts, in order: where a batch or a page closes.
+
+    The first part has so many rows and bytes already, so that nothing may go into it.
+    """
+    parts = [0]
+    count, total = filled
+    for size in sizes:
+        if count and (count >= most or total + size > PAGE_BYTES):
+            parts.append(0)
+            count = total = 0
+        parts[-1] += 1
+        count += 1
+        total += size
+    return parts
+
+
+def text_bytes(text: str) -> int:
+    """The bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def octets(database: Database, *texts: ColumnElement[str]) -> ColumnElement[int]:
+    """The bytes of these texts of one row, as the database counts them."""
+    sizes = [func.length(cast(each, LargeBinary)) if database.is_sqlite else func.octet_length(each) for each in texts]
+    return reduce(add, sizes)
+
+
+def page_of(
+    database: Database, connection: Connection, chosen: Select[Any], *, size: ColumnElement[int]
+) -> list[Row[Any]]:
+    """The first rows of a query, each with its `size` behind, until they are a page; it is ordered by its first column.
+
+    SQLite finds rows one by one, and the rest is never read; PostgreSQL counts bytes without reading long texts.
+    """
+    chosen = chosen.add_columns(size.label("size_bytes"))
+    if not database.is_sqlite:
+        rows = chosen.subquery()
+        so_far = func.sum(rows.c.size_bytes).over(order_by=rows.c[0], rows=(None, 0))
+        counted = select(rows, so_far.label("so_far")).subquery()
+        page = or_(counted.c.so_far <= PAGE_BYTES, counted.c.so_far == counted.c.size_bytes)
+        return list(connection.execute(select(*counted.c[:-1]).where(page).order_by(counted.c[0])).all())
+    found: list[Row[Any]] = []
+    total = 0
+    with connection.execute(chosen) as result:
+        for row in result:
+            total += row.size_bytes
+            if found and total > PAGE_BYTES:
+                break
+            found.append(row)
+    return found
