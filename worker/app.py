@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from celery import shared_task
-from celery.signals import setup_logging, worker_process_init
+from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
 
 from jobs.gate import WAKE_TASK
 from worker.child import Child, begin
@@ -16,6 +16,14 @@ def _begin(**_: object) -> None:
     """A child was spawned: it loads its model before it is given a task."""
     global _child
     _child = begin()
+    _child.start()
+
+
+@worker_process_shutdown.connect
+def _finish(**_: object) -> None:
+    """Celery, which waits for its tasks alone, ends this process: what it found by itself is handed back as well."""
+    if _child is not None:
+        _child.finish()
 
 
 @setup_logging.connect
@@ -27,4 +35,4 @@ def _keep_logging(**_: object) -> None:
 def wake(batch_id: int) -> None:
     """There may be work: claims the best pending batch, not necessarily this one, and works while there is any."""
     assert _child is not None, "Celery gives a task to a child only after worker_process_init"
-    _child.work()
+    _child.wake()

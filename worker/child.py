@@ -10,52 +10,57 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from jobs.adapters import from_json
 from jobs.broker import Broker
 from jobs.errors import AlreadyRunning, ModelError, StoreError
 from jobs.failpoints import arm, failpoint
+from jobs.identity import differences
 from jobs.logs import configure_logs, get_logger
 from jobs.memory import Memory
 from jobs.settings import Settings, load_settings
+from jobs.signals import die_with_parent
 from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Seat
+from jobs.store.reading import Job
 from jobs.store.workers import Loaded
 from worker.device_lock import DeviceLocks
 from worker.devices import DeviceInfo, describe_devices, is_device_error
 from worker.held import Held, hold
 from worker.nvml import Nvml
+from worker.outage import outlast
 from worker.placement import TOGETHER, Placement
+from worker.pulse import Pulse
 from worker.reconciler import Reconciler
+from worker.rounds import Rounds
 from worker.runner import Runner
 from worker.saver import Saver
-from worker.spool import Spool, spool_path
+from worker.sources import Sources
+from worker.spool import Spool, Spools
 from worker.telemetry import MemoryMeter
 from worker.versions import versions
 from worker.waker import Waker
-from worker.watchdog import Watchdog
+from worker.watchdog import print_stacks_when_asked
 
 log = get_logger(__name__)
-T = TypeVar("T")
 #: How a parent tells its child who it is; JSON of ChildOrder. Not a setting of the user's.
 ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: How a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
-_STORE_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ChildOrder:
     """What a parent orders its child to be.
 
-    `spec` is canonical, `placement` the JSON of worker.placement, `adapters` that of jobs.adapters.
+    `spec` is canonical, `placement` the JSON of worker.placement, `adapters` that of jobs.adapters, `pulse` the path
+    of the worker.pulse that it beats.
     """
 
     worker_id: int
@@ -63,7 +68,9 @@ class ChildOrder:
     placement: str
     only_job: str | None
     share_device: bool
-    adapters: str | None = None
+    adapters: str | None
+    pulse: str
+    parent_pid: int
 
     def to_environment(self) -> str:
         return json.dumps(astuple(self))
@@ -76,18 +83,53 @@ class ChildOrder:
 class Child:
     """One child of one worker, with its engine, and with its devices for as long as it lives."""
 
-    def __init__(self, runner: Runner, locks: DeviceLocks | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        sources: Sources,
+        *,
+        finds_work: Callable[[], bool] = lambda: False,
+        look_seconds: float | None = None,
+        drain: threading.Event | None = None,
+        locks: DeviceLocks | None = None,
+    ) -> None:
         self._runner = runner
+        self._sources = sources
+        self._drain = drain or threading.Event()
         self._locks = locks
+        self._rounds = Rounds(self.work, finds_work, every_seconds=look_seconds)
+
+    def start(self) -> None:
+        """From now on it works, also for what it finds by itself every `look_seconds`."""
+        self._rounds.start()
+
+    def wake(self) -> None:
+        """Works for what a wake-up told of; returns when there is no more work."""
+        self._rounds.wake()
+
+    def finish(self) -> None:
+        """Hands back what is at work, and returns when nothing is."""
+        self._drain.set()
+        self._rounds.finish()
 
     def work(self) -> None:
         """Works while there is work. An engine that fails ends the process: its device may be broken for good."""
         failpoint("child.woken")
         try:
             self._runner.run()
+            if not self._sources.are_untouched():
+                self._end_if_changed()
+                self._runner.run()  # for the jobs that it left until it was known that the files are the same
         except Exception:
             log.exception("the engine failed; this process ends, and its batches are taken back")
             os._exit(1)
+
+    def _end_if_changed(self) -> None:
+        """Ends the process where another model lies in the files by now; the next one loads that."""
+        changed = self._sources.changed()
+        if changed is not None:
+            log.warning("the model's files have changed; this process ends, and the next one loads them", what=changed)
+            os._exit(0)
 
 
 class _DrainSwitch:
@@ -109,13 +151,15 @@ class _DrainSwitch:
 
 def begin() -> Child:
     """Loads the model of this process. A model that cannot be loaded ends the worker, not only this process."""
+    order = ChildOrder.from_environment()
+    # Nobody would see to it: it could hang for ever, with its device in its hands.
+    die_with_parent(signal.SIGKILL, order.parent_pid)
     switch = _DrainSwitch()
     settings = load_settings()
     configure_logs(settings)
     arm(settings.failpoint, home=settings.home)
-    order = ChildOrder.from_environment()
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
-    generation = _answered(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
+    generation = outlast(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
     try:
         child = _load(order, generation, settings=settings, store=store, switch=switch)
     except (ModelError, AlreadyRunning) as error:
@@ -129,22 +173,23 @@ def begin() -> Child:
 
 def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Store, switch: _DrainSwitch) -> Child:
     spec = ModelSpec.from_canonical(order.spec)
-    watchdog = Watchdog()
+    print_stacks_when_asked()
+    pulse = Pulse.of(order.pulse)
     placement = Placement.from_json(order.placement)
     devices = describe_devices(placement.devices)
     locks = DeviceLocks([] if order.share_device else [each.uuid for each in devices if each.uuid is not None])
     locks.take()
     # What fits is counted in the engine's own unit, so that each choice of one has a figure of its own.
     capacity_of = f"{_uuid(devices) or f'{socket.gethostname()}/{devices[0].torch_device}'}/{settings.engine}"
-    fits = _answered(lambda: store.health.fits(spec, capacity_of))
+    fits = outlast(lambda: store.health.fits(spec, capacity_of))
     meter = MemoryMeter(devices, nvml=Nvml.open())
 
     def progress() -> bool:
-        watchdog.rearm()
+        pulse.beat()
         meter.observe()
         return switch.asked.is_set()
 
-    with watchdog.watching(settings.load_stall_seconds):
+    with pulse.watching(settings.load_stall_seconds):
         held = hold(
             spec,
             placement,
@@ -154,12 +199,21 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
             progress=progress,
             fits=fits,
         )
+    if order.only_job is not None:
+        job_id = order.only_job
+        _refuse_other(outlast(lambda: store.reading.job(job_id)), held)
     meter.loaded(held.weights_by_device, held.cache_by_device)
     loaded = _loaded(held, devices, meter.take())
-    _answered(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))
-    waker = Waker(Reconciler(store, Broker.of(settings), lease_seconds=settings.lease_seconds).send_wakeups)
+    outlast(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))
+    waker = Waker(Reconciler.of(settings, store, Broker.of(settings)).send_wakeups)
     waker.start()
-    path = spool_path(settings.home, settings.database, order.worker_id, generation)
+
+    def give_up(reason: str) -> None:
+        _end_worker(store, order.worker_id, reason, drain=switch.asked)
+
+    # A worker of one job alone works it off with what it has loaded.
+    sources = Sources(held.sources if order.only_job is None else (), at_work=held.at_work, give_up=give_up)
+    spools = Spools(settings.home, outlast(lambda: store.id), database=settings.database)
     saver = Saver(
         store,
         _seat(order, generation, held, devices, settings),
@@ -168,25 +222,36 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         peak=meter.take,
         wake=waker.wake,
         drain=switch.asked,
-        spool=Spool(path, limit_bytes=settings.spool_bytes),
+        spool=Spool(spools.path(order.worker_id, generation), limit_bytes=settings.spool_bytes),
         capacity_of=capacity_of,
+        may_begin=sources.are_untouched,
     )
     saver.start()
     _say_ready(order, loaded)
     waker.wake()
-    return Child(Runner(held.chosen.engine, saver, watching=lambda: watchdog.watching(settings.stall_seconds)), locks)
+    runner = Runner(
+        held.chosen.engine,
+        saver,
+        watching=lambda: pulse.watching(settings.stall_seconds),
+        is_whole=sources.are_whole,
+    )
 
-
-def _answered(call: Callable[[], T]) -> T:
-    """What a call of the store returns, tried until the store answers: a child must not die of its absence."""
-    while True:
+    def finds_work() -> bool:
         try:
-            return call()
-        except StoreError as error:
-            if not error.retryable:
-                raise
-            log.warning("the store is away; this process waits for it", error=str(error))
-            time.sleep(_STORE_PAUSE_SECONDS)
+            return not switch.asked.is_set() and bool(
+                store.recovery.pending_of(spec, most=1, worker_id=order.worker_id)
+            )
+        except StoreError:
+            return False  # the keeper tells of it
+
+    return Child(
+        runner,
+        sources,
+        finds_work=finds_work,
+        look_seconds=settings.reconcile_seconds,
+        drain=switch.asked,
+        locks=locks,
+    )
 
 
 def _uuid(devices: Sequence[DeviceInfo]) -> str | None:
@@ -201,13 +266,14 @@ def _seat(order: ChildOrder, generation: int, held: Held, devices: Sequence[Devi
         ModelSpec.from_canonical(order.spec),
         TOGETHER.join(each.torch_device for each in devices),
         settings.lease_seconds,
+        held.identity,
         model_load_seconds=held.load_seconds,
         model_commit=held.commit,
         device_uuid=_uuid(devices),
         defaults=held.chosen.engine.defaults,
         versions=versions(),
         only_job=order.only_job,
-        adapters=from_json(order.adapters),
+        adapters=held.adapters,
     )
 
 
@@ -218,12 +284,26 @@ def _loaded(held: Held, devices: Sequence[DeviceInfo], memory: Memory) -> Loaded
         held.load_seconds,
         sum(held.weights_by_device),
         versions(),
+        held.identity,
         engine=held.chosen.kind,
         engine_rows=held.chosen.engine.rows,
         context_tokens=held.chosen.context_tokens,
         cache_tokens=held.chosen.cache_tokens,
         devices=memory.devices,
+        adapters=held.adapters,
     )
+
+
+def _refuse_other(job: Job, held: Held) -> None:
+    """Raises ModelError for a job that was begun with another model or adapter: this worker could never take it."""
+    changed = [] if job.identity in (None, held.identity) else [differences(job.identity, held.identity)]
+    by_name = {each.name: each for each in held.adapters}
+    changed += [f"adapter {each.name}" for each in job.adapters if not each.agrees_with(by_name.get(each.name, each))]
+    if changed:
+        raise ModelError(
+            f"job {job.id} was begun with another model, changed since: {', '.join(changed)}; put the old files back, "
+            f"or run it anew and close this one by `batchmill cancel {job.id}`"
+        )
 
 
 def _say_ready(order: ChildOrder, loaded: Loaded) -> None:
@@ -240,15 +320,23 @@ def _say_ready(order: ChildOrder, loaded: Loaded) -> None:
     )
 
 
+def _end_worker(store: Store, worker_id: int, reason: str, *, drain: threading.Event) -> None:
+    """Ends the worker after this process has handed everything back."""
+    log.error("the worker ends", worker=worker_id, reason=reason)
+    outlast(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
+    drain.set()
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
 def _give_up(store: Store, worker_id: int, reason: str, *, sick: bool = False) -> NoReturn:
     """Says why, ends the parent, and waits for the parent's order to end.
 
     An exception here would be swallowed by Celery, and an exit would be answered by a new child, for ever.
     """
     if sick:
-        _answered(lambda: store.health.enter_sick(worker_id, reason=reason))
+        outlast(lambda: store.health.enter_sick(worker_id, reason=reason))
     else:
-        _answered(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
+        outlast(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
     os.kill(os.getppid(), signal.SIGTERM)
     while True:
         signal.pause()

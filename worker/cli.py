@@ -11,7 +11,7 @@ from jobs.adapters import Adapter, check_all
 from jobs.errors import UsageError
 from jobs.exits import one_line_errors
 from jobs.failpoints import arm
-from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP
+from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
@@ -79,6 +79,7 @@ def main(
     It takes batches of every job that names the same model, revision and quantization, until it is told to end
     (Ctrl-C or SIGTERM): then it saves what is finished and hands the rest back.
     """
+    check_label(name)
     placed = {each.setting: flags.pop(each.setting) for each in PLACEMENT_FLAGS}
     settings = load_settings(**flags)
     configure_logs(settings)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.digests import Digests
 from jobs.errors import ModelError, NotAllSucceeded, StoreError
 from jobs.exits import one_line_errors
+from jobs.files import check_target
 from jobs.logs import configure_logs
 from jobs.settings import Settings, load_settings
 from jobs.store.evaluations import DataFile
@@ -105,8 +107,10 @@ def main(
     from worker.evaluate.lineup import Lineup
 
     lineup = Lineup.parse(model, quantizations or (settings.quantization,), baseline=baseline, revision=revision)
+    keep = [data, *settings.files]
+    check_target(None, keep=keep)
     if output is not None:
-        check(output)
+        check(output, keep=keep)
     corpus = Corpus.read(data, tokens=numbers["tokens"])
     check_answers(corpus, Match(match))
     if find_spec("torch") is None:
@@ -154,6 +158,7 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
         try:
             store.evaluations.add(
                 row.spec,
+                identity=row.identity,
                 baseline=None if reference is None else reference.spec,
                 data=DataFile(corpus.name, corpus.sha256),
                 device_name=device.name,
@@ -169,6 +174,9 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
 
     with closing(store), Shown(len(lineup.specs)) as shown:
         options = EngineOptions.of(settings)
-        evaluation = Evaluation(lineup, corpus, asked, device=device, options=options, shown=shown, keep=keep)
+        digests = Digests(settings.home)
+        evaluation = Evaluation(
+            lineup, corpus, asked, device=device, options=options, digests=digests, shown=shown, keep=keep
+        )
         rows = evaluation.run()
     return Report(lineup.baseline, corpus.name, corpus.sha256, device.name, evaluation.method, rows, found)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +25,10 @@ from jobs.spec import DEMO, ECHO, ModelSpec
 if TYPE_CHECKING:
     from worker.repository import Pulled
 
-_TERMINATED = 128 + signal.SIGTERM
-
 
 @click.group(name="models")
 def main() -> None:
     """Fetch a model, or save a quantized copy of one."""
-    # As an exit, so that what is half written is removed; and not as a success, which it is for a worker.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
 
 
 @main.command(epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct")

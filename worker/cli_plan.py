@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sqlalchemy.engine import make_url
 
 from jobs.errors import StoreError, UsageError
 from jobs.exits import one_line_errors
@@ -120,10 +118,7 @@ def _devices(written: str | None) -> list[Hardware]:
 
 def _recorded(spec: ModelSpec, settings: Settings) -> list[Speed]:
     """What this machine's workers did with this model before; nothing where there is no store, and none is made."""
-    url = make_url(settings.database)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        return []
-    store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
+    store = Store(settings.database, busy_seconds=settings.worker_busy_seconds, read_only=True)
     try:
         if store.revision() != REVISION:
             return []

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from jobs.errors import AlreadyRunning
+from jobs.pid_file import PidFile
 
 _MACHINES_FOLDER = Path("/run/lock")
 #: A process that was just killed may take so long to let go of its device.
@@ -28,7 +29,7 @@ class DeviceLock:
         folder = folder or _folder()
         self._uuid = device_uuid
         name = device_uuid.replace("/", "_")  # the older UUIDs of parts of a GPU have some
-        self._pid_file = folder / f"batchmill-{name}.pid"
+        self._pid_file = PidFile(folder / f"batchmill-{name}.pid")
         self._path = folder / f"batchmill-{name}.lock"
         self._lock = FileLock(self._path, timeout=_PATIENCE_SECONDS, mode=0o666)
 
@@ -37,14 +38,14 @@ class DeviceLock:
         try:
             self._lock.acquire()
         except Timeout:
-            pid = self._pid_file.read_text().strip() if self._pid_file.exists() else "unknown"
-            raise AlreadyRunning(f"another worker holds the device {self._uuid} (pid {pid}): {_REMEDY}") from None
+            who = self._pid_file.shown()
+            raise AlreadyRunning(f"another worker holds the device {self._uuid} ({who}): {_REMEDY}") from None
         except PermissionError:
             raise AlreadyRunning(
                 f"another user's worker holds, or has held, the device {self._uuid}: {_REMEDY}; "
                 f"if there is none, delete {self._path}"
             ) from None
-        self._pid_file.write_text(f"{os.getpid()}\n")
+        self._pid_file.write(os.getpid())
 
     def give(self) -> None:
         """Another process may take it; one that does not hold it is left as it is."""

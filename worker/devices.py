@@ -177,7 +177,7 @@ def _probe(script: str) -> str:
     """What a short process of its own prints that may import torch. Raises ModelError if it fails."""
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
+            [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
         )
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]

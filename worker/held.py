@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.adapters import Adapter
+from jobs.digests import Digests
+from jobs.identity import Content, of_echo
 from jobs.settings import Settings
 from jobs.spec import ECHO, ModelSpec
 from worker.devices import DeviceInfo, use_all_cores
@@ -18,20 +20,26 @@ from worker.engine.choice import Chosen, choose
 from worker.engine.echo import ECHO_ROWS, EchoEngine
 from worker.engine.options import EngineOptions
 from worker.placement import Placement
+from worker.sources import read_on
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """`weights_by_device`, `cache_by_device`: bytes on each device, in the placement's order.
 
-    `commit`: what the model's revision resolved to, None for a folder.
+    `commit`: what the model's revision resolved to, None for a folder. `adapters`: with their identities.
+    `sources`: what model and adapters were loaded from; `at_work`: those that are still read while the model works.
     """
 
     chosen: Chosen
+    identity: str
+    adapters: tuple[Adapter, ...] = ()
     load_seconds: float = 0.0
     weights_by_device: tuple[int, ...] = (0,)
     cache_by_device: tuple[int, ...] = (0,)
     commit: str | None = None
+    sources: tuple[Content, ...] = ()
+    at_work: tuple[Content, ...] = ()
 
 
 def hold(
@@ -53,7 +61,7 @@ def hold(
         rows, pace = settings.engine_rows or ECHO_ROWS, settings.echo_step_seconds
         names = [each.name for each in adapters]
         engine = kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits, adapters=names)
-        return Held(Chosen(engine, ECHO))
+        return Held(Chosen(engine, ECHO), of_echo().identity, tuple(adapters))
     # Imported here, so that the echo engine works where torch is not installed.
     from worker.adapters.loading import with_adapters
     from worker.loader import load
@@ -61,13 +69,20 @@ def hold(
     use_all_cores()
     places = [each.torch_device for each in devices]
     options = EngineOptions.of(settings)
-    loaded = with_adapters(load(spec, places[0], placement=placement, options=options), adapters)
+    digests = Digests(settings.home, progress=progress)
+    loaded = load(spec, places[0], placement=placement, options=options, digests=digests)
+    loaded = with_adapters(loaded, adapters, digests=digests)
     chosen = choose(loaded, options=options, progress=progress, fits=fits)
     elsewhere = loaded.weights_elsewhere
+    sources = (loaded.content, *(each.content for each in loaded.adapters))
     return Held(
         chosen,
+        loaded.content.identity,
+        tuple(each.adapter for each in loaded.adapters),
         round(loaded.load_seconds, 3),
         (loaded.weights_bytes - sum(elsewhere), *elsewhere),
         tuple(int(part * (chosen.cache_bytes or 0)) for part in loaded.layout.parts(places)),
         loaded.commit,
+        sources,
+        read_on(sources, from_disk=loaded.layout.on_disk),
     )

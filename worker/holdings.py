@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jobs.memory import Memory
-from jobs.schema import Output, Request, RequestKey
+from jobs.schema import MAX_BATCH_SIZE, Output, Request, RequestKey
+from jobs.store.bounds import cut
 from jobs.store.lease import Claimed, Held, Lease, Turned
 
 
@@ -20,6 +21,8 @@ class Holding:
 
     lease: Lease
     waiting: deque[Request]
+    #: The bytes of one request, on average.
+    request_bytes: float = 0.0
     in_flight: dict[int, Request] = field(default_factory=dict)
     answered: list[Output] = field(default_factory=list)
     untouched: bool = True
@@ -44,6 +47,12 @@ class Holdings:
     def waiting(self) -> int:
         """Requests that are claimed and not recorded as in flight."""
         return sum(len(each.waiting) for each in self._by_batch.values())
+
+    @property
+    def size_bytes(self) -> float:
+        """What is claimed and not answered takes, as the store has it."""
+        held = self._by_batch.values()
+        return sum(each.request_bytes * (len(each.waiting) + len(each.in_flight)) for each in held)
 
     @property
     def unsaved(self) -> int:
@@ -111,7 +120,8 @@ class Holdings:
                 self._enter(self._by_batch[batch_id], count)
 
     def _hold(self, claimed: Claimed) -> None:
-        holding = Holding(claimed.lease, deque(_neighbours(claimed)))
+        request_bytes = claimed.size_bytes / max(1, len(claimed.requests))
+        holding = Holding(claimed.lease, deque(_neighbours(claimed)), request_bytes)
         self._by_batch[claimed.lease.batch_id] = holding
         self._enter(holding, claimed.in_flight)
 
@@ -154,3 +164,20 @@ class Said:
 
     held: list[Held]
     entering: dict[int, int]
+
+    @property
+    def more(self) -> bool:
+        """Whether outputs were left for the next turn."""
+        return any(each.more for each in self.held)
+
+    def first_page(self) -> Said:
+        """What one transaction takes of it: outputs up to a page of bytes. A batch with more of them goes on."""
+        held = []
+        sizes = (output.size_bytes for each in self.held for output in each.outputs)
+        room = cut(sizes, most=MAX_BATCH_SIZE)[0]
+        for each in self.held:
+            count = min(room, len(each.outputs))
+            room -= count
+            more = count < len(each.outputs)
+            held.append(replace(each, outputs=each.outputs[:count], more=True, release=False) if more else each)
+        return Said(held, self.entering)

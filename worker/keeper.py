@@ -18,7 +18,7 @@ import psutil
 
 from jobs.adapters import Adapter
 from jobs.broker import Broker
-from jobs.errors import StoreError
+from jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
 from jobs.logs import get_logger
 from jobs.settings import Settings
 from jobs.spec import ModelSpec
@@ -26,7 +26,9 @@ from jobs.states import RunOutcome, WorkerState
 from jobs.store import Store
 from jobs.store.workers import GIVEN_UP, Heartbeat
 from worker.child import DRAIN_SIGNAL
+from worker.early_deaths import EarlyDeaths
 from worker.leftovers import Leftovers
+from worker.namesakes import Namesakes
 from worker.placement import Placement
 from worker.reconciler import Reconciler
 from worker.waker import Waker
@@ -40,6 +42,9 @@ _MAX_FAILED_LOADS = 3
 _LAST_WAKE_SECONDS = 1.0
 #: An ending worker waits so long for a look after its child that an absent store holds up.
 _LAST_LOOK_SECONDS = 2.0
+
+#: A worker's row tells for so long of a server that had no connection left for it.
+_CROWDED_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,8 @@ class Keeper:
         options: WorkerOptions,
         settings: Settings,
         pool: Pool,
+        asked_to_end: threading.Event,
+        namesakes: Namesakes,
     ) -> None:
         self.failure: str | None = None
         self._store = store
@@ -104,9 +111,13 @@ class Keeper:
         self._options = options
         self._settings = settings
         self._pool = pool
-        self._reconciler = Reconciler(store, broker, lease_seconds=settings.lease_seconds)
+        self._reconciler = Reconciler.of(settings, store, broker)
         self._leftovers = Leftovers(store, settings)
-        self._waker = Waker(self._reconciler.send_wakeups)
+        self._broker = broker
+        self._namesakes = namesakes
+        self._waker = Waker(self._wake)
+        #: The queue of before each store had its own, until it is deleted.
+        self._old_queue: str | None = options.spec.old_queue
         self._heartbeat_due = _Due(settings.heartbeat_seconds)
         self._reconcile_due = _Due(settings.reconcile_seconds)
         self._last = Heartbeat(WorkerState.STARTING, 0, None, None, 0)
@@ -114,8 +125,13 @@ class Keeper:
         self._settled = 0
         #: The store did not answer last time.
         self._away = False
+        #: What the worker's row tells of it until then, on this process's clock.
+        self._hindrance, self._hindered_until = "", 0.0
         self._failed_loads = 0
+        self._early = EarlyDeaths(pool.pids, _is_running)
         self._idle_since = monotonic()
+        #: SIGTERM came before Celery could hear it.
+        self._asked_to_end = asked_to_end
         self._draining = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -168,6 +184,8 @@ class Keeper:
     def _keep(self) -> None:
         told = False
         while not self._over.wait(_TICK_SECONDS):
+            if self._asked_to_end.is_set() and not self._draining.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
             try:
                 if self._draining.is_set():
                     self._pool.signal(DRAIN_SIGNAL)  # again: a child that has just been started may have missed it
@@ -178,6 +196,12 @@ class Keeper:
                 self._away = False
             except StoreError as error:
                 self._away = True
+                if not error.retryable:
+                    self.failure = str(error)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                if isinstance(error, StoreCrowded):
+                    self._hindrance, self._hindered_until = str(error), monotonic() + _CROWDED_SECONDS
                 log.warning("the store is away", worker=self._worker_id, error=str(error))
                 self._over.wait(1.0)
 
@@ -187,6 +211,8 @@ class Keeper:
             self._beat()
         if child_died:
             self._on_death()
+        if not self._draining.is_set() and self._early.happened():
+            self._on_early_death()
         if self._reconcile_due.now():
             self._leftovers.settle_orphans()
             self._leftovers.discard_abandoned()
@@ -194,11 +220,25 @@ class Keeper:
             self._waker.wake()
         self._end_when_idle()
 
+    def _wake(self) -> None:
+        """What the waker does beside the keeper, since Redis may hang."""
+        self._reconciler.send_wakeups()
+        self._namesakes.look()
+        if self._old_queue is not None:
+            with suppress(BrokerUnavailable):
+                self._broker.delete(self._old_queue)
+                self._old_queue = None
+
     def _beat(self) -> None:
         """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
-        self._last = self._store.workers.heartbeat(self._worker_id, beat=self._settings.heartbeat_seconds)
+        self._last = self._store.workers.heartbeat(
+            self._worker_id,
+            beat=self._settings.heartbeat_seconds,
+            hindrance=self._hindrance if monotonic() < self._hindered_until else None,
+        )
         if self._last.state in GIVEN_UP:
             self.failure = self._last.error
+        self._early.reported(self._last)
         self._settle(self._last.generation - 1)
 
     def _has_died(self) -> bool:
@@ -215,9 +255,17 @@ class Keeper:
         loading = self._last.state is WorkerState.LOADING
         self._failed_loads = self._failed_loads + 1 if loading else 0
         if self._failed_loads >= _MAX_FAILED_LOADS:
-            self.failure = f"{self._options.spec}: the process died {self._failed_loads} times while loading it"
-            self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=self.failure)
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._give_up(f"{self._options.spec}: the process died {self._failed_loads} times while loading it")
+
+    def _on_early_death(self) -> None:
+        self._beat()
+        if reason := self._early.judge(self._last):
+            self._give_up(f"{self._options.spec}: {reason}")
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = reason
+        self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=reason)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _settle(self, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> None:
         """Nothing is left of the children up to this generation, once the store has answered."""
@@ -246,7 +294,7 @@ class Keeper:
         busy = self._last.state is not WorkerState.READY or self._last.leases
         if busy or monotonic() - self._idle_since >= seconds:
             self._beat()
-            pending = self._store.recovery.pending_of(self._options.spec, most=1, adapters=self._options.adapters)
+            pending = self._store.recovery.pending_of(self._options.spec, most=1, worker_id=self._worker_id)
             if self._last.state is not WorkerState.READY or self._last.leases or pending:
                 self._idle_since = monotonic()
             elif monotonic() - self._idle_since >= seconds:

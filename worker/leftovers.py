@@ -9,23 +9,24 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
-import psutil
-
 from jobs.logs import get_logger
+from jobs.process import Lives, Process
 from jobs.settings import Settings
 from jobs.spec import ECHO, ModelSpec
 from jobs.states import RunOutcome
 from jobs.store import Store
+from jobs.store.bounds import cut
 from jobs.store.lease import Held, Seat
-from worker.spool import abandoned, read, spools
+from jobs.store.recovery import Holder
+from worker.spool import NewerSpool, SpoolFile, Spools, abandoned, read
 
 log = get_logger(__name__)
-#: Where containers may share a host's name, a worker whose process is not seen here has to be silent for so many
-#: heartbeats, too, before it counts as dead.
+#: A worker of an earlier boot has to be silent for so many heartbeats, too, before it counts as dead: it may be one of
+#: another machine of this name.
 _SILENT_HEARTBEATS = 3
 #: A spool that was not written to for so many leases belongs to nobody.
 _ABANDONED_LEASES = 1_440
-#: A turn saves at most so many outputs of a spool.
+#: A turn saves at most so many outputs of a spool, beside the bound of their bytes.
 _PAGE_OUTPUTS = 2_000
 
 
@@ -35,31 +36,63 @@ class Leftovers:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._settings = settings
-        heartbeats = 0 if settings.embedded_store else _SILENT_HEARTBEATS
-        self._silent_seconds = heartbeats * settings.heartbeat_seconds
+        self._silent_seconds = _SILENT_HEARTBEATS * settings.heartbeat_seconds
 
     def settle(self, worker_id: int, generation: int, *, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
         """Saves and takes back what this worker's children up to a generation left: how many leases.
 
         Raises StoreError; nothing is lost then, and the next call goes on.
         """
-        for each, path in spools(self._settings.home, self._settings.database, worker_id, generation=generation):
-            seat = Seat(worker_id, each, ModelSpec.parse(ECHO), "", self._settings.lease_seconds)
-            lost = frozenset().union(*(self._store.saving.turn(seat, [held]).lost for held in _pages(read(path))))
-            log.warning("saved the spool of a dead child", worker=worker_id, generation=each, lost_batches=len(lost))
-            path.unlink(missing_ok=True)
+        for each in self._spools.left_by(worker_id, generation=generation):
+            self._save(each)
         taken = self._store.recovery.take_back(worker_id, generation=generation, outcome=outcome)
         if taken:
             log.warning("took back leases", worker=worker_id, batches=taken, outcome=outcome.value)
         return taken
 
     def settle_orphans(self) -> int:
-        """The same for workers of this host whose parents are gone: how many leases."""
+        """The same for workers of this host whose parents are known to be dead: how many leases.
+
+        Of silent workers of which nothing is known (of another container, or of before a process was told by more than
+        its pid) the spools are saved, as long as the leases last; these end by the store's clock.
+        """
         taken = 0
         for holder in self._store.recovery.holders(socket.gethostname()):
-            if not psutil.pid_exists(holder.pid) and holder.seen_seconds >= self._silent_seconds:
+            if self._is_dead(holder):
                 taken += self.settle(holder.worker_id, holder.generation)
+        if found := self._spools.found():
+            silent = self._store.recovery.silent({each.worker_id for each in found})
+            for each in found:
+                if each.worker_id in silent and not _lives(silent[each.worker_id]):
+                    self._save(each)
         return taken
+
+    @property
+    def _spools(self) -> Spools:
+        return Spools(self._settings.home, self._store.id, database=self._settings.database)
+
+    def _save(self, spool: SpoolFile) -> None:
+        """Saves a spool under its fences, as far as they hold, and removes it."""
+        seat = Seat(
+            spool.worker_id, spool.generation, ModelSpec.parse(ECHO), "", self._settings.lease_seconds, identity=""
+        )
+        told = {"worker": spool.worker_id, "generation": spool.generation}
+        try:
+            held = read(spool.path)
+        except FileNotFoundError:
+            return  # another worker of this home was quicker
+        except NewerSpool:
+            log.warning("a spool of a newer batchmill is left to it", spool=spool.path.name, **told)
+            return
+        lost = frozenset().union(*(self._store.saving.turn(seat, [page]).lost for page in _pages(held)))
+        log.warning("saved the spool of a dead child", lost_batches=len(lost), **told)
+        spool.path.unlink(missing_ok=True)
+
+    def _is_dead(self, holder: Holder) -> bool:
+        process = holder.process
+        if process is None or process.lives() is not Lives.NO:
+            return False  # nothing is known of it, so that its leases end by the store's clock
+        return process.is_of_this_boot or holder.seen_seconds >= self._silent_seconds
 
     def discard_abandoned(self) -> None:
         """Deletes spools whose leases ended long ago: their requests have been, or will be, answered by others."""
@@ -68,7 +101,13 @@ class Leftovers:
             path.unlink(missing_ok=True)
 
 
+def _lives(process: Process | None) -> bool:
+    return process is not None and process.lives() is Lives.YES
+
+
 def _pages(helds: list[Held]) -> Iterator[Held]:
     for held in helds:
-        for begin in range(0, max(1, len(held.outputs)), _PAGE_OUTPUTS):
-            yield replace(held, outputs=held.outputs[begin : begin + _PAGE_OUTPUTS])
+        begin = 0
+        for count in cut((each.size_bytes for each in held.outputs), most=_PAGE_OUTPUTS):
+            yield replace(held, outputs=held.outputs[begin : begin + count])
+            begin += count

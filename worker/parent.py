@@ -6,77 +6,96 @@ It imports no torch. Celery's pool spawns the one child that holds the model, an
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
-import warnings
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
 
-from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
-from kombu import Queue
 
 from jobs.adapters import to_json
-from jobs.broker import Broker, make_app
-from jobs.errors import BatchmillError, ModelError
+from jobs.advice import start_words
+from jobs.broker import Broker
+from jobs.errors import BatchmillError, ModelError, StoreBusy
+from jobs.home import use_store
 from jobs.logs import get_logger
+from jobs.process import Process
 from jobs.settings import Settings, environment_of
+from jobs.signals import note_sigterm
 from jobs.spec import ECHO, ModelSpec
 from jobs.store import Store
 from migrations import open_store
+from worker.celery_worker import make_celery_worker
 from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
 from worker.devices import CPU, visible_devices
 from worker.keeper import Keeper, Pool, WorkerOptions
+from worker.namesakes import Namesakes
+from worker.outage import outlast
 from worker.placement import TOGETHER, Placement
+from worker.pulse import Pulse
+from worker.watchdog import Watchdog
 
 log = get_logger(__name__)
-#: Celery gives a child so much longer than the watchdog to load its model.
-_ALIVE_MARGIN_SECONDS = 60
-#: Celery gives no task to a new child while it waits for the dead one's result, of which there is none.
-_LOST_WAIT_SECONDS = 0.1
 
 
 def run_worker(options: WorkerOptions, settings: Settings) -> None:
     """Runs one worker until it is told to end. Raises BatchmillError when it cannot work."""
     placement = Placement((CPU,)) if options.spec.model == ECHO else options.placement
-    device = placement.written
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement.devices, os.environ)
     os.environ.update(environment_of(settings))
     # torch's threads wait asleep: awake they take the very cores that the slowest of them waits for, and beside one
     # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    open_store(settings).close()
-    store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
+    # Whoever waits in SQLite for a lock hears no signal meanwhile, so this one waits there for short.
+    impatient = settings.model_copy(update={"busy_seconds": settings.worker_busy_seconds})
+    store = outlast(lambda: open_store(impatient), kind=StoreBusy)
+    with use_store(settings.home) if settings.embedded_store else nullcontext():
+        _run(options, placement, settings=settings, store=store)
+
+
+def _run(options: WorkerOptions, placement: Placement, *, settings: Settings, store: Store) -> None:
+    device = placement.written
     broker = Broker.of(settings)
     if settings.embedded_broker:
-        _check_embedded(broker, settings)
+        _check_embedded(broker, options.spec, settings, adapters=[str(each) for each in options.adapters])
     name = options.name or f"{device.replace(':', '').replace(TOGETHER, '-')}-{os.getpid()}"
-    celery_worker = _celery_worker(settings, options.spec, name)
-    worker_id = store.workers.register(
-        host=socket.gethostname(),
-        name=name,
-        pid=os.getpid(),
-        spec=options.spec,
-        device=device,
-        only_job=options.only_job,
-        beat=settings.heartbeat_seconds,
-        adapters=options.adapters,
-    )
-    keeper = Keeper(store, broker, worker_id, options=options, settings=settings, pool=Pool(celery_worker))
-    try:
-        order = ChildOrder(
-            worker_id,
-            options.spec.canonical,
-            placement.to_json(),
-            options.only_job,
-            options.share_device,
-            to_json(options.adapters),
+    celery_worker = make_celery_worker(settings, queue=options.spec.queue(outlast(lambda: store.id)), name=name)
+    process = Process.own()
+    worker_id = outlast(
+        lambda: store.workers.register(
+            host=socket.gethostname(),
+            name=name,
+            pid=os.getpid(),
+            spec=options.spec,
+            device=device,
+            only_job=options.only_job,
+            beat=settings.heartbeat_seconds,
+            adapters=options.adapters,
+            process=process,
         )
-        os.environ[ORDER_VARIABLE] = order.to_environment()
+    )
+    asked_to_end = note_sigterm()  # until Celery's handler stands: there is a row now, and soon a child
+    pool, pulse = Pool(celery_worker), Pulse.create()
+    namesakes = Namesakes(store, broker, worker_id, name=f"{name} on {socket.gethostname()}", process=process)
+    keeper = Keeper(
+        store,
+        broker,
+        worker_id,
+        options=options,
+        settings=settings,
+        pool=pool,
+        asked_to_end=asked_to_end,
+        namesakes=namesakes,
+    )
+    try:
+        os.environ[ORDER_VARIABLE] = _order(options, placement, worker_id, pulse).to_environment()
         # A child inherits this: it would die of the signal, were it told to hand back before it can.
         signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
         log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
         keeper.start()
+        Watchdog(pulse, pids=pool.pids).start()
         celery_worker.start()
     finally:
         keeper.finish()
@@ -86,31 +105,25 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
         raise BatchmillError("the worker ended by itself; the lines above say why")
 
 
-def _check_embedded(broker: Broker, settings: Settings) -> None:
+def _order(options: WorkerOptions, placement: Placement, worker_id: int, pulse: Pulse) -> ChildOrder:
+    return ChildOrder(
+        worker_id,
+        options.spec.canonical,
+        placement.to_json(),
+        options.only_job,
+        options.share_device,
+        to_json(options.adapters),
+        pulse.path,
+        os.getpid(),
+    )
+
+
+def _check_embedded(broker: Broker, spec: ModelSpec, settings: Settings, *, adapters: Sequence[str]) -> None:
     try:
         broker.ping()
     except BatchmillError as error:
+        words = start_words(spec, settings, adapters=adapters)
+        instead = f"`{shlex.join(words)}` starts one, or " if words[1] == "up" else ""
         raise BatchmillError(
-            f"no embedded Redis is running in {settings.home}: start `batchmill up`, "
-            "or name a Redis by BATCHMILL_BROKER_URL"
+            f"no embedded Redis is running in {settings.home}: {instead}name a Redis by BATCHMILL_BROKER_URL"
         ) from error
-
-
-def _celery_worker(settings: Settings, spec: ModelSpec, name: str) -> Any:
-    # Celery's advice against root is about pickle; JSON alone is accepted here.
-    warnings.filterwarnings("ignore", category=SecurityWarning)
-    app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
-    app.conf.update(
-        task_queues=[Queue(spec.queue)],
-        include=["worker.app"],
-        worker_lost_wait=_LOST_WAIT_SECONDS,
-        worker_proc_alive_timeout=settings.load_stall_seconds + _ALIVE_MARGIN_SECONDS,
-    )
-    return app.Worker(
-        hostname=f"{name}@{socket.gethostname()}",
-        loglevel="WARNING",
-        without_gossip=True,
-        without_mingle=True,
-        without_heartbeat=True,
-        quiet=True,
-    )

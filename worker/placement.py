@@ -198,7 +198,7 @@ def _devices(written: str) -> tuple[str, ...]:
 def _read_map(file: Path, devices: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """A JSON object of module -> device; devices as they are given, `cpu` and `disk`. Raises UsageError."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--device-map {file}: {error.strerror or error}") from error
     except ValueError as error:

@@ -15,12 +15,23 @@ log = get_logger(__name__)
 
 
 class Runner:
-    """Runs one task: works while there is work. `watching` arms the watchdog around a step."""
+    """Runs one task: works while there is work. `watching` arms the watchdog around a step.
 
-    def __init__(self, engine: Engine, saver: Saver, *, watching: Callable[[], AbstractContextManager[None]]) -> None:
+    `is_whole`: whether the model is still the one that was loaded; if not, the saver drains.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        saver: Saver,
+        *,
+        watching: Callable[[], AbstractContextManager[None]],
+        is_whole: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._engine = engine
         self._saver = saver
         self._watching = watching
+        self._is_whole = is_whole
 
     def run(self) -> None:
         """Ends when the engine is empty and nothing that it may claim is pending, or on drain."""
@@ -38,6 +49,8 @@ class Runner:
                     outputs = engine.step()
                 in_steps_seconds += monotonic() - step_begin
                 failpoint("child.stepped")
+                if outputs and not self._is_whole():
+                    continue  # nobody knows which model they are of; their requests are handed back
                 self._saver.give(outputs, fits=engine.capacity.found)
         if in_steps_seconds:
             seconds = monotonic() - begin

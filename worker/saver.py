@@ -28,6 +28,8 @@ log = get_logger(__name__)
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 _PAUSES_A_LEASE = 12
+#: So many bytes of requests are held before no more is claimed: eight million tokens, more than a device's cache holds.
+_HELD_BYTES = 32 * 1024**2
 #: The worker's row says anew what its devices hold, while it works, once in so many seconds.
 _DEVICES_SECONDS = 5.0
 
@@ -45,7 +47,7 @@ class Saver:
 
     `rows`: the engine's rows. `peak`: the largest memory read since it was last asked. `wake`: tells other
     workers that batches became pending. `drain`: once set, everything is saved or handed back, and no more claimed.
-    `capacity_of`: the device as `store.health` knows it.
+    `capacity_of`: the device as `store.health` knows it. `may_begin`: whether jobs that nobody has begun are claimed.
     """
 
     def __init__(
@@ -60,14 +62,18 @@ class Saver:
         drain: threading.Event,
         spool: Spool,
         capacity_of: str,
+        may_begin: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
         self._seat = seat
         self._spool = spool
         self._device = capacity_of
+        self._may_begin = may_begin
         self._rows = rows
         #: A turn fills up to this, so that not every finished row asks for a turn of its own.
         self._fill = rows + max(1, rows // 4)
+        #: Outputs were left for the next turn, since one transaction takes only so many bytes.
+        self._more = False
         self._save_seconds = save_seconds
         self._peak = peak
         self._wake = wake
@@ -162,11 +168,15 @@ class Saver:
         """Whether a turn now, before its time, gives the engine more to do or ends the task."""
         if self._away:
             return not self._full and self._recorded() < self._rows and self._holdings.waiting > 0
-        if self._drain.is_set():
+        if self._drain.is_set() or self._more:
             return True
-        if self._recorded() < self._rows and (self._holdings.waiting or not self._dry):
+        if self._recorded() < self._rows and (self._holdings.waiting or not (self._dry or self._is_laden())):
             return True
         return self._engine_empty and not self._holdings.recorded and (self._holdings.unsaved > 0 or self._dry)
+
+    def _is_laden(self) -> bool:
+        """Whether what is held takes so much memory that no more is claimed."""
+        return self._holdings.size_bytes >= _HELD_BYTES
 
     # --- the thread -------------------------------------------------------------------------------------
 
@@ -174,6 +184,9 @@ class Saver:
         try:
             while True:
                 self._turn()
+        except StoreError as error:
+            log.error("this process ends, since its store cannot be used", error=str(error))
+            os._exit(1)
         except Exception:
             log.exception("the saver failed; this process ends, and its batches are taken back")
             os._exit(1)
@@ -184,21 +197,25 @@ class Saver:
             while not self._open or not (self._hurry() or monotonic() >= due):
                 self._condition.wait(max(0.0, due - monotonic()) if self._open else None)
             release = self._drain.is_set()
-            backlog = self._recorded() + self._holdings.waiting
-            wanted = 0 if release else max(0, self._rows - backlog)
             room = 0 if release else max(0, self._fill - self._recorded())
             memory = self._peak()
             said = self._holdings.said(room=room, memory=memory, release=release)
+            page = said.first_page()
+            wanted = 0 if release or page.more else self._wanted()
         turned = None
         if monotonic() >= self._try_at:
-            turned = self._commit(said, wanted, room - sum(said.entering.values()))
+            turned = self._commit(page, wanted, room - sum(said.entering.values()))
         if turned is None:
             self._outlive(said)
             return
-        self._spool.clear()
+        if page.more:
+            self._spool.saved(page.held)
+        else:
+            self._spool.clear()
         with self._condition:
             self._away = self._full = False
-            self._absorb(said, turned, wanted)
+            self._more = page.more
+            self._absorb(page, turned, wanted)
             self._turns += 1
             self._condition.notify_all()
         failpoint("turn.committed")
@@ -207,14 +224,21 @@ class Saver:
         self._keep_fits()
         self._keep_devices(memory)
 
+    def _wanted(self) -> int:
+        """How many requests are to be claimed."""
+        backlog = self._recorded() + self._holdings.waiting
+        return 0 if self._is_laden() else max(0, self._rows - backlog)
+
     def _commit(self, said: Said, wanted: int, room: int) -> Turned | None:
         """One turn in the store; None when it is away. What the turn says stays true, so it is said again later."""
+        seat = self._seat if not wanted or self._may_begin() else replace(self._seat, may_begin=False)
         try:
             turned = self._store.saving.turn(
-                self._seat, said.held, wanted_requests=wanted, in_flight_room=room, resumed=self._away
+                seat, said.held, wanted_requests=wanted, in_flight_room=room, resumed=self._away
             )
         except StoreError as error:
             if not error.retryable:
+                self._spool.append(said.held)
                 raise
             log.warning("the store is away; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
             self._try_at = monotonic() + self._pause

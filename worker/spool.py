@@ -10,15 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.failpoints import failpoint
 from jobs.schema import Output
 from jobs.store.lease import Held, Lease
+
+#: Each line says that it is written so; lines of before it was said are of form 1, and read alike.
+_FORMAT = 2
+_NAME = re.compile(r"(?P<store>[0-9a-f]+)-(?P<worker>[0-9]+)-(?P<generation>[0-9]+)\.jsonl")
+
+
+class NewerSpool(Exception):
+    """A newer batchmill wrote it, and alone can read it."""
 
 
 class _Written(NamedTuple):
@@ -71,6 +81,13 @@ class Spool:
             self._path.unlink(missing_ok=True)
             self._exists, self._written, self._size_bytes = False, {}, 0
 
+    def saved(self, held: Sequence[Held]) -> None:
+        """The store has these outputs, the first of their batches, and not yet all that is written here."""
+        for each in held:
+            before = self._written.get(each.lease.batch_id, _NOTHING)
+            left = max(0, before.outputs - len(each.outputs))
+            self._written[each.lease.batch_id] = before._replace(outputs=left)
+
     def _write(self, data: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -90,17 +107,41 @@ class Spool:
                 os.truncate(self._path, self._size_bytes)
 
 
-def spool_path(home: Path, database: str, worker_id: int, generation: int) -> Path:
-    """Where one child of one worker of one store spools."""
-    digest = hashlib.sha256(database.encode()).hexdigest()[:8]
-    return home / "spool" / f"{digest}-{worker_id}-{generation}.jsonl"
+@dataclass(frozen=True, slots=True)
+class SpoolFile:
+    """What one child of a worker wrote."""
+
+    worker_id: int
+    generation: int
+    path: Path
 
 
-def spools(home: Path, database: str, worker_id: int, *, generation: int) -> list[tuple[int, Path]]:
-    """What children of a worker up to a generation left behind: (generation, path), oldest first."""
-    prefix = spool_path(home, database, worker_id, 0).name.removesuffix("0.jsonl")
-    found = ((int(path.stem.removeprefix(prefix)), path) for path in (home / "spool").glob(f"{prefix}*.jsonl"))
-    return sorted(each for each in found if each[0] <= generation)
+class Spools:
+    """The spools of one store in one home. They are named by the store's id, so that its URL may change."""
+
+    def __init__(self, home: Path, store_id: str, *, database: str) -> None:
+        self._folder = home / "spool"
+        self._store_id = store_id
+        #: batchmill 0.1.0 before revision 0006 of the store named them by its URL.
+        self._older = hashlib.sha256(database.encode()).hexdigest()[:8]
+
+    def path(self, worker_id: int, generation: int) -> Path:
+        """Where this child spools."""
+        return self._folder / f"{self._store_id}-{worker_id}-{generation}.jsonl"
+
+    def found(self) -> list[SpoolFile]:
+        """All of them, the oldest child of each worker first."""
+        named = ((_NAME.fullmatch(path.name), path) for path in self._folder.glob("*.jsonl"))
+        ours = [
+            SpoolFile(int(name["worker"]), int(name["generation"]), path)
+            for name, path in named
+            if name and name["store"] in (self._store_id, self._older)
+        ]
+        return sorted(ours, key=lambda each: (each.worker_id, each.generation))
+
+    def left_by(self, worker_id: int, *, generation: int) -> list[SpoolFile]:
+        """What children of a worker up to a generation left behind, oldest first."""
+        return [each for each in self.found() if each.worker_id == worker_id and each.generation <= generation]
 
 
 def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
@@ -115,10 +156,15 @@ def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
 
 
 def read(path: Path) -> list[Held]:
-    """What a dead child had to say of each batch it held; a line that the crash cut off is left out."""
+    """What a dead child had to say of each batch it held; a line that the crash cut off is left out.
+
+    Raises NewerSpool.
+    """
     outputs: dict[Lease, list[Output]] = {}
     in_flight: dict[Lease, list[int]] = {}
     for line in _lines(path):
+        if line.get("format", 1) not in (1, _FORMAT):
+            raise NewerSpool
         lease = Lease(*line["lease"])
         outputs.setdefault(lease, []).extend(Output.from_json(each) for each in line["outputs"])
         in_flight[lease] = line["in_flight"]
@@ -137,6 +183,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _to_line(held: Held, written: int) -> str:
     lease = held.lease
     line = {
+        "format": _FORMAT,
         "lease": [lease.batch_id, lease.fence, lease.run_id, lease.job_id, lease.apart],
         "in_flight": list(held.in_flight),
         "outputs": [each.to_json() for each in held.outputs[written:]],

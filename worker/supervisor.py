@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from time import monotonic
 
 from jobs.embedded import start_process, wait_or_kill
-from jobs.errors import BatchmillError
+from jobs.errors import BatchmillError, StoreError
 from jobs.logs import get_logger
+from jobs.process import Process
 from jobs.settings import Settings, environment_of
 from jobs.states import WorkerState
 from jobs.store import Store
@@ -45,11 +47,16 @@ class _Post:
         self._start_at = monotonic()
         self._started_at = 0.0
         self.process: subprocess.Popen[bytes] | None = None
+        #: What tells the process that was started last from others of its pid.
+        self.identity: Process | None = None
         self.over = False
 
     def start_if_due(self) -> None:
         if self.process is None and not self.over and monotonic() >= self._start_at:
-            self.process = start_process(self._command, log=sys.stderr.buffer, environ=self._environ)
+            self.process = start_process(
+                self._command, log=sys.stderr.buffer, environ=self._environ, blocks_sigterm=True
+            )
+            self.identity = Process.of(self.process.pid)
             self._started_at = monotonic()
 
     def rest(self, seconds: float) -> None:
@@ -83,7 +90,7 @@ class Supervisor:
     ) -> None:
         environ = os.environ | environment_of(settings)
         self._posts = [
-            _Post(each.written, [sys.executable, "-m", "worker", *arguments, *each.command_line()], environ)
+            _Post(each.written, [sys.executable, "-P", "-m", "worker", *arguments, *each.command_line()], environ)
             for each in placements
         ]
         self._ends_when_idle = ends_when_idle
@@ -115,7 +122,9 @@ class Supervisor:
         if code == 0 and self._ends_when_idle:
             post.over = True
             return False
-        state = self._store.workers.gave_up(host=socket.gethostname(), pid=pid)
+        state = None
+        with suppress(StoreError):  # which is away: the next process of the worker gives up again, if it has to
+            state = self._store.workers.gave_up(host=socket.gethostname(), pid=pid, process=post.identity)
         if state is WorkerState.FAILED:
             post.over = True
             return True

@@ -8,6 +8,7 @@ read. It knows what transformers reads of a folder, and loads nothing itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,11 +17,19 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: JSON files that are large and hold words of the model's, of which any may look like one of the keys below.
+#: Says of a quantized copy in which form it was saved; copies of before it said so have none.
+COPY = "batchmill.json"
+COPY_FORMAT = 1
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
+#: A key that names classes in code of the model's own, which is not needed where transformers has one of its own.
+_CLASSES_KEY = "auto_map"
 #: Keys that make transformers run code of the model's own, whatever trust_remote_code says.
-_CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
+_CODE_KEYS = frozenset({_CLASSES_KEY, "custom_pipelines", "trust_remote_code"})
 #: Parts of keys that name code to compute attention and experts with, which may be a repository of the Hub.
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_ATTENTION, _EXPERTS = "attn_implementation", "experts_implementation"
+#: What transformers computes attention by itself with.
+_OWN_ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 #: A key that names another file of weights.
 _WEIGHTS_KEY = "transformers_weights"
 _MOST_CONFIG_BYTES = 32 * 1024**2
@@ -52,8 +61,10 @@ def vet_configuration(folder: Path) -> None:
         )
     for file in _files(folder):
         _stays_inside(file, folder)
+    _refuse_newer(folder)
+    known = _is_known(_read(folder / "config.json"))
     for file in _configurations(folder):
-        _refuse_code(file)
+        _refuse_code(file, known=known)
 
 
 def vet_adapter(folder: Path) -> dict[str, Any]:
@@ -79,11 +90,28 @@ def vet_adapter(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _refuse_newer(folder: Path) -> None:
+    if not (folder / COPY).is_file():
+        return
+    written = _read(folder / COPY)
+    if not isinstance(written, dict) or written.get("format") != COPY_FORMAT:
+        raise Refusal(
+            f"{folder} is a quantized copy in a form that this batchmill does not know; use the newer batchmill that "
+            "saved it, or save it again"
+        )
+
+
 def weights(folder: Path) -> list[Path]:
     """The files of weights that transformers takes. Raises Refusal unless all are there."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
+        shards = sorted(file.name for file in folder.glob("*.safetensors") if _SHARD.search(file.name))
+        if shards:
+            raise Refusal(
+                f"{folder} lacks {WEIGHTS_INDEX}, which says what each of its {len(shards)} files of weights holds "
+                f"({shards[0]} ...); copy or fetch it again"
+            )
         raise Refusal(
             f"{folder} holds no safetensors weights, and others are not loaded, since a pickle can run code; "
             "convert them with transformers' save_pretrained"
@@ -133,14 +161,27 @@ def _configurations(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _refuse_code(file: Path) -> None:
-    for key in _keys(_read(file)):
+def _is_known(config: Any) -> bool:
+    """Whether transformers has a class of its own for this configuration."""
+    # Imported here, since it takes long and few look a folder over.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = config.get("model_type") if isinstance(config, dict) else None
+    return isinstance(named, str) and named in CONFIG_MAPPING_NAMES
+
+
+def _refuse_code(file: Path, *, known: bool = False) -> None:
+    """`known`: transformers has a class of its own for the model, which is taken."""
+    content = _read(file)
+    if known and isinstance(content, dict):
+        content.pop(_CLASSES_KEY, None)
+    for key, value in _items(content):
         if key in _CODE_KEYS:
             raise Refusal(
                 f"its {file.name} has {key}: it asks for code of its own, which is never run; choose a model that "
                 f"transformers knows, or take {key} out of a copy if transformers can do without"
             )
-        if any(part in key for part in _IMPLEMENTATIONS):
+        if _EXPERTS in key or (_ATTENTION in key and not _is_own_attention(value)):
             raise Refusal(
                 f"its {file.name} has {key[:100]}: it can name code to fetch and run, which is never done; "
                 "take the key out of a copy, and transformers chooses by itself"
@@ -149,13 +190,20 @@ def _refuse_code(file: Path) -> None:
             raise Refusal(f"its {file.name} has {key}, and weights are read from {WEIGHTS} alone; rename them so")
 
 
-def _keys(value: Any) -> Iterator[str]:
-    """Every key at any depth."""
+def _is_own_attention(value: Any) -> bool:
+    """Whether this names no code: nothing, or what transformers has, for all parts of a model or for each."""
+    if isinstance(value, dict):
+        return all(map(_is_own_attention, value.values()))
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and value in _OWN_ATTENTION)
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key at any depth, with its value."""
     waiting = [value]
     while waiting:
         match waiting.pop():
             case dict() as mapping:
-                yield from mapping
+                yield from mapping.items()
                 waiting += mapping.values()
             case list() as values:
                 waiting += values

@@ -1,34 +1,85 @@
-"""Ends a process that makes no progress, with the stacks of all threads printed.
+"""Ends a child that makes no progress, with the stacks of all its threads printed.
 
-It is armed only while a model loads and inside an engine's step, and knows neither. It works while the
-interpreter is held by a hanging C call too, since faulthandler's timer is a thread of its own outside it.
+It is a thread of the parent, and counts only time in which both were allowed to run: a process that was stopped, or
+frozen or suspended with its parent, is not to blame for that. It knows the child by its pulse alone.
 """
 
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+import psutil
+
+from jobs.logs import get_logger
+from worker.pulse import Pulse
+
+log = get_logger(__name__)
+_TICK_SECONDS = 0.25
+#: A look that comes later than this was held up with the whole machine, and counts no more than this.
+_MOST_SECONDS = 2 * _TICK_SECONDS
+#: How long a child that is to end has to print its stacks.
+_PRINT_SECONDS = 1.0
+#: At this a child prints its stacks. A process that has not asked for that ignores it.
+_PRINT_SIGNAL = signal.SIGURG
+_PAUSED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+
+
+def print_stacks_when_asked() -> None:
+    """Lets this process print its stacks, in a handler of C, so that it works while the interpreter is held."""
+    if sys.__stderr__ is not None:
+        faulthandler.register(_PRINT_SIGNAL, file=sys.__stderr__)
 
 
 class Watchdog:
-    """Armed for `seconds` by `watching()`, and anew by each `rearm()` inside."""
+    """`pids`: the processes that it may end."""
 
-    def __init__(self) -> None:
-        self._seconds = 0.0
+    def __init__(self, pulse: Pulse, *, pids: Callable[[], Collection[int]]) -> None:
+        self._pulse = pulse
+        self._pids = pids
+        self._last = pulse.read()
+        self._silent_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    @contextmanager
-    def watching(self, seconds: float) -> Iterator[None]:
-        """Ends the process (exit code 1) when the block shows no progress for so long."""
-        self._seconds = seconds
-        self.rearm()
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            self._seconds = 0.0
+    def start(self) -> None:
+        self._thread.start()
 
-    def rearm(self) -> None:
-        """Says that there was progress; outside of `watching` it does nothing."""
-        if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds, exit=True)
+    def _run(self) -> None:
+        before = time.monotonic()
+        while True:
+            time.sleep(_TICK_SECONDS)
+            now = time.monotonic()
+            self._look(min(now - before, _MOST_SECONDS))
+            before = now
+
+    def _look(self, seconds: float) -> None:
+        """Counts the time since the last look, unless there was progress in it or the child was stopped."""
+        beat = self._pulse.read()
+        if beat != self._last or not beat.limit_seconds:
+            self._last = beat
+            self._silent_seconds = 0.0
+        elif not _is_paused(beat.pid):
+            self._silent_seconds += seconds
+            if self._silent_seconds >= beat.limit_seconds and beat.pid in self._pids():
+                self._end(beat.pid)
+
+    def _end(self, pid: int) -> None:
+        log.error("the child makes no progress, so it is ended", pid=pid, seconds=self._last.limit_seconds)
+        self._silent_seconds = 0.0
+        with suppress(ProcessLookupError):
+            os.kill(pid, _PRINT_SIGNAL)
+            time.sleep(_PRINT_SECONDS)
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_paused(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in _PAUSED
+    except psutil.NoSuchProcess:
+        return False

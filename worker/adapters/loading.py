@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jobs.adapters import Adapter
+from jobs.digests import Digests
 from jobs.errors import ModelError
+from jobs.identity import of_adapter, of_commit
 from jobs.logs import get_logger
 from worker.adapters.low_rank import LoadedAdapter, LowRank
 from worker.adapters.options import lora_options
-from worker.loader import LoadedModel
+from worker.loader import LoadedModel, refuse_changed
 from worker.loader.reasons import reason
 from worker.loader.source import find_adapter
 from worker.vetting import ADAPTER_WEIGHTS, Refusal, vet_adapter
@@ -34,13 +36,16 @@ _PREFIX = "base_model.model."
 _ADAPTER = "default"
 
 
-def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter]) -> LoadedModel:
-    """The same model with these adapters beside it. Raises ModelError, which names the one and says what to do."""
+def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter], *, digests: Digests | None = None) -> LoadedModel:
+    """The same model with these adapters beside it. Raises ModelError, which names the one and says what to do.
+
+    `digests`: those that are known of their files.
+    """
     found = []
     for each in adapters:
         started = monotonic()
         try:
-            found.append(_load(each, loaded.model))
+            found.append(_load(each, loaded.model, digests or Digests()))
         except ModelError:
             raise
         except Refusal as error:
@@ -54,16 +59,18 @@ def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter]) -> LoadedMod
     return replace(loaded, adapters=tuple(found), weights_bytes=weights_bytes)
 
 
-def _load(adapter: Adapter, model: PreTrainedModel) -> LoadedAdapter:
+def _load(adapter: Adapter, model: PreTrainedModel, digests: Digests) -> LoadedAdapter:
     folder, commit = find_adapter(adapter.path, adapter.revision)
     config = vet_adapter(folder)
+    content = of_adapter(folder, digests) if commit is None else of_commit(commit)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     base = str(config.get("base_model_name_or_path"))[:100]
     try:
         layers = _layers(_injected(model, lora_options(config)), tensors, model)
     except _OtherBase as error:
         raise Refusal(f"{error}: it was made for another base ({base!r}), or its weights are not its own") from None
-    return LoadedAdapter(adapter, commit, layers)
+    refuse_changed(content)
+    return LoadedAdapter(replace(adapter, identity=content.identity), content, layers)
 
 
 class _OtherBase(Exception):

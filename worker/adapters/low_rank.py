@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jobs.adapters import Adapter
+from jobs.identity import Content
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,11 @@ class LowRank:
 class LoadedAdapter:
     """An adapter on the model's devices. `layers`: what it adds, by the name of the module that it changes.
 
-    `commit`: what its revision resolved to, None for a folder.
+    `content`: what it was read from.
     """
 
     adapter: Adapter
-    commit: str | None
+    content: Content
     layers: Mapping[str, LowRank]
 
     @property

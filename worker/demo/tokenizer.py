@@ -15,11 +15,19 @@ MAX_LENGTH_TOKENS = 512
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
+{%- if tools %}
+    {{- '<|system|>Tools: ' ~ tools | tojson ~ '<|end|>' }}
+{%- endif %}
 {%- for message in messages %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception("unknown role '" ~ message['role'] ~ "': use system, user or assistant") }}
+    {%- set role = 'user' if message['role'] == 'tool' else message['role'] %}
+    {%- if role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception("unknown role '" ~ role ~ "': use system, user, assistant or tool") }}
     {%- endif %}
-    {{- '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' }}
+    {{- '<|' ~ role ~ '|>' ~ message['content'] }}
+    {%- for call in message['tool_calls'] %}
+        {{- '<tool_call>' ~ call['function'] | tojson ~ '</tool_call>' }}
+    {%- endfor %}
+    {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}

@@ -24,6 +24,14 @@ def not_held(adapter: str, held: Collection[str]) -> str:
     )
 
 
+def not_a_number(answered: int) -> str:
+    """Why a request ends whose row has so many tokens: the logits of the next one are NaN, or infinite."""
+    return (
+        f"the model's logits for token {answered + 1} of the answer are not numbers (NaN or infinite): its weights are "
+        "damaged, or too large for its dtype; fetch it again, or choose another quantization or dtype"
+    )
+
+
 class Engine(Protocol):
     """Stepped by the runner, so that one loop owns the device.
 

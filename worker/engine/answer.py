@@ -1,16 +1,18 @@
 """One request on its way through the continuous engine: its rows, what they said so far, and the Output at the end.
 
-Owns the end of each row, the times, and the logprobs. It knows no cache and no device.
+Owns the end of each row and the times. It knows no cache and no device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
+from worker.engine import not_a_number
+from worker.engine.said import TokenLogprob, logprobs_of
 from worker.engine.step import Row
 from worker.engine.stopping import StopWatch
 from worker.engine.tokenization import Prompt, Tokenization
@@ -48,15 +50,6 @@ class ChoiceRow(Row):
                 return True
         stopped = token in self.prompt.end_token_ids if self.watch is None else self.watch.ended_by(token)
         return stopped or len(self.tokens) == self.most_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One generated token with its logprob, and the likeliest tokens at its place with theirs."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 class Answer:
@@ -136,23 +129,21 @@ class Answer:
         remedy = "choose a smaller --max-rows or --context for its worker"
         return self._failed(ErrorCode.OUT_OF_MEMORY, f"the device has not enough memory for it alone: {remedy}")
 
+    def not_a_number(self, row: ChoiceRow) -> Output:
+        """The model's logits for the next token of one of its rows are no numbers."""
+        return self._failed(ErrorCode.NOT_A_NUMBER, not_a_number(len(row.generated)))
+
     def _failed(self, code: ErrorCode, message: str) -> Output:
         return Output.failed(self.key, code, message, prompt_tokens=len(self.prompt.tokens))
 
     def _choice(self, row: ChoiceRow) -> Choice:
         choice = self._tokenization.choice(
-            self.prompt, row.generated, complete=row.matcher is not None and row.matcher.ended
+            self.prompt,
+            row.generated,
+            named=f"{self.key.job_id}/{self.key.index}/{row.choice}",
+            complete=row.matcher is not None and row.matcher.ended,
         )
         if not self.prompt.sampling.logprobs:
             return choice
-        return Choice(choice.text, choice.finish_reason, {"content": [self._logprob(each) for each in row.logprobs]})
-
-    def _logprob(self, said: TokenLogprob) -> dict[str, Any]:
-        top = [self._of_token(token, logprob) for token, logprob in said.top]
-        return self._of_token(said.token, said.logprob) | {"top_logprobs": top}
-
-    def _of_token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenization.token_text(token)
-        # A token that is a part of a character has no text of its own, and hence no bytes that are known here.
-        known = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        decoding = self._tokenization.decoding
+        return replace(choice, logprobs=logprobs_of(row.logprobs, choice.text, decoding, after=self.prompt.tail))

@@ -57,10 +57,12 @@ class Cache:
         return self.keys.nbytes + self.values.nbytes
 
     def copy(self, copies: Iterable[Copy]) -> None:
-        """Copies tokens of all layers, one copy after the other; none overlaps itself."""
-        for source, target, tokens in copies:
+        """Copies tokens of all layers, and zeros behind them, one copy after the other; none overlaps itself."""
+        for target, source, tokens in copies:
             for each in (self.keys, self.values):
-                self._slot(each, target)[:, :, :tokens] = self._slot(each, source)[:, :, :tokens]
+                if source is not None:
+                    self._slot(each, target)[:, :, :tokens] = self._slot(each, source)[:, :, :tokens]
+                self._slot(each, target)[:, :, tokens:].zero_()
 
     def _slot(self, memory: torch.Tensor, slot: Slot) -> torch.Tensor:
         """(layers, heads, tokens of the slot, size), a view."""

@@ -18,7 +18,7 @@ import torch
 from jobs.schema import Output, Request, RequestKey
 from worker.devices import is_out_of_memory
 from worker.engine import Progress
-from worker.engine.answer import Answer, ChoiceRow, TokenLogprob
+from worker.engine.answer import Answer, ChoiceRow
 from worker.engine.capacity import Capacity
 from worker.engine.decoder import Decoder
 from worker.engine.flash import PAGE_TOKENS, serves
@@ -29,11 +29,13 @@ from worker.engine.limits import Room, copy_bytes, limits
 from worker.engine.lora import Lora
 from worker.engine.options import EngineOptions
 from worker.engine.probe import Unsupported, cache_shape, refuse_outliers
+from worker.engine.refused import Refused
+from worker.engine.said import TokenLogprob
 from worker.engine.sampling import Sampler
 from worker.engine.schedule import Schedule
 from worker.engine.slots import SMALLEST_TOKENS, Slots
 from worker.engine.step import Step
-from worker.engine.tokenization import Prompt, Refused, Tokenization
+from worker.engine.tokenization import Prompt, Tokenization
 from worker.engine.weights import Prepared, prepare
 from worker.loader import LoadedModel
 
@@ -222,7 +224,7 @@ class ContinuousEngine:
         """Rows that enter get their places in the sampler; the step goes on without those that find no memory there."""
         for row in self._launcher.seat(step):
             if not row.ended:
-                self._give_up(row.answer)
+                self._fail(row.answer, row.answer.too_large())
                 step.pieces = [piece for piece in step.pieces if not piece.row.ended]
 
     def _launch_after(self, flight: Flight) -> Flight | None:
@@ -246,7 +248,11 @@ class ContinuousEngine:
             self.capacity.held(flight.step.tokens)
             self._schedule.computed(flight.step)
             for row, token, logprob in landed:
-                if not row.ended:
+                if row.ended:
+                    continue
+                if token is None:
+                    self._fail(row.answer, row.answer.not_a_number(row))
+                else:
                     self._take(row, token, logprob)
 
     def _take(self, row: ChoiceRow, token: int, logprob: TokenLogprob | None) -> None:
@@ -289,11 +295,13 @@ class ContinuousEngine:
         if step.tokens > 1:
             self.capacity.too_much(step.tokens)
             return
-        self._give_up(step.pieces[0].row.answer)
+        answer = step.pieces[0].row.answer
+        self._fail(answer, answer.too_large())
 
-    def _give_up(self, answer: Answer) -> None:
+    def _fail(self, answer: Answer, output: Output) -> None:
+        """Forgets a request, and answers it with this error."""
         self.cancel([answer.key])
-        self._done.append(answer.too_large())
+        self._done.append(output)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

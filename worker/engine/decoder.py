@@ -24,6 +24,7 @@ from worker.engine.slots import Slots
 from worker.engine.step import Copy, Piece, Row
 from worker.engine.upload import upload
 from worker.loader import LoadedModel
+from worker.loader.trial import sound_tokens
 
 _TRIAL_TOKENS = 12
 #: On a CPU steps in 16 bits have a multiple of so many tokens, from some more on, since oneDNN compiles a product for
@@ -154,7 +155,8 @@ class Decoder:
 @torch.inference_mode()
 def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
     """Computes a prompt in three pieces, and compares with the model's own forward."""
-    tokens = [7 * place % loaded.vocabulary for place in range(_TRIAL_TOKENS)]
+    sound = sound_tokens(loaded.model, loaded.vocabulary, loaded.device)
+    tokens = [sound[7 * place % len(sound)] for place in range(_TRIAL_TOKENS)]
     own = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits[0].float()
     row = Row(list(tokens), _TRIAL_TOKENS, share=False)
     row.slot = slots.take(_TRIAL_TOKENS)
@@ -171,7 +173,8 @@ def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
 @torch.inference_mode()
 def _try_adapter(decoder: Decoder, loaded: LoadedModel, slots: Slots, lora: Lora, number: int) -> None:
     """Computes a prompt with this adapter beside the same one without, and compares with each alone."""
-    tokens = [5 * place % loaded.vocabulary for place in range(_COMPANY_TOKENS)]
+    sound = sound_tokens(loaded.model, loaded.vocabulary, loaded.device)
+    tokens = [sound[5 * place % len(sound)] for place in range(_COMPANY_TOKENS)]
     rows = [Row(list(tokens), len(tokens), share=False, adapter=each) for each in (number, BASE)[: decoder.rows]]
     alone = []
     for row in rows:
@@ -193,7 +196,8 @@ def _try_adapter(decoder: Decoder, loaded: LoadedModel, slots: Slots, lora: Lora
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """How far logits are from others, as a part of the largest of those."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    smallest = torch.finfo(wanted.dtype).tiny  # of a model that answers some tokens by zeros alone
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=smallest))
 
 
 def _tolerance(loaded: LoadedModel) -> float:

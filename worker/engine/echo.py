@@ -105,7 +105,7 @@ def _echo(key: RequestKey, request: Request) -> Output:
     text = prompt_of(request)
     prompt_tokens = completion_tokens = len(text.split())
     if request.messages is not None:
-        prompt_tokens = sum(len(each["content"].split()) for each in request.messages)
+        prompt_tokens = sum(len((each.get("content") or "").split()) for each in request.messages)
     sampling, finish_reason = request.sampling, "stop"
     if sampling.max_tokens is not None and completion_tokens > sampling.max_tokens:
         rest = text.split(None, sampling.max_tokens)[-1]

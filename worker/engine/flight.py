@@ -16,20 +16,26 @@ import numpy as np
 import torch
 
 from worker.devices import is_out_of_memory
-from worker.engine.answer import ChoiceRow, TokenLogprob
+from worker.engine.answer import ChoiceRow
 from worker.engine.decoder import Decoder
 from worker.engine.grammar import fill
+from worker.engine.said import TokenLogprob
 from worker.engine.sampling import Sampler
 from worker.engine.sampling.logprobs import Logprobs
 from worker.engine.step import Step
 from worker.engine.upload import upload
 
 _WORD_BITS = 32
+#: Comes back in place of a token where the logits were no numbers.
+_NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A launched step. `rows`: those that get a token; `tokens`: theirs, (rows,), on the device."""
+    """A launched step. `rows`: those that get a token; `tokens`: theirs, (rows,), on the device.
+
+    `_copy`: the same for the host, with _NO_TOKEN for a row whose logits are no numbers.
+    """
 
     step: Step[ChoiceRow]
     rows: Sequence[ChoiceRow]
@@ -38,14 +44,17 @@ class Flight:
     _logprobs: Logprobs | None
     _landed: torch.cuda.Event | None
 
-    def land(self) -> Iterator[tuple[ChoiceRow, int, TokenLogprob | None]]:
-        """Waits for the step; each row with its next token, and the token's logprob where it is asked for."""
+    def land(self) -> Iterator[tuple[ChoiceRow, int | None, TokenLogprob | None]]:
+        """Waits for the step; each row with its next token, and the token's logprob where it is asked for.
+
+        A row whose logits are no numbers has no token.
+        """
         if self._landed is not None:
             self._landed.synchronize()
         tokens = self._copy.tolist()
         logprobs = _token_logprobs(self._logprobs, self.rows, tokens)
         for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            yield row, token, logprobs.get(place)
+            yield row, None if token == _NO_TOKEN else token, logprobs.get(place)
 
 
 class Launcher:
@@ -112,13 +121,14 @@ class Launcher:
                 return Flight(step, rows, nothing, nothing, None, None)
             sampled = self._sampler.sample([row.seat for row in rows], logits, allowed=self._allowed(rows))
             logprobs = sampled.logprobs
+            told = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
             if self._device.type == "cpu":
-                return Flight(step, rows, sampled.tokens, sampled.tokens, logprobs, None)
+                return Flight(step, rows, sampled.tokens, told, logprobs, None)
             if logprobs is not None:
                 logprobs = Logprobs(
                     logprobs.places, _to_host(logprobs.chosen), _to_host(logprobs.top_ids), _to_host(logprobs.top)
                 )
-            copy = _to_host(sampled.tokens)
+            copy = _to_host(told)
             landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             landed.record()
             return Flight(step, rows, sampled.tokens, copy, logprobs, landed)

@@ -17,13 +17,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from jobs.schema import ErrorCode, Output, Request, RequestKey
 from worker.devices import is_out_of_memory
-from worker.engine import Progress
+from worker.engine import Progress, not_a_number
 from worker.engine.capacity import Capacity
 from worker.engine.lora import Lora
 from worker.engine.planning import Size, plan
+from worker.engine.refused import Refused
 from worker.engine.sampling.row_sampler import RowSampler
 from worker.engine.stopping import RowStopping
-from worker.engine.tokenization import Prompt, Refused, Tokenization
+from worker.engine.stretching import Turns
+from worker.engine.tokenization import Prompt, Tokenization
 from worker.loader import LoadedModel
 from worker.telemetry import MemoryReader
 
@@ -40,7 +42,8 @@ class GenerateEngine:
     A step runs one micro-batch to its end; progress is called before it and after each of its token steps. When the
     device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at `fits`
     where an earlier process found that); a request that fails alone is answered by the error `out_of_memory`. An
-    output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one adapter, or none.
+    output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one adapter, or none, and
+    rows that a model would turn the same if each were alone.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class GenerateEngine:
         #: Cache places of a micro-batch.
         self.capacity = Capacity(available // (MEMORY_PARTS * loaded.cache_token_bytes), found=fits)
         self._loaded = loaded
+        self._turns = Turns(loaded.model.config.get_text_config(), context_tokens=loaded.context_tokens)
         self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device)
         self._progress = progress
         self._tokenization = Tokenization(
@@ -117,9 +121,16 @@ class GenerateEngine:
         return outputs
 
     def _alike(self) -> list[RequestKey]:
-        """The waiting requests of the oldest one's adapter, oldest first."""
-        adapter = next(iter(self._waiting.values())).adapter
-        return [key for key, prompt in self._waiting.items() if prompt.adapter == adapter]
+        """The waiting requests that may run with the oldest one, oldest first."""
+        first, oldest = next(iter(self._waiting.items()))
+        company = self._company(oldest)
+        if company is None:
+            return [first]
+        alike = [key for key, prompt in self._waiting.items() if prompt.adapter == oldest.adapter]
+        return [key for key in alike if self._company(self._waiting[key]) == company]
+
+    def _company(self, prompt: Prompt) -> int | None:
+        return self._turns.company(len(prompt.tokens), prompt.max_tokens)
 
     def _answer(self, batch: Mapping[RequestKey, Prompt]) -> list[Output] | None:
         """The outputs of the rows that ended; None if the memory does not suffice."""
@@ -131,14 +142,19 @@ class GenerateEngine:
             # Nothing is freed here: the exception's frames hold the tensors until this block is left.
             return None
         outputs = []
-        for (key, prompt), tokens in zip(batch.items(), answers, strict=True):
-            if tokens:
-                choice = self._tokenization.choice(prompt, tokens)
+        for (key, prompt), (tokens, failed) in zip(batch.items(), answers, strict=True):
+            if failed:
+                outputs.append(_not_a_number(key, prompt, len(tokens) - 1))
+            elif tokens:
+                choice = self._tokenization.choice(prompt, tokens, named=f"{key.job_id}/{key.index}/0")
                 outputs.append(Output(key, (choice,), len(prompt.tokens), len(tokens)))
         return outputs
 
-    def _generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The tokens that answer each prompt, the end token included; none for a row that has not ended."""
+    def _generate(self, prompts: Sequence[Prompt]) -> list[tuple[list[int], bool]]:
+        """The tokens that answer each prompt, the end token included; none for a row that has not ended.
+
+        Beside them, whether the row ended at its last one because the logits of that were no numbers.
+        """
         device = self._loaded.device
         width = max(len(each.tokens) for each in prompts)
         padding = [width - len(each.tokens) for each in prompts]
@@ -146,17 +162,18 @@ class GenerateEngine:
         rows = [[pad] * places + list(each.tokens) for places, each in zip(padding, prompts, strict=True)]
         mask = [[0] * places + [1] * (width - places) for places in padding]
         most = max(each.max_tokens for each in prompts)
+        sampler = RowSampler(prompts, vocabulary=self._loaded.vocabulary, device=device)
         stopping = RowStopping(
             prompts,
             self._tokenization,
             end_token_ids=self._loaded.end_token_ids,
             width=width,
-            device=device,
+            sound=sampler.sound,
             progress=self._progress,
         )
-        sampler = RowSampler(prompts, vocabulary=self._loaded.vocabulary, device=device)
         turn = self._lora.whole(self._lora.number(prompts[0].adapter))
-        with self._positions_within_context(width + most), self._lora.applied(turn):
+        limit = self._turns.most_tokens(self._company(prompts[0]))
+        with self._positions_within(limit, width + most), self._lora.applied(turn):
             sequences = self._loaded.model.generate(
                 inputs=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -165,23 +182,22 @@ class GenerateEngine:
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stopping]),
             )
-        counts = stopping.counts.tolist()
-        return [row[:count] for row, count in zip(sequences[:, width:].tolist(), counts, strict=True)]
+        ends = zip(sequences[:, width:].tolist(), stopping.counts.tolist(), stopping.failed.tolist(), strict=True)
+        return [(row[:count], failed) for row, count, failed in ends]
 
     @contextmanager
-    def _positions_within_context(self, length: int) -> Iterator[None]:
-        """Keeps rows that have ended, and are stepped on beside longer ones, at the context's last position.
+    def _positions_within(self, limit: int | None, length: int) -> Iterator[None]:
+        """Keeps rows that have ended, and are stepped on beside longer ones, at the last position within a limit.
 
         Without it they would reach positions for which a model has no embedding, or which make it rescale all rows.
         """
-        context = self._loaded.context_tokens
-        if context is None or length <= context:
+        if limit is None or length <= limit:
             yield
             return
 
         def clamp(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if kwargs.get("position_ids") is not None:
-                kwargs["position_ids"] = kwargs["position_ids"].clamp(max=context - 1)
+                kwargs["position_ids"] = kwargs["position_ids"].clamp(max=limit - 1)
             return args, kwargs
 
         hook = self._loaded.model.register_forward_pre_hook(clamp, with_kwargs=True)
@@ -204,6 +220,10 @@ class GenerateEngine:
             f"to {prompt.max_tokens} more: shorten the prompt or lower max_tokens",
             prompt_tokens=len(prompt.tokens),
         )
+
+
+def _not_a_number(key: RequestKey, prompt: Prompt, answered: int) -> Output:
+    return Output.failed(key, ErrorCode.NOT_A_NUMBER, not_a_number(answered), prompt_tokens=len(prompt.tokens))
 
 
 def _refuse_unsupported(request: Request) -> None:

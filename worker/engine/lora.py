@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from jobs.schema import ErrorCode
 from worker.adapters.low_rank import LoadedAdapter, LowRank
 from worker.engine import not_held
-from worker.engine.tokenization import Refused
+from worker.engine.refused import Refused
 
 #: The number of the model without an adapter.
 BASE = 0

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from worker.engine.cache import CacheShape
 from worker.engine.interface import attending, register
+from worker.engine.stretching import stretched
 from worker.loader import LoadedModel
 
 #: What a layer may ask of attention, and what asks for nothing here.
@@ -20,8 +21,6 @@ _UNDERSTOOD = {"scaling", "sliding_window", "softcap"}
 _WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "output_router_logits", "is_causal", "cache_position"}
 #: Kinds of layers whose attention sees all tokens before it, or a window of them.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-#: Rotary embeddings of these kinds turn all rows by the length of the longest.
-_BY_LONGEST = {"dynamic", "longrope"}
 
 
 class Unsupported(Exception):
@@ -111,13 +110,7 @@ def finds_outliers(model: PreTrainedModel) -> bool:
 
 def _refuse_longest(config: Any, context_tokens: int | None) -> None:
     """Raises Unsupported for rotary embeddings that this context stretches by the longest row of a batch."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    for each in (rotary, *(each for each in rotary.values() if isinstance(each, dict))):
-        if each.get("rope_type") not in _BY_LONGEST:
-            continue
-        original = each.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
+    for _, original in stretched(config):
         if original is None or context_tokens is None or context_tokens > original:
             limit = f"; with --context {original} it can be served" if original else ""
             raise Unsupported(f"its positions depend on the longest row of a batch{limit}")

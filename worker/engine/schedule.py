@@ -68,7 +68,7 @@ class Schedule(Generic[R]):
             return
         self._running.remove(row)
         self._unseat(row)
-        if row.computed < row.prompt_tokens:
+        if row.computed < row.prompt_tokens or not row.proven:
             self._forget(row)
         else:
             self._kept.append(row)
@@ -174,18 +174,22 @@ class Schedule(Generic[R]):
         if self._running and left < RESERVE * self._slots.tokens and not self._all_fit(row):
             return False
         nearest = self._prefixes.nearest(row)
-        if nearest is not None and nearest[0].computed < min(nearest[1], nearest[0].prompt_tokens):
-            return False  # the row that computes this beginning right now is copied in a later step
-        known = min(nearest[1], nearest[0].computed) if nearest is not None else 0
+        known = 0
+        if nearest is not None:
+            found, common = nearest
+            if found.computed < min(common, found.prompt_tokens) or not found.proven:
+                return False  # the row that computes this beginning right now is copied in a later step
+            known = min(common, found.computed)
         if step.reads and len(row.tokens) - known > budget:
             return False
         slot = self._take(whole)
         if slot is None:
             return False
         row.slot, row.seat = slot, heappop(self._seats)
-        if nearest is not None and nearest[0].slot is not None:
-            row.computed = known
-            step.copies.append(Copy(nearest[0].slot, slot, known))
+        # To make room, the row that it begins like may have gone.
+        source = nearest[0].slot if nearest is not None else None
+        row.computed = known if source is not None else 0
+        step.copies.append(Copy(slot, source, row.computed))
         self._waiting.remove(row)
         self._running.append(row)
         self._prefixes.enter(row)
@@ -241,7 +245,7 @@ class Schedule(Generic[R]):
                 self._move(row, slot, step)
 
     def _move(self, row: R, slot: Slot, step: Step[R]) -> None:
-        step.copies.append(Copy(row.held, slot, row.computed))
+        step.copies.append(Copy(slot, row.held, row.computed))
         self._slots.give(row.held)
         row.slot = slot
 

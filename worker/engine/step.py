@@ -43,6 +43,11 @@ class Row:
         return self.computed == len(self.tokens) - 1
 
     @property
+    def proven(self) -> bool:
+        """Whether its prompt was answered by numbers: only then may others copy what it has computed."""
+        return len(self.tokens) > self.prompt_tokens
+
+    @property
     def held(self) -> Slot:
         assert self.slot is not None, "a row that runs has a slot"
         return self.slot
@@ -65,11 +70,15 @@ class Piece(NamedTuple, Generic[R]):
 
 
 class Copy(NamedTuple):
-    """The first tokens of one slot of the cache, which another gets before the step."""
+    """What a slot of the cache holds when a row gets it: the first tokens of another, if any, and zeros behind.
 
-    source: Slot
+    Places behind a row's tokens are read beside them, with no weight; what another row left there may be NaN, and no
+    weight makes that 0.
+    """
+
     target: Slot
-    tokens: int
+    source: Slot | None = None
+    tokens: int = 0
 
 
 @dataclass(slots=True)

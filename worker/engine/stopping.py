@@ -1,4 +1,4 @@
-"""When each row of a micro-batch ends: at an end token, a stop string, or its own max_tokens.
+"""When each row of a micro-batch ends: at an end token, a stop string, its own max_tokens, or without numbers.
 
 Owns the ends of rows and their token counts. It knows no sampling and no queue, and chooses no token.
 """
@@ -30,9 +30,12 @@ class RowStopping:
         *,
         end_token_ids: Sequence[int],
         width: int,
-        device: torch.device,
+        sound: torch.Tensor,
         progress: Progress,
     ) -> None:
+        device = sound.device
+        #: Rows whose logits were numbers so far, which others write; and rows that ended because they were none.
+        self._sound, self.failed = sound, torch.zeros_like(sound)
         #: Tokens that each row's answer has, its end token included; 0 while it goes on. (rows,), on the device.
         self.counts = torch.zeros(len(prompts), dtype=torch.long, device=device)
         self._max_tokens = torch.tensor([each.max_tokens for each in prompts], device=device)
@@ -55,6 +58,8 @@ class RowStopping:
         ended = torch.isin(newest, self._end_token_ids) & self._ends_normally | (self._max_tokens <= generated)
         if self._watched:
             self._watch(newest, ended)
+        self.failed |= (self.counts == 0) & ~self._sound
+        ended |= self.failed
         self.counts = torch.where((self.counts == 0) & ended, generated, self.counts)
         if self._progress():
             return torch.ones_like(ended)
@@ -87,10 +92,10 @@ class StopWatch:
             return False
         if token in self._prompt.end_token_ids:
             return True
-        newest = self._tokenization.text(self._tokens[-self._newest :])
+        newest = self._tokenization.decoding.text(self._tokens[-self._newest :])
         if not any(stop in newest for stop in self._prompt.stop):
             return False
         # What the newest tokens seem to say may read otherwise in the whole answer, which is what counts.
         answer = self._tokens[len(self._prompt.tail) :]
-        text = self._tokenization.text(answer, after=self._prompt.tail)
+        text = self._tokenization.decoding.text(answer, after=self._prompt.tail)
         return self._tokenization.stop_place(self._prompt, answer, text) is not None

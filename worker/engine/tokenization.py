@@ -1,49 +1,21 @@
 """Between text and tokens: a Request becomes a Prompt, and the tokens that answer it become a Choice.
 
-Owns the chat template, special tokens, the model's context, stop strings and the end of an answer. It knows no
-device and no batch; what it refuses, it refuses for one request alone.
+Owns special tokens, the model's context, stop strings and the end of an answer. It knows no device and no batch; what
+it refuses, it refuses for one request alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jobs.schema import Choice, ErrorCode, Request, SamplingParams
-
-#: The end of a plain prompt that is decoded together with its answer: some tokenizers write a word's leading space
-#: only where a word stands before it.
-TAIL_TOKENS = 5
-#: What `apply_chat_template` takes besides the template's own variables, and a request may not set.
-RESERVED = frozenset(
-    {
-        "conversation",
-        "chat_template",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    }
-)
-#: A template's refusal is kept up to this length.
-REFUSAL_LENGTH = 200
-
-
-class Refused(Exception):
-    """One request that cannot be answered; the text is for its user and holds nothing of the prompt."""
-
-    def __init__(self, code: ErrorCode, message: str, *, prompt_tokens: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-        self.prompt_tokens = prompt_tokens
+from worker.engine.chat import ChatTemplate
+from worker.engine.decoding import CONTEXT_TOKENS, Decoding
+from worker.engine.refused import Refused
+from worker.engine.tool_calls import Calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +25,7 @@ class Prompt:
     `max_tokens` is shortened to what the context leaves. `tail`: the tokens that its answer continues as text.
     `end_token_ids` are the model's, unless they are to be ignored, those of its stop strings that are special tokens,
     and its `stop_token_ids`; `stop` are the other stop strings. `adapter`: the name of the one that answers it.
+    `tools`: the names of those that its answer may call.
     """
 
     tokens: Sequence[int]
@@ -62,6 +35,7 @@ class Prompt:
     end_token_ids: frozenset[int]
     stop: tuple[str, ...]
     adapter: str | None = None
+    tools: frozenset[str] = frozenset()
 
 
 class Tokenization:
@@ -80,19 +54,24 @@ class Tokenization:
         end_token_ids: Collection[int],
     ) -> None:
         self._tokenizer = tokenizer
+        self._chat = ChatTemplate(tokenizer)
+        self.decoding = Decoding(tokenizer)
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._end_token_ids = frozenset(end_token_ids)
         #: Tokens that decoding leaves out, so that no text ever holds them: as stop strings they are end tokens.
         self._special = {str(each): number for number, each in tokenizer.added_tokens_decoder.items() if each.special}
+        self._calls = Calls(tokenizer.chat_template)
+        self._call_marks = {self._special[mark] for mark in self._calls.marks if mark in self._special}
+        self._begin_token = _begin_token(tokenizer)
 
     def prompt(self, request: Request) -> Prompt:
         """The prompt of a request whose sampling has max_tokens set. Raises Refused."""
         if request.messages is not None:
-            tokens, tail = self._tokens(self._rendered(request), special=False), []
+            tokens, tail = self._tokens(self._chat.rendered(request), special=False), []
         else:
             tokens = self._tokens(request.prompt or "", special=True)
-            tail = tokens[-TAIL_TOKENS:]
+            tail = tokens[-CONTEXT_TOKENS:]
         sampling = request.sampling
         self._refuse_unknown_tokens(sampling)
         stop = sampling.stop or ()
@@ -105,42 +84,31 @@ class Tokenization:
             frozenset(ends) if sampling.ignore_eos else self._end_token_ids.union(ends),
             tuple(each for each in stop if each not in self._special),
             request.adapter,
+            frozenset(each["function"]["name"] for each in request.tools or () if request.calls_tools),
         )
 
-    def text(self, tokens: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """What these tokens say after others, without special tokens."""
-        before = self._decode(after) if after else ""
-        together = self._decode([*after, *tokens])
-        return together[len(before) :] if together.startswith(before) else self._decode(tokens)
+    def choice(self, prompt: Prompt, tokens: Sequence[int], *, named: str, complete: bool = False) -> Choice:
+        """The answer that these generated tokens are, cut before its first stop string, with the calls in it.
 
-    def token_text(self, token: int) -> str:
-        """What one token says, special ones included."""
-        text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return text
-
-    def choice(self, prompt: Prompt, tokens: Sequence[int], *, complete: bool = False) -> Choice:
-        """The answer that these generated tokens are, cut before its first stop string.
-
-        `complete`: it ended because nothing could follow.
+        `named`: what no other answer is called. `complete`: it ended because nothing could follow.
         """
         ended = tokens[-1] in prompt.end_token_ids
-        text = self.text(tokens[:-1] if ended else tokens, after=prompt.tail)
+        said = tokens[:-1] if ended else tokens
+        text = self.decoding.text(said, after=prompt.tail)
         stop = self.stop_place(prompt, tokens, text)
-        if stop is not None:
-            return Choice(text[:stop], "stop")
-        return Choice(text, "stop" if ended or complete else "length")
+        choice = Choice(text[:stop], "stop" if ended or complete or stop is not None else "length")
+        if not prompt.tools or not self._calls.known:
+            return choice
+        marked = self.decoding.text_with(self._call_marks, said, after=prompt.tail)
+        called = self._calls.of(marked[: self.stop_place(prompt, tokens, marked)], prompt.tools, named=named)
+        return replace(choice, tool_calls=called.calls, content=called.content) if called else choice
 
     def stop_place(self, prompt: Prompt, tokens: Sequence[int], text: str) -> int | None:
         """Where in this text of these tokens the first stop string begins that is not within its min_tokens."""
         fewest = prompt.sampling.min_tokens or 0
-        begin = len(self.text(tokens[:fewest], after=prompt.tail)) if fewest and prompt.stop else 0
+        begin = len(self.decoding.text(tokens[:fewest], after=prompt.tail)) if fewest and prompt.stop else 0
         places = [place for place in (text.find(stop, begin) for stop in prompt.stop) if place >= 0]
         return min(places, default=None)
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        # Cleaning up would remove spaces before punctuation that the model wrote.
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         try:
@@ -148,10 +116,17 @@ class Tokenization:
         except Exception as error:
             # A tokenizer has no errors of its own: a lone surrogate, say, raises whatever its language raises.
             raise Refused(ErrorCode.ENGINE_ERROR, f"the tokenizer failed: {type(error).__name__}") from error
+        if special and self._begin_token is not None and tokens[:2] == [self._begin_token] * 2:
+            del tokens[0]  # the prompt has it already
         if not tokens:
-            raise Refused(ErrorCode.ENGINE_ERROR, "the prompt is empty: it has no tokens")
+            raise Refused(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens: write something into it")
         if max(tokens) >= self._vocabulary:
-            raise Refused(ErrorCode.ENGINE_ERROR, "the prompt has a token that the model has no embedding for")
+            raise Refused(
+                ErrorCode.UNKNOWN_TOKEN,
+                f"the tokenizer makes token {max(tokens)} of the prompt, and the model has {self._vocabulary}, counted "
+                "from 0: leave its text out, or choose a model that has an embedding for it",
+                prompt_tokens=len(tokens),
+            )
         return tokens
 
     def _refuse_unknown_tokens(self, sampling: SamplingParams) -> None:
@@ -179,38 +154,8 @@ class Tokenization:
             )
         return min(wanted, self._context_tokens - prompt_tokens)
 
-    def _rendered(self, request: Request) -> str:
-        """The messages as the chat template writes them."""
-        if not self._tokenizer.chat_template:
-            raise Refused(
-                ErrorCode.NO_CHAT_TEMPLATE, "the model has no chat template: send prompts instead of messages"
-            )
-        variables = {"add_generation_prompt": True, **(request.chat_template_kwargs or {})}
-        if reserved := sorted(RESERVED & variables.keys()):
-            raise Refused(
-                ErrorCode.CHAT_TEMPLATE_ERROR, f"chat_template_kwargs may not set {', '.join(reserved)}: remove it"
-            )
-        try:
-            return self._apply(request.messages or (), variables)
-        except TemplateError as error:
-            said = self._refusal(request.messages or ())
-            raise Refused(ErrorCode.CHAT_TEMPLATE_ERROR, f"the chat template refused the messages: {said}") from error
-        except Exception as error:
-            # A template runs a request's values through operators and filters, which raise anything.
-            raise Refused(ErrorCode.CHAT_TEMPLATE_ERROR, f"the chat template failed: {type(error).__name__}") from error
 
-    def _refusal(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The template's own words, about the same roles with nothing of the prompt in them."""
-        bare = [{"role": each.get("role"), "content": "-"} for each in messages]
-        try:
-            self._apply(bare, {"add_generation_prompt": True})
-        except TemplateError as error:
-            return str(error)[:REFUSAL_LENGTH]
-        except Exception as error:
-            return type(error).__name__
-        return "it depends on what they say"
-
-    def _apply(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        conversation = [dict(each) for each in messages]
-        written: str = self._tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
-        return written
+def _begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that is put in front of plain text, None for none."""
+    begun, bare = (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
+    return begun[0] if begun[:1] != bare[:1] else None

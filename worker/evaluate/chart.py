@@ -5,12 +5,13 @@ Drawn by matplotlib, which is optional: `check` says so before any work is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import UsageError
+from jobs.files import check_target, replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,18 +23,26 @@ _MIB = 1024**2
 _GIB = 1024**3
 
 
-def check(path: Path) -> None:
-    """Raises UsageError for what could not be written at the end."""
+def check(path: Path, *, keep: Iterable[str | Path]) -> None:
+    """Raises UsageError for what could not be written at the end, or is one of `keep`."""
     if path.suffix.lower() not in ENDINGS:
         raise UsageError(f"-o {path}: a chart is a {' or '.join(ENDINGS)} file")
-    if not path.parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}")
+    check_target(path, keep=keep)
     if find_spec("matplotlib") is None:
         raise UsageError("a chart needs matplotlib, which is not installed: pip install 'batchmill[chart]'")
 
 
 def draw(report: Report, path: Path) -> None:
-    """Writes the chart. Raises UsageError for a file that cannot be written."""
+    """Writes the chart. Raises WriteFailed for a file that cannot be written."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        # A matplotlibrc of the current folder comes first, and can have LaTeX run.
+        matplotlib.rcdefaults()
+        _draw(report, path)
+
+
+def _draw(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -44,10 +53,8 @@ def draw(report: Report, path: Path) -> None:
     memory.set(xlabel=f"weights, {name}", ylabel="perplexity (lower is better)")
     speed.set(xlabel="generated tokens per second")
     figure.suptitle(f"{Path(report.baseline.model).name} on {report.data_name}, {report.device_name}")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UsageError(f"-o {path}: cannot be written: {error.strerror or error}") from error
+    with replaced(path, binary=True) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:].lower())
 
 
 def _plot(axes: Axes, report: Report, place_of: Callable[[Measurement], float | None]) -> None:

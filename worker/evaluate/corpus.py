@@ -142,7 +142,11 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
-    named = isinstance(value, list) and all(isinstance(each, dict) and "role" in each for each in value)
+    named = isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) for each in value
+    )
     if not named or not value or not all(isinstance(each.get("content"), str) for each in value):
         raise ValueError("messages must be a list of at least one object with a role and a content that is a string")
+    if any(each.get("tool_calls") for each in value):
+        raise ValueError("messages with tool_calls are not taken")
     return tuple(value)

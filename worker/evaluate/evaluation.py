@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from jobs.digests import Digests
 from jobs.errors import BatchmillError, ModelError, UsageError
 from jobs.spec import ModelSpec
 from worker.devices import DeviceInfo
@@ -62,7 +63,7 @@ class _Work:
 
 
 class Evaluation:
-    """`keep` is given each measurement as soon as there is one."""
+    """`keep` is given each measurement as soon as there is one. `digests`: those known of the model's files."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Evaluation:
         *,
         device: DeviceInfo,
         options: EngineOptions,
+        digests: Digests,
         shown: Shown,
         keep: Callable[[Measurement, Method, Measurement | None], None],
     ) -> None:
@@ -80,6 +82,7 @@ class Evaluation:
         self._asked = asked
         self._device = device
         self._options = options
+        self._digests = digests
         self._shown = shown
         self._keep = keep
         self._work: _Work | None = None
@@ -118,7 +121,7 @@ class Evaluation:
 
     def _measured(self, spec: ModelSpec, memory: PeakMemory) -> Measurement:
         with memory.watching():
-            loaded = load(spec, self._device.torch_device)
+            loaded = load(spec, self._device.torch_device, digests=self._digests)
         work = self._work = self._work or self._prepared(loaded)
         perplexity, divergence = self._read(loaded, work)
         # What was read took buffers of its own, which a worker does not have.
@@ -144,6 +147,7 @@ class Evaluation:
             loaded.load_seconds,
             None if answers is None else answers.engine,
             loaded.commit,
+            loaded.content.identity,
         )
 
     def _prepared(self, loaded: LoadedModel) -> _Work:
@@ -178,12 +182,13 @@ class Evaluation:
             if takes is not None:
                 takes(log_probs)
             self._shown.reached(perplexity.tokens)
-        if not math.isfinite(perplexity.value):
+        divergence = None if comparison is None else comparison.result
+        if not all(map(math.isfinite, (perplexity.value, *((divergence.mean, divergence.p99) if divergence else ())))):
             raise ModelError(
                 f"{loaded.spec} holds a token of the text impossible, or gives no numbers: its numbers overflow in "
                 f"{loaded.model.dtype}; choose another dtype or quantization"
             )
-        return perplexity.value, None if comparison is None else comparison.result
+        return perplexity.value, divergence
 
     def _answer(self, loaded: LoadedModel, work: _Work) -> Answers | None:
         if not work.questions:

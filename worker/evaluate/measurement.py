@@ -18,6 +18,7 @@ class Measurement:
 
     `tokens_per_second`: generated, of all rows together; None where nothing was asked. `divergence` and `agreement`
     are None for the baseline, and where it could not be measured. `commit`: what the revision resolved to.
+    `identity`: what the model consisted of.
     """
 
     spec: ModelSpec
@@ -31,9 +32,10 @@ class Measurement:
     load_seconds: float
     engine: str | None
     commit: str | None
+    identity: str
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the spec."""
+        """Everything but the spec and the identity."""
         accuracy = self.accuracy
         return {
             "perplexity": self.perplexity,

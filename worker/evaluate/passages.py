@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from jobs.errors import UsageError
 from jobs.schema import Request, SamplingParams
-from worker.engine.tokenization import Prompt, Refused, Tokenization
+from worker.engine.refused import Refused
+from worker.engine.tokenization import Prompt, Tokenization
 from worker.evaluate.corpus import Corpus, Example
 from worker.loader import LoadedModel
 
@@ -89,7 +90,7 @@ class Passages:
             drafts = [(each.prompt, each.messages, each.answer, len(prompt.tokens)) for each, prompt in prompts]
         else:
             places = _evenly(list(self._places()), count)
-            drafts = [(self._tokenization.text(place), None, None, len(place)) for place in places]
+            drafts = [(self._tokenization.decoding.text(place), None, None, len(place)) for place in places]
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return tuple(
             Question(Request(index, str(index), prompt, messages, sampling), length, answer)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,12 +25,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from jobs.digests import Digests
 from jobs.errors import ModelError
+from jobs.identity import Content, of_commit, of_model
 from jobs.schema import SamplingParams
 from jobs.spec import ModelSpec
 from worker.engine.options import EngineOptions
 from worker.loader.cached import cache_token_bytes
 from worker.loader.checkpoint import announce
+from worker.loader.configuration import read_configuration
 from worker.loader.generation import defaults, end_token_ids, pad_token_id
 from worker.loader.layers import finish, refuse_ignored, refuse_missing
 from worker.loader.layout import WHOLE, Layout, lay_out, settle
@@ -39,6 +41,7 @@ from worker.loader.offload_folder import own_folder
 from worker.loader.precision import precision
 from worker.loader.reasons import reason
 from worker.loader.source import find
+from worker.loader.trial import refuse_without_numbers
 from worker.loader.weights import bytes_by_device
 from worker.placement import Placement
 from worker.vetting import Refusal, vet
@@ -55,8 +58,9 @@ class LoadedModel:
     `pad_token_id` has an embedding and is masked wherever it stands. `context_tokens`: prompt and answer together,
     None for no limit. `vocabulary`: tokens that have an embedding. `cache_token_bytes`: what one token takes in the
     cache. `weights_bytes` is counted after loading and before the first forward. `commit`: what the revision resolved
-    to, None for a folder. `adapters`: those beside it, which count in `weights_bytes`. `layout`: where its layers lie,
-    if not all on `device`. `weights_elsewhere`: the part of `weights_bytes` on each of the placement's other devices.
+    to, None for a folder. `content`: what it was read from. `adapters`: those beside it, which count in
+    `weights_bytes`. `layout`: where its layers lie, if not all on `device`. `weights_elsewhere`: the part of
+    `weights_bytes` on each of the placement's other devices.
     """
 
     spec: ModelSpec
@@ -72,23 +76,30 @@ class LoadedModel:
     weights_bytes: int
     load_seconds: float
     commit: str | None
+    content: Content
     adapters: tuple[LoadedAdapter, ...] = ()
     layout: Layout = WHOLE
     weights_elsewhere: tuple[int, ...] = ()
 
 
 def load(
-    spec: ModelSpec, device: str, *, placement: Placement | None = None, options: EngineOptions | None = None
+    spec: ModelSpec,
+    device: str,
+    *,
+    placement: Placement | None = None,
+    options: EngineOptions | None = None,
+    digests: Digests | None = None,
 ) -> LoadedModel:
     """Loads a model onto `cpu` or `cuda:N`, or as a placement says whose first device this is.
 
-    `options`: of the engine that will serve it, and needs room beside the weights. Raises ModelError, which says what
-    to do.
+    `options`: of the engine that will serve it, and needs room beside the weights. `digests`: those that are known of
+    its files. Raises ModelError, which says what to do.
     """
     started = time.monotonic()
     with loading(spec):
         placement = placement or Placement((device,))
-        return _load(spec, torch.device(device), placement, options or EngineOptions(), started)
+        options = options or EngineOptions()
+        return _load(spec, torch.device(device), placement, options, digests or Digests(), started)
 
 
 @contextmanager
@@ -116,16 +127,24 @@ def _quiet() -> None:
 
 
 def _load(
-    spec: ModelSpec, device: torch.device, placement: Placement, options: EngineOptions, started: float
+    spec: ModelSpec,
+    device: torch.device,
+    placement: Placement,
+    options: EngineOptions,
+    digests: Digests,
+    started: float,
 ) -> LoadedModel:
     folder, commit = find(spec)
     vet(folder)
     source = str(folder)
     if placement.plain:
         _refuse_too_large(spec, folder, device, options)
+    # Hashed first, so that the weights are in the operating system's memory when they are loaded.
+    content = of_model(folder, digests) if commit is None else of_commit(commit)
     model = read_model(spec, folder, device, placement)
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    refuse_changed(content)
     others = placement.names[1:]
     held = bytes_by_device(model)
     weights_bytes, *elsewhere = (held[torch.device(each)] for each in (str(device), *map(placement.seen, others)))
@@ -139,13 +158,14 @@ def _load(
         device,
         defaults(asked),
         ends,
-        pad_token_id(tokenizer, ends, vocabulary),
+        pad_token_id(tokenizer, ends, model.get_input_embeddings(), device=device),
         getattr(config.get_text_config(), "max_position_embeddings", None),
         vocabulary,
-        _warm_up(model, device),
+        _warm_up(model, vocabulary, device),
         weights_bytes + sum(elsewhere),
         time.monotonic() - started,
         commit,
+        content,
         layout=Layout.of(model),
         weights_elsewhere=tuple(elsewhere),
     )
@@ -159,7 +179,7 @@ def read_model(
     Raises ModelError, and whatever the libraries raise that load it.
     """
     source = str(folder)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = read_configuration(folder)
     placement = placement or Placement((str(device),))
     asked = precision(spec, config, folder, device, offloads=placement.offloads)
     announce(config)
@@ -181,6 +201,13 @@ def read_model(
     return loaded
 
 
+def refuse_changed(content: Content) -> None:
+    """Raises Refusal where files were written while they were loaded: nobody knows which of the two was read."""
+    changed = content.changed()
+    if changed is not None:
+        raise Refusal(f"its {changed} changed while it was loaded; start again when nobody writes to its files")
+
+
 def _refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions) -> None:
     # Imported here, since what is planned is counted with parts of this package.
     from worker.plan.refusal import refuse_too_large
@@ -189,8 +216,12 @@ def _refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, optio
 
 
 @torch.no_grad()
-def _warm_up(model: PreTrainedModel, device: torch.device) -> int:
-    """One forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU. Returns its cache's bytes."""
+def _warm_up(model: PreTrainedModel, vocabulary: int, device: torch.device) -> int:
+    """One forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU, and one of a few.
+
+    Returns the bytes of its cache.
+    """
     token_bytes = cache_token_bytes(model, device)
     refuse_ignored(model)
+    refuse_without_numbers(model, vocabulary, device)
     return token_bytes

@@ -25,6 +25,10 @@ BITSANDBYTES_4BIT, BITSANDBYTES_8BIT = "bitsandbytes_4bit", "bitsandbytes_8bit"
 COMPRESSED_TENSORS = "compressed-tensors"
 _HUB_KERNELS = "its kernels are code fetched from the Hub, which is never run"
 _NO_KERNELS = "nothing here multiplies by its weights as they are stored"
+_NO_EXTRA = (
+    "batchmill has no extra for them today, since no release of theirs installs beside its torch and transformers; "
+    "take the original with -q nf4"
+)
 _SCALES = ".weight_scale_inv"
 #: From this CUDA capability on, torch multiplies in FP8.
 _FP8_CAPABILITY = (8, 9)
@@ -32,7 +36,10 @@ _FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """`modules`: what has to be importable, after `pip install` of `package`. `dequantized`: why, if it is."""
+    """`modules`: what has to be importable, after `pip install` of `package`. `dequantized`: why, if it is.
+
+    Without a `package` nothing brings them beside the versions that batchmill needs.
+    """
 
     modules: tuple[str, ...] = ()
     package: str = ""
@@ -43,8 +50,8 @@ class _Method:
 _METHODS: Mapping[str, _Method] = {
     BITSANDBYTES_4BIT: _Method(),
     BITSANDBYTES_8BIT: _Method(),
-    "gptq": _Method(("gptqmodel", "optimum"), "batchmill[gptq]"),
-    "awq": _Method(("gptqmodel",), "batchmill[awq]"),
+    "gptq": _Method(("gptqmodel", "optimum")),
+    "awq": _Method(("gptqmodel",)),
     COMPRESSED_TENSORS: _Method(("compressed_tensors",), "batchmill[compressed-tensors]", dequantized=_NO_KERNELS),
     "fp8": _Method(dequantized=_HUB_KERNELS),
     "mxfp8": _Method(dequantized=_HUB_KERNELS),
@@ -100,12 +107,7 @@ class Checkpoint:
             )
         if not method.cpu and device.type == "cpu":
             raise Refusal(f"its weights are quantized by {self.method}, which runs on a GPU alone; use --device cuda")
-        missing = [each for each in method.modules if not _installed(each)]
-        if missing:
-            raise Refusal(
-                f"its weights are quantized by {self.method}, and of its libraries {' and '.join(missing)} cannot be "
-                f"found; run: pip install '{method.package}'"
-            )
+        self._refuse_missing(method)
         if self.method == COMPRESSED_TENSORS:
             self._refuse_reordered()
         if self.method in ("fp8", "mxfp8"):
@@ -122,6 +124,15 @@ class Checkpoint:
                 # Weights of several schemes are told apart by their layers alone, after they are loaded.
                 return {"dequantize": False}
         return {"dequantize": True}
+
+    def _refuse_missing(self, method: _Method) -> None:
+        missing = [each for each in method.modules if not _installed(each)]
+        if missing:
+            remedy = f"run: pip install '{method.package}'" if method.package else _NO_EXTRA
+            raise Refusal(
+                f"its weights are quantized by {self.method}, and of its libraries {' and '.join(missing)} cannot be "
+                f"found; {remedy}"
+            )
 
     def _groups(self) -> list[Mapping[str, Any]]:
         """How compressed-tensors treats the weights, for each group of layers."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from jobs.schema import SamplingParams
@@ -10,12 +13,10 @@ from jobs.schema import SamplingParams
 def defaults(asked: GenerationConfig) -> SamplingParams:
     """What the checkpoint's generation_config sets (transformers keeps None for what it does not).
 
-    Where it says do_sample false and gives no temperature, its authors ask for the greedy answer. A do_sample that is
-    absent asks for nothing, and one beside a temperature neither: such files are older than that rule.
+    Where it says do_sample false, its authors ask for the greedy answer, whatever temperature stands beside it. A
+    do_sample that is absent asks for nothing.
     """
-    temperature = asked.temperature
-    if temperature is None and asked.do_sample is False:
-        temperature = 0.0
+    temperature = 0.0 if asked.do_sample is False else asked.temperature
     return SamplingParams(
         temperature=temperature,
         top_p=asked.top_p,
@@ -31,7 +32,15 @@ def end_token_ids(asked: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
     return tuple(dict.fromkeys(each for each in [*ids, tokenizer.eos_token_id] if each is not None))
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], vocabulary: int) -> int:
-    """The tokenizer's pad token, or else an end token. Some tokenizers have one that their model does not know."""
-    candidates = (tokenizer.pad_token_id, *ends)
-    return next((each for each in candidates if each is not None and each < vocabulary), 0)
+def pad_token_id(
+    tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], embeddings: Any, *, device: torch.device
+) -> int:
+    """The tokenizer's pad token, or else an end token. Some tokenizers have one that their model does not know.
+
+    Some models have no numbers for one that they were never trained on, and a NaN is not hidden by a mask: it times 0
+    is NaN.
+    """
+    known = [each for each in (tokenizer.pad_token_id, *ends) if each is not None and each < embeddings.num_embeddings]
+    with torch.inference_mode():
+        sound = [each for each in known if embeddings(torch.tensor([each], device=device)).isfinite().all()]
+    return next(iter(sound), 0)

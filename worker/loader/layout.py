@@ -66,6 +66,11 @@ class Layout:
         """Whether weights wait where nothing is computed with them."""
         return DISK in self._all or (CPU in self._all and len(self._all) > 1)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether weights are read from disk while the model works."""
+        return DISK in self._all
+
     def parts(self, devices: Sequence[str]) -> list[float]:
         """Which part of the layers each of these devices computes; the first computes what is offloaded."""
         layers = dict(self.layers)

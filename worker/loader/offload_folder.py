@@ -6,32 +6,28 @@ transformers reads most of them from the model's own files, and writes only thos
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 from pathlib import Path
 
-import psutil
-
 from jobs.errors import ModelError
-
-_NAME = re.compile(r"batchmill-(.+)-(\d+)")
+from jobs.process import Lives, Process
 
 
 def own_folder(folder: Path | None) -> str | None:
-    """The folder of this process, made; what processes of this machine left there that have ended is deleted.
+    """The folder of this process, made; what dead processes of this machine left there is deleted.
 
     Raises ModelError where it cannot be made.
     """
     if folder is None:
         return None
-    host = socket.gethostname()
-    mine = folder / f"batchmill-{host}-{os.getpid()}"
+    prefix = f"batchmill-{socket.gethostname()}-"
+    mine = folder / f"{prefix}{Process.own() or os.getpid()}"
     try:
         mine.mkdir(parents=True, exist_ok=True)
-        for each in folder.iterdir():
-            found = _NAME.fullmatch(each.name)
-            if found and found[1] == host and not psutil.pid_exists(int(found[2])):
+        for each in folder.glob(f"{prefix}*"):
+            process = Process.parse(each.name.removeprefix(prefix))
+            if process is not None and process.lives() is Lives.NO:
                 shutil.rmtree(each, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"--offload-folder {folder} cannot be used: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ Owns which kinds can be saved, what is copied beside the weights, and that the f
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -12,20 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
+from jobs import VERSION
 from jobs.errors import ModelError, UsageError
+from jobs.process import Process
 from jobs.quantization import Kind
 from jobs.spec import ECHO, ModelSpec
 from worker.loader import loading, read_model
 from worker.loader.source import find
-from worker.vetting import WEIGHTS_INDEX, vet
+from worker.vetting import COPY, COPY_FORMAT, WEIGHTS_INDEX, vet
 
 _KINDS = (Kind.NF4, Kind.FP4, Kind.INT8)
 #: What lies beside the weights and is copied as it is: the tokenizer, its templates, the way to generate, the terms.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
 #: What is written anew instead.
-_WRITTEN = frozenset({"config.json", WEIGHTS_INDEX})
+_WRITTEN = frozenset({"config.json", WEIGHTS_INDEX, COPY})
+#: So much of the folder's name, of at most 255 bytes, goes into that of the unfinished one beside it.
+_NAME_LENGTH = 40
 _GENERATION = "generation_config.json"
 
 
@@ -46,18 +52,20 @@ def save_quantized(spec: ModelSpec, out: Path, device: str) -> Saved:
     """
     started = time.monotonic()
     _refuse(spec, out)
-    with loading(spec):
-        folder, _ = find(spec)
-        vet(folder)
-        model = read_model(spec, folder, torch.device(device))
-    unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    place = Path(os.path.realpath(out))
+    unfinished = place.parent / f".{out.name[:_NAME_LENGTH]}.unfinished-{Process.own() or os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(parents=True)  # before the long work, which would be for nothing where it cannot be made
+        with loading(spec):
+            folder, _ = find(spec)
+            vet(folder)
+            model = read_model(spec, folder, torch.device(device))
         _write(model, spec, unfinished)
         _copy(folder, unfinished)
-        unfinished.rename(out)
-    except OSError as error:
-        raise ModelError(f"cannot save a copy in {out}: {error.strerror or error}") from error
+        (unfinished / COPY).write_text(json.dumps({"format": COPY_FORMAT, "batchmill": VERSION}) + "\n")
+        unfinished.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot save a copy in {out}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     weights_bytes = sum(each.stat().st_size for each in out.glob("*.safetensors"))
@@ -72,6 +80,8 @@ def _refuse(spec: ModelSpec, out: Path) -> None:
         raise UsageError(f"-q {spec.quantization} quantizes nothing; choose one of {', '.join(_KINDS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already and not an empty folder; name another")
+    if spec.folder is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(spec.folder)):
+        raise UsageError(f"{out} lies in the model's own folder; name one elsewhere")
 
 
 def _write(model: PreTrainedModel, spec: ModelSpec, folder: Path) -> None:

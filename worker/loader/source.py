@@ -10,13 +10,12 @@ from pathlib import Path
 
 from jobs.errors import ModelError
 from jobs.logs import get_logger
-from jobs.spec import DEMO, ModelSpec
+from jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
 from worker import repository
 from worker.hub import TensorHeader, local_headers
 from worker.vetting import Refusal, weights
 
 log = get_logger(__name__)
-DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 
 
 def find(spec: ModelSpec) -> tuple[Path, str | None]:

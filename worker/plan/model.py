@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from jobs.quantization import Quantization
 from jobs.spec import ModelSpec
 from worker.hub import TensorHeader
 from worker.loader.checkpoint import Checkpoint
+from worker.loader.configuration import read_configuration
 from worker.loader.precision import precision
 from worker.loader.source import headers
 from worker.plan.footprint import Footprint, footprint
@@ -45,9 +46,7 @@ class PlannedModel:
     def __init__(self, spec: ModelSpec, folder: Path) -> None:
         self.spec = spec
         self.folder = folder
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
+        self.config = read_configuration(folder)
         self._tokens: dict[torch.dtype, TokenCost] = {}
         self._footprints: dict[tuple[object, ...], Footprint] = {}
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs.schema import ErrorCode
 from worker.engine.grammar.response_format import grammar_text
-from worker.engine.grammar.trial import Trial, compiled
-from worker.engine.tokenization import Refused
+from worker.engine.grammar.schema import probes
+from worker.engine.grammar.trial import NOT_ALLOWED, Trial, compiled
+from worker.engine.refused import Refused
 
 #: So many grammars are kept compiled, and the refusals of those that cannot be.
 KEPT_GRAMMARS = 16
@@ -30,6 +31,14 @@ REASON_LENGTH = 200
 _WORD_BITS = 32
 #: What the library calls the end token of a model that has none.
 _NO_END = "<|no end|>"
+#: What the library says of its own parts and options, and what is said instead.
+_OUR_WORDS = {
+    "coerce_one_of": "oneOf: several of its schemas may match the same value; use anyOf, or tell them apart by type "
+    "or by a required property with another const in each",
+    "NoExtension": "nothing that it allows can follow",
+    "Regex is empty": "no string matches its pattern, format, enum and lengths together",
+    "Failed to generate regex for": "no number that can be written is within its minimum, maximum and multipleOf",
+}
 _T = TypeVar("_T")
 
 
@@ -59,11 +68,11 @@ class Grammars:
         if self._vocabulary is None:
             self._vocabulary = _attempt(lambda: _Vocabulary(self._tokenizer, self._size, self._end_token_ids))
         vocabulary = _given(self._vocabulary)
-        text = grammar_text(response_format)
-        grammar = self._kept.pop(text, None)
+        key = _key(response_format)
+        grammar = self._kept.pop(key, None)
         if grammar is None or (isinstance(grammar, _Grammar) and grammar.spoiled):
-            grammar = _attempt(lambda: _Grammar(vocabulary, text, self._trial))
-        self._kept[text] = grammar
+            grammar = _attempt(lambda: _Grammar(vocabulary, response_format, self._trial))
+        self._kept[key] = grammar
         if len(self._kept) > KEPT_GRAMMARS:
             self._kept.popitem(last=False)
         return Matcher(_given(grammar))
@@ -173,9 +182,14 @@ class _Grammar:
     Raises Refused. `spoiled`: one of its sequences failed.
     """
 
-    def __init__(self, vocabulary: _Vocabulary, text: str, trial: Trial) -> None:
+    def __init__(self, vocabulary: _Vocabulary, response_format: Mapping[str, Any], trial: Trial) -> None:
+        text = grammar_text(response_format)
         if reason := trial.reason_against(text):
             raise _refused(_reason(reason))
+        for each in probes(response_format.get("schema") or {}):
+            probed = grammar_text({"type": "json_schema", "schema": each.schema})
+            if reason := trial.reason_against(probed, each.beginning):
+                raise _refused(each.reason if reason == NOT_ALLOWED else reason)
         self.vocabulary = vocabulary
         self.spoiled = False
         self.start = compiled(vocabulary.library, text)
@@ -229,8 +243,18 @@ def _refused(reason: str) -> Refused:
     return Refused(ErrorCode.INVALID_RESPONSE_FORMAT, f"response_format was refused: {reason}")
 
 
+def _key(response_format: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(response_format)
+    except RecursionError:
+        raise _refused("its schema is nested too deeply") from None
+
+
 def _reason(said: str) -> str:
-    """The line of the library's words that says why."""
+    """Why, in words of which a user can make something: the library's own line, or ours in its place."""
+    for words, ours in _OUR_WORDS.items():
+        if words in said:
+            return ours
     lines = [each.strip() for each in said.splitlines() if each.strip() not in ("", "<non-verbose/>")]
     why = next((each.removeprefix("error: ") for each in lines if each.startswith("error: ")), None)
     return (why or (lines[0] if lines else "no reason given").rpartition("(in regex): ")[2])[:REASON_LENGTH]

@@ -11,8 +11,12 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from jobs.logs import get_logger
 from jobs.schema import ErrorCode
-from worker.engine.tokenization import Refused
+from worker.engine.grammar.schema import exact
+from worker.engine.refused import Refused
+
+log = get_logger(__name__)
 
 #: A schema, a regex, or all choices together have at most so many characters.
 MAX_TEXT_LENGTH = 65_536
@@ -23,7 +27,7 @@ _OPTIONS = "x-guidance"
 
 
 def grammar_text(response_format: Mapping[str, Any]) -> str:
-    """The grammar, as llguidance reads it. Equal ones have equal texts. Raises Refused."""
+    """The grammar, as llguidance reads it. Raises Refused."""
     kind = response_format.get("type")
     if kind == "json_object":
         return _schema_text({"type": "object"})
@@ -39,9 +43,11 @@ def grammar_text(response_format: Mapping[str, Any]) -> str:
 def _schema_text(schema: Any) -> str:
     if not isinstance(schema, Mapping):
         raise _refused("its schema is not an object")
-    own = {key: value for key, value in schema.items() if key != _OPTIONS}
     try:
-        _check("schema", json.dumps(own, separators=(",", ":"), ensure_ascii=False))
+        _check("schema", json.dumps(schema, separators=(",", ":"), ensure_ascii=False))
+        own, unknown = exact(schema)
+        if unknown:
+            log.info("formats of a schema are not checked", formats=sorted(unknown))
         return json.dumps({"grammars": [{"json_schema": own | {_OPTIONS: {"whitespace_pattern": WHITESPACE}}}]})
     except RecursionError:
         raise _refused("its schema is nested too deeply") from None

@@ -24,6 +24,7 @@ TRIAL_BYTES = 256 * 2**20
 TRIAL_STACK_BYTES = 4 * 2**20
 #: States that one grammar's lexer may reach, of about 2 kB each: it stands between a regex and the memory.
 MAX_LEXER_STATES = 50_000
+NOT_ALLOWED = "it does not allow what it has to"
 TOO_MUCH = f"compiling it takes more than {TRIAL_SECONDS} seconds, {TRIAL_BYTES // 2**20} MiB or the stack; simplify it"
 
 
@@ -33,15 +34,18 @@ class Trial:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def reason_against(self, grammar: str) -> str | None:
-        """Why this grammar cannot be taken, None if it can. Takes about a millisecond, TRIAL_SECONDS at most."""
+    def reason_against(self, grammar: str, beginning: str = "") -> str | None:
+        """Why this grammar cannot be taken, None if it can. Takes about a millisecond, TRIAL_SECONDS at most.
+
+        `beginning`: of an answer that it has to allow.
+        """
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(grammar) + "\n")
+            process.stdin.write(json.dumps([grammar, beginning]) + "\n")
             process.stdin.flush()
             said = process.stdout.readline()
         except BrokenPipeError:
@@ -85,7 +89,11 @@ def _serve() -> None:
     for line in sys.stdin:
         # Whoever waits for the answer learns from the end of this process that it took too long.
         signal.alarm(TRIAL_SECONDS)
-        reason = compiled(library, json.loads(line)).get_error()
+        grammar, beginning = json.loads(line)
+        start, tokens = compiled(library, grammar), [*beginning.encode()]
+        reason = start.get_error()
+        if not reason and start.validate_tokens(tokens) < len(tokens):
+            reason = NOT_ALLOWED
         signal.alarm(0)
         sys.stdout.write(json.dumps(reason) + "\n")
         sys.stdout.flush()

@@ -49,9 +49,14 @@ class _Ask(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of one call, (rows,) int64 on the device, and the logprobs of the rows that ask, None if none does."""
+    """The tokens of one call, (rows,) int64 on the device, and the logprobs of the rows that ask, None if none does.
+
+    `sound`: (rows,) of bool, also there: the row's logits are numbers. One with a NaN or +inf, or with nothing finite,
+    has a token all the same, which means nothing.
+    """
 
     tokens: torch.Tensor
+    sound: torch.Tensor
     logprobs: Logprobs | None
 
 
@@ -140,8 +145,10 @@ class Sampler:
         ceil(vocabulary / 32)) int32, the lowest bit the first token; rows without a grammar have all bits set. A row
         whose tokens are all forbidden takes one of them.
         """
+        tokens = _largest(logits)
+        sound = _sound(logits, tokens)
         if self.greedy and allowed is None:
-            return Sampled(_largest(logits), None)
+            return Sampled(tokens, sound, None)
         held = np.asarray(seats, dtype=np.intp)
         biased, penalised, drawn, told = (np.flatnonzero(each) for each in self._asks[:, held])
         scores = logits.float().contiguous()
@@ -152,7 +159,8 @@ class Sampler:
             self._penalties.apply(scores, penalised, held[penalised])
         if allowed is not None:
             self._bitmask.apply(scores, allowed, rows_at_once=self._rows_at_once)
-        tokens = _largest(scores)
+        if len(biased) or len(penalised) or allowed is not None:
+            tokens = _largest(scores)
         for rows in np.split(drawn, range(self._rows_at_once, len(drawn), self._rows_at_once)):
             if len(rows):
                 self._draw(scores, tokens, rows, held[rows])
@@ -160,8 +168,8 @@ class Sampler:
             self._penalties.record(held[penalised], tokens.index_select(0, upload(penalised, self._device)))
         self._generated[held] += 1
         if raw is None:
-            return Sampled(tokens, None)
-        return Sampled(tokens, raw.of(tokens, tuple(told.tolist()), int(self._alternatives[held[told]].max())))
+            return Sampled(tokens, sound, None)
+        return Sampled(tokens, sound, raw.of(tokens, tuple(told.tolist()), int(self._alternatives[held[told]].max())))
 
     def _draw(self, scores: torch.Tensor, tokens: torch.Tensor, rows: _Places, seats: _Places) -> None:
         """Puts what these rows draw from their scores (all rows, vocabulary) among the tokens, (all rows,)."""
@@ -173,8 +181,13 @@ class Sampler:
         tokens.index_copy_(0, places, draws.drawn(probabilities, at, otherwise=tokens.index_select(0, places)))
 
 
+def _sound(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Whether each row has numbers alone, (rows,): a NaN counts as the largest, so the largest says it of all."""
+    return logits.gather(1, largest[:, None])[:, 0].isfinite()
+
+
 def _largest(scores: torch.Tensor) -> torch.Tensor:
-    """The first of the largest of each row, (rows,)."""
+    """The first of the largest of each row, (rows,); a NaN is larger than any number."""
     if scores.device.type == "cpu":
         # Ten times as fast as torch's.
         return torch.from_numpy(scores.float().numpy().argmax(axis=1))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+#: What is impossible has the logarithm -inf, for which JSON has no word; what is less likely than this is told as it.
+LEAST_LOGPROB = -9999.0
 #: As many alternatives are looked for at least, so that equal ones come in an order that no other row changes.
 LEAST_ALTERNATIVES = 20
 
@@ -30,7 +32,7 @@ class RawLogprobs:
     def __init__(self, logits: torch.Tensor, places: torch.Tensor) -> None:
         """Takes float32 logits (all rows, vocabulary), and which rows count, (n,)."""
         self._places = places
-        self._distributions = logits.index_select(0, places).log_softmax(dim=-1)
+        self._distributions = logits.index_select(0, places).log_softmax(dim=-1).clamp_(min=LEAST_LOGPROB)
 
     def of(self, tokens: torch.Tensor, places: tuple[int, ...], alternatives: int) -> Logprobs:
         """Takes the tokens of all rows, (rows,), the rows that count, and the most alternatives that one asks for."""

@@ -1,6 +1,6 @@
 """The sampler as a logits processor: what `generate` takes the largest score of is each row's next token.
 
-Owns nothing but the translation; the rows of a micro-batch are the seats.
+Owns nothing but the translation, and whose logits are no numbers; the rows of a micro-batch are the seats.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ class RowSampler:
 
     def __init__(self, prompts: Sequence[Prompt], *, vocabulary: int, device: torch.device) -> None:
         self._rows = range(len(prompts))
+        #: Rows whose logits were numbers at every step so far, (rows,) of bool, on the device.
+        self.sound = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self._sampler = Sampler(seats=len(prompts), vocabulary=vocabulary, device=device)
         for row, prompt in enumerate(prompts):
             self._sampler.enter(row, prompt.sampling, prompt=prompt.tokens, end_token_ids=prompt.end_token_ids)
@@ -27,7 +29,8 @@ class RowSampler:
 
         The tokens so far, (rows, length), are known already.
         """
+        sampled = self._sampler.sample(self._rows, scores)
+        self.sound &= sampled.sound
         if self._sampler.greedy:
             return scores
-        tokens = self._sampler.sample(self._rows, scores).tokens
-        return scores.scatter_(1, tokens[:, None], torch.inf)
+        return scores.scatter_(1, sampled.tokens[:, None], torch.inf)

@@ -1,0 +1,107 @@
+"""Celery's worker as batchmill runs it: one spawned child, and a pool that is kept whole whatever Redis does."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Callable
+from time import monotonic, sleep
+from typing import Any
+
+from celery.concurrency.asynpool import AsynPool
+from celery.concurrency.prefork import TaskPool
+from celery.exceptions import SecurityWarning
+from celery.worker.consumer import Consumer
+from celery.worker.state import maybe_shutdown
+from kombu import Queue
+from redis.exceptions import ResponseError
+
+from jobs.broker import make_app
+from jobs.settings import Settings
+
+#: Celery gives a child so much longer than the watchdog to load its model.
+_ALIVE_MARGIN_SECONDS = 60
+#: Celery gives no task to a new child while it waits for the dead one's result, of which there is none.
+_LOST_WAIT_SECONDS = 0.1
+#: After Redis refused something it is asked again so much later.
+_REFUSED_SECONDS = 5.0
+_TICK_SECONDS = 0.25
+
+
+def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
+    """A Celery worker that takes the wake-ups of one queue; the caller starts it."""
+    # Celery's advice against root is about pickle; JSON alone is accepted here.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
+    app.conf.update(
+        task_queues=[Queue(queue)],
+        include=["worker.app"],
+        broker_channel_error_retry=True,  # a Redis that refuses (a full one, say) is one that is away
+        worker_consumer=_Consumer,
+        worker_lost_wait=_LOST_WAIT_SECONDS,
+        worker_proc_alive_timeout=settings.load_stall_seconds + _ALIVE_MARGIN_SECONDS,
+    )
+    return app.Worker(
+        hostname=f"{name}@{socket.gethostname()}",
+        loglevel="WARNING",
+        pool=_Pool,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+
+
+class _Processes(AsynPool):  # type: ignore[misc]
+    """The processes of the pool. Of a child that died while Redis was away Celery may keep the queues for good."""
+
+    def get_process_queues(self) -> Any:
+        if all(owner is not None for owner in self._queues.values()):
+            self._queues[self.create_process_queues()] = None
+        return super().get_process_queues()
+
+
+class _Pool(TaskPool):  # type: ignore[misc]
+    """A pool whose first child may die before Redis was found; children that cannot begin are counted elsewhere."""
+
+    Pool = _Processes
+
+    def did_start_ok(self) -> bool:
+        return True
+
+
+class _Consumer(Consumer):  # type: ignore[misc]
+    """A consumer that replaces a child that died while it looks for Redis, which Celery leaves to its event loop."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        ensure = conn.ensure_connection
+
+        def with_pool(errback: object, max_retries: object, *, callback: Callable[[], None]) -> Any:
+            def look() -> None:
+                callback()
+                self.pool.maintain_pool()
+
+            return ensure(errback, max_retries, callback=look)
+
+        conn.ensure_connection = with_pool
+        try:
+            return super().ensure_connected(conn)
+        finally:
+            del conn.ensure_connection
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        super().on_connection_error_before_connected(exc)
+        self._wait_if_refused(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        self._wait_if_refused(exc)
+
+    def _wait_if_refused(self, exc: Exception) -> None:
+        """Waits a while where Redis answers and refuses, since it would refuse the next connection at once."""
+        if isinstance(exc, ResponseError) or isinstance(exc.__cause__, ResponseError):
+            end = monotonic() + _REFUSED_SECONDS
+            while monotonic() < end:
+                maybe_shutdown()
+                self.pool.maintain_pool()
+                sleep(_TICK_SECONDS)

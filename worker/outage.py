@@ -1,0 +1,26 @@
+"""The wait for a store that does not answer: it is told of, and the call is tried again until the store is back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from jobs.errors import StoreError
+from jobs.logs import get_logger
+
+log = get_logger(__name__)
+T = TypeVar("T")
+_PAUSE_SECONDS = 1.0
+
+
+def outlast(call: Callable[[], T], *, kind: type[StoreError] = StoreError) -> T:
+    """What a call of the store returns, once it does. Raises what another try cannot mend, or is of another kind."""
+    while True:
+        try:
+            return call()
+        except kind as error:
+            if not error.retryable:
+                raise
+            log.warning("the store is away; this process waits for it", error=str(error))
+            time.sleep(_PAUSE_SECONDS)

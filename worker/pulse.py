@@ -1,0 +1,63 @@
+"""A child's pulse: memory in which it counts its progress, and which its parent reads.
+
+Reading needs nothing of the child, so a hanging call that holds its interpreter is seen too. The memory is no file:
+it takes no place on a disk, and is gone with the parent.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+_LAYOUT = struct.Struct("=qqd")
+
+
+class Beat(NamedTuple):
+    """The child that wrote it, how much progress it has counted, and how long it may make none; 0 where it idles."""
+
+    pid: int
+    progress: int
+    limit_seconds: float
+
+
+class Pulse:
+    """Counts between `watching`, which says how long may pass, and its end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, _LAYOUT.size)
+        #: Where another process of this user finds the same memory, as long as this one lives.
+        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+
+    @classmethod
+    def create(cls) -> Pulse:
+        descriptor = os.memfd_create("batchmill-pulse")
+        os.ftruncate(descriptor, _LAYOUT.size)
+        return cls(descriptor)
+
+    @classmethod
+    def of(cls, path: str) -> Pulse:
+        """The pulse that another process created; raises OSError where that is gone."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    def read(self) -> Beat:
+        return Beat(*_LAYOUT.unpack_from(self._memory))
+
+    @contextmanager
+    def watching(self, seconds: float) -> Iterator[None]:
+        """Within the block there has to be progress at least so often."""
+        self._write(seconds)
+        try:
+            yield
+        finally:
+            self._write(0.0)
+
+    def beat(self) -> None:
+        """Says that there was progress."""
+        self._write(self.read().limit_seconds)
+
+    def _write(self, limit_seconds: float) -> None:
+        _LAYOUT.pack_into(self._memory, 0, os.getpid(), self.read().progress + 1, limit_seconds)

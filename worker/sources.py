@@ -1,0 +1,73 @@
+"""The files that a model was loaded from, and whether they still hold the same model.
+
+Where they do not, the loaded model begins no job: its answers would be stale. Some of the files it goes on reading
+while it works: a CPU computes with unquantized weights where the operating system maps them from their file, and
+weights that wait on disk are read at every use. Whoever writes into such a file changes the answers of a model at work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from jobs.errors import ModelError
+from jobs.identity import Content
+from jobs.logs import get_logger
+
+log = get_logger(__name__)
+_MAPS = Path("/proc/self/maps")
+
+
+def read_on(contents: Iterable[Content], *, from_disk: bool) -> tuple[Content, ...]:
+    """Those of which this process has a file mapped into its memory; all of them if weights wait on disk."""
+    if from_disk or not _MAPS.exists():
+        return tuple(contents)
+    mapped = _MAPS.read_bytes()  # in which links are followed
+    return tuple(each for each in contents if any(os.fsencode(file.resolve()) in mapped for file in each.stamps))
+
+
+class Sources:
+    """The contents that one model, with its adapters, was loaded from.
+
+    `at_work`: those of them that are read while it works. `give_up` is told, once, why it can work no longer.
+    """
+
+    def __init__(
+        self, contents: Iterable[Content], *, at_work: Iterable[Content] = (), give_up: Callable[[str], None]
+    ) -> None:
+        self._contents = list(contents)
+        self._at_work = tuple(at_work)
+        self._give_up = give_up
+
+    def are_untouched(self) -> bool:
+        """Whether no file was written since; it costs a look at the times of a few files."""
+        return all(each.untouched for each in self._contents)
+
+    def changed(self) -> str | None:
+        """What of the model is another one by now; files that were only touched count as untouched from here on.
+
+        None also where that cannot be read yet, as while the files are being copied.
+        """
+        for place, each in enumerate(self._contents):
+            try:
+                if (changed := each.changed()) is not None:
+                    return changed
+                if not each.untouched and each.again is not None:
+                    self._contents[place] = each.again()
+            except ModelError as error:
+                log.warning("the model's files cannot be read; no job is begun", error=str(error))
+                return None
+        return None
+
+    def are_whole(self) -> bool:
+        """Whether what was computed up to now is of the model that was loaded."""
+        for each in self._at_work:
+            try:
+                changed = each.changed()
+            except ModelError as error:
+                changed = str(error)
+            if changed is not None:
+                self._give_up(f"the model's files were written while it worked ({changed}); start the worker again")
+                return False
+        return True
