@@ -27,16 +27,17 @@ CSV_COLUMNS = (
     "error_message",
     *PASSTHROUGH,
 )
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def jsonl_line(row: OutputRow) -> dict[str, Any]:
     """One output as batchmill writes it; what the request passed through follows under its own keys.
 
-    `text`, `finish_reason` and `logprobs` are those of the first choice. `logprobs`, `choices`, `adapter` and `timings`
-    are there only where logprobs, several choices or an adapter were asked for, and where the engine took the times.
+    `text`, `finish_reason`, `logprobs` and `tool_calls` are those of the first choice. `logprobs`, `choices`, `adapter`
+    and `timings` are there only where logprobs, several choices or an adapter were asked for, and where the engine took
+    the times; `tool_calls` where the text holds some.
     """
-    choices = json.loads(row.choices)
+    choices = _choices(row)
     first = choices[0] if choices else {}
     line: dict[str, Any] = {
         "index": row.index,
@@ -49,8 +50,10 @@ def jsonl_line(row: OutputRow) -> dict[str, Any]:
     }
     if "logprobs" in first:
         line["logprobs"] = first["logprobs"]
+    if "tool_calls" in first:
+        line["tool_calls"] = first["tool_calls"]
     if len(choices) > 1:
-        line["choices"] = choices
+        line["choices"] = [{key: each[key] for key in each if key != "content"} for each in choices]
     if (adapter := adapter_of(row)) is not None:
         line["adapter"] = adapter
     if row.queued_seconds is not None:
@@ -60,7 +63,7 @@ def jsonl_line(row: OutputRow) -> dict[str, Any]:
 
 def csv_row(row: OutputRow) -> tuple[Any, ...]:
     """The values of CSV_COLUMNS, of the first choice; passed through objects are JSON text."""
-    choices, passed = json.loads(row.choices), _passthrough(row)
+    choices, passed = _choices(row), _passthrough(row)
     first = choices[0] if choices else {}
     return (
         row.index,
@@ -96,7 +99,7 @@ def _completion(row: OutputRow, job: Job) -> dict[str, Any]:
         "object": "chat.completion" if chat else "text_completion",
         "created": int(row.finished_at),
         "model": adapter_of(row) or job.spec.model,
-        "choices": [_choice(place, each, chat) for place, each in enumerate(json.loads(row.choices))],
+        "choices": [_choice(place, each, chat) for place, each in enumerate(_choices(row))],
         "usage": {
             "prompt_tokens": row.prompt_tokens,
             "completion_tokens": row.completion_tokens,
@@ -109,11 +112,17 @@ def _completion(row: OutputRow, job: Job) -> dict[str, Any]:
 
 def _choice(place: int, choice: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     text = choice["text"]
-    said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+    said: dict[str, Any] = {"text": text}
+    reason = choice["finish_reason"]
+    if chat:
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+    if chat and "tool_calls" in choice:
+        said["message"] |= {"content": choice["content"], "tool_calls": choice["tool_calls"]}
+        reason = "tool_calls" if reason == "stop" else reason
     logprobs = choice.get("logprobs")
     if logprobs is not None:
         logprobs = {**logprobs, "refusal": None} if chat else _completion_logprobs(logprobs["content"])
-    return {"index": place, **said, "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
+    return {"index": place, **said, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _completion_logprobs(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def _api_error(row: OutputRow) -> dict[str, Any]:
     return {"message": row.error_message, "type": kind, "param": None, "code": row.error_code}
 
 
-_OUR_FAULT = frozenset({ErrorCode.OUT_OF_MEMORY.value, ErrorCode.ENGINE_ERROR.value})
+_OUR_FAULT = frozenset({ErrorCode.OUT_OF_MEMORY.value, ErrorCode.NOT_A_NUMBER.value, ErrorCode.ENGINE_ERROR.value})
 
 
 def adapter_of(row: OutputRow) -> str | None:
@@ -141,6 +150,12 @@ def adapter_of(row: OutputRow) -> str | None:
         return None
     named: str | None = json.loads(row.body).get("adapter")
     return named
+
+
+def _choices(row: OutputRow) -> list[dict[str, Any]]:
+    """What the store keeps of them; logprobs that are no numbers, which it once took, become null."""
+    kept: list[dict[str, Any]] = json.loads(row.choices, parse_constant=lambda _: None)
+    return kept
 
 
 def _id(prefix: str, job: Job, row: OutputRow) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 
 from jobs.settings import Settings
@@ -10,7 +9,7 @@ from jobs.states import JobState
 from jobs.store.holders import Around, Hold, Seen
 from jobs.store.pending import NO_ADAPTER
 from jobs.store.reading import Job
-from producer.status import JobStatus, duration, start_words
+from producer.status import JobStatus, duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,15 @@ class Case:
     @property
     def takers(self) -> list[Seen]:
         """Live workers that may take this job."""
+        return [each for each in self._unbound if self.job.is_of(each.identity)]
+
+    @property
+    def others(self) -> list[Seen]:
+        """Live workers that could, and hold another model than it was begun with."""
+        return [each for each in self._unbound if not self.job.is_of(each.identity)]
+
+    @property
+    def _unbound(self) -> list[Seen]:
         return [each for each in self.around.serving if each.alive and each.only_job in (None, self.job.id)]
 
     @property
@@ -65,7 +73,7 @@ class Case:
         return [
             taker
             for taker in self.takers
-            if any(each.name in needs and meant.get(each.name, each) == each for each in taker.adapters)
+            if any(each.name in needs and meant.get(each.name, each).agrees_with(each) for each in taker.adapters)
         ]
 
     @property
@@ -82,13 +90,15 @@ class Case:
         """Within so long after its end a lease is taken back: it is seen expired twice, half a lease apart."""
         return self.settings.lease_seconds / 2 + 2 * self.settings.reconcile_seconds
 
+    def over_since(self, hold: Hold) -> float:
+        """When a hold's first lease was or will be over; now, if it is further ahead than any can be."""
+        is_ahead = hold.lease_until > self.around.now + self.settings.lease_seconds
+        return self.around.now if is_ahead else hold.lease_until
+
     @property
     def start(self) -> str:
-        """The command that starts a worker for this job; where even the embedded Redis is away, the whole mill."""
-        words = start_words(self.job.spec, self.status.lacks)
-        if self.settings.embedded_broker and self.queue.error is not None:
-            words = ["batchmill", "up", *words[2:]]
-        return shlex.join(words)
+        """The command that starts a worker for this job."""
+        return self.status.start
 
     def ago(self, at: float) -> str:
         return duration(max(0.0, self.around.now - at))

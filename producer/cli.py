@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs import VERSION
 from jobs.exits import one_line_errors
+from jobs.signals import block_sigterm
+
+if TYPE_CHECKING:
+    from jobs.store import Store
 
 
 class Commands(click.Group):
@@ -45,7 +51,8 @@ def _of_the_workers_room(name: str, words: list[str], summary: str) -> None:
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(arguments: tuple[str, ...]) -> None:
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "worker", *words, *arguments])
+        block_sigterm()
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "worker", *words, *arguments])
 
 
 _of_the_workers_room("worker", [], "Run a worker: one quantized model on one device")
@@ -69,6 +76,7 @@ def upgrade() -> None:
     if settings.embedded_store:
         migrations.open_store(settings).close()
     else:
+        migrations.check_disk(settings.database)
         migrations.upgrade(settings.database)
     click.echo(f"the store is at revision {_revision()[0]}", err=True)
 
@@ -86,17 +94,56 @@ def current(as_json: bool) -> None:
         click.echo(f"{found or 'no tables'} (this batchmill works with {works_with})")
 
 
+@db.command("new-id", epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/copy batchmill db new-id")
+def new_id() -> None:
+    """Give a copy of a store an id of its own, so that it shares no queue and no spool with the original.
+
+    A store that was restored in the place of the original keeps its id. Stop the copy's workers before, and start them
+    again afterwards.
+    """
+    import migrations
+    from jobs.settings import load_settings
+
+    store = migrations.open_store(load_settings())
+    try:
+        click.echo(f"the store {store.database.name} has the id {store.own_id.renew()}", err=True)
+    finally:
+        store.close()
+
+
+@db.command(epilog="Example: batchmill db check --json")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def check(as_json: bool) -> None:
+    """Look the whole store over without writing: damage, lost rows, counts against sums, states.
+
+    A line for each thing that is wrong, and exit code 1 if there is one. Workers may go on meanwhile.
+    """
+    from producer.check import report
+
+    with _read_only_store() as store:
+        store.check_revision()
+        sys.exit(report(store, as_json=as_json))
+
+
 def _revision() -> tuple[str | None, str]:
+    from jobs.tables import REVISION
+
+    with _read_only_store() as store:
+        return store.revision(), REVISION
+
+
+@contextmanager
+def _read_only_store() -> Iterator[Store]:
+    from jobs.home import try_home
     from jobs.settings import load_settings
     from jobs.store import Store
-    from jobs.tables import REVISION
 
     settings = load_settings()
     if settings.embedded_store and not settings.database_file.exists():
-        return None, REVISION
-    store = Store(settings.database, busy_seconds=settings.busy_seconds)
+        try_home(settings.home)
+    store = Store(settings.database, busy_seconds=settings.busy_seconds, read_only=True)
     try:
-        return store.revision(), REVISION
+        yield store
     finally:
         store.close()
 
@@ -130,9 +177,10 @@ def doctor(job: str | None, model: str | None, as_json: bool) -> None:
 
 
 def main() -> None:
-    """The entry point of the installed script."""
+    """Runs one command, in a process that `producer.__main__` prepared."""
     from producer import cli_jobs, cli_submit
 
     for command in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS):
         cli.add_command(command)
-    cli()
+    with one_line_errors():  # those of --help and --version, which are no command
+        cli()

@@ -43,8 +43,8 @@ def status(job: str, watch: bool, as_json: bool) -> None:
     tidy(settings)
     job_id = store.reading.find(job)
     if watch:
-        follow(store, job_id)
-    found = JobStatus.read(store, job_id)
+        follow(store, job_id, settings=settings)
+    found = JobStatus.read(store, job_id, settings)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
 
 
@@ -72,11 +72,14 @@ def jobs(most: int, as_json: bool) -> None:
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
     """List the live workers: what each holds, on which device, and what it is at; and who gave up since yesterday."""
+    from jobs.advice import start_verb
     from jobs.store.workers import GIVEN_UP
     from producer.device_lines import device_line
+    from producer.here import seen_here
     from producer.status import worker_json, worker_line
 
-    rows = _open()[1].workers.rows(only_alive=False)
+    settings, store = _open()
+    rows = [seen_here(each) for each in store.workers.rows(only_alive=False)]
     found = [
         each
         for each in rows
@@ -86,7 +89,7 @@ def workers(everyone: bool, as_json: bool) -> None:
         click.echo(json.dumps([worker_json(each) for each in found]))
         return
     if not found:
-        click.echo("no live worker; `batchmill worker -m MODEL` starts one", err=True)
+        click.echo(f"no live worker; `batchmill {start_verb(settings)} -m MODEL` starts one", err=True)
     for each in found:
         click.echo(worker_line(each))
         for device in each.devices if each.alive else ():
@@ -99,18 +102,19 @@ def workers(everyone: bool, as_json: bool) -> None:
 @_JSON
 def wait(job: str, timeout: float | None, as_json: bool) -> None:
     """Wait until JOB has ended. Exit code 5 when not every request succeeded."""
-    from producer.progress import follow, require_success
+    from producer.progress import follow, require_success, say_ended
 
-    store = _open()[1]
-    found = follow(store, store.reading.find(job), timeout_seconds=timeout)
+    settings, store = _open()
+    found = follow(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
     if as_json:
         click.echo(json.dumps(found.to_json()))
+    say_ended(found)
     require_success(found)
 
 
 @click.command(epilog="Example: batchmill results last --format openai -o answers.jsonl")
 @click.argument("job", default="last")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="A file (default: stdout).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="A file (default: stdout).")
 @click.option(
     "--format",
     "form",
@@ -132,10 +136,14 @@ def results(job: str, out: Path | None, form: str, only: str) -> None:
     With --format openai and -o, errors go to a file beside, with .errors before the suffix.
     """
     from jobs.failpoints import arm
-    from producer.results import export
+    from jobs.settings import load_settings
+    from migrations import open_store
+    from producer.results import check_out, export
 
-    settings, store = _open()
+    settings = load_settings()
     arm(settings.failpoint, home=settings.home)
+    check_out(out, form=form, keep=settings.files)
+    store = open_store(settings)
     found = store.reading.job(store.reading.find(job))
     count = export(store, found, out=out, form=form, only=only)
     if out is not None:
@@ -146,17 +154,19 @@ def results(job: str, out: Path | None, form: str, only: str) -> None:
 @click.argument("job")
 def cancel(job: str) -> None:
     """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
+    from producer.finish import answered_line
     from producer.tidy import tidy
 
     settings, store = _open()
     job_id = store.reading.find(job)
     before = store.reading.job(job_id)
     if before.closed:
-        click.echo(f"job {job_id} has ended already: {before.state.value}", err=True)
+        click.echo(f"job {job_id} has ended already: {before.state.value}, {answered_line(before)}", err=True)
         return
     store.closing.cancel(job_id)
     tidy(settings)
-    click.echo(f"job {job_id} is {store.reading.job(job_id).state.value}", err=True)
+    after = store.reading.job(job_id)
+    click.echo(f"job {job_id} is {after.state.value}: {answered_line(after)}", err=True)
 
 
 @click.command(epilog="Example: batchmill retry last")

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import click
 
 from jobs.adapters import Adapter, check_all, check_name
 from jobs.errors import UsageError
-from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP
+from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
 from producer.checks import OBJECT, BadLine
 from producer.options import sampling_of_flags
@@ -109,36 +110,44 @@ def submit(wait: bool, **options: Any) -> None:
     """
     from jobs.broker import Broker
     from jobs.errors import BrokerUnavailable
+    from jobs.files import check_target
     from migrations import open_store
-    from producer.progress import follow, require_success
+    from producer.progress import follow, require_success, say_ended
     from producer.results import standard_output
+    from producer.slips import refuse_slip
     from producer.status import JobStatus
     from producer.submit import load_once, send_wakeups
 
     settings = _settings()
     submission = _submission(options, settings)
+    check_target(None, keep=[submission.path])
     store = open_store(settings)
-    job_id, spec, is_new = load_once(submission, store=store, settings=settings)
+    # A team submits before its workers start, so that a likely slip in the model's name is a line below; but whoever
+    # waits would wait for nobody.
+    vet = partial(refuse_slip, store=store) if wait else lambda _: None
+    job_id, spec, is_new = load_once(submission, store=store, settings=settings, vet=vet)
     try:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
         click.echo(f"the job is stored, and workers take it up by themselves: {error}", err=True)
     with standard_output(f"the id of job {job_id}") as stdout:
         stdout.write(f"{job_id}\n")
-    status = JobStatus.read(store, job_id)
+    status = JobStatus.read(store, job_id, settings)
     if not is_new:
         click.echo(f"this was submitted before: job {job_id} is {status.job.state.value}", err=True)
     for line in status.missing_lines():
         click.echo(line, err=True)
     if wait:
-        require_success(follow(store, job_id))
+        ended = follow(store, job_id, settings=settings)
+        say_ended(ended)
+        require_success(ended)
 
 
 @click.command(epilog="Example: batchmill run prompts.jsonl -m ./my-model -q nf4 -o answers.jsonl")
 @click.argument("file")
 @click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
 @_with(_MODEL)
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Answers go here (default: stdout).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Answers go here (default: stdout).")
 @click.option("--device", default="auto", help=DEVICE_HELP)
 @_with(_PLACEMENT)
 @_SHARE
@@ -149,15 +158,22 @@ def submit(wait: bool, **options: Any) -> None:
 def run(out: Path | None, device: str, share_device: bool, new: bool, **options: Any) -> None:
     """Answer the prompts of FILE on this machine: everything in one command, nothing to set up.
 
-    The same command continues a job that was interrupted, and exports one that has ended.
+    The same command continues a job that was interrupted, and exports one that has ended. Where an `up` of this home
+    holds the model, its workers answer.
     """
-    from producer.local import run_file
+    from jobs.files import model_files
+    from producer.local import OwnWorker, run_file
+    from producer.results import check_out
 
-    settings = _settings(**{each.setting: options.pop(each.setting) for each in ENGINE_FLAGS})
+    engine = {each.setting: options.pop(each.setting) for each in ENGINE_FLAGS}
+    settings = _settings(**engine)
     adapters = _adapters(options["adapter"])
     words = _worker_words(options, adapters=adapters, share_device=share_device)
+    is_own = device != "auto" or len(words) > 2 * len(adapters) or any(each is not None for each in engine.values())
     submission = _submission(options, settings, adapters)
-    run_file(submission, out=out, device=device, worker_words=words, new=new, settings=settings)
+    check_out(out, form="jsonl", keep=[submission.path, *settings.files, *model_files(submission.folders)])
+    how = OwnWorker(device, words, is_asked_for=is_own)
+    run_file(submission, out=out, worker=how, new=new, settings=settings)
 
 
 @click.command(epilog="Example: batchmill up -m demo")
@@ -213,6 +229,7 @@ def _settings(**flags: Any) -> Settings:
 def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Adapter, ...] | None = None) -> Submission:
     """`adapters`: those that --adapter says all of, where the same command starts the workers."""
     _refuse_no_text(options)
+    check_label(options["name"])
     names = _adapter_names(options["adapter"]) if adapters is None else [each.name for each in adapters]
     declared = tuple(sorted(set(names)))
     return Submission(

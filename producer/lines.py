@@ -30,6 +30,7 @@ from producer.checks import (
     take_each,
 )
 from producer.options import CHAT_SAMPLING, PROMPT_SAMPLING, sampling_of
+from producer.tools import tool_calls, tool_choice, tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -82,8 +83,17 @@ def _request(taken: dict[str, Any], index: int, adapter: str | None) -> Request:
     template = taken.pop("chat_template_kwargs", None) or None
     if not taken:
         return Request(index, custom_id, prompt, messages, NO_SAMPLING, template, None, adapter)
-    kept = {key: taken.pop(key) for key in _KEPT if key in taken}
-    return Request(index, custom_id, prompt, messages, sampling_of(taken), template, kept or None, adapter)
+    told, calls_tools = _tools(taken)
+    kept = {key: taken.pop(key) for key in _KEPT if key in taken} or None
+    return Request(index, custom_id, prompt, messages, sampling_of(taken), template, kept, adapter, told, calls_tools)
+
+
+def _tools(taken: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...] | None, bool]:
+    """The tools that a line names, and whether its answer may call them."""
+    told, choice, parallel = (taken.pop(key, None) for key in _TOOLS)
+    if told and parallel is False:
+        raise BadLine("is not supported as false beside tools, since calls cannot be limited", "parallel_tool_calls")
+    return told, not told or choice != "none"
 
 
 def _custom_id(value: Any) -> str:
@@ -131,7 +141,9 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
 def _message(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
         raise BadLine(f"must be an object, not {kind(value)}")
-    return take(value, _MESSAGE, "role", "content")
+    role = value.get("role")
+    checks = _MESSAGE | (_MESSAGE_OF.get(role, {}) if type(role) is str else {})
+    return take(value, checks, "role", *(() if value.get("tool_calls") else ("content",)))
 
 
 _PART: dict[str, Check] = {"type": STRING, "text": STRING}
@@ -139,6 +151,10 @@ _MESSAGE: dict[str, Check] = {
     "role": one_of(*ROLES), "content": _content, "name": STRING, "tool_calls": only([]),
     "annotations": only([]), "refusal": only(), "function_call": only(), "audio": only(),
 }  # fmt: skip
+_MESSAGE_OF: dict[str, dict[str, Check]] = {
+    "assistant": {"tool_calls": tool_calls}, "tool": {"tool_call_id": filled_text}
+}  # fmt: skip
+_TOOLS: dict[str, Check] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": BOOLEAN}
 _KEPT: dict[str, Check] = {"user": STRING, "metadata": OBJECT, "store": BOOLEAN, "service_tier": STRING}
 _ASKS_NOTHING: dict[str, Check] = {
     "suffix": only(), "stream": only(False), "stream_options": only(), "tools": only([]),
@@ -149,9 +165,14 @@ _ASKS_NOTHING: dict[str, Check] = {
 }  # fmt: skip
 _BODY = {"model": _model, "adapter": filled_text} | _KEPT | _ASKS_NOTHING
 _NO_TEMPLATE, _NO_MESSAGES = refused("goes with messages alone"), refused("and prompt exclude each other")
-_CHAT = _BODY | CHAT_SAMPLING | {"messages": _messages, "chat_template_kwargs": OBJECT}
+_CHAT = _BODY | _TOOLS | CHAT_SAMPLING | {"messages": _messages, "chat_template_kwargs": OBJECT}
 _COMPLETION = _BODY | PROMPT_SAMPLING | {"prompt": _completion_prompt, "chat_template_kwargs": _NO_TEMPLATE}
 _SHORT_CHAT = _CHAT | {"custom_id": _custom_id, "prompt": STRING}
 _SHORT_PROMPT = _COMPLETION | {"custom_id": _custom_id, "prompt": STRING, "messages": _NO_MESSAGES}
-_ENDPOINTS = {"/v1/chat/completions": (_CHAT, "messages"), "/v1/completions": (_COMPLETION, "prompt")}
+#: With and without the version, as OpenAI's files and Azure's have them.
+_ENDPOINTS = {
+    f"{version}{path}": form
+    for version in ("/v1", "")
+    for path, form in {"/chat/completions": (_CHAT, "messages"), "/completions": (_COMPLETION, "prompt")}.items()
+}
 _ENVELOPE = {"custom_id": _custom_id, "method": one_of("POST"), "url": one_of(*_ENDPOINTS), "body": OBJECT}

@@ -7,75 +7,153 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 import click
 
+from jobs.adapters import Adapter
 from jobs.broker import Broker
-from jobs.embedded import EmbeddedRedis, MillLock, end_leftover, start_process, stop_process
-from jobs.errors import BatchmillError, UsageError
+from jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
+from jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
+from jobs.home import use_store
+from jobs.pid_file import PidFile
 from jobs.settings import Settings, environment_of
 from jobs.sizes import size
 from jobs.spec import ModelSpec
+from jobs.states import WorkerState
 from jobs.store import Store
+from jobs.store.reading import Job
 from migrations import open_store
 from producer.device_lines import memory_lines
+from producer.earlier import choose
+from producer.finish import finish_line
+from producer.here import seen_here
 from producer.progress import follow, require_success
 from producer.results import export
+from producer.slips import refuse_slip, warn_of_slip
 from producer.status import JobStatus, duration
 from producer.submit import Submission, load_job, send_wakeups
 
 #: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
 _STOP_MARGIN_SECONDS = 6.0
 _LAST_LOG_LINES = 15
+#: The states of a worker that takes work now, or once it has loaded its model.
+_TAKING = (WorkerState.STARTING, WorkerState.LOADING, WorkerState.READY)
+#: How often a mill that is up looks after its Redis.
+_TEND_SECONDS = 0.5
 
 
-def run_file(
-    submission: Submission,
-    *,
-    out: Path | None,
-    device: str,
-    worker_words: Sequence[str],
-    new: bool,
-    settings: Settings,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class OwnWorker:
+    """The worker that a `run` starts: on this device, with these words more on its command line.
+
+    `is_asked_for`: the user said what it is to be like, so that no other will do.
+    """
+
+    device: str
+    words: Sequence[str]
+    is_asked_for: bool
+
+
+def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new: bool, settings: Settings) -> None:
     """Runs one file to its end and exports it; a job of the same file and options is continued.
 
-    `worker_words`: what else the worker's command line says.
-
-    Raises NotAllSucceeded after the export when some requests did not succeed.
+    Where an `up` of this home holds the model, its workers answer. Raises NotAllSucceeded after the export when some
+    requests did not succeed, and AlreadyRunning where another `run` or `up` is of no help.
     """
     _require_embedded(settings)
     spec = submission.spec(str(submission.model))
-    with MillLock(settings.home), _ended_by_signal():
+    with ExitStack() as stack:
+        stack.enter_context(_ended_by_signal())
+        joined = False
+        try:
+            stack.enter_context(MillLock(settings.home))
+        except AlreadyRunning as busy:
+            _require_served(submission, spec, worker, settings=settings, busy=busy)
+            joined = True
         store = open_store(settings)
-        job_id = None if new else _known_job(submission, spec, store)
-        if job_id is None:
-            job_id, spec = load_job(submission, store=store, settings=settings)
-            click.echo(f"job {job_id}: {store.reading.job(job_id).counts.total:,} requests for {spec}", err=True)
-        elif store.reading.job(job_id).closed:
-            click.echo(f"job {job_id} has run this file before; --new runs it again", err=True)
-        else:
-            click.echo(f"job {job_id} goes on where it was interrupted", err=True)
-        if not store.reading.job(job_id).closed:
-            _work_off(job_id, spec, device=device, worker_words=worker_words, settings=settings, store=store)
-        _deliver(job_id, store, out)
+        refuse_slip(spec, store=store)
+        job = _job_of(submission, spec, new=new, store=store, settings=settings)
+        if not job.closed and joined:
+            _wait_for_mill(job, settings=settings, store=store)
+        elif not job.closed:
+            _work_off(job.id, spec, worker, settings=settings, store=store)
+        _deliver(job.id, store, out, settings)
+
+
+def _job_of(submission: Submission, spec: ModelSpec, *, new: bool, store: Store, settings: Settings) -> Job:
+    """The job of an earlier run, or else a new one."""
+    job = None if new else _known_job(submission, spec, store=store, settings=settings)
+    if job is None:
+        job_id, spec = load_job(submission, store=store, settings=settings)
+        job = store.reading.job(job_id)
+        click.echo(f"job {job.id}: {job.counts.total:,} requests for {spec}", err=True)
+    elif job.closed:
+        click.echo(f"job {job.id} has run this file before; --new runs it again", err=True)
+    else:
+        click.echo(f"job {job.id} goes on where it was interrupted", err=True)
+    return job
+
+
+def _require_served(
+    submission: Submission, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, busy: AlreadyRunning
+) -> None:
+    """Raises what the lock said, unless a worker of the mill that is up may answer this file."""
+    store = open_store(settings)
+    try:
+        rows = [seen_here(each) for each in store.workers.rows(spec=spec)]
+    finally:
+        store.close()
+    serving = [each for each in rows if each.alive and each.only_job is None and each.state in _TAKING]
+    able = [each for each in serving if _holds_all(each.adapters, submission.adapters)]
+    if not able:
+        raise busy
+    if worker.is_asked_for:
+        raise AlreadyRunning(
+            f"{busy}; worker {able[0].name} there holds {spec}, and answers this file if you leave out the flags that "
+            "say how a worker is to work (--device and those of its engine)"
+        )
+    click.echo(f"worker {able[0].name}, which holds {spec} here already, answers it", err=True)
+
+
+def _holds_all(held: Sequence[Adapter], wanted: Sequence[Adapter]) -> bool:
+    by_name = {each.name: each for each in held}
+    return all(each.name in by_name and each.agrees_with(by_name[each.name]) for each in wanted)
+
+
+def _wait_for_mill(job: Job, *, settings: Settings, store: Store) -> None:
+    """Has the mill that is up work the job off, and waits."""
+    try:
+        send_wakeups(job.spec, store=store, broker=Broker.of(settings))
+    except BrokerUnavailable as error:
+        click.echo(f"workers take it up by themselves: {error}", err=True)
+    try:
+        follow(store, job.id, settings=settings)
+    except KeyboardInterrupt:
+        click.echo(f"job {job.id} goes on without this command; the same one follows it again", err=True)
+        raise
 
 
 def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[str], settings: Settings) -> None:
     """Runs Redis and workers until Ctrl-C or SIGTERM; `worker_words`: what else their command line says."""
     _require_embedded(settings)
-    with MillLock(settings.home), _ended_by_signal(), _redis(settings):
-        open_store(settings).close()
+    with MillLock(settings.home), _ended_by_signal(), _redis(settings) as redis, ExitStack() as stack:
+        store = open_store(settings)
+        warn_of_slip(spec, store=store)
+        store.close()
+        stack.enter_context(use_store(settings.home))
         workers = _Workers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
         click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C ends it", err=True)
         try:
-            workers.wait()
+            while not workers.ended(_TEND_SECONDS):
+                redis.tend()
         except KeyboardInterrupt:
             click.echo("ending: what is finished is saved, the rest goes back to the queue", err=True)
         finally:
@@ -90,21 +168,28 @@ def _require_embedded(settings: Settings) -> None:
             raise UsageError(f"run and up bring their own Redis and store: unset {name}, or use `submit` and `worker`")
 
 
-def _known_job(submission: Submission, spec: ModelSpec, store: Store) -> str | None:
+def _known_job(submission: Submission, spec: ModelSpec, *, store: Store, settings: Settings) -> Job | None:
     """The job that an earlier run of the same file, model and options left, if there is one."""
     fingerprint = submission.fingerprint_of_file(spec)
-    return None if fingerprint is None else store.reading.resumable(fingerprint)  # every run of a stream is a new one
+    if fingerprint is None:
+        return None  # every run of a stream is a new one
+    return choose(store.reading.resumable(fingerprint), spec, submission.adapters, home=settings.home)
 
 
-def _work_off(
-    job_id: str, spec: ModelSpec, *, device: str, worker_words: Sequence[str], settings: Settings, store: Store
-) -> None:
+def _work_off(job_id: str, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, store: Store) -> None:
     log_path = settings.home / "worker.log"
-    with _redis(settings), log_path.open("wb") as log:
+    with use_store(settings.home), _redis(settings) as redis, log_path.open("wb") as log:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
-        workers = _Workers(spec, devices=[device], words=worker_words, settings=settings, log=log, only_job=job_id)
+        workers = _Workers(
+            spec, devices=[worker.device], words=worker.words, settings=settings, log=log, only_job=job_id
+        )
+
+        def tend() -> None:
+            workers.check(log_path)
+            redis.tend()
+
         try:
-            follow(store, job_id, name_missing=False, check=lambda: workers.check(log_path))
+            follow(store, job_id, name_missing=False, check=tend, settings=settings)
         except KeyboardInterrupt:
             click.echo("ending: what is finished is saved; the same command continues the job", err=True)
             raise
@@ -112,8 +197,8 @@ def _work_off(
             workers.stop()
 
 
-def _deliver(job_id: str, store: Store, out: Path | None) -> None:
-    status = JobStatus.read(store, job_id)
+def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) -> None:
+    status = JobStatus.read(store, job_id, settings)
     export(store, status.job, out=out, form="jsonl", only="all")
     for line in _report(status):
         click.echo(line, err=True)
@@ -126,6 +211,7 @@ def _report(status: JobStatus) -> list[str]:
     counts, effort, memory = status.job.counts, status.effort, status.effort.memory
     return [
         f"requests   {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
+        *([f"finished   {finished}"] if (finished := finish_line(status.job)) else []),
         f"tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
         f"tokens/s   {status.per_second(counts.prompt_tokens):,.1f} prompt, "
         f"{status.per_second(counts.completion_tokens):,.1f} completion",
@@ -150,44 +236,47 @@ class _Workers:
         log: IO[bytes],
         only_job: str | None = None,
     ) -> None:
-        self._pid_file = settings.home / "worker.pid"
+        self._pid_file = PidFile(settings.home / "worker.pid")
         self._stop_seconds = settings.drain_seconds + _STOP_MARGIN_SECONDS
-        if self._pid_file.exists():
-            end_leftover(self._pid_file, named=["-m worker"])
+        self._pid_file.end_leftover(settings.home)
         arguments = [*spec.command_line()[2:], *words]
         if only_job is not None:
             arguments += ["--job", only_job]
         self._process = start_process(
-            [sys.executable, "-m", "worker", *arguments, "--devices", ",".join(devices)],
+            [sys.executable, "-P", "-m", "worker", *arguments, "--devices", ",".join(devices)],
             log=log,
             environ=os.environ | environment_of(settings),
+            blocks_sigterm=True,
         )
-        self._pid_file.write_text(f"{self._process.pid}\n")
+        self._pid_file.write(self._process.pid)
 
     @property
     def failed(self) -> bool:
         return self._process.returncode not in (None, 0)
 
-    def wait(self) -> None:
-        self._process.wait()
+    def ended(self, seconds: float) -> bool:
+        """Waits at most so long for the supervisor to end by itself."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
 
     def check(self, log_path: Path) -> None:
         """Raises BatchmillError, with the worker's last lines, when it has ended before the job."""
-        if self._process.poll() is not None:
+        if self.ended(0.0):
             lines = log_path.read_text(errors="replace").splitlines()[-_LAST_LOG_LINES:]
             raise BatchmillError("\n".join(["the worker ended before the job did; its last lines:", *lines]))
 
     def stop(self) -> None:
         stop_process(self._process, seconds=self._stop_seconds)
-        self._pid_file.unlink(missing_ok=True)
+        self._pid_file.remove()
 
 
 @contextmanager
-def _redis(settings: Settings) -> Iterator[None]:
+def _redis(settings: Settings) -> Iterator[EmbeddedRedis]:
     redis = EmbeddedRedis(settings.home)
     redis.start()
     try:
-        yield
+        yield redis
     finally:
         redis.stop()
 

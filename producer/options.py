@@ -218,7 +218,7 @@ _SAMPLING: dict[str, Check] = {
     "max_completion_tokens": integer(1, MAX_INT32),
     "min_tokens": integer(0, MAX_INT32),
     "temperature": number(0, 100),
-    "top_p": number(0, 1, above=True),
+    "top_p": number(0, 1),
     "top_k": _top_k,
     "min_p": number(0, 1),
     "repetition_penalty": number(0, 100, above=True),

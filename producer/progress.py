@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
+from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Store
+from producer.finish import answered_line, finish_line
 from producer.status import JobStatus, duration
 
 _FIRST_PAUSE_SECONDS = 0.1
@@ -28,17 +30,19 @@ def follow(
     timeout_seconds: float | None = None,
     name_missing: bool = True,
     check: Callable[[], None] = lambda: None,
+    settings: Settings | None = None,
 ) -> JobStatus:
     """Waits until a job has ended; `check` is called between two looks and may raise.
 
-    `name_missing`: say so while no worker serves the job's model. Raises WaitTimedOut.
+    `name_missing`: say so while no worker serves the job's model; `settings` are those that one would be started with.
+    Raises WaitTimedOut.
     """
     deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
     shown = _Shown(name_missing)
     pause = _FIRST_PAUSE_SECONDS
     with shown:
         while True:
-            status = _answered(store, job_id, shown)
+            status = _answered(store, job_id, shown, settings)
             if status is not None:
                 shown.show(status)
                 if status.job.closed:
@@ -52,15 +56,22 @@ def follow(
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def _answered(store: Store, job_id: str, shown: _Shown) -> JobStatus | None:
+def _answered(store: Store, job_id: str, shown: _Shown, settings: Settings | None) -> JobStatus | None:
     """The job's status; None while the store is away, which a job outlives, so that whoever waits does too."""
     try:
-        return JobStatus.read(store, job_id)
+        return JobStatus.read(store, job_id, settings)
     except StoreError as error:
         if not error.retryable:
             raise
         shown.say(f"waiting for the store: {error}")
         return None
+
+
+def say_ended(status: JobStatus) -> None:
+    """Says on stderr how the answers of an ended job finished, where that is known."""
+    finished = finish_line(status.job)
+    if finished is not None:
+        click.echo(f"{status.job.id} finished: {finished}", err=True)
 
 
 def require_success(status: JobStatus) -> None:
@@ -69,7 +80,7 @@ def require_success(status: JobStatus) -> None:
     if status.job.state is JobState.COMPLETED and counts.succeeded == counts.total:
         return
     raise NotAllSucceeded(
-        f"job {status.job.id} is {status.job.state.value}: {counts.failed:,} of {counts.total:,} requests failed, "
+        f"job {status.job.id} is {status.job.state.value}: {answered_line(status.job)}, {counts.failed:,} failed, "
         f"{counts.cancelled:,} were cancelled; `batchmill results {status.job.id} --only failed` shows them"
     )
 

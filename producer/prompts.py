@@ -21,18 +21,17 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from jobs.errors import PromptFileError
-from jobs.schema import Request
+from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
 from producer.checks import BadLine, shown
 from producer.lines import json_request, text_request
 from producer.strict_json import json_value
 
-MAX_LINE_BYTES = 1 << 20
 MAX_PROBLEMS = 100
 #: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
-ENDLESS_BYTES = 1 << 28
+ENDLESS_BYTES = MAX_LINE_BYTES
 BUFFER_BYTES = 1 << 17
-#: The longest line with a byte order mark before it and CRLF behind, and one byte more.
-_READ_BYTES = MAX_LINE_BYTES + 6
+#: What may stand around a line: a byte order mark before it and CRLF behind, and one byte more.
+_AROUND_BYTES = 6
 _BOM = b"\xef\xbb\xbf"
 
 _UTF8_ALONE = "prompt files are UTF-8, so convert it: iconv -f"
@@ -89,6 +88,7 @@ class PromptFile:
         models: Collection[str] = (),
         adapters: Collection[str] = (),
         ignore_line_model: bool = False,
+        max_line_bytes: int = DEFAULT_LINE_BYTES,
     ) -> None:
         self._shown_path = "stdin" if path == "-" else _printable(path)
         self.name = PurePath(self._shown_path).name
@@ -97,6 +97,7 @@ class PromptFile:
         self._adapters = frozenset(adapters)
         self._named: set[str] = set()
         self._ignore_line_model = ignore_line_model
+        self._max_line_bytes = max_line_bytes
         self._plain_text = is_plain_text(path)
         self._hash = hashlib.sha256()
         self._problems: list[tuple[int, str]] = []
@@ -145,7 +146,7 @@ class PromptFile:
         before = self._fingerprint()
         for number, (offset, raw) in enumerate(self._raw_lines(), start=1):
             try:
-                text = _text(raw, offset)
+                text = self._text(raw, offset)
                 if not text or text.isspace():
                     continue
                 request = self._request(text, index)
@@ -158,6 +159,15 @@ class PromptFile:
             self._refuse("changed while it was read; submit it again once nobody writes to it")
         if index == 0:
             self._refuse("holds no prompts")
+
+    def _text(self, raw: bytes, offset: int) -> str:
+        line = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if len(line) > self._max_line_bytes:
+            raise BadLine(f"longer than {self._max_line_bytes} bytes; the setting max_line_bytes takes longer ones")
+        try:
+            return line.decode()
+        except UnicodeDecodeError as exc:
+            raise BadLine(f"not UTF-8: byte {offset + exc.start} is 0x{line[exc.start]:02x}") from None
 
     def _request(self, text: str, index: int) -> Request:
         if self._plain_text:
@@ -193,7 +203,8 @@ class PromptFile:
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         """Each line's bytes and the offset of the first; of a line that is too long only the beginning."""
         offset = 0
-        while raw := self._read(_READ_BYTES):
+        most = self._max_line_bytes + _AROUND_BYTES
+        while raw := self._read(most):
             skipped = 0
             if offset == 0:
                 self._refuse_foreign(raw)
@@ -201,7 +212,7 @@ class PromptFile:
             yield offset + skipped, raw[skipped:]
             begin = offset
             offset += len(raw)
-            is_cut = len(raw) == _READ_BYTES and not raw.endswith(b"\n")
+            is_cut = len(raw) == most and not raw.endswith(b"\n")
             while is_cut and (rest := self._read(BUFFER_BYTES)):
                 offset += len(rest)
                 is_cut = not rest.endswith(b"\n")
@@ -251,13 +262,3 @@ class PromptFile:
 
     def _refuse(self, what: str) -> NoReturn:
         raise PromptFileError(f"{self._shown_path}: {what}")
-
-
-def _text(raw: bytes, offset: int) -> str:
-    line = raw.removesuffix(b"\n").removesuffix(b"\r")
-    if len(line) > MAX_LINE_BYTES:
-        raise BadLine(f"longer than {MAX_LINE_BYTES} bytes")
-    try:
-        return line.decode()
-    except UnicodeDecodeError as exc:
-        raise BadLine(f"not UTF-8: byte {offset + exc.start} is 0x{line[exc.start]:02x}") from None

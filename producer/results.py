@@ -7,25 +7,24 @@ not know what a line says (producer.answers does).
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.errors import BatchmillError
+from jobs.errors import BatchmillError, UsageError, WriteFailed
 from jobs.failpoints import failpoint
+from jobs.files import check_target, replaced, written
 from jobs.states import RequestState
 from jobs.store import Store
 from jobs.store.reading import Job, OutputRow
 from producer.answers import CSV_COLUMNS, csv_row, jsonl_line, openai_line, to_json
 
 _PAGE = 2_000
-#: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
-_NAME_LENGTH = 40
 #: What `--only` takes, as the states that it lets through.
 ONLY = {
     "all": frozenset({RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED}),
@@ -34,12 +33,47 @@ ONLY = {
 }
 
 
+def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path]) -> None:
+    """Raises UsageError, before any work is done, for an `out` that could not be written, or that is one of `keep`."""
+    for each in _targets(out, form):
+        check_target(each, keep=keep)
+
+
 def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> int:
     """Writes a job's outputs to `out`, or to stdout: how many.
 
     With a file, the OpenAI form puts the successes there and the rest beside it, with `.errors` before the suffix.
-    Files are replaced whole, at the end; a pipe or a device is written to. Raises BatchmillError.
+    Files are replaced whole, at the end; a pipe or a device is written to. Raises BatchmillError, which says how to
+    get what is kept.
     """
+    try:
+        for each in _targets(out, form):
+            _refuse_prompts(each, job)
+        return _export(store, job, out, form=form, only=only)
+    except WriteFailed as error:
+        again = f"the answers are kept in job {job.id}: `batchmill results {job.id} -o FILE` writes them"
+        raise BatchmillError(f"{error}; {again}") from error
+
+
+def _targets(out: Path | None, form: str) -> tuple[Path | None, ...]:
+    return (out,) if out is None or form != "openai" else (out, errors_path(out))
+
+
+def _refuse_prompts(target: Path | None, job: Job) -> None:
+    """Raises UsageError for a file that holds the job's own prompts, whatever its name is by now."""
+    file = target or Path("/dev/stdout")
+    if not file.is_file():
+        return
+    with suppress(OSError), file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() == job.file_sha256:
+            shown = "stdout" if target is None else f"-o {target}"
+            raise UsageError(
+                f"{shown} holds the prompts of job {job.id}, whose answers are kept: "
+                f"`batchmill results {job.id} -o FILE` writes them to another file"
+            )
+
+
+def _export(store: Store, job: Job, out: Path | None, *, form: str, only: str) -> int:
     pages = store.reading.output_pages(job.id, states=ONLY[only], page=_PAGE)
     if out is None:
         with standard_output("the answers") as file:
@@ -56,45 +90,13 @@ def errors_path(out: Path) -> Path:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when the block ends well, and is gone otherwise.
-
-    The file that a link leads to is replaced, and not the link. What is no file (/dev/null, a FIFO) is written to.
-    """
-    with _one_line(path):
-        if path.exists() and not path.is_file():
-            with path.open("w", encoding="utf-8", newline="") as file:
-                yield file
-        else:
-            with _beside(Path(os.path.realpath(path))) as file:
-                yield file
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[IO[str]]:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_NAME_LENGTH]}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _keep_mode(path, temporary)
-        failpoint("export.replaced")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-@contextmanager
 def standard_output(what: str) -> Iterator[IO[str]]:
-    """stdout in UTF-8, whatever the locale: an export has the same bytes everywhere. Raises BatchmillError."""
+    """stdout in UTF-8, whatever the locale: an export has the same bytes everywhere. Raises WriteFailed."""
     if sys.stdout is None:
-        raise BatchmillError(f"cannot write {what} to stdout: it is closed")
+        raise WriteFailed(f"cannot write {what} to stdout: it is closed")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="")
-    with _one_line(f"{what} to stdout"):
+    with written(f"{what} to stdout"):
         try:
             yield sys.stdout
             sys.stdout.flush()
@@ -106,41 +108,12 @@ def standard_output(what: str) -> Iterator[IO[str]]:
             raise
 
 
-@contextmanager
-def _one_line(what: object) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise BatchmillError(f"cannot write {what}: {error.strerror or error}") from error
-
-
-def _keep_mode(path: Path, temporary: str) -> None:
-    """A temporary file is private; its successor has the mode that the file had, or a new file would have."""
-    if path.exists():
-        mode = path.stat().st_mode & 0o777
-    else:
-        mask = os.umask(0)
-        os.umask(mask)
-        mode = 0o666 & ~mask
-    os.chmod(temporary, mode)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> int:
     count = 0
     with ExitStack() as stack:
         good = stack.enter_context(replaced(out))
         bad = stack.enter_context(replaced(errors_path(out)))
-        stack.enter_context(_one_line(out))  # else the file that was opened last is named for either
+        stack.enter_context(written(out))  # else the file that was opened last is named for either
         for page in pages:
             count += len(page)
             for row in page:

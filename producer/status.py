@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from jobs.adapters import Adapter
+from jobs.advice import start_words
+from jobs.identity import differences
 from jobs.memory import devices_json
+from jobs.process import Lives
+from jobs.settings import Settings, load_settings
 from jobs.sizes import size
-from jobs.spec import ModelSpec
-from jobs.states import WorkerState
+from jobs.states import JobState, WorkerState
 from jobs.store import Store
 from jobs.store.effort import Effort
 from jobs.store.evaluations import EvaluationRow
@@ -23,6 +26,9 @@ from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP, WorkerRow
 from producer.device_lines import memory_lines
 from producer.evaluated import evaluated_line
+from producer.finish import answered_line, finish_line
+from producer.here import seen_here
+from producer.names import meant_instead, slip_line
 
 _MOST_REASONS = 3
 _LONGEST_REASON = 300
@@ -32,8 +38,10 @@ _LONGEST_REASON = 300
 class JobStatus:
     """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model.
 
+    `others`: live workers of its ModelSpec that hold another model than it was begun with, where there are no more.
     `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
-    pending batches that nobody holds. `evaluation`: what its ModelSpec was last measured to cost, on any text.
+    pending batches that nobody holds. `meant`: the known model that its name resembles, where that is likely a slip.
+    `evaluation`: what its ModelSpec was last measured to cost, on any text.
     """
 
     job: Job
@@ -43,21 +51,36 @@ class JobStatus:
     given_up: tuple[Seen, ...] = ()
     lacks: tuple[Lack, ...] = ()
     evaluation: EvaluationRow | None = None
+    others: tuple[WorkerRow, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    meant: str | None = None
 
     @classmethod
-    def read(cls, store: Store, job_id: str) -> JobStatus:
+    def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
+        """`settings`: those that a worker here would be started with, by default those of the process."""
         job = store.reading.job(job_id)
-        serving = store.workers.rows(spec=job.spec)
-        serving = [each for each in serving if each.only_job in (None, job.id)]
-        at_work = [] if job.closed else store.workers.rows(job_id=job.id)
+        serving = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
+        serving = [each for each in serving if each.alive and each.only_job in (None, job.id)]
+        at_work = [] if job.closed else [seen_here(each) for each in store.workers.rows(job_id=job.id)]
+        at_work = [each for each in at_work if each.alive]
         missing = None
         given_up: tuple[Seen, ...] = ()
         if not serving and not job.closed:
             missing = store.workers.unserved_seconds(job.spec, since=job.queued_at)
             given_up = store.holders.given_up(job.spec, job_id=job.id)
         lacks = store.holders.lacks(job.id) if job.options.get("adapters") and not job.closed else ()
-        evaluation = store.evaluations.latest(job.spec)
-        return cls(job, store.effort.of(job.id), tuple(at_work), missing, given_up, lacks, evaluation)
+        evaluation = store.evaluations.latest(job.spec, identity=job.identity)
+        others = () if job.closed or any(job.is_of(each.identity) for each in serving) else tuple(serving)
+        effort = store.effort.of(job.id)
+        mine = settings or load_settings()
+        meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
+        return cls(job, effort, tuple(at_work), missing, given_up, lacks, evaluation, others, mine, meant)
+
+    @property
+    def start(self) -> str:
+        """The command that starts a worker for this job."""
+        wanted = [each.wanted for each in self.lacks]
+        return shlex.join(start_words(self.job.spec, self.settings, adapters=wanted))
 
     @property
     def rate(self) -> float:
@@ -102,6 +125,7 @@ class JobStatus:
             "eta_seconds": self.eta_seconds,
             "workers": [worker_json(each) for each in self.workers],
             "unserved_seconds": self.missing_seconds,
+            "identity": job.identity,
             "adapters": dict.fromkeys(job.options.get("adapters", ())) | adapters_json(job.adapters),
             "missing_adapters": [each.name for each in self.lacks],
             "given_up": [
@@ -133,11 +157,12 @@ class JobStatus:
         job, effort, counts = self.job, self.effort, self.job.counts
         title = f"job {job.id}" + (f" ({job.name})" if job.name else "")
         lines = [
-            f"{title}: {job.state.value}",
+            f"{title}: {job.state.value}" + (f", {answered_line(job)}" if job.state is JobState.CANCELLED else ""),
             f"  model      {job.spec}",
             f"  file       {job.file_name}, submitted {utc(job.queued_at)}",
             f"  requests   {counts.total:,} = {counts.succeeded:,} succeeded + {counts.failed:,} failed"
             f" + {counts.cancelled:,} cancelled + {counts.pending:,} pending",
+            *([f"  finished   {finished}"] if (finished := finish_line(job)) else []),
             f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
             f"  speed      {self.rate:,.1f} requests/s,"
             f" {self.per_second(counts.completion_tokens):,.1f} completion tokens/s",
@@ -158,6 +183,13 @@ class JobStatus:
             lines.append(f"  evaluated  {evaluated_line(self.evaluation)}")
         return lines + self._present()
 
+    def _lacking_lines(self, start: str) -> list[str]:
+        changed = any(each.changed for each in self.lacks)
+        return [
+            *map(lack_line, self.lacks),
+            other_remedy(self.job) if changed else f"start a worker that holds it: {start}",
+        ]
+
     def _present(self) -> list[str]:
         if self.job.closed:
             return []
@@ -169,21 +201,27 @@ class JobStatus:
             )
         return lines + [f"  waiting    {line}" for line in self.missing_lines()]
 
+    @property
+    def slip_remedy(self) -> str:
+        """What to do about a model's name that is likely a slip, up to the command that starts a worker for it."""
+        again = f"`batchmill cancel {self.job.id}`, and submit it again with -m {shlex.quote(self.meant or '')}"
+        return f"{again}; if it is none, start a worker"
+
     def missing_lines(self) -> list[str]:
         """Who is missing, for how long, why if it is known, and the command that helps; nothing if nobody is."""
-        start = shlex.join(start_words(self.job.spec, self.lacks))
+        start = self.start
+        if self.others:
+            first = self.others[0]
+            return [f"{other_line(self.job, first.name, first.host, first.identity)};", other_remedy(self.job)]
         if self.missing_seconds is None:
-            return [*map(lack_line, self.lacks), f"start a worker that holds it: {start}"] if self.lacks else []
+            return self._lacking_lines(start) if self.lacks else []
         missing = f"no live worker has served {self.job.spec} for {duration(self.missing_seconds)}"
+        if self.meant is not None:
+            return [f"{missing}: {slip_line(self.job.spec, self.meant)}", f"{self.slip_remedy}:", start]
         if not self.given_up:
             return [f"{missing}; start one:", start]
         reasons = [f"{given_up_line(each)};" for each in self.given_up[:_MOST_REASONS]]
         return [f"{missing}:", *reasons, f"{advice(self.given_up[0].state)}{start}"]
-
-
-def start_words(spec: ModelSpec, lacks: Sequence[Lack]) -> list[str]:
-    """The words of the command that starts a worker for a job that lacks these adapters."""
-    return spec.command_line() + [word for each in lacks for word in ("--adapter", each.wanted)]
 
 
 def lack_line(lack: Lack) -> str:
@@ -193,12 +231,30 @@ def lack_line(lack: Lack) -> str:
     if lack.meant is None or not lack.held_otherwise:
         return line
     who, other = lack.held_otherwise[0]
+    if lack.changed:
+        return (
+            f"{line}: what lies in {lack.meant.where} has changed since this job used it, and worker {who} holds that"
+        )
     return f"{line}: to this job it is {lack.meant.where}, and worker {who} holds {other.where} by that name"
 
 
+def other_line(job: Job, worker: str, host: str, identity: str | None) -> str:
+    """The worker that serves a job's ModelSpec, and holds another model than the job was begun with."""
+    changed = differences(job.identity or "", identity or "")
+    return f"it was begun with another model than worker {worker} on {host} holds, changed since: {changed}"
+
+
+def other_remedy(job: Job) -> str:
+    """What to do about it."""
+    return (
+        "to finish it, put the old model back and start a worker again; to have the new one answer all of it, "
+        f"`batchmill cancel {job.id}` and submit the file again"
+    )
+
+
 def adapters_json(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """`{name: {"path": ..., "revision": ...}}`"""
-    return {each.name: {"path": each.path, "revision": each.revision} for each in adapters}
+    """`{name: {"path": ..., "revision": ..., "identity": ...}}`"""
+    return {each.name: {"path": each.path, "revision": each.revision, "identity": each.identity} for each in adapters}
 
 
 def given_up_line(worker: Seen) -> str:
@@ -216,9 +272,10 @@ def advice(state: WorkerState) -> str:
 
 
 def worker_line(worker: WorkerRow) -> str:
-    """One worker for people: what it holds, on which device, what it is at, and why it gave up."""
+    """One worker for people: what it holds, on which device, what it is at, and what hinders it or why it gave up."""
     ended = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
-    state = worker.state.value if worker.alive or ended else "dead"
+    silent = worker.process is not None and worker.process.lives() is Lives.YES
+    state = worker.state.value if worker.alive or ended else "silent" if silent else "dead"
     at = f", {worker.leases} batches" if worker.leases else ""
     line = (
         f"{worker.name}  {state}{at}  {worker.spec}  {worker.device_name or worker.device} on {worker.host}"
@@ -261,6 +318,7 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
         "context_tokens": worker.context_tokens,
         "cache_tokens": worker.cache_tokens,
         "devices": devices_json(worker.devices),
+        "identity": worker.identity,
         "adapters": adapters_json(worker.adapters),
         "uptime_seconds": worker.uptime_seconds,
         "seen_seconds": worker.seen_seconds,
@@ -279,7 +337,7 @@ def job_json(job: Job) -> dict[str, Any]:
 
 def _head(job: Job) -> dict[str, Any]:
     """What every JSON of a job begins with."""
-    counts = job.counts
+    counts, reasons = job.counts, job.counts.finish_reasons
     return {
         "id": job.id,
         "name": job.name,
@@ -294,6 +352,7 @@ def _head(job: Job) -> dict[str, Any]:
             "cancelled": counts.cancelled,
             "pending": counts.pending,
         },
+        "finish_reasons": None if reasons is None else {"stop": reasons.stop, "length": reasons.length},
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +27,15 @@ from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
 from jobs.settings import Settings
 from jobs.spec import ModelSpec
 from jobs.store import Store
-from jobs.store.loading import MAX_BYTES, MAX_REQUESTS
+from jobs.store.bounds import PAGE_BYTES
+from jobs.store.loading import MAX_REQUESTS
 from producer.prompts import Line, PromptFile, is_plain_text
 
 log = get_logger(__name__)
-#: A loading lease is renewed so often within its length.
+#: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases
+#: than this process takes a long one, unless it is renewed, for one of a clock that was set back.
 _RENEWALS = 4
+_RENEWAL_SECONDS = 15.0
 _HASH_BYTES = 1 << 20
 #: What the keys of `once` begin with, and a user's own may not.
 _ONCE = "once:"
@@ -93,6 +96,12 @@ class Submission:
             remote_path=self.remote_path,
         )
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of its model and adapters here; a Hugging Face id and the literal names have none."""
+        model = [] if self.model is None else [self.spec(self.model).folder]
+        return [each for each in (*model, *(each.folder for each in self.adapters)) if each is not None]
+
     def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:
         """Equal for the same file, model and request options: what `run` continues a job by."""
         parts = [file_sha256, spec.canonical, self.options.to_json()]
@@ -129,34 +138,42 @@ class Submitted(NamedTuple):
     is_new: bool
 
 
-def load_once(submission: Submission, *, store: Store, settings: Settings) -> Submitted:
+def load_once(
+    submission: Submission, *, store: Store, settings: Settings, vet: Callable[[ModelSpec], None] = lambda _: None
+) -> Submitted:
     """Stores the file as a queued job, unless its key has one already.
 
     Raises UsageError when that one is of other content, and what load_job raises.
     """
     try:
         _refuse_submitted(submission, store)
-        return Submitted(*load_job(submission, store=store, settings=settings), is_new=True)
+        return Submitted(*load_job(submission, store=store, settings=settings, vet=vet), is_new=True)
     except KeyTaken as taken:
         if not taken.is_same:
             raise
         return Submitted(taken.job_id, store.reading.job(taken.job_id).spec, is_new=False)
 
 
-def load_job(submission: Submission, *, store: Store, settings: Settings) -> tuple[str, ModelSpec]:
+def load_job(
+    submission: Submission, *, store: Store, settings: Settings, vet: Callable[[ModelSpec], None] = lambda _: None
+) -> tuple[str, ModelSpec]:
     """Stores the file as a queued job: its id and what it needs. Nothing stays stored when the file is bad.
+
+    `vet` looks at the model as soon as it is known, and may raise.
 
     Raises PromptFileError, UsageError, KeyTaken, LoadingLost, StoreError.
     """
     given = None if submission.model is None else submission.spec(submission.model)
+    if given is not None:
+        vet(given)
     prompts = PromptFile(
         submission.path,
         models=() if given is None else (str(submission.model), given.model),
         adapters=submission.options.adapters,
         ignore_line_model=submission.ignore_line_model,
+        max_line_bytes=settings.max_line_bytes,
     )
     lease_seconds = settings.loading_lease_seconds
-    store.loading.discard_expired()
     with prompts:
         job_id = store.loading.begin(
             name=submission.name,
@@ -171,6 +188,8 @@ def load_job(submission: Submission, *, store: Store, settings: Settings) -> tup
             for name in prompts.unnamed_adapters:
                 log.warning("an adapter was declared, and no line of the file names it", adapter=name)
             spec = given or submission.spec(_model_of(prompts))
+            if given is None:
+                vet(spec)
             fingerprint = submission.fingerprint(spec, prompts.sha256)
             store.loading.open(
                 job_id,
@@ -191,7 +210,7 @@ def load_job(submission: Submission, *, store: Store, settings: Settings) -> tup
 
 def send_wakeups(spec: ModelSpec, *, store: Store, broker: Broker) -> None:
     """Wakes workers for what is pending. Raises BrokerUnavailable."""
-    broker.send_wakeups(spec.queue, store.recovery.pending_of(spec, most=MAX_WAKEUPS))
+    broker.send_wakeups(spec.queue(store.id), store.recovery.pending_of(spec, most=MAX_WAKEUPS))
 
 
 def _refuse_submitted(submission: Submission, store: Store) -> None:
@@ -245,11 +264,11 @@ def _pages(prompts: PromptFile) -> Iterator[list[Line]]:
     page: list[Line] = []
     size = 0
     for line in prompts:
-        page.append(line)
-        size += line.size_bytes
-        if len(page) >= MAX_REQUESTS or size >= MAX_BYTES:
+        if page and (len(page) >= MAX_REQUESTS or size + line.size_bytes > PAGE_BYTES):
             yield page
             page, size = [], 0
+        page.append(line)
+        size += line.size_bytes
     if page:
         yield page
 
@@ -280,7 +299,7 @@ def _lacks_chat_template(spec: ModelSpec) -> bool:
         return False
     config = folder / "tokenizer_config.json"
     try:
-        written = json.loads(config.read_text()) if config.exists() else None
+        written = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
     except ValueError:
         return True
     except OSError:
@@ -300,7 +319,7 @@ def _renewed(store: Store, job_id: str, lease_seconds: float) -> Iterator[None]:
     over = threading.Event()
 
     def renew() -> None:
-        while not over.wait(lease_seconds / _RENEWALS):
+        while not over.wait(min(lease_seconds / _RENEWALS, _RENEWAL_SECONDS)):
             try:
                 store.loading.renew(job_id, lease_seconds=lease_seconds)
             except LoadingLost:

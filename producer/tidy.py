@@ -2,7 +2,7 @@
 
 It sends nothing, takes leases back only where a cancelled job waits for them, a whole lease's length after they ended,
 and does without a store that is locked or away. All other leases are left to the workers: after an outage of the store
-they may have ended though their holders live, who renew them with their next save.
+they may have ended though their holders live, who renew them with their next save. So may those of submits that load.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _BUSY_SECONDS = 0.2
 
 
 def tidy(settings: Settings) -> None:
-    """Takes back what cancelled jobs wait for, deletes dead submits, closes what is finished."""
+    """Takes back what cancelled jobs wait for, closes what is finished."""
     store = Store(settings.database, busy_seconds=_BUSY_SECONDS)
     try:
         cancelling = frozenset({JobState.CANCELLING})
-        store.recovery.reap(store.recovery.expired(for_seconds=settings.lease_seconds, of_jobs=cancelling))
-        store.loading.discard_expired()
+        seconds = settings.lease_seconds
+        store.recovery.reap(store.recovery.expired(lease_seconds=seconds, for_seconds=seconds, of_jobs=cancelling))
         store.closing.close_finished()
     except StoreError:
         pass

@@ -1,0 +1,22 @@
+"""What commands do about the name of a model that is likely a slip: warn, or refuse what would wait for nobody."""
+
+from __future__ import annotations
+
+import click
+
+from jobs.errors import UsageError
+from jobs.spec import ModelSpec
+from jobs.store import Store
+from producer.names import meant_instead, slip_line
+
+
+def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:
+    """Says so on stderr: the user may know better."""
+    if (meant := meant_instead(spec, served=store.workers.models())) is not None:
+        click.echo(f"warning: {slip_line(spec, meant)}", err=True)
+
+
+def refuse_slip(spec: ModelSpec, *, store: Store) -> None:
+    """Raises UsageError."""
+    if (meant := meant_instead(spec, served=store.workers.models())) is not None:
+        raise UsageError(slip_line(spec, meant))
