@@ -39,6 +39,7 @@ BEGIN
             ('batchmill_producer', 'requests',        'SELECT, INSERT, UPDATE, DELETE'),
             ('batchmill_producer', 'outputs',         'SELECT, INSERT, DELETE'),
             ('batchmill_producer', 'runs',            'SELECT, UPDATE'),
+            ('batchmill_producer', 'stores',          'SELECT'),
             ('batchmill_producer', 'workers',         'SELECT'),
             ('batchmill_producer', 'capacities',      'SELECT'),
             ('batchmill_producer', 'evaluations',     'SELECT'),
@@ -50,6 +51,7 @@ BEGIN
             ('batchmill_worker',   'requests',        'SELECT, UPDATE, DELETE'),
             ('batchmill_worker',   'outputs',         'SELECT, INSERT'),
             ('batchmill_worker',   'runs',            'SELECT, INSERT, UPDATE'),
+            ('batchmill_worker',   'stores',          'SELECT'),
             ('batchmill_worker',   'workers',         'SELECT, INSERT, UPDATE'),
             ('batchmill_worker',   'capacities',      'SELECT, INSERT, UPDATE'),
             ('batchmill_worker',   'evaluations',     'SELECT, INSERT'),
@@ -59,6 +61,7 @@ BEGIN
             ('batchmill_reader',   'requests',        'SELECT'),
             ('batchmill_reader',   'outputs',         'SELECT'),
             ('batchmill_reader',   'runs',            'SELECT'),
+            ('batchmill_reader',   'stores',          'SELECT'),
             ('batchmill_reader',   'workers',         'SELECT'),
             ('batchmill_reader',   'capacities',      'SELECT'),
             ('batchmill_reader',   'evaluations',     'SELECT')
