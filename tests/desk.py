@@ -21,12 +21,12 @@ from jobs.states import BatchState
 from jobs.store import Store
 from jobs.store.lease import Lease, Seat
 from jobs.store.workers import Loaded
-from jobs.tables import metadata
+from jobs.tables import metadata, stores
 from tests import mill
 from worker.holdings import Holdings
 from worker.leftovers import Leftovers
 from worker.reconciler import Reconciler
-from worker.spool import Spool, spool_path
+from worker.spool import Spool, Spools
 
 BEAT_SECONDS = 5.0
 Key = tuple[str, int]
@@ -108,7 +108,12 @@ class Desk:
             beat=BEAT_SECONDS,
             adapters=adapters,
         )
-        self.reconciler = Reconciler(store, queues, lease_seconds=mill.LEASE_SECONDS)  # type: ignore[arg-type]
+        self.reconciler = Reconciler(
+            store,
+            queues,  # type: ignore[arg-type]
+            lease_seconds=mill.LEASE_SECONDS,
+            loading_lease_seconds=mill.LEASE_SECONDS,
+        )
         self.leftovers = Leftovers(store, bed.settings)  # type: ignore[arg-type]
         self.generation = 0
         #: The newest generation that is dead, until the parent has settled what it left.
@@ -118,11 +123,12 @@ class Desk:
 
     def spawn(self) -> None:
         self.generation = self.store.workers.new_generation(self.worker_id, child_pid=self.generation + 1)
-        loaded = Loaded("cpu", None, 0.5, 100, {}, "echo", self.rows)
+        loaded = Loaded("cpu", None, 0.5, 100, {}, mill.IDENTITY, "echo", self.rows)
         self.store.workers.loaded(self.worker_id, self.generation, loaded=loaded)
         spec, seconds = mill.ECHO_SPEC, mill.LEASE_SECONDS
-        seat = Seat(self.worker_id, self.generation, spec, "cpu", seconds, adapters=self.adapters)
-        path = spool_path(self.bed.folder, self.bed.settings.database, self.worker_id, self.generation)
+        seat = Seat(self.worker_id, self.generation, spec, "cpu", seconds, mill.IDENTITY, adapters=self.adapters)
+        spools = Spools(self.bed.folder, self.store.id, database=self.bed.settings.database)
+        path = spools.path(self.worker_id, self.generation)
         self.child = Child(seat, Spool(path, limit_bytes=self.bed.spool_bytes), self.rows)
 
     def settle(self) -> None:
@@ -152,11 +158,12 @@ class Bed:
 
     def empty(self) -> None:
         with self.store.database.write() as connection:
+            tables = [table for table in reversed(metadata.sorted_tables) if table is not stores]
             if self.store.database.is_sqlite:
-                for table in reversed(metadata.sorted_tables):
+                for table in tables:
                     connection.execute(delete(table))
             else:
-                names = ", ".join(table.name for table in metadata.sorted_tables)
+                names = ", ".join(table.name for table in tables)
                 connection.execute(text(f"TRUNCATE {names} RESTART IDENTITY CASCADE"))
         for path in self.folder.glob("spool/*"):
             path.unlink()

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from jobs.identity import Content
 from jobs.quantization import Kind, Quantization
 from jobs.schema import SamplingParams
 from jobs.spec import ModelSpec
@@ -89,6 +90,7 @@ def loaded(config: PreTrainedConfig) -> LoadedModel:
         weights_bytes=0,
         load_seconds=0.0,
         commit=None,
+        content=Content("random"),
     )
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
 from jobs.adapters import Adapter
 from jobs.memory import Memory
+from jobs.process import Process
 from jobs.quantization import Kind, Quantization
 from jobs.schema import Choice, ErrorCode, JobOptions, Output, Provenance, Request, RequestKey, SamplingParams
 from jobs.spec import ModelSpec
@@ -19,6 +20,7 @@ from jobs.tables import metadata
 
 ECHO_SPEC = ModelSpec("echo", None, Quantization(Kind.NONE))
 LEASE_SECONDS = 60.0
+IDENTITY = "weights=1"
 
 
 class Clock:
@@ -86,14 +88,25 @@ def seat(
     only_job: str | None = None,
     spec: ModelSpec = ECHO_SPEC,
     adapters: Sequence[Adapter] = (),
+    identity: str = IDENTITY,
+    host: str = "host",
+    process: Process | None = None,
 ) -> Seat:
     """A live worker, ready unless told otherwise."""
     worker_id = store.workers.register(
-        host="host", name=name, pid=1, spec=spec, device="cpu", only_job=only_job, beat=5.0, adapters=adapters
+        host=host,
+        name=name,
+        pid=1,
+        spec=spec,
+        device="cpu",
+        only_job=only_job,
+        beat=5.0,
+        adapters=adapters,
+        process=process,
     )
     generation = store.workers.new_generation(worker_id, child_pid=2)
     if ready:
-        loaded = Loaded("cpu", None, 0.5, 100, {"torch": "2"}, "echo", 8, 128, 1_024)
+        loaded = Loaded("cpu", None, 0.5, 100, {"torch": "2"}, identity, "echo", 8, 128, 1_024, (), tuple(adapters))
         store.workers.loaded(worker_id, generation, loaded=loaded)
     return Seat(
         worker_id,
@@ -101,6 +114,7 @@ def seat(
         spec,
         "cpu",
         LEASE_SECONDS,
+        identity,
         model_load_seconds=0.5,
         defaults=SamplingParams(top_k=7),
         versions={"torch": "2"},

@@ -4,8 +4,8 @@ It asks the tables in plain SQL of its own, so that a mistake in the store's que
 nothing of workers or Redis. Names in brackets are the invariants: I1 one output per request, I3 an ended request has an
 output, I4 no request is lost, I5 a pending request is in an open batch, I6 a closed job has nothing pending, I7 fences
 grow and outputs carry the one that held, I8 one live lease per batch, I9 states and counts follow from the outputs.
-I10 a batch is of one adapter, and all runs of a job mean the same by its name. I2, that an output never changes, needs
-two looks: `accepted` before and `changed` after.
+I10 a batch is of one adapter, and all runs of a job mean the same by its name, I11 all runs of a job are of one model.
+I2, that an output never changes, needs two looks: `accepted` before and `changed` after.
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ def _count_differs(name: str) -> tuple[str, str]:
         f"""SELECT b.id, b.job_id, b.{name} AS said, coalesce(o.{name}, 0) AS found
             FROM batches b LEFT JOIN ({_OUTPUTS}) o ON o.batch_id = b.id
             WHERE b.{name} <> coalesce(o.{name}, 0)""",  # noqa: S608
+    )
+
+
+def _reasons_fall_short() -> tuple[str, str]:
+    """Every answer has a choice at least; what was answered before revision 0007 has no counts."""
+    return (
+        "batch {id} of job {job_id} has {succeeded} answers, of whose choices {said} ended [I9]",
+        """SELECT id, job_id, succeeded, stop_choices + length_choices AS said
+           FROM batches WHERE stop_choices + length_choices < succeeded""",
     )
 
 
@@ -100,6 +109,7 @@ _ALWAYS: tuple[tuple[str, str], ...] = (
            WHERE j.state <> 'loading' OR j.loading_until >= :now
            GROUP BY b.id, b.job_id, b.total HAVING b.total <> count(r.job_id)""",
     ),
+    _reasons_fall_short(),
     *map(_count_differs, ("succeeded", "failed", "cancelled", "prompt_tokens", "completion_tokens")),
     (
         "batch {id} of job {job_id} is {state} with {answered} of {total} answered [I9]",
@@ -266,6 +276,7 @@ def violations(store: Store, *, closed: bool = True) -> list[str]:
             *_wrong_error_codes(connection),
             *_misplaced(connection),
             *_mixed_meanings(connection),
+            *_mixed_models(connection),
         ]
 
 
@@ -350,10 +361,23 @@ def _misplaced(connection: Connection) -> Iterator[str]:
 
 
 def _mixed_meanings(connection: Connection) -> Iterator[str]:
-    ran = """SELECT r.id, r.job_id, b.adapter, w.adapters AS held, j.adapters AS meant FROM runs r
+    ran = """SELECT r.id, r.job_id, b.adapter, w.adapters AS held, j.adapters AS meant,
+                    w.generation, r.worker_generation
+             FROM runs r
              JOIN batches b ON b.id = r.batch_id JOIN workers w ON w.id = r.worker_id JOIN jobs j ON j.id = r.job_id
              WHERE b.adapter <> ''"""
-    for run_id, job_id, adapter, held, meant in connection.execute(text(ran)).all():
+    for run_id, job_id, adapter, held, meant, newest, generation in connection.execute(text(ran)).all():
         mine, wanted = (json.loads(each or "{}").get(adapter) for each in (held, meant))
+        # What lay there is known of the newest child alone, and of nothing from before it was asked for.
+        if mine and wanted and (newest != generation or not (mine.get("identity") and wanted.get("identity"))):
+            mine, wanted = mine | {"identity": None}, wanted | {"identity": None}
         if mine is None or mine != wanted:
             yield f"run {run_id} held {mine} as {adapter!r}, and job {job_id} means {wanted} [I10]"
+
+
+def _mixed_models(connection: Connection) -> Iterator[str]:
+    ran = """SELECT r.id, w.identity, r.job_id, j.identity FROM runs r
+             JOIN workers w ON w.id = r.worker_id AND w.generation = r.worker_generation JOIN jobs j ON j.id = r.job_id
+             WHERE w.identity <> j.identity"""
+    for run_id, held, job_id, wanted in connection.execute(text(ran)).all():
+        yield f"run {run_id} held a model of {held}, and job {job_id} is of {wanted} [I11]"

@@ -75,3 +75,14 @@ def test_only_the_settings_module_reads_settings_from_the_environment() -> None:
                 assert "getenv" not in text, path
                 assert 'environ["BATCHMILL' not in text, path
                 assert 'environ.get("BATCHMILL' not in text, path
+
+
+def test_every_python_that_is_started_leaves_the_current_folder_out() -> None:
+    started = 0
+    for room in ALLOWED:
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
+                    started += 1
+                    assert ast.unparse(node.elts[1]) == "'-P'", f"{path}:{node.lineno}"
+    assert started >= 6, "and they are started in this form"

@@ -93,8 +93,8 @@ def prompt(text: str, **more: Any) -> bytes:
 REFUSED: dict[str, tuple[bytes, str]] = {
     "B1 empty": (b"", "holds no prompts"),
     "B1 blank lines": (b"\n\r\n \t\n\xe3\x80\x80", "holds no prompts"),
-    "B2 long line": (prompt("x" * (1 << 20)), ":1: longer than 1048576 bytes"),
-    "B2 long line in the middle": (b'{"prompt":"a"}\n' + b"x" * (3 << 20) + b"\n", ":2: longer than"),
+    "B2 long line": (prompt("x" * (1 << 24)), ":1: longer than 16777216 bytes"),
+    "B2 long line in the middle": (b'{"prompt":"a"}\n' + b"x" * (17 << 20) + b"\n", ":2: longer than"),
     "B3 lone CR between records": (b'{"prompt":"a"}\r{"prompt":"b"}', ":1: not JSON: more text after the value"),
     "B4 UTF-16": ('{"prompt":"a"}'.encode("utf-16"), "is UTF-16"),
     "B4 UTF-32": ('{"prompt":"a"}'.encode("utf-32"), "is UTF-32"),
@@ -471,13 +471,15 @@ def test_what_is_said_of_an_endless_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(prompts_module, "ENDLESS_BYTES", 2 << 20)
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt":"fine"}\nbad\n' + bytes(4 << 20) + b"\nbad\n")
-    with PromptFile(str(path)) as prompts:
+    with PromptFile(str(path), max_line_bytes=1 << 20) as prompts:
         assert [line.number for line in prompts] == [1]
         with pytest.raises(
             PromptFileError, match="2 bad lines; it was read no further than 2 MiB into the last"
         ) as said:
             prompts.raise_if_bad()
-    assert said.value.problems[1] == f"{path}:3: longer than 1048576 bytes"
+    assert (
+        said.value.problems[1] == f"{path}:3: longer than 1048576 bytes; the setting max_line_bytes takes longer ones"
+    )
 
 
 @pytest.mark.parametrize("what", ["missing", "folder", "/dev/zero", "loop", "socket", "unreadable"])

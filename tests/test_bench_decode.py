@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from jobs.quantization import Quantization
+from jobs.spec import DEMO_FOLDER
 from tests.bench import decode
 from tests.bench.contestant import Setup
 from tests.bench.decoders import EngineDecoder, GenerateDecoder
@@ -20,7 +21,6 @@ from tests.bench.score import Ground, Score, table
 from tests.bench.timeline import Timeline
 from tests.bench.turns import Plan
 from worker.engine.continuous import ContinuousEngine
-from worker.loader.source import DEMO_FOLDER
 from worker.plan.hardware import Hardware, Rates
 
 PLAN = Plan(context_tokens=64, answer_tokens=8, rounds=1, threads=1)

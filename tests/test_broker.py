@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from kombu.asynchronous import Hub
 
 from jobs.broker import Broker, make_app
 from jobs.embedded import EmbeddedRedis
@@ -103,3 +104,41 @@ def test_a_wrong_password_is_one_line_without_it(socket: Path) -> None:
         Broker(f"redis+socket://:wrongsecret@{socket}").ping()
     assert "wrongsecret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_lost_connection_leaves_nothing_in_the_event_loop(socket: Path) -> None:
+    """Its timers and its share of each tick would run for ever, and more of them after each loss."""
+    app = make_app(f"redis+socket://{socket}")
+    hub = Hub()
+    for _ in range(5):
+        connection = app.connection_for_read()
+        connection.ensure_connection()
+        connection.transport.register_with_event_loop(connection.connection, hub)
+        connection.collect()  # as Celery does with one that was lost
+    assert len(hub.on_tick) == 1
+    alive = [each.entry for each in hub.timer._queue if not each.entry.canceled]
+    assert len(alive) == len(set(map(id, alive))) == 5  # kombu's own, of the last connection
+    hub.close()
+    app.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("maxmemory", "1", "refuses writes: .* used memory > 'maxmemory'; raise its maxmemory"),
+        ("replicaof", "127.0.0.1 1", "refuses writes: .* read only replica; name the one that it copies"),
+    ],
+)
+def test_a_redis_that_takes_no_writes_is_told_of_and_nothing_is_written(
+    socket: Path, setting: str, value: str, said: str
+) -> None:
+    broker = Broker(f"redis+socket://{socket}")
+    with redis.Redis(unix_socket_path=str(socket)) as client:
+        broker.check_writes("bm-echo")
+        assert client.keys() == []
+        client.execute_command("REPLICAOF", *value.split()) if setting == "replicaof" else client.config_set(
+            setting, value
+        )
+        with pytest.raises(BrokerUnavailable, match=said):
+            broker.check_writes("bm-echo")
+    broker.close()

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from jobs import VERSION
 from jobs.errors import ModelError, UsageError
 from jobs.quantization import Quantization
 from jobs.spec import ModelSpec
@@ -172,12 +173,23 @@ def test_a_quantized_copy_has_everything_beside_its_weights_and_no_path_in_it(fo
     names = {each.name for each in (tmp_path / "out").iterdir()}
     assert names == {
         *("chat_template.jinja", "config.json", "generation_config.json"),
-        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json", "batchmill.json"),
     }
-    for name in names - {"config.json", "model.safetensors"}:
+    for name in names - {"config.json", "model.safetensors", "batchmill.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
-    assert load(spec(tmp_path / "out"), "cpu").defaults.temperature == 0.3
+    assert load(spec(tmp_path / "out"), "cpu").defaults.temperature == 0.0  # greedy, as do_sample false says
+
+
+def test_a_quantized_copy_names_its_form_and_one_of_a_newer_form_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_quantized(spec(folder, "nf4"), tmp_path / "out", "cpu")
+    file = tmp_path / "out" / "batchmill.json"
+    assert json.loads(file.read_text()) == {"format": 1, "batchmill": VERSION}
+    file.write_text('{"format": 2}')
+    with pytest.raises(ModelError, match="a form that this batchmill does not know; use the newer batchmill"):
+        load(spec(tmp_path / "out"), "cpu")
+    file.unlink()  # as copies of before it was said
+    load(spec(tmp_path / "out"), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -225,8 +237,6 @@ def test_what_is_not_quantized_is_refused_by_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "modules", "command"),
     [
-        ("gptq", "gptqmodel", "pip install 'batchmill[gptq]'"),
-        ("awq", "gptqmodel", "pip install 'batchmill[awq]'"),
         ("compressed-tensors", "compressed_tensors", "pip install 'batchmill[compressed-tensors]'"),
         ("torchao", "torchao", "pip install 'torchao'"),
     ],
@@ -239,6 +249,18 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     said = refusal(folder)
     assert f"quantized by {method}, and of its libraries {modules} cannot be found; " in said
     assert said.endswith(f"run: {command}")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_missing_library_that_no_extra_brings_is_said_to_be_none(
+    folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "gptqmodel" else find_spec("json"))
+    say(folder, quant_method=method, bits=4)
+    said = refusal(folder)
+    assert f"quantized by {method}, and of its libraries gptqmodel cannot be found; batchmill has no extra" in said
+    assert said.endswith("take the original with -q nf4")
+    assert "pip install" not in said
 
 
 def test_a_part_of_a_package_that_is_missing_is_missing(folder: Path) -> None:
@@ -298,7 +320,7 @@ def test_a_bitsandbytes_that_ignores_compute_dtype_is_found_out(folder: Path, mo
         layers.refuse_ignored(loaded)
 
 
-@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="gptqmodel is not installed: pip install 'batchmill[gptq]'")
+@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_checkpoints_of_gptqmodel_load_where_it_is_installed(folder: Path, tmp_path: Path, method: str) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig

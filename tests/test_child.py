@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from jobs.adapters import Adapter
+from jobs.digests import Digests
 from jobs.errors import AlreadyRunning, ModelError, StoreError, StoreUnavailable
+from jobs.identity import Content, of_model
 from jobs.states import WorkerState
 from jobs.store import Store
+from jobs.store.reading import Job
 from tests import mill
-from worker import child, device_lock
+from worker import child, device_lock, outage
 from worker.child import Child, ChildOrder
 from worker.device_lock import DeviceLock
 from worker.devices import DeviceInfo
+from worker.engine.choice import Chosen
+from worker.engine.echo import EchoEngine
+from worker.held import Held
 from worker.placement import Placement
+from worker.pulse import Pulse
+from worker.sources import Sources
+
+ROOT = Path(__file__).parent.parent
 
 
 class Ended(BaseException):
@@ -30,7 +45,10 @@ def no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Ended(code)
 
     monkeypatch.setattr(child.os, "_exit", end)
-    monkeypatch.setattr(child, "_STORE_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(outage, "_PAUSE_SECONDS", 0.0)
+
+
+NO_SOURCES = Sources((), give_up=pytest.fail)
 
 
 class BrokenRunner:
@@ -40,8 +58,39 @@ class BrokenRunner:
 
 def test_an_engine_that_fails_ends_the_process_so_that_its_leases_are_not_renewed() -> None:
     with pytest.raises(Ended) as ended:
-        Child(BrokenRunner()).work()  # type: ignore[arg-type]
+        Child(BrokenRunner(), NO_SOURCES).work()  # type: ignore[arg-type]
     assert ended.value.args == (1,)
+
+
+class IdleRunner:
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def run(self) -> None:
+        self.runs += 1
+
+
+class TestFilesThatWereWritten:
+    @pytest.fixture
+    def content(self, tmp_path: Path) -> Content:
+        (tmp_path / "model.safetensors").write_text("weights")
+        return of_model(tmp_path, Digests())
+
+    def test_another_model_is_loaded_by_another_process(self, content: Content) -> None:
+        runner = IdleRunner()
+        (weights,) = content.stamps
+        weights.write_text("another")
+        with pytest.raises(Ended) as ended:
+            Child(runner, Sources([content], give_up=pytest.fail)).work()  # type: ignore[arg-type]
+        assert ended.value.args == (0,)
+        assert runner.runs == 1  # the jobs that were begun are worked off first
+
+    def test_the_same_model_begins_what_was_left(self, content: Content) -> None:
+        runner = IdleRunner()
+        (weights,) = content.stamps
+        os.utime(weights, (1, 1))
+        Child(runner, Sources([content], give_up=pytest.fail)).work()  # type: ignore[arg-type]
+        assert runner.runs == 2
 
 
 def test_a_store_that_is_away_is_waited_for() -> None:
@@ -53,7 +102,7 @@ def test_a_store_that_is_away_is_waited_for() -> None:
             raise answer
         return answer
 
-    assert child._answered(call) == 7
+    assert outage.outlast(call) == 7
 
 
 def test_a_store_that_refuses_is_not_waited_for() -> None:
@@ -61,11 +110,11 @@ def test_a_store_that_refuses_is_not_waited_for() -> None:
         raise StoreError("no such column")
 
     with pytest.raises(StoreError, match="no such column"):
-        child._answered(call)
+        outage.outlast(call)
 
 
 def test_an_order_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ChildOrder(7, "echo?quantization=none", Placement(("cpu",)).to_json(), None, True)
+    order = ChildOrder(7, "echo?quantization=none", Placement(("cpu",)).to_json(), None, True, None, "/proc/1/fd/3", 1)
     monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
     assert ChildOrder.from_environment() == order
 
@@ -77,10 +126,12 @@ class TestBeginning:
     def worker_id(self, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, int]]:
         store = Store(sqlite_url)
         worker_id = mill.seat(store, ready=False).worker_id
-        order = ChildOrder(worker_id, mill.ECHO_SPEC.canonical, Placement(("cuda:0",)).to_json(), None, False)
+        placement = Placement(("cuda:0",)).to_json()
+        order = ChildOrder(worker_id, mill.ECHO_SPEC.canonical, placement, None, False, None, Pulse.create().path, 7)
         monkeypatch.setenv("BATCHMILL_DATABASE_URL", sqlite_url)
         monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
         monkeypatch.setattr(child, "configure_logs", lambda settings: None)
+        monkeypatch.setattr(child, "die_with_parent", lambda number, parent_pid: None)
         monkeypatch.setattr(child.os, "kill", lambda pid, number: None)
 
         def pause() -> None:
@@ -96,6 +147,14 @@ class TestBeginning:
             child.begin()
         (row,) = store.workers.rows(only_alive=False)
         return row.state, row.error
+
+    def test_whose_parent_is_gone_by_then_ends_at_once(self, worker_id: tuple[Store, int]) -> None:
+        """It would hang without anybody to see to it, and send its signals to whoever has become its parent."""
+        before = worker_id[0].workers.heartbeat(worker_id[1], beat=5.0)
+        begin = f"{sys.executable} -c 'from worker.child import begin; begin()'; exit $?"
+        done = subprocess.run(["bash", "-c", begin], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 128 + signal.SIGKILL, done.stderr
+        assert worker_id[0].workers.heartbeat(worker_id[1], beat=5.0) == before
 
     def test_a_device_that_another_process_holds_is_refused(
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,3 +211,31 @@ class TestBeginning:
 
         monkeypatch.setattr(child, "describe_devices", describe)
         assert self.gave_up(worker_id[0])[0] is WorkerState.FAILED
+
+
+class TestBoundToAJob:
+    """A worker of one job, which it can take only with the model that the job was begun with."""
+
+    A = Adapter("a", "/adapters/a", identity="weights=1")
+
+    @pytest.fixture
+    def job(self, store: Store) -> Job:
+        job_id = mill.load_named(store, "a", "a", batch_size=1)
+        mill.claim(store, mill.seat(store, identity="weights=1", adapters=[self.A]))
+        return store.reading.job(job_id)
+
+    def held(self, identity: str, *adapters: Adapter) -> Held:
+        return Held(Chosen(EchoEngine(), "echo"), identity, adapters)
+
+    def test_the_same_model_and_adapters_are_taken(self, job: Job) -> None:
+        child._refuse_other(job, self.held("weights=1", self.A, Adapter("b", "/adapters/b", identity="weights=9")))
+        child._refuse_other(replace(job, identity=None, adapters=()), self.held("weights=2"))
+
+    @pytest.mark.parametrize(
+        ("identity", "adapter", "changed"),
+        [("weights=2", "weights=1", "weights"), ("weights=1", "weights=2", "adapter a")],
+    )
+    def test_another_one_ends_the_worker(self, job: Job, identity: str, adapter: str, changed: str) -> None:
+        held = self.held(identity, replace(self.A, identity=adapter))
+        with pytest.raises(ModelError, match=f"was begun with another model, changed since: {changed}; put the old"):
+            child._refuse_other(job, held)

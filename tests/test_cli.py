@@ -19,7 +19,7 @@ from worker.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 OF_THE_WORKERS_ROOM = {"worker": "worker.cli", **COMMANDS}
-READING = ["status", "jobs", "workers", "wait", "doctor", "db current"]
+READING = ["status", "jobs", "workers", "wait", "doctor", "db current", "db check"]
 
 
 def commands() -> dict[str, click.Command]:

@@ -124,7 +124,7 @@ def test_a_retry_cut_short_is_finished_by_the_same_command(store: Store, monkeyp
     who = mill.seat(store)
     mill.work_off(store, who, error=ErrorCode.ENGINE_ERROR)
     store.retrying._begin_retry(job_id)  # a retry that was killed after its first page
-    assert store.retrying._retry_page(job_id) == 3
+    assert store.retrying._retry_page(job_id, 3) == 3
     assert mill.work_off(store, who) == 3
     assert store.reading.job(job_id).state is JobState.COMPLETED
     assert states_of(store, job_id) == {"succeeded": 3, "failed": 5, "cancelled": 0, "pending": 0}

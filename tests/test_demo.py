@@ -139,8 +139,19 @@ def test_chat_template_writes_past_answers_with_their_end(tokenizer: Tokenizer) 
 
 
 def test_chat_template_refuses_an_unknown_role(tokenizer: Tokenizer) -> None:
-    with pytest.raises(jinja2.TemplateError, match="unknown role 'tool'"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+    with pytest.raises(jinja2.TemplateError, match="unknown role 'function'"):
+        tokenizer.apply_chat_template([{"role": "function", "content": "x"}], tokenize=False)
+
+
+def test_chat_template_writes_tools_and_their_calls(tokenizer: Tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Bonn"}}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "sunny"}]
+    text = tokenizer.apply_chat_template(messages, tools=[call], tokenize=False)
+    called = '{"name": "w", "arguments": {"city": "Bonn"}}'
+    assert text == (
+        f'<|bos|><|system|>Tools: [{{"type": "function", "function": {called}}}]<|end|>'
+        f"<|assistant|><tool_call>{called}</tool_call><|end|><|user|>sunny<|end|>"
+    )
 
 
 def test_training_never_sees_a_held_out_sum_or_word() -> None:

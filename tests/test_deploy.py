@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ import yaml
 from jobs.settings import PREFIX, Settings, load_settings
 from jobs.spec import ModelSpec
 from producer import cli, cli_jobs, cli_submit
+from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -407,10 +407,7 @@ def test_a_wheel_can_be_built_from_what_images_copy(tmp_path: Path) -> None:
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "wheels")]
-    done = subprocess.run(build, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "wheels").iterdir()
+    wheel = build_wheel(source, tmp_path / "wheels")
     assert wheel.match(f"batchmill-{PROJECT['version']}-*.whl"), "what the install line of the Dockerfile looks for"
 
 

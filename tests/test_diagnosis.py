@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +11,7 @@ from sqlalchemy import update
 
 from jobs.adapters import Adapter
 from jobs.errors import NotFound
+from jobs.process import Process
 from jobs.quantization import Kind, Quantization
 from jobs.schema import ErrorCode
 from jobs.settings import Settings
@@ -40,7 +41,7 @@ class Place:
 
     def diagnose(self, job_id: str, queue: QueueState | None = None, *, external: bool = True) -> Diagnosis:
         settings = Settings(broker_url="redis://mill/0") if external else Settings()
-        return diagnose(JobStatus.read(self.store, job_id), self.store, queue or QueueState(), settings)
+        return diagnose(JobStatus.read(self.store, job_id, settings), self.store, queue or QueueState(), settings)
 
     def later(self, seconds: float, *beating: Seat) -> None:
         """Time passes; these workers live on."""
@@ -73,7 +74,9 @@ class TestClosedAndMoving:
     def test_a_job_that_succeeded_needs_nothing(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
         mill.work_off(place.store, mill.seat(place.store))
-        assert "nothing to do" in expect(place.diagnose(job_id), Verdict.CLOSED, "closed").remedy
+        reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
+        assert reason.remedy == f"`batchmill results {job_id}` writes its outputs"
+        assert reason.message.endswith("0 failed, 0 cancelled; finished: 3 stop")
 
     def test_a_job_that_failed_names_results_and_retry(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
@@ -117,6 +120,17 @@ class TestClosedAndMoving:
         reason = expect(place.diagnose(job_id), Verdict.MOVING, "at_work")
         assert "no answer for 2 min 30 s" in reason.message
         assert "600 s" in reason.remedy
+
+
+class TestNames:
+    def test_a_name_like_that_of_a_known_model_is_asked_about(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3, spec=ModelSpec("dmeo"))
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, "likely_slip")
+        assert reason.message == "'dmeo' is no folder here, no cached model and no org/name: did you mean demo?"
+        assert reason.remedy == (
+            f"`batchmill cancel {job_id}`, and submit it again with -m demo; if it is none, start a worker:"
+            " batchmill worker -m dmeo -q nf4"
+        )
 
 
 class TestAdapters:
@@ -249,13 +263,19 @@ class TestNobodyServes:
 
 
 class TestReadyWorkers:
-    def test_idle_workers_cannot_be_woken_without_redis(self, place: Place) -> None:
+    def test_idle_workers_find_work_without_redis(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
         mill.seat(place.store)
-        reason = expect(place.diagnose(job_id, AWAY), Verdict.STUCK, "redis_away")
-        assert "worker w on host cannot be woken; once it is back the job is taken up by itself" in reason.message
+        reason = expect(place.diagnose(job_id, AWAY), Verdict.WAITING, "redis_away")
+        assert "worker w on host finds work without it, in one look every 15 s" in reason.message
         assert reason.remedy == "start Redis, or mend BATCHMILL_BROKER_URL"
-        assert "batchmill up" in place.diagnose(job_id, AWAY, external=False).findings[0].remedy
+        embedded = place.diagnose(job_id, AWAY, external=False)
+        assert embedded.findings[0].remedy == "start the mill again: batchmill up -m echo"
+        home = Settings().home
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "mill.pid").write_text(f"{Process.own()}\n")
+        embedded = place.diagnose(job_id, AWAY, external=False)
+        assert embedded.findings[0].remedy == "wait: the mill that is up starts it again"
 
     def test_missing_wakeups_follow_with_the_next_pass(self, place: Place) -> None:
         job_id = mill.load(place.store, 10)
@@ -311,6 +331,20 @@ class TestLeases:
         assert "the lease ran out at 1970-01-12 13:47:40 UTC, 40 s ago" in reason.message
         assert reason.remedy.endswith(f"start one: {START}")
 
+    def test_a_killed_worker_of_this_machine_is_known_to_be_gone_at_once(self, place: Place) -> None:
+        live = Process.own()
+        assert live is not None
+        killed = replace(live, start_ticks=live.start_ticks - 1)
+        who = mill.seat(place.store, process=killed)
+        job_id = mill.load(place.store, 4)
+        assert START in expect(place.diagnose(job_id), Verdict.STUCK, "no_worker").remedy
+        mill.claim(place.store, who)
+        place.later(3)
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, "nobody_reconciles")
+        assert "has ended or is cut off, last seen 3 s ago" in reason.message
+        mill.seat(place.store, name="other", spec=LLAMA)
+        expect(place.diagnose(job_id), Verdict.WAITING, "dead_holder")
+
     def test_a_frozen_process_loses_its_lease_while_its_worker_lives(self, place: Place) -> None:
         who = mill.seat(place.store)
         job_id = mill.load(place.store, 4)
@@ -326,6 +360,15 @@ class TestLeases:
         place.later(200, who)
         assert "their logs" in expect(place.diagnose(job_id), Verdict.STUCK, "lease_expired").remedy
 
+    def test_a_lease_of_a_clock_that_was_set_back_is_no_work_in_progress(self, place: Place) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(-3_600, who)
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "lease_expired")
+        assert "which no lease does: the store's clock was set back" in reason.message
+        assert "a live worker takes it back" in reason.remedy
+
     def test_suspects_and_crashes_are_named(self, place: Place) -> None:
         who = mill.seat(place.store)
         job_id = mill.load(place.store, 4)
@@ -340,7 +383,7 @@ class TestLeases:
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(100, who)
-        place.store.recovery.reap(place.store.recovery.expired())
+        place.store.recovery.reap(place.store.recovery.expired(lease_seconds=mill.LEASE_SECONDS))
         assert "let its lease run out" in finding(place.diagnose(job_id), "crashed").message
 
 
@@ -376,7 +419,7 @@ class TestEnding:
     def test_a_job_that_is_loading_is_no_job_yet(self, place: Place) -> None:
         job_id = mill.begin(place.store)
         with pytest.raises(NotFound):
-            place.store.holders.around(job_id)
+            place.store.holders.around(job_id, lease_seconds=60.0)
 
 
 class TestWords:

@@ -18,9 +18,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from jobs.digests import Digests
 from jobs.errors import UsageError
+from jobs.identity import of_model
 from jobs.settings import load_settings
-from jobs.spec import ModelSpec
+from jobs.spec import DEMO_FOLDER, ModelSpec
 from migrations import open_store
 from tests.tiny import save_tiny_model
 from worker.demo import corpus
@@ -123,8 +125,12 @@ def test_the_demo_model_keeps_its_answers_in_every_quantization(tmp_path: Path) 
     assert not any(each.question in done.stderr for each in examples)
     store = open_store(load_settings(home=tmp_path / "home"))
     kept = store.evaluations.latest(ModelSpec.parse("demo", quantization="nf4"))
+    same = store.evaluations.latest(
+        ModelSpec.parse("demo", quantization="nf4"), identity=of_model(DEMO_FOLDER, Digests()).identity
+    )
     store.close()
     assert kept is not None
+    assert kept == same
     assert kept.baseline == ModelSpec.parse("demo", quantization="none")
     assert kept.measured["perplexity"] == rows["nf4"]["perplexity"]
     assert kept.measured["baseline_perplexity"] == rows["none"]["perplexity"]
@@ -168,6 +174,7 @@ def evaluation(
         Asked(match=Match.EXACT, **given),
         device=DeviceInfo("cpu", None, 2**30, CPU),
         options=EngineOptions(),
+        digests=Digests(),
         shown=Shown(len(lineup.specs)),
         keep=keep,
     )
@@ -242,7 +249,7 @@ def test_a_model_that_gives_no_numbers_is_a_row(model: str, data: Path, tmp_path
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     [failed] = evaluation(str(broken), "none", data).run()
     assert isinstance(failed, Failure)
-    assert "gives no numbers" in failed.reason
+    assert "its logits are not numbers" in failed.reason
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_json_lines_are_read_until_they_suffice(tmp_path: Path) -> None:
         ('{"messages": []}', "messages must be"),
         ('{"messages": [{"role": "user"}]}', "messages must be"),
         ('{"messages": [{"content": "secret"}]}', "messages must be"),
+        ('{"messages": [{"role": [], "content": "secret"}]}', "messages must be"),
+        ('{"messages": [{"role": "assistant", "content": "secret", "tool_calls": [1]}]}', "messages with tool_calls"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from jobs.errors import UsageError
+from jobs.errors import UsageError, WriteFailed
 from jobs.quantization import Quantization
 from jobs.spec import ModelSpec
 from worker.evaluate.accuracy import Accuracy, Match, accuracy
@@ -21,6 +24,8 @@ from worker.evaluate.divergence import Divergence
 from worker.evaluate.lineup import Lineup, split
 from worker.evaluate.measurement import Failure, Measurement, Method, Report
 from worker.evaluate.report import lines, to_json
+
+ROOT = Path(__file__).parent.parent
 
 
 def spec(quantization: str) -> ModelSpec:
@@ -40,6 +45,7 @@ def row(quantization: str, **given: Any) -> Measurement:
         load_seconds=1.25,
         engine="continuous",
         commit=None,
+        identity="weights=1",
     )
     return replace(plain, **given)
 
@@ -200,7 +206,7 @@ def test_the_json_of_a_failure_has_the_keys_of_a_measurement() -> None:
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_chart_names_every_row(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"chart.{ending}"
-    check(path)
+    check(path, keep=[])
     draw(report(row("nf4"), replace(NONE, tokens_per_second=None)), path)
     raw = path.read_bytes()
     if ending == "png":
@@ -212,13 +218,28 @@ def test_the_chart_names_every_row(ending: str, tmp_path: Path) -> None:
         assert "<!-- none (90% right) -->" in said
 
 
+def test_a_matplotlibrc_of_the_current_folder_draws_nothing(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\\\input{secret}\n")
+    code = (
+        "import pathlib, tests.test_evaluate_report as own\n"
+        "own.draw(own.report(own.NONE), pathlib.Path('chart.png'))\n"
+        "import matplotlib; print(matplotlib.rcParams['text.usetex'])"
+    )
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path / "config")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.stdout == "True\n", f"matplotlib has read it: {done.stderr}"
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("name", ["chart.pdf", "chart", "no-folder/chart.png"])
 def test_a_chart_that_could_not_be_written_is_refused_before(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="-o "):
-        check(tmp_path / name)
+        check(tmp_path / name, keep=[])
 
 
 def test_a_chart_over_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "chart.png").mkdir()
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="is a folder"):
+        check(tmp_path / "chart.png", keep=[])
+    with pytest.raises(WriteFailed, match="cannot write"):
         draw(report(NONE), tmp_path / "chart.png")

@@ -22,9 +22,17 @@ def measured(**given: Any) -> dict[str, Any]:
     return {"perplexity": 8.4, "baseline_perplexity": 8.0, "accuracy": None} | given
 
 
-def add(store: Store, spec: ModelSpec, baseline: ModelSpec | None = NONE, **given: Any) -> None:
+def add(
+    store: Store,
+    spec: ModelSpec,
+    baseline: ModelSpec | None = NONE,
+    *,
+    identity: str = mill.IDENTITY,
+    **given: Any,
+) -> None:
     store.evaluations.add(
         spec,
+        identity=identity,
         baseline=baseline,
         data=DATA,
         device_name="cpu",
@@ -71,3 +79,16 @@ def test_a_baseline_is_not_compared_with_itself(store: Store) -> None:
     assert "  evaluated  perplexity 8.4000, with held-out.jsonl on cpu" in JobStatus.read(store, job_id).lines()
     add(store, NONE, baseline=None, baseline_perplexity=None)
     assert JobStatus.read(store, job_id).to_json()["evaluation"]["baseline"] is None
+
+
+def test_what_another_model_cost_is_not_shown(store: Store) -> None:
+    job_id = mill.load(store, spec=NF4)
+    add(store, NF4, identity="weights=old")
+    assert JobStatus.read(store, job_id).evaluation is not None  # nobody has begun it
+    mill.claim(store, mill.seat(store, spec=NF4, identity="weights=new"))
+    assert JobStatus.read(store, job_id).evaluation is None
+    add(store, NF4, identity="weights=new", perplexity=7.0)
+    add(store, NF4, identity="weights=old")
+    shown = JobStatus.read(store, job_id).evaluation
+    assert shown is not None
+    assert shown.measured["perplexity"] == 7.0

@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from jobs.errors import ModelError
 from jobs.quantization import Quantization
-from jobs.spec import DEMO, ModelSpec
+from jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
 from tests.bench.models import checkpoint
 from worker.engine import limits as engine_limits
 from worker.engine.continuous import ContinuousEngine
 from worker.engine.generate import GenerateEngine
 from worker.engine.options import Dequantize, EngineOptions
 from worker.loader import load
-from worker.loader.source import DEMO_FOLDER
 from worker.placement import Placement
 from worker.plan.fit import Load, fit
 from worker.plan.hardware import Hardware, joined, pretended_gpu

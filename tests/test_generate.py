@@ -220,16 +220,41 @@ def test_what_a_chat_template_refuses_is_the_error_of_one_request(
     assert error(output) == ("chat_template_error", message)
 
 
+TEMPLATES = {"rag": "[rag]{{ messages[0].content }}", "tool_use": "[tools]{{ messages[0].content }}{{ tools }}"}
+
+
+@pytest.fixture
+def several(loaded: LoadedModel) -> LoadedModel:
+    """A model with templates by name, of which none is the default."""
+    return replace(loaded, tokenizer=build_tokenizer(chat_template=TEMPLATES))  # type: ignore[arg-type]
+
+
+def test_of_several_chat_templates_a_request_has_to_name_one(several: LoadedModel) -> None:
+    for chosen in ({}, {"chat_template": "other"}, {"chat_template": "{{ messages }}"}):
+        [output] = answers(GenerateEngine(several), chat("ab", chat_template_kwargs=chosen))
+        code, message = error(output)
+        assert code == "chat_template_error"
+        assert "the chat templates rag, tool_use, and the request does not say which" in message
+        assert '--chat-template-kwargs \'{"chat_template": "rag"}\'' in message
+
+
+def test_a_named_chat_template_is_taken(several: LoadedModel) -> None:
+    asked = chat("ab", chat_template_kwargs={"chat_template": "rag"})
+    [output] = answers(GenerateEngine(several), asked)
+    assert (output.error, output.prompt_tokens) == (None, len("[rag]ab"))
+
+
+def test_the_default_of_several_chat_templates_needs_no_name(loaded: LoadedModel) -> None:
+    templates = TEMPLATES | {"default": "{{ messages[0].content }}"}
+    model = replace(loaded, tokenizer=build_tokenizer(chat_template=templates))  # type: ignore[arg-type]
+    [output] = answers(GenerateEngine(model), chat("ab"))
+    assert (output.error, output.prompt_tokens) == (None, 2)
+
+
 def test_a_prompt_that_no_tokenizer_takes_is_an_error_of_its_own(loaded: LoadedModel, alphabet: Alphabet) -> None:
     broken, fine = answers(GenerateEngine(loaded), prompt(0, "\ud800"), prompt(1, "a", max_tokens=1))
     assert error(broken)[0] == "engine_error"
     assert fine.choices[0].text == "b"
-
-
-def test_a_token_without_an_embedding_is_an_error_of_its_own(loaded: LoadedModel) -> None:
-    small = replace(loaded, vocabulary=100)
-    [output] = answers(GenerateEngine(small), prompt(0, "\u00ff"))
-    assert error(output)[0] == "engine_error"
 
 
 @pytest.mark.parametrize(

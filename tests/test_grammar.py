@@ -14,15 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from structlog.testing import capture_logs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jobs.schema import ErrorCode
+from jobs.spec import DEMO_FOLDER
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 from worker.engine.grammar import Grammars, Matcher, fill
 from worker.engine.grammar.response_format import MAX_TEXT_LENGTH
-from worker.engine.tokenization import Refused
-from worker.loader.source import DEMO_FOLDER
+from worker.engine.refused import Refused
 
 END, OTHER_END = SPECIAL_TOKENS.index("</s>"), SPECIAL_TOKENS.index("<|end|>")
 BYTES = len(SPECIAL_TOKENS) + 256
@@ -78,6 +79,18 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "items": False,
         "minItems": 2,
     },
+    "patternProperties beside properties": {
+        "type": "object",
+        "properties": {"ab": {"type": "integer"}, "n": {"type": "null"}},
+        "required": ["ab"],
+        "patternProperties": {"^a": {"type": "integer", "minimum": 3, "maximum": 7}},
+        "additionalProperties": False,
+    },
+    "large integers": closed(
+        low={"type": "integer", "minimum": 2**53 + 2, "maximum": 2**53 + 6},
+        high={"type": "integer", "minimum": 2**63 - 1024, "maximum": 2**63 - 1},
+        const={"const": 2**60 + 1024},
+    ),
     "patternProperties": {
         "type": "object",
         "patternProperties": {"^x_[a-z]{1,3}$": {"type": "boolean"}},
@@ -288,6 +301,17 @@ def test_json_object_takes_every_object_in_the_usual_layouts(value: dict[str, An
     assert BYTE_DESK.takes(BYTE_DESK.matcher(type="json_object"), text)
 
 
+def test_an_unknown_format_is_a_note_and_what_is_no_format_stays(desk: Desk) -> None:
+    named = closed(format={"type": "string", "format": "int99"}, kind={"const": {"format": "ipv7"}})
+    with capture_logs() as logs:
+        for _ in range(2):
+            matcher = desk.matcher(type="json_schema", schema=named)
+    assert logs == [{"event": "formats of a schema are not checked", "formats": ["int99"], "log_level": "info"}]
+    assert desk.takes(matcher, '{"format":"any","kind":{"format":"ipv7"}}')
+    date = desk.matcher(type="json_schema", schema=closed(day={"type": "string", "format": "date"}))
+    assert not desk.takes(date, '{"day":"any"}'), "a format that is known is kept to"
+
+
 def test_white_space_cannot_go_on_for_ever(desk: Desk) -> None:
     for white in " \t\n":
         token, count = desk.tokenizer.convert_tokens_to_ids(BYTE_TOKENS[ord(white)]), 0
@@ -424,6 +448,10 @@ def test_a_grammar_that_runs_into_its_limits_fails_and_says_so(desk: Desk) -> No
     assert desk.allowed(desk.matcher(type="regex", regex="(((a{1,1000}){1,1000}){1,1000}){1,1000}"))
 
 
+def schema(value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "schema": value}
+
+
 BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     "no type": ({}, "type"),
     "unknown type": ({"type": "xml"}, "type"),
@@ -431,11 +459,71 @@ BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     "schema is true": ({"type": "json_schema", "schema": True}, "not an object"),
     "unknown keyword": ({"type": "json_schema", "schema": {"not": {"type": "string"}}}, 'Unimplemented keys: ["not"]'),
     "unknown type in schema": ({"type": "json_schema", "schema": {"type": "strnig"}}, "Invalid type: strnig"),
-    "unknown format": ({"type": "json_schema", "schema": {"type": "string", "format": "ipv7"}}, "Unknown format: ipv7"),
+    "a number that is no float": (
+        {"type": "json_schema", "schema": {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3}},
+        "minimum 9007199254740993 is no number that is kept to exactly",
+    ),
+    "a bound that is counted from": (
+        {"type": "json_schema", "schema": {"items": {"type": "integer", "exclusiveMaximum": 2**53 + 4}}},
+        "exclusiveMaximum 9007199254740996",
+    ),
+    "a bound of numbers": (
+        schema({"type": "number", "minimum": 2**54}),
+        "minimum 1801439850948",
+    ),
+    "a bound beyond all": (
+        schema({"type": "integer", "minimum": 10**25}),
+        "minimum 1000000000",
+    ),
+    "a bound of integers written as a float": (schema({"type": "integer", "minimum": 1e25}), "minimum 1e+25"),
+    "an open bound beside a near one": (
+        schema({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.001}),
+        "exclusiveMinimum 1 would be allowed itself",
+    ),
+    "an open bound above a near one": (
+        schema({"items": {"type": "number", "exclusiveMaximum": -3.0, "minimum": -3.5}}),
+        "exclusiveMaximum -3.0 would be allowed itself",
+    ),
+    "a large float": ({"type": "json_schema", "schema": {"type": "number", "maximum": 1e20}}, "maximum 1e+20"),
+    "a constant that is no float": (
+        schema({"const": [{"a": 2**53 + 1}]}),
+        "const has 900719",
+    ),
+    "an enum that is no float": ({"type": "json_schema", "schema": {"enum": [1, -(2**63)]}}, "enum has -922337203685"),
+    "names taken": (
+        {
+            "type": "json_schema",
+            "schema": closed(a={"type": "integer"}) | {"patternProperties": {"^a$": {"minimum": 1}}},
+        },
+        "patternProperties '^a$' matches no name that properties has not",
+    ),
+    "names taken elsewhere": (
+        {
+            "type": "json_schema",
+            "schema": {
+                "allOf": [
+                    {"type": "object", "properties": {"a": {}, "b": {}}},
+                    {"patternProperties": {"^(a|b)$": {"type": "integer"}}, "additionalProperties": False},
+                ]
+            },
+        },
+        "patternProperties",
+    ),
+    "overlapping": (
+        {
+            "type": "json_schema",
+            "schema": {"oneOf": [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 3}]},
+        },
+        "oneOf: several of its schemas may match the same value; use anyOf",
+    ),
+    "no string": (
+        {"type": "json_schema", "schema": {"type": "string", "pattern": "^a{3}$", "maxLength": 2}},
+        "no string matches its pattern, format, enum and lengths together",
+    ),
     "bad pattern": ({"type": "json_schema", "schema": {"type": "string", "pattern": "(a"}}, "unclosed group"),
     "remote": ({"type": "json_schema", "schema": {"$ref": "https://example.org/s.json"}}, "not present"),
     "nothing": ({"type": "json_schema", "schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable"),
-    "own reference": ({"type": "json_schema", "schema": {"$ref": "#"}}, "NoExtension"),
+    "own reference": ({"type": "json_schema", "schema": {"$ref": "#"}}, "nothing that it allows can follow"),
     "lenient": ({"type": "json_schema", "schema": {"not": {}, "x-guidance": {"lenient": True}}}, "Unimplemented"),
     "surrogate in a schema": ({"type": "json_schema", "schema": {"const": "\ud800"}}, "surrogate"),
     "no regex": ({"type": "regex"}, "not a string"),
@@ -466,6 +554,7 @@ def test_what_cannot_be_taken_is_refused_in_one_line(desk: Desk, name: str) -> N
         assert words in str(refusal.value)
         assert "\n" not in str(refusal.value)
         assert len(str(refusal.value)) < 300
+        assert not any(each in str(refusal.value) for each in ("coerce", "NoExtension", "Bias", "Regex (", "Some("))
 
 
 def nested(schema: dict[str, Any], times: int) -> dict[str, Any]:
@@ -477,10 +566,6 @@ def nested(schema: dict[str, Any], times: int) -> dict[str, Any]:
 def chain(link: Callable[[str], dict[str, Any]], length: int) -> dict[str, Any]:
     links = {str(each): link(f"#/$defs/{each + 1}") for each in range(length)}
     return {"$defs": links | {str(length): {"type": "integer"}}, "$ref": "#/$defs/0"}
-
-
-def schema(value: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "schema": value}
 
 
 def regex(value: str) -> dict[str, Any]:
@@ -505,6 +590,13 @@ HOSTILE: dict[str, Callable[[], dict[str, Any]]] = {
     "a large multiple": lambda: schema({"type": "integer", "multipleOf": 1_000_003}),
     "a fine multiple": lambda: schema({"type": "number", "multipleOf": 123.456789}),
     "an enormous multiple": lambda: schema({"type": "number", "multipleOf": 1e300}),
+    "a name that takes an expression for ever": lambda: schema(
+        {"properties": {"a" * 40 + "!": {}}, "patternProperties": {"^(a+)+$": {}}, "additionalProperties": False}
+    ),
+    "patterns beside names": lambda: schema(
+        {"properties": {"x": {}}}
+        | {"allOf": [{"patternProperties": {f"^(x|{each}{{900}}y*){{900}}$": {}}} for each in range(40)]}
+    ),
     "patterns that all hold": lambda: schema({"allOf": [{"pattern": f".*{each}.{{{each}}}x"} for each in range(200)]}),
     "multiples that multiply": lambda: schema(
         {"allOf": [{"type": "integer", "multipleOf": n} for n in (9_973, 9_967)]}

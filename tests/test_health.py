@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import select
 
+from jobs.process import Process
 from jobs.states import BatchState, WorkerState
 from jobs.store import Store
 from jobs.store.lease import Seat
@@ -29,7 +32,7 @@ def crash(store: Store, who: Seat, *, answers: int = 0) -> Seat:
         mill.save(store, who, [mill.answered(claimed, count=answers)])
     store.recovery.take_back(who.worker_id, generation=who.generation)
     generation = store.workers.new_generation(who.worker_id, child_pid=3)
-    return Seat(who.worker_id, generation, who.spec, who.device, who.lease_seconds)
+    return Seat(who.worker_id, generation, who.spec, who.device, who.lease_seconds, who.identity)
 
 
 def answer(store: Store, who: Seat) -> None:
@@ -90,6 +93,25 @@ def test_a_sick_worker_stays_sick(store: Store, broken: Seat) -> None:
     store.health.enter_sick(broken.worker_id, reason="it broke")
     store.workers.enter(broken.worker_id, WorkerState.DRAINING)
     assert store.workers.gave_up(host="host", pid=1) is WorkerState.SICK
+
+
+def test_an_earlier_worker_of_the_same_pid_says_nothing_of_a_later_one(store: Store) -> None:
+    """The processes of a container have the pids that those before its restart had."""
+    before = Process.own()
+    assert before is not None
+    now = replace(before, start_ticks=before.start_ticks + 1)
+    failed = mill.seat(store, process=before)
+    store.workers.enter(failed.worker_id, WorkerState.FAILED, error="no such model")
+    assert store.workers.gave_up(host="host", pid=1, process=before) is WorkerState.FAILED
+    assert store.workers.gave_up(host="host", pid=1, process=now) is None
+
+
+def test_a_child_that_replaces_the_one_that_gave_up_changes_nothing(store: Store, broken: Seat) -> None:
+    """A pool replaces each process that ends, also the one after which its worker stops."""
+    store.workers.enter(broken.worker_id, WorkerState.FAILED, error="no such model")
+    generation = store.workers.new_generation(broken.worker_id, child_pid=3)
+    assert generation > broken.generation
+    assert store.workers.gave_up(host="host", pid=1) is WorkerState.FAILED
 
 
 def test_what_fits_is_remembered_by_spec_and_device(store: Store) -> None:

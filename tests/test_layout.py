@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from jobs.errors import ModelError
+from jobs.process import Process
 from jobs.quantization import Quantization
 from jobs.schema import Request, RequestKey, SamplingParams
 from jobs.spec import ModelSpec
@@ -170,14 +170,19 @@ def test_the_cache_is_where_the_layers_are_and_that_of_offloaded_ones_on_the_fir
 
 def test_an_offload_folder_is_this_processs_own_and_loses_what_dead_ones_left(folder: Path, tmp_path: Path) -> None:
     host = socket.gethostname()
-    dead, elsewhere, other = (tmp_path / name for name in (f"batchmill-{host}-999999999", "batchmill-x-1", "photos"))
-    for each in (dead, elsewhere, other):
+    mine = Process.own()
+    assert mine is not None
+    past = replace(mine, start_ticks=mine.start_ticks - 1)  # had the pid that this process has now
+    dead, elsewhere = tmp_path / f"batchmill-{host}-{past}", tmp_path / f"batchmill-x-{past}"
+    unknown = tmp_path / f"batchmill-{host}-999999999"
+    contained = tmp_path / f"batchmill-{host}-{replace(past, namespace=1)}"
+    other = tmp_path / "photos"
+    for each in (dead, elsewhere, unknown, contained, other):
         each.mkdir()
     load(spec(folder), "cpu", placement=on_disk("400KB", tmp_path))
     assert not dead.exists()
-    assert elsewhere.exists()
-    assert other.exists()
-    assert (tmp_path / f"batchmill-{host}-{os.getpid()}").is_dir()
+    assert all(each.exists() for each in (elsewhere, unknown, contained, other))
+    assert (tmp_path / f"batchmill-{host}-{mine}").is_dir()
 
 
 def test_an_offload_folder_that_cannot_be_made_is_named(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.digests import Digests
 from jobs.errors import ModelError
+from jobs.identity import of_commit, of_model
 from jobs.quantization import Quantization
 from jobs.schema import Request, RequestKey, SamplingParams
 from jobs.spec import ModelSpec
@@ -98,7 +100,8 @@ def test_a_model_is_quantized_by_bitsandbytes_and_answers(
         ),
         ({"do_sample": True}, SamplingParams()),
         ({"do_sample": False}, SamplingParams(temperature=0.0)),
-        ({"do_sample": False, "temperature": 0.7}, SamplingParams(temperature=0.7)),
+        ({"do_sample": False, "temperature": 0.7}, SamplingParams(temperature=0.0)),
+        ({"temperature": 0.7}, SamplingParams(temperature=0.7)),
         ({"max_length": 4096, "max_new_tokens": 7}, SamplingParams()),
     ],
 )
@@ -181,9 +184,9 @@ def test_a_model_that_needs_code_of_its_own_is_refused(copy: Path) -> None:
 
 
 def test_nothing_is_loaded_of_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewrite(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
-    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.delattr(loader, name)
+    rewrite(copy / "tokenizer_config.json", deeper={"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
+    for name in ("configuration.AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.delattr(f"worker.loader.{name}")
     assert "its tokenizer_config.json has auto_map" in refusal(spec(copy))
 
 
@@ -248,9 +251,36 @@ def snapshot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def test_a_model_of_the_hub_says_which_commit_it_is(snapshot: Path) -> None:
     loaded = load(spec("some-org/some-model"), "cpu")
     assert loaded.commit == COMMIT
+    assert loaded.content == of_commit(COMMIT)
     assert Path(loaded.model.name_or_path) == snapshot, "the folder that was looked over"
 
 
 def test_a_model_of_the_hub_is_looked_over_like_a_folder(snapshot: Path) -> None:
     rewrite(snapshot / "config.json", _attn_implementation_internal="some-org/some-kernel")
     assert "its config.json has _attn_implementation_internal" in refusal(spec("some-org/some-model"))
+
+
+def test_a_model_says_what_it_consists_of_and_its_memory_is_the_homes(copy: Path, tmp_path: Path) -> None:
+    beats: list[bool] = []
+    found = load(spec(copy), "cpu", digests=Digests(tmp_path / "home", progress=lambda: beats.append(True))).content
+    assert found.identity == of_model(copy, Digests()).identity
+    assert list((tmp_path / "home" / "digests").glob("*.json"))
+    assert beats
+    assert found.changed() is None
+    rewrite(copy / "config.json", attention_dropout=0.5)
+    assert found.changed() == "configuration"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_file_that_is_written_while_it_is_loaded_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def read_and_write(*arguments: Any) -> Any:
+        model = loader_read(*arguments)
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content + b" ")
+        return model
+
+    loader_read = loader.read_model
+    monkeypatch.setattr(loader, "read_model", read_and_write)
+    assert "changed while it was loaded; start again when nobody writes to its files" in refusal(spec(copy))

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 import migrations
+from jobs.adapters import Adapter
 from jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
 from jobs.settings import load_settings
-from jobs.states import RequestState
+from jobs.states import JobState, RequestState
 from jobs.store import Store
+from jobs.store.reading import FinishReasons
 from jobs.tables import REVISION
-from tests import mill
+from tests import mill, old_store
+from tests.oracle import violations
+from tests.wheel import build_wheel, copy_sources
 
 OLD_JOB = """INSERT INTO jobs
     (id, state, spec, batch_size, options, file_name, command, versions, created_at, queued_at)
@@ -101,6 +106,92 @@ def test_a_store_of_before_timings_keeps_its_outputs(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def old_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without tables."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/old.db"
+        return
+    server = make_url(request.getfixturevalue("postgresql_server"))
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text("DROP DATABASE IF EXISTS old_store WITH (FORCE)"))
+        connection.execute(text("CREATE DATABASE old_store"))
+    admin.dispose()
+    yield server.set(database="old_store").render_as_string(hide_password=False)
+
+
+@pytest.mark.parametrize("revision", ["0004", "0005", "0006"])
+class TestBeforeIdentities:
+    """A store of before the identities of models, of processes and stores, or finish reasons: jobs in every state."""
+
+    @pytest.fixture
+    def store(self, old_url: str, revision: str) -> Iterator[Store]:
+        old_store.build(old_url, revision=revision)
+        migrations.upgrade(old_url)
+        store = Store(old_url, busy_seconds=10)
+        yield store
+        assert violations(store, closed=False) == []
+        store.close()
+
+    def test_nothing_of_it_has_changed(self, store: Store, old_url: str) -> None:
+        command.check(migrations.alembic_config(old_url))
+        found = {job.id: job for job in store.reading.jobs(most=9)}
+        assert {*found, "loading"} == {each.value for each in JobState}
+        assert all(job.state.value == job_id and job.identity is None for job_id, job in found.items())
+        counts = found["running"].counts
+        assert (counts.total, counts.succeeded, counts.failed, counts.pending) == (6, 2, 1, 3)
+        assert found["running"].adapters == (Adapter("a", "/adapters/a"),)
+        assert {job_id for job_id, job in found.items() if job.counts.finish_reasons is not None} == {"queued"}
+        ((*rows,),) = store.reading.output_pages("completed", states=frozenset(RequestState), page=9)
+        assert [row.state for row in rows] == ["succeeded", "failed", "succeeded"]
+        assert {(row.identity, row.process) for row in store.workers.rows(only_alive=False)} == {(None, None)}
+        assert {each.process for each in store.recovery.holders("host")} == {None}
+
+    def test_what_is_unfinished_takes_the_model_of_its_next_claim(self, store: Store) -> None:
+        held = Adapter("a", "/adapters/a", identity="weights=7")
+        newer = mill.seat(store, name="newer", adapters=[held], identity="weights=1")
+        claimed = [*mill.claim(store, newer), *mill.claim(store, newer), *mill.claim(store, newer)]
+        assert {each.lease.job_id for each in claimed} == {"queued", "running"}
+        for job_id, adapters in (("queued", ()), ("running", (held,))):
+            job = store.reading.job(job_id)
+            assert (job.identity, job.adapters) == ("weights=1", adapters)
+        mill.save(store, newer, [mill.answered(each) for each in claimed])
+        another = mill.seat(store, name="another", adapters=[Adapter("a", "/adapters/a")], identity="weights=2")
+        assert mill.claim(store, another) == ()
+        taken = store.recovery.take_back(1, generation=1)  # what the old worker held
+        assert taken == 2
+        assert mill.claim(store, another) == ()
+        mill.work_off(store, newer)
+        assert {store.reading.job(each).state for each in ("queued", "running")} == {JobState.COMPLETED}
+
+    def test_finish_reasons_are_told_of_what_was_answered_since_alone(self, store: Store) -> None:
+        held = Adapter("a", "/adapters/a", identity="weights=7")
+        store.recovery.take_back(1, generation=1)
+        mill.work_off(store, mill.seat(store, adapters=[held]))
+        assert store.reading.job("queued").counts.finish_reasons == FinishReasons(stop=3, length=0)
+        assert store.reading.job("running").counts.finish_reasons is None
+
+    def test_what_is_finished_has_none_and_can_be_retried(self, store: Store) -> None:
+        assert {store.reading.job(each).identity for each in ("completed", "cancelled")} == {None}
+        assert store.retrying.retry("completed") == 1
+        mill.work_off(store, mill.seat(store, identity="weights=2"))
+        assert store.reading.job("completed").identity == "weights=2"
+
+    def test_what_was_loading_is_deleted(self, store: Store) -> None:
+        assert store.loading.discard_expired(store.loading.expired(lease_seconds=60)) == ["loading"]
+
+
+def test_an_embedded_store_of_before_identities_upgrades_itself() -> None:
+    settings = load_settings()
+    settings.home.mkdir(parents=True)
+    old_store.build(settings.database, revision="0004")
+    store = migrations.open_store(settings)
+    assert (store.revision(), store.reading.job("running").identity) == (REVISION, None)
+    store.close()
+    assert [path.name.split(".")[1] for path in settings.home.glob("batchmill.0004.*.db")] == ["0004"]
+
+
 def test_any_other_store_refuses_to_work_and_names_the_command(tmp_path: Path) -> None:
     settings = load_settings(database_url=f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(SchemaMismatch, match="batchmill db upgrade"):
@@ -108,13 +199,7 @@ def test_any_other_store_refuses_to_work_and_names_the_command(tmp_path: Path) -
 
 
 def test_db_upgrade_works_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "tests", "model")
-    shutil.copytree(root, source, ignore=ignore)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
-    subprocess.run([*build, str(source)], check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    wheel = build_wheel(copy_sources(tmp_path / "source"), tmp_path / "dist")
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)

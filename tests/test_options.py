@@ -249,7 +249,7 @@ ASKED = {
     "max_tokens": st.integers(10, 2**31 - 1),
     "min_tokens": st.integers(0, 10),
     "temperature": st.floats(0, 100),
-    "top_p": st.floats(0, 1, exclude_min=True),
+    "top_p": st.floats(0, 1),
     "top_k": st.integers(1, 2**31 - 1),
     "min_p": st.floats(0, 1),
     "repetition_penalty": st.floats(0, 100, exclude_min=True),

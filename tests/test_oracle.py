@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import text
 
-from jobs.schema import ErrorCode
 from jobs.store import Store
-from jobs.tables import metadata
 from tests import oracle
-from tests.mill import answered, begin, claim, load, save, seat, work_off
+from tests.harm import sound, without_constraints
+from tests.mill import begin, claim, load, seat, work_off
 from tests.oracle import accepted, changed, export_violations, violations
 
-
-def sound(store: Store) -> None:
-    """A closed job with a failed request, and after it an open one with a batch of each state."""
-    load(store, 8)
-    who = seat(store)
-    first = claim(store, who)[0]
-    save(store, who, [answered(first, error=ErrorCode.ENGINE_ERROR)])
-    work_off(store, who)
-    load(store, 12)
-    done, held = claim(store, who)[0], claim(store, who)[0]
-    save(store, who, [answered(done)])
-    save(store, who, [answered(held, count=2)])
-
-
-#: What is broken, in a store where batches 1 and 2 are done, 3 is done, 4 is leased with two answers, 5 is pending.
+#: What is broken in a sound store.
 CASES = {
     "has 2 outputs [I1]": 'INSERT INTO outputs SELECT * FROM outputs WHERE run_id = 1 AND "index" = 0',
     "is there 2 times [I4]": 'INSERT INTO requests SELECT * FROM requests WHERE batch_id = 5 AND "index" = 9',
@@ -87,41 +71,14 @@ CASES = {
 }
 
 
-def without_constraints(store: Store, connection: Connection) -> None:
-    """Every table becomes a plain one, as if the database were no help, with a copy of what it held."""
-    cascade = "" if store.database.is_sqlite else " CASCADE"
-    for name in metadata.tables:
-        connection.execute(text(f"CREATE TABLE kept_{name} AS SELECT * FROM {name}"))  # noqa: S608
-        connection.execute(text(f"DROP TABLE {name}{cascade}"))
-        connection.execute(text(f"CREATE TABLE {name} AS SELECT * FROM kept_{name}"))  # noqa: S608
-    connection.commit()
-
-
-def harmed(store: Store, connection: Connection, harm: str) -> list[str]:
-    """What the oracle says after this harm, which is undone afterwards."""
-    connection.execute(text(harm))
-    connection.commit()
-    found = violations(store, closed=False)
-    for name in metadata.tables:
-        connection.execute(text(f"DELETE FROM {name}"))  # noqa: S608
-        connection.execute(text(f"INSERT INTO {name} SELECT * FROM kept_{name}"))  # noqa: S608
-    connection.commit()
-    return found
-
-
-@pytest.fixture
-def connection(store: Store) -> Iterator[Connection]:
-    engine = create_engine(store.database.url)
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
-
-
-def test_each_harm_is_named_and_each_check_finds_one(store: Store, connection: Connection) -> None:
+def test_each_harm_is_named_and_each_check_finds_one(store: Store) -> None:
     sound(store)
     assert violations(store, closed=False) == []
-    without_constraints(store, connection)
-    found = {case: harmed(store, connection, harm) for case, harm in CASES.items()}
+    with without_constraints(store) as harmed:
+        found = {}
+        for case, harm in CASES.items():
+            with harmed(harm):
+                found[case] = violations(store, closed=False)
     unnamed = {case: said for case, said in found.items() if not any(case in each for each in said)}
     assert unnamed == {}
     everything = "\n".join(sentence for said in found.values() for sentence in said)
@@ -145,11 +102,11 @@ def test_what_is_open_is_named_once_all_should_have_ended(store: Store) -> None:
     assert violations(store, closed=False) == []
 
 
-def test_many_violations_of_a_kind_are_cut_short(store: Store, connection: Connection) -> None:
+def test_many_violations_of_a_kind_are_cut_short(store: Store) -> None:
     load(store, 40)
     work_off(store, seat(store))
-    connection.execute(text("UPDATE outputs SET choices = '[]'"))
-    connection.commit()
+    with store.database.write() as connection:
+        connection.execute(text("UPDATE outputs SET choices = '[]'"))
     found = violations(store)
     assert len(found) == 11
     assert found[-1] == "(and 30 more like the last)"
@@ -174,13 +131,13 @@ def test_cancelled_retried_and_crashed_jobs_are_sound(store: Store) -> None:
     assert violations(store) == []
 
 
-def test_an_output_that_changes_or_goes_is_seen_between_two_looks(store: Store, connection: Connection) -> None:
+def test_an_output_that_changes_or_goes_is_seen_between_two_looks(store: Store) -> None:
     sound(store)
     before = accepted(store)
     assert changed(before, store) == []
-    connection.execute(text("""UPDATE outputs SET choices = '["other"]' WHERE run_id = 3 AND "index" = 0"""))
-    connection.execute(text('DELETE FROM outputs WHERE run_id = 3 AND "index" = 1'))
-    connection.commit()
+    with store.database.write() as connection:
+        connection.execute(text("""UPDATE outputs SET choices = '["other"]' WHERE run_id = 3 AND "index" = 0"""))
+        connection.execute(text('DELETE FROM outputs WHERE run_id = 3 AND "index" = 1'))
     said = changed(before, store)
     assert [each.partition(", ")[2] for each in sorted(said)] == ["index 0, has changed [I2]", "index 1, is gone [I2]"]
 

@@ -15,13 +15,14 @@ from click.testing import CliRunner
 from sqlalchemy import update
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
+import migrations
 from jobs.errors import UsageError
 from jobs.quantization import Quantization
 from jobs.sizes import bytes_of, size
-from jobs.spec import DEMO, ModelSpec
+from jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
 from jobs.store import Store
 from jobs.store.speeds import Speed
-from jobs.tables import metadata, runs
+from jobs.tables import runs
 from tests import mill
 from tests.bench.models import checkpoint
 from tests.families import FAMILIES
@@ -30,7 +31,6 @@ from worker import cli_plan
 from worker.engine.options import EngineOptions
 from worker.engine.probe import cache_shape
 from worker.loader import load, read_model
-from worker.loader.source import DEMO_FOLDER
 from worker.plan.advice import advice
 from worker.plan.hardware import Hardware, Rates, known_rates, pretended_gpu, this_cpu
 from worker.plan.model import PlannedModel
@@ -328,7 +328,7 @@ def test_what_cannot_be_planned_is_one_line(arguments: list[str], said: str, hom
     ("changes", "said"),
     [
         ({"model_type": "unheard_of"}, "does not know its architecture; install a newer one"),
-        ({"auto_map": {"AutoConfig": "own.Config"}}, "code of its own, which is never run"),
+        ({"model_type": "unheard_of", "auto_map": {"AutoConfig": "own.Config"}}, "code of its own, which is never run"),
         ({"_attn_implementation": "some-org/some-kernel"}, "it can name code to fetch and run, which is never done"),
         ({"model_type": "vit"}, "choose a causal language model"),
     ],
@@ -349,9 +349,9 @@ def clock() -> mill.Clock:
 
 
 def test_speeds_are_of_this_machine_and_count_overlapping_runs_once(tmp_path: Path, clock: mill.Clock) -> None:
-    store = Store(f"sqlite:///{tmp_path / 'store.db'}", now=clock.expression())
-    with store.database.write() as connection:
-        metadata.create_all(connection)
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    migrations.upgrade(url)
+    store = Store(url, now=clock.expression())
     mill.load(store, count=8, batch_size=4)
     who = mill.seat(store)
     claimed = mill.claim(store, who, wanted=8)

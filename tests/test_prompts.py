@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import PromptFileError
+from jobs.schema import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
 from jobs.schema import NO_SAMPLING, Request, SamplingParams
 from producer.lines import ROLES
-from producer.prompts import MAX_LINE_BYTES, MAX_PROBLEMS, Line, PromptFile
+from producer.prompts import MAX_PROBLEMS, Line, PromptFile
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}
@@ -197,6 +198,15 @@ def test_chat_template_kwargs_go_with_messages(one: Callable[..., Request]) -> N
     assert one({"messages": [HELLO], "chat_template_kwargs": {}}).chat_template_kwargs is None
 
 
+@pytest.mark.parametrize(("url", "body"), [(CHAT, {"messages": [HELLO]}), (COMPLETIONS, {"prompt": "x"})])
+def test_urls_have_a_version_or_none_as_azures(one: Callable[..., Request], url: str, body: dict[str, Any]) -> None:
+    assert one(openai(body, url.removeprefix("/v1"))) == one(openai(body, url))
+
+
+def test_a_top_p_of_nothing_is_kept(one: Callable[..., Request]) -> None:
+    assert one({"prompt": "x", "top_p": 0}).sampling.top_p == 0.0
+
+
 def test_text_parts_are_joined(one: Callable[..., Request]) -> None:
     parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
     joined = {"role": "user", "content": "a\nb"}
@@ -210,6 +220,26 @@ def test_messages_keep_role_name_and_order(one: Callable[..., Request], role: st
     assert one({"messages": [HELLO, named | nothing, HELLO]}).messages == (HELLO, named, HELLO)
 
 
+def test_calls_of_tools_and_their_results_are_kept_in_openais_form(one: Callable[..., Request]) -> None:
+    called = {"id": "c", "type": "function", "function": {"name": "w", "arguments": '{"city": "Köln"}'}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [called]}
+    result = {"role": "tool", "content": "sunny", "tool_call_id": "c"}
+    kept = (HELLO, {"role": "assistant", "tool_calls": [called]}, result)
+    assert one({"messages": [HELLO, asked, result]}).messages == kept
+    assert one(openai({"messages": [HELLO, asked, result]})).messages == kept
+    given = called | {"function": {"name": "w", "arguments": {"city": "Köln"}}}
+    assert one({"messages": [HELLO, asked | {"tool_calls": [given]}, result]}).messages == kept
+
+
+@pytest.mark.parametrize(("choice", "calls"), [(None, True), ("auto", True), ("none", False)])
+def test_tools_are_kept_with_whether_the_answer_may_call_them(
+    one: Callable[..., Request], choice: str | None, calls: bool
+) -> None:
+    line = {"messages": [HELLO], "tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": True}
+    assert (one(line).tools, one(line).calls_tools) == ((TOOL,), calls)
+    assert one({"messages": [HELLO], "tools": [], "tool_choice": choice}) == one({"messages": [HELLO]})
+
+
 # --- bad lines ----------------------------------------------------------------------------------------------
 
 X: dict[str, Any] = {"prompt": "SECRET"}
@@ -220,6 +250,8 @@ def said(**message: Any) -> dict[str, Any]:
     return {"messages": [HELLO, message]}
 
 
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "w", "arguments": "{}"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}
 TEMPERATURES: list[Any] = [-0.1, 100.1, 10**400, "1", False, {}]
 STOPS: list[Any] = [5, [""], ["a", 5], ["a"] * 17, {"SECRET": 1}, False]
 #: Each with what is said of it.
@@ -274,7 +306,7 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (openai(M, custom_id=["SECRET"]), "none of them control characters; it is a list"),
     # OpenAI Batch lines
     (openai(M, method="GET"), "method must be one of POST; it is 'GET'"),
-    (openai(M, url="/v1/embeddings"), "url must be one of /v1/chat/completions, /v1/completions; it is '"),
+    (openai(M, url="/v1/embeddings"), "url must be one of /v1/chat/completions, /v1/completions, "),
     (openai(M, url=["SECRET"]), "url must be one of"),
     ({"body": M}, "url is missing or null"),
     ({"url": CHAT}, "body is missing or null"),
@@ -308,8 +340,16 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
         said(role="user", content=[{"type": "text", "text": "SECRET", "cache_control": {}}]),
         "messages[1].content[0].'cache_control' is not supported here",
     ),
-    (said(role="tool", content="SECRET", tool_call_id="c"), "messages[1].'tool_call_id' is not supported"),
-    (said(role="assistant", content="", tool_calls=[{}]), "messages[1].tool_calls is not supported; remove"),
+    (said(role="user", content="SECRET", tool_call_id="c"), "messages[1].'tool_call_id' is not supported"),
+    (said(role="tool", content="SECRET", tool_call_id=""), "messages[1].tool_call_id must be a string that"),
+    (said(role="tool", content=None, tool_call_id="c"), "messages[1].content is missing or null"),
+    (said(role="assistant", content="", tool_calls=[{}]), "messages[1].tool_calls[0].type is missing or null"),
+    (said(role="assistant", content=None, tool_calls=[]), "messages[1].content is missing or null"),
+    (said(role="assistant", tool_calls="SECRET"), "messages[1].tool_calls must be a list of tool calls, not a string"),
+    (said(role="assistant", tool_calls=[CALL | {"type": "custom"}]), "messages[1].tool_calls[0].type must be one of"),
+    (said(role="assistant", tool_calls=[CALL | {"function": {"name": "w"}}]),
+     "messages[1].tool_calls[0].function.arguments is missing or null"),
+    (said(role="user", content="SECRET", tool_calls=[CALL]), "messages[1].tool_calls is not supported; remove"),
     (said(role="assistant", content="", refusal="SECRET"), "messages[1].refusal is not supported; remove it"),
     (said(role="user", content="", name=3), "messages[1].name must be a string, not a number"),
     # sampling
@@ -320,8 +360,8 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     (X | {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens and max_tokens differ"),
     *((X | {"temperature": value}, "temperature must be a number from 0 to 100, not ")
       for value in TEMPERATURES),
-    *((X | {"top_p": value}, "top_p must be a number above 0 and at most 1, not ")
-      for value in (0, 0.0, 1.01, "1")),
+    *((X | {"top_p": value}, "top_p must be a number from 0 to 1, not ")
+      for value in (-0.1, 1.01, "1")),
     *((X | {"top_k": value}, "top_k must be an integer from 1 to 2147483647, or 0 or -1")
       for value in (-2, 1.0, True)),
     *((X | {"min_p": value}, "min_p must be a number from 0 to 1, not ") for value in (-0.1, 2, "0")),
@@ -339,9 +379,17 @@ BAD_LINES: list[tuple[dict[str, Any], str]] = [
     # what is not supported
     (X | {"stream": True}, "stream is not supported as true; remove it or write false"),
     (X | {"stream": 0}, "stream is not supported as 0"),
-    (M | {"tools": [{}]}, "tools is not supported; remove it or write []"),
-    (M | {"tool_choice": "required"}, "tool_choice is not supported; remove it"),
-    (M | {"parallel_tool_calls": 1}, "parallel_tool_calls is not supported as 1"),
+    (X | {"tools": [TOOL]}, "tools is not supported; remove it or write []"),
+    (M | {"tools": [{}]}, "tools[0].type is missing or null"),
+    (M | {"tools": [TOOL | {"type": "custom"}]}, "tools[0].type must be one of function; it is 'custom'"),
+    (M | {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name is missing or null"),
+    (M | {"tools": [{"type": "function", "function": {"name": "w", "strict": True}}]},
+     "tools[0].function.strict is not supported as true"),
+    (M | {"tools": [TOOL] * 129}, "tools must be a list of at most 128 tools, not a list of 129"),
+    (M | {"tool_choice": "required"}, "tool_choice 'required' is not supported, since no call can be forced"),
+    (M | {"tool_choice": {"type": "function", "function": {"name": "w"}}}, "tool_choice of this form is not supported"),
+    (M | {"parallel_tool_calls": 1}, "parallel_tool_calls must be a boolean, not a number"),
+    (M | {"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls is not supported as false beside tools"),
     (M | {"modalities": ["text", "audio"]}, "modalities is not supported"),
     (X | {"suffix": "SECRET"}, "suffix is not supported; remove it"),
     (X | {"echo": True}, "echo is not supported as true"),
@@ -546,7 +594,7 @@ def test_a_txt_file_has_one_prompt_per_line_used_as_it_is(tmp_path: Path) -> Non
     [
         (b"SECRET a\0", "holds a NUL character"),
         (b"caf\xe9", "not UTF-8: byte 3 is 0xe9"),
-        (b"a" * (MAX_LINE_BYTES + 1), "longer than 1048576 bytes"),
+        (b"a" * (MAX_LINE_BYTES + 1), "longer than 16777216 bytes; the setting max_line_bytes takes longer ones"),
     ],
 )
 def test_a_bad_line_of_text_is_refused(problem: Callable[..., str], data: bytes, said: str) -> None:
@@ -555,14 +603,15 @@ def test_a_bad_line_of_text_is_refused(problem: Callable[..., str], data: bytes,
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
-def test_a_line_may_have_a_mebibyte_and_no_byte_more(tmp_path: Path, begin: bytes, end: bytes) -> None:
+def test_a_line_may_have_16_mebibytes_and_no_byte_more(tmp_path: Path, begin: bytes, end: bytes) -> None:
     most = b"a" * MAX_LINE_BYTES
     found = requests(write(tmp_path, begin + most + b"\r\n" + most + b"\nlast" + end, "p.txt"))
     assert [len(each.prompt or "") for each in found] == [MAX_LINE_BYTES, MAX_LINE_BYTES, 4]
     assert len(requests(write(tmp_path, begin + most + end, "p.txt"))) == 1
     for more in (1, 2, 3, 4, 7, 100):
         caught = error(write(tmp_path, begin + most + b"a" * more + end + b"\n\nlast", "p.txt"))
-        assert [text.split(":", 1)[1] for text in caught.problems] == ["1: longer than 1048576 bytes"]
+        (text,) = caught.problems
+        assert text.endswith(":1: longer than 16777216 bytes; the setting max_line_bytes takes longer ones")
 
 
 def test_an_endless_line_is_skipped_without_holding_it(tmp_path: Path) -> None:
@@ -574,7 +623,7 @@ def test_an_endless_line_is_skipped_without_holding_it(tmp_path: Path) -> None:
         out.write(b'"}\nbad\n' + GOOD)
     tracemalloc.start()
     try:
-        caught = error(str(path))
+        caught = error(str(path), max_line_bytes=1 << 20)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -55,7 +55,7 @@ def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
     job_id = mill.load(store, 4)
     mill.claim(store, mill.seat(store))
     queue = QueueOfOne()
-    reconciler = Reconciler(store, queue, lease_seconds=60)  # type: ignore[arg-type]
+    reconciler = Reconciler(store, queue, lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds += 61
     reconciler.repair()
     reconciler.send_wakeups()
@@ -66,7 +66,7 @@ def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
     own_clock.seconds += 1
     reconciler.repair()
     reconciler.send_wakeups()
-    assert list(queue.sent) == [mill.ECHO_SPEC.queue]
+    assert list(queue.sent) == [mill.ECHO_SPEC.queue(store.id)]
     assert store.reading.job(job_id).counts.pending == 4
 
 
@@ -74,7 +74,7 @@ def test_an_outage_of_the_store_reaps_nobody(store: Store, clock: mill.Clock, ow
     mill.load(store, 4)
     who = mill.seat(store)
     (claimed,) = mill.claim(store, who)
-    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds += 600  # nobody could renew; the worker does as soon as the store is back
     own_clock.seconds += 600
     reconciler.repair()
@@ -93,7 +93,7 @@ def test_a_lease_renewed_between_two_sightings_starts_again(
     mill.load(store, 4)
     who = mill.seat(store)
     (claimed,) = mill.claim(store, who)
-    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     for _ in range(4):
         clock.seconds += 61
         reconciler.repair()
@@ -102,7 +102,44 @@ def test_a_lease_renewed_between_two_sightings_starts_again(
         assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
 
 
-def test_dead_submits_are_deleted_and_cancelled_jobs_closed(store: Store, clock: mill.Clock) -> None:
+def test_a_batch_held_by_a_clock_that_was_set_back_is_taken_back_within_a_lease(
+    store: Store, clock: mill.Clock, own_clock: mill.Clock
+) -> None:
+    job_id = mill.load(store, 4)
+    mill.claim(store, mill.seat(store))
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
+    clock.seconds -= 3_600
+    for seconds in (29, 1):
+        reconciler.repair()
+        assert store.recovery.pending(most=9) == {}
+        clock.seconds += seconds
+        own_clock.seconds += seconds
+    reconciler.repair()
+    assert len(store.recovery.pending(most=9)) == 1
+    assert store.reading.job(job_id).counts.pending == 4
+
+
+def test_a_submit_is_deleted_once_it_was_seen_expired_twice(
+    store: Store, clock: mill.Clock, own_clock: mill.Clock
+) -> None:
+    mill.begin(store)
+    alive = mill.begin(store)
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=600, loading_lease_seconds=60)  # type: ignore[arg-type]
+    clock.seconds += 3_600  # somebody sets the clock, or the machine slept
+    reconciler.repair()
+    own_clock.seconds += 29
+    reconciler.repair()
+    assert mill.rows(store, "jobs") == 2
+    store.loading.renew(alive, lease_seconds=60)
+    own_clock.seconds += 1
+    reconciler.repair()
+    assert mill.rows(store, "jobs") == 1
+    store.loading.open(alive, spec=mill.ECHO_SPEC, file_sha256="0", fingerprint="f", lease_seconds=60)
+
+
+def test_dead_submits_are_deleted_and_cancelled_jobs_closed(
+    store: Store, clock: mill.Clock, own_clock: mill.Clock
+) -> None:
     mill.begin(store)
     job_id = mill.load(store, 4)
     who = mill.seat(store)
@@ -110,7 +147,9 @@ def test_dead_submits_are_deleted_and_cancelled_jobs_closed(store: Store, clock:
     store.closing.cancel(job_id)
     store.recovery.take_back(who.worker_id, generation=1)
     clock.seconds += 61
-    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60)  # type: ignore[arg-type]
+    reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
+    reconciler.repair()
+    own_clock.seconds += 30
     reconciler.repair()
     reconciler.send_wakeups()
     assert mill.rows(store, "jobs") == 1
@@ -121,9 +160,9 @@ def test_a_broker_that_is_away_stops_nothing_else(store: Store) -> None:
     mill.load(store, 4)
     queue = QueueOfOne()
     queue.away = True
-    reconciler = Reconciler(store, queue, lease_seconds=60)  # type: ignore[arg-type]
+    reconciler = Reconciler(store, queue, lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     reconciler.repair()
     reconciler.send_wakeups()
     queue.away = False
-    Reconciler(store, queue, lease_seconds=60).send_wakeups()  # type: ignore[arg-type]
-    assert list(queue.sent) == [mill.ECHO_SPEC.queue]
+    Reconciler(store, queue, lease_seconds=60, loading_lease_seconds=60).send_wakeups()  # type: ignore[arg-type]
+    assert list(queue.sent) == [mill.ECHO_SPEC.queue(store.id)]

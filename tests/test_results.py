@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from jobs import tables
 from jobs.adapters import Adapter
 from jobs.errors import BatchmillError
 from jobs.failpoints import arm
+from jobs.files import replaced
 from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, Timings
+from jobs.states import RequestState
 from jobs.store import Store
 from jobs.store.lease import Held
-from jobs.store.reading import Job
+from jobs.store.reading import Job, OutputRow
 from producer import results
-from producer.answers import CSV_COLUMNS
-from producer.results import errors_path, export, replaced
+from producer.answers import CSV_COLUMNS, openai_line
+from producer.results import errors_path, export
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -92,12 +96,40 @@ def test_jsonl_has_the_documented_keys_and_what_was_passed_through(store: Store,
     assert lines[4]["error"]["code"] == "cancelled"
 
 
+@pytest.mark.parametrize("form", ["jsonl", "openai", "csv"])
+def test_what_was_once_stored_as_no_number_is_exported_as_strict_json(
+    store: Store, job: Job, tmp_path: Path, form: str
+) -> None:
+    kept = (
+        '[{"text":"x","finish_reason":"stop","logprobs":{"content":[{"token":"x","logprob":NaN,"top_logprobs":[]}]}}]'
+    )
+    with store.database.write() as connection:
+        connection.execute(update(tables.outputs).where(tables.outputs.c.state == "succeeded").values(choices=kept))
+    out = tmp_path / f"out.{form}"
+    export(store, job, out=out, form=form, only="succeeded")
+    text = out.read_text()
+    assert "NaN" not in text
+    if form != "csv":
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+        assert len(lines) == 2
+        assert '"logprob": null' in json.dumps(lines[0])
+
+
 @pytest.mark.parametrize(("only", "indexes"), [("all", [0, 1, 2, 3, 4]), ("succeeded", [0, 1]), ("failed", [2, 3, 4])])
 def test_only_some_outputs_on_request(
     store: Store, job: Job, only: str, indexes: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(store, job, out=None, form="jsonl", only=only)
     assert [json.loads(line)["index"] for line in capsys.readouterr().out.split("\n")[:-1]] == indexes
+
+
+@pytest.mark.parametrize("code", [each for each in ErrorCode if each is not ErrorCode.CANCELLED])
+def test_what_a_user_can_mend_has_status_400_in_the_openai_format(store: Store, job: Job, code: ErrorCode) -> None:
+    ours = code in (ErrorCode.OUT_OF_MEMORY, ErrorCode.NOT_A_NUMBER, ErrorCode.ENGINE_ERROR)
+    row = OutputRow(0, "a", "{}", RequestState.FAILED, "[]", 0, 0, code, "why", 0.0, None, None, None)
+    response = openai_line(row, job)["response"]
+    kind = "server_error" if ours else "invalid_request_error"
+    assert (response["status_code"], response["body"]["error"]["type"]) == (500 if ours else 400, kind)
 
 
 def test_the_openai_format_line_by_line(store: Store, job: Job, tmp_path: Path) -> None:
@@ -372,10 +404,11 @@ def test_stdout_that_is_full_or_closed_is_one_clear_error(store: Store, job: Job
     with open("/dev/full", "w") as full:
         done = command(store, "results", job.id, stdout=full)
     assert done.returncode == 1
-    assert done.stderr == "batchmill: cannot write the answers to stdout: No space left on device\n"
+    kept = f"; the answers are kept in job {job.id}: `batchmill results {job.id} -o FILE` writes them\n"
+    assert done.stderr == f"batchmill: cannot write the answers to stdout: No space left on device{kept}"
     done = command(store, "results", job.id, through=["sh", "-c", 'exec "$@" >&-', "sh"])
     assert done.returncode == 1
-    assert done.stderr == "batchmill: cannot write the answers to stdout: it is closed\n"
+    assert done.stderr == f"batchmill: cannot write the answers to stdout: it is closed{kept}"
 
 
 def test_who_reads_only_the_beginning_sees_no_error(store: Store, job: Job) -> None:
@@ -450,7 +483,10 @@ def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(store: Store,
     for form in FORMS:
         done = command(store, "results", job_id, "-o", out, "--format", form)
         assert done.returncode == 1
-        assert done.stderr == f"batchmill: cannot write {out}: No space left on device\n"
+        assert done.stderr == (
+            f"batchmill: cannot write {out}: No space left on device; the answers are kept in job {job_id}: "
+            f"`batchmill results {job_id} -o FILE` writes them\n"
+        )
         assert list(small_disk.iterdir()) == []
 
 

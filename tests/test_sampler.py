@@ -192,6 +192,7 @@ def test_greedy_takes_the_largest_logit_whatever_is_asked_of_a_draw() -> None:
     scores = [1.0, 3.0, 2.9, -1.0]
     assert one(greedy(top_p=0.1, top_k=2, min_p=0.3, seed=3), scores) == 1
     assert one(SamplingParams(temperature=1e-6, seed=3), scores) == 1
+    assert one(SamplingParams(temperature=1.0, top_p=0.0, seed=3), scores) == 1
     assert one(SamplingParams(seed=3), scores) == 1
 
 

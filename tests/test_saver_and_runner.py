@@ -85,6 +85,29 @@ def test_a_drain_saves_what_is_finished_and_hands_the_rest_back(store: Store, de
     assert store.reading.job(job_id).state is JobState.COMPLETED
 
 
+def test_what_a_model_that_is_no_more_the_same_computed_is_not_saved(
+    store: Store, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = mill.load(store, 100, batch_size=10)
+    given: list[int] = []
+    give = desk.saver.give
+
+    def count(outputs: Any, **more: Any) -> None:
+        given.append(len(outputs))
+        give(outputs, **more)
+
+    def is_whole() -> bool:
+        if len(given) == 2:
+            desk.drain.set()
+        return len(given) < 2
+
+    monkeypatch.setattr(desk.saver, "give", count)
+    Runner(desk.engine, desk.saver, watching=nullcontext, is_whole=is_whole).run()
+    assert len(given) == 2
+    assert store.reading.job(job_id).counts.succeeded == sum(given)
+    assert mill.work_off(store, mill.seat(store, name="next")) == 100 - sum(given)
+
+
 def test_a_drain_in_the_workers_row_is_obeyed(store: Store, desk: Desk) -> None:
     mill.load(store, 10)
     store.workers.enter(desk.seat.worker_id, WorkerState.DRAINING)

@@ -52,9 +52,12 @@ class Device:
         for row in step.entered:
             assert row.seat not in self.seated
             self.seated[row.seat] = row
-        for source, target, tokens in step.copies:
-            for place in range(tokens):
-                self.places[target.start + place] = self.places[source.start + place]
+        for target, source, tokens in step.copies:
+            for place in range(target.size):
+                if source is not None and place < tokens:
+                    self.places[target.start + place] = self.places[source.start + place]
+                else:
+                    self.places.pop(target.start + place, None)
         self._check(step)
         for row, begin, end in step.pieces:
             for place in range(begin, end):
@@ -98,6 +101,7 @@ class Device:
             assert begin == row.computed < end <= min(len(row.tokens), row.held.size)
             before = [self.places[row.held.start + place] for place in range(begin)]
             assert before == self._chain(row)[:begin]
+            assert not any(row.held.start + place in self.places for place in range(begin, row.held.size))
 
 
 PROMPTS = st.builds(
@@ -218,4 +222,4 @@ def test_alone_each_prompt_is_read_by_itself_and_keeps_its_slot() -> None:
         device.add([number] * 5, 100)
     steps = [device.step() for _ in range(80)]
     assert [len(step.pieces) for step in steps[:5]] == [1, 1, 1, 3, 3]
-    assert not any(step.copies for step in steps)
+    assert not any(copy.source for step in steps for copy in step.copies)

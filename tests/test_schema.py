@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from jobs.ids import new_job_id
 from jobs.schema import (
     NO_SAMPLING,
     Choice,
@@ -17,7 +18,6 @@ from jobs.schema import (
     RequestKey,
     SamplingParams,
     Timings,
-    new_job_id,
 )
 from jobs.states import RequestState
 
@@ -51,6 +51,8 @@ def test_requests_and_options_survive_their_json() -> None:
         chat_template_kwargs={"enable_thinking": False},
         passthrough={"metadata": {"k": "v"}},
         adapter="sql",
+        tools=({"type": "function", "function": {"name": "w"}},),
+        calls_tools=False,
     )
     bare = Request(4, "d", prompt="")
     for request in (full, bare):

@@ -29,6 +29,9 @@ def test_flags_win_over_environment_over_file_over_defaults(monkeypatch: pytest.
     [
         ("BATCHMILL_LEASE_SECONDS", "soon", "BATCHMILL_LEASE_SECONDS"),
         ("BATCHMILL_LEASE_SECONDS", "-1", "BATCHMILL_LEASE_SECONDS"),
+        ("BATCHMILL_LEASE_SECONDS", "inf", "BATCHMILL_LEASE_SECONDS"),
+        ("BATCHMILL_HEARTBEAT_SECONDS", "1e300", "BATCHMILL_HEARTBEAT_SECONDS"),
+        ("BATCHMILL_STALL_SECONDS", "nan", "BATCHMILL_STALL_SECONDS"),
         ("BATCHMILL_LEASE_SECONDS", "2", "at least 4 times save_seconds"),
         ("BATCHMILL_LEASE_SECOND", "60", "did you mean BATCHMILL_LEASE_SECONDS"),
         ("BATCHMILL_BROKER_URL", "amqp://host", "BATCHMILL_BROKER_URL: must begin with redis://"),

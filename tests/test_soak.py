@@ -14,4 +14,4 @@ def test_echo_has_a_second_queue_in_the_soak(monkeypatch: pytest.MonkeyPatch) ->
     let_echo_have_twins()
     parsed = [ModelSpec.parse("echo", quantization=each) for each in (None, "nf4")]
     assert [str(each.quantization) for each in parsed] == ["none", "nf4"]
-    assert parsed[0].queue != parsed[1].queue
+    assert parsed[0].queue("a") != parsed[1].queue("a")

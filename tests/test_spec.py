@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -42,12 +43,14 @@ def test_a_spec_survives_its_canonical_spelling(spec: ModelSpec) -> None:
 
 @given(specs, specs)
 def test_equal_specs_share_a_queue_and_different_ones_do_not(one: ModelSpec, other: ModelSpec) -> None:
-    assert (one == other) == (one.queue == other.queue)
+    assert (one == other) == (one.queue("a") == other.queue("a"))
+    assert one.queue("a") != other.queue("b")
 
 
 @given(specs)
 def test_queue_names_are_safe_in_redis(spec: ModelSpec) -> None:
-    assert re.fullmatch(r"bm-[a-z0-9-]{1,24}-[0-9a-f]{12}", spec.queue)
+    assert re.fullmatch(r"bm-[a-z0-9-]{1,24}-[0-9a-f]{12}", spec.queue(uuid4().hex))
+    assert re.fullmatch(r"bm-[a-z0-9-]{1,24}-[0-9a-f]{12}", spec.old_queue)
 
 
 def test_a_folder_is_known_by_its_real_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

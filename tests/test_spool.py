@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import URL, make_url, update
+from structlog.testing import capture_logs
 
+from jobs.process import Process
 from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
 from jobs.settings import Settings, load_settings
 from jobs.states import JobState, RunOutcome
 from jobs.store import Store
 from jobs.store.lease import Held, Lease
+from jobs.tables import workers
 from tests import mill
 from tests.oracle import violations
 from worker import leftovers, spool
 from worker.leftovers import Leftovers
-from worker.spool import Spool, abandoned, read, spool_path
+from worker.spool import NewerSpool, Spool, Spools, abandoned, read
 
 LEASE = Lease(3, 1, 5, "job", apart=True)
+HOST = socket.gethostname()
+
+
+def own() -> Process:
+    found = Process.own()
+    assert found is not None
+    return found
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "spool" / "x-1-1.jsonl"
+
+
+def spools(store: Store, settings: Settings) -> Spools:
+    return Spools(settings.home, store.id, database=settings.database)
+
+
+def fall_silent(store: Store) -> None:
+    """All workers have missed their heartbeats."""
+    with store.database.write() as connection:
+        connection.execute(update(workers).values(alive_until=workers.c.alive_until - 3_600))
 
 
 def held(*indexes: int, in_flight: tuple[int, ...] = ()) -> Held:
@@ -60,6 +84,14 @@ def test_what_an_older_batchmill_spooled_is_read(path: Path) -> None:
     output = '{"key":["job",0],"choices":[{"text":"a","finish_reason":"stop"}],"prompt_tokens":2,"completion_tokens":3'
     path.write_text(f'{{"lease":[3,1,5,"job",true],"in_flight":[1],"outputs":[{output},"error":null}}]}}\n')
     assert read(path) == [Held(LEASE, outputs=[mill.output("job", 0, text="a")], in_flight=[1])]
+
+
+def test_it_names_its_form_and_a_newer_one_is_not_read(path: Path) -> None:
+    Spool(path, limit_bytes=10_000).append([held(0)])
+    assert json.loads(path.read_text())["format"] == 2
+    path.write_text(path.read_text().replace('"format":2', '"format":3'))
+    with pytest.raises(NewerSpool):
+        read(path)
 
 
 def test_timings_and_every_choice_are_read_back(path: Path) -> None:
@@ -117,12 +149,20 @@ class TestLeftovers:
     def settings(self, store_url: str) -> Settings:
         return load_settings(database_url=store_url)
 
-    def died(self, store: Store, settings: Settings) -> tuple[str, mill.Seat]:
+    def died(
+        self,
+        store: Store,
+        settings: Settings,
+        *,
+        host: str = "host",
+        process: Process | None = None,
+        path: Path | None = None,
+    ) -> tuple[str, mill.Seat]:
         """A child that answered 0 to 4 of 20 requests, had 5 to 9 in flight, and died while the store was away."""
         job_id = mill.load(store, 20, batch_size=20)
-        who = mill.seat(store)
+        who = mill.seat(store, host=host, process=process)
         (claimed,) = mill.claim(store, who, room=8)
-        path = spool_path(settings.home, settings.database, who.worker_id, who.generation)
+        path = path or spools(store, settings).path(who.worker_id, who.generation)
         answers = [mill.output(job_id, index) for index in range(5)]
         Spool(path, limit_bytes=10_000).append([Held(claimed.lease, outputs=answers, in_flight=range(5, 10))])
         return job_id, who
@@ -150,19 +190,97 @@ class TestLeftovers:
         assert store.reading.job(job_id).counts.succeeded == 0
         assert list((settings.home / "spool").iterdir()) == []
 
-    def test_orphans_of_this_host_are_settled_by_whoever_comes_next(
-        self, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    def test_orphans_of_this_host_are_settled_at_once_by_whoever_comes_next(
+        self, store: Store, settings: Settings
     ) -> None:
-        job_id, _ = self.died(store, settings)
+        """As in a container that has restarted: its worker has the pid, the host and the home of the dead one."""
+        mine = own()
+        job_id, _ = self.died(store, settings, process=replace(mine, start_ticks=mine.start_ticks - 1), host=HOST)
         left = Leftovers(store, settings)
-        monkeypatch.setattr(leftovers.socket, "gethostname", lambda: "host")
-        monkeypatch.setattr(leftovers.psutil, "pid_exists", lambda pid: True)
+        assert left.settle_orphans() == 1
         assert left.settle_orphans() == 0
-        monkeypatch.setattr(leftovers.psutil, "pid_exists", lambda pid: False)
-        assert left.settle_orphans() == 0  # it was heard of a moment ago: another container's process, perhaps
+        assert store.reading.job(job_id).counts.succeeded == 5
+
+    @pytest.mark.parametrize(
+        ("host", "known"),
+        [(HOST, {}), (HOST, {"namespace": 1}), (HOST, None), ("another", {"start_ticks": 1})],
+        ids=["lives", "another container", "unknown", "another host"],
+    )
+    def test_nobody_is_taken_for_dead_of_whom_it_is_not_known(
+        self, store: Store, settings: Settings, host: str, known: dict[str, int] | None
+    ) -> None:
+        job_id, _ = self.died(store, settings, process=None if known is None else replace(own(), **known), host=host)
+        assert Leftovers(store, settings).settle_orphans() == 0
+        assert store.reading.job(job_id).counts.succeeded == 0
+        assert len(list((settings.home / "spool").iterdir())) == 1
+
+    def test_a_worker_of_an_earlier_boot_is_dead_once_it_is_silent(self, store: Store, settings: Settings) -> None:
+        """Another machine of this name, which is alive, has another boot, too."""
+        before = replace(own(), boot_id="00000000-0000-0000-0000-000000000000")
+        job_id, _ = self.died(store, settings, process=before, host=HOST)
+        left = Leftovers(store, settings)
+        assert left.settle_orphans() == 0
         left._silent_seconds = 0.0
         assert left.settle_orphans() == 1
         assert store.reading.job(job_id).counts.succeeded == 5
+
+    @pytest.mark.parametrize("change", ["a new password", "a new host name"])
+    def test_the_spool_is_found_whatever_the_url_says_by_then(
+        self, store: Store, settings: Settings, change: str, tmp_path: Path
+    ) -> None:
+        job_id, who = self.died(store, settings)
+        url = _other_url(make_url(settings.database), change, tmp_path)
+        later = Store(url)
+        Leftovers(later, load_settings(database_url=url)).settle(who.worker_id, who.generation)
+        later.close()
+        assert store.reading.job(job_id).counts.succeeded == 5
+        assert list((settings.home / "spool").iterdir()) == []
+
+    def test_a_spool_that_is_named_as_it_once_was_is_found(self, store: Store, settings: Settings) -> None:
+        digest = hashlib.sha256(settings.database.encode()).hexdigest()[:8]
+        job_id, who = self.died(store, settings, path=settings.home / "spool" / f"{digest}-1-1.jsonl")
+        assert (who.worker_id, who.generation) == (1, 1)
+        Leftovers(store, settings).settle(1, 1)
+        assert store.reading.job(job_id).counts.succeeded == 5
+        assert list((settings.home / "spool").iterdir()) == []
+
+    def test_a_spool_of_another_store_is_left_alone(self, store: Store, settings: Settings) -> None:
+        self.died(store, settings, path=Spools(settings.home, "0" * 32, database="sqlite:///x.db").path(1, 1))
+        left = Leftovers(store, settings)
+        left.settle(1, 1)
+        fall_silent(store)
+        left.settle_orphans()
+        assert len(list((settings.home / "spool").iterdir())) == 1
+
+    @pytest.mark.parametrize("known", [None, {"namespace": 1}], ids=["unknown", "another container"])
+    def test_of_a_silent_worker_of_which_nothing_is_known_the_answers_are_saved_and_nobody_is_blamed(
+        self, store: Store, settings: Settings, known: dict[str, int] | None
+    ) -> None:
+        job_id, who = self.died(store, settings, process=None if known is None else replace(own(), **known))
+        left = Leftovers(store, settings)
+        left.settle_orphans()
+        assert store.reading.job(job_id).counts.succeeded == 0
+        fall_silent(store)
+        assert left.settle_orphans() == 0
+        assert store.reading.job(job_id).counts.succeeded == 5
+        assert list((settings.home / "spool").iterdir()) == []
+        assert store.recovery.take_back(who.worker_id, generation=1, outcome=RunOutcome.RELEASED) == 1  # still held
+        assert violations(store, closed=False) == []
+
+    def test_a_silent_worker_that_lives_keeps_its_spool(self, store: Store, settings: Settings) -> None:
+        self.died(store, settings, process=own())
+        fall_silent(store)
+        Leftovers(store, settings).settle_orphans()
+        assert len(list((settings.home / "spool").iterdir())) == 1
+
+    def test_a_spool_of_a_newer_batchmill_is_left_to_it(self, store: Store, settings: Settings) -> None:
+        _, who = self.died(store, settings)
+        (path,) = (settings.home / "spool").iterdir()
+        path.write_text(path.read_text().replace('"format":2', '"format":3'))
+        with capture_logs() as said:
+            Leftovers(store, settings).settle(who.worker_id, who.generation)
+        assert path.exists()
+        assert "a spool of a newer batchmill is left to it" in [each["event"] for each in said]
 
     def test_a_spool_of_thousands_is_saved_in_pages(
         self, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -171,3 +289,19 @@ class TestLeftovers:
         job_id, who = self.died(store, settings)
         Leftovers(store, settings).settle(who.worker_id, who.generation)
         assert store.reading.job(job_id).counts.succeeded == 5
+
+
+def _other_url(url: URL, change: str, folder: Path) -> str:
+    """Another URL of the same store, as it may be after an outage."""
+    if url.get_backend_name() == "sqlite":
+        link = folder / "link"
+        link.symlink_to(Path(str(url.database)).parent)
+        other = url.set(database=f"{link}/{Path(str(url.database)).name}")
+    elif change == "a new password":
+        other = url.set(password="changed")  # the server asks local users for none
+    else:
+        (folder / "moved").symlink_to(str(url.query["host"]))
+        other = url.update_query_dict({"host": str(folder / "moved")})
+    written = other.render_as_string(hide_password=False)
+    assert written != url.render_as_string(hide_password=False)
+    return written

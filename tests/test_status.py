@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from jobs.adapters import Adapter
+from jobs.process import Process
 from jobs.schema import ErrorCode, JobOptions, SamplingParams
 from jobs.sizes import size
 from jobs.states import WorkerState
 from jobs.store import Store
-from jobs.store.lease import Held
+from jobs.store.lease import Held, Seat
+from producer.here import seen_here
 from producer.status import JobStatus, duration, job_json, worker_json, worker_line
 from tests import mill
 
@@ -25,6 +29,7 @@ STATUS: dict[str, Any] = {
     "revision": type(None),
     "quantization": str,
     "counts": {"total": int, "succeeded": int, "failed": int, "cancelled": int, "pending": int},
+    "finish_reasons": {"stop": int, "length": int},
     "tokens": {"prompt": int, "completion": int},
     "throughput": {
         "requests_per_second": NUMBER,
@@ -44,6 +49,7 @@ STATUS: dict[str, Any] = {
     "eta_seconds": (*NUMBER, type(None)),
     "workers": list,
     "unserved_seconds": (*NUMBER, type(None)),
+    "identity": str,
     "adapters": dict,
     "missing_adapters": list,
     "given_up": list,
@@ -80,6 +86,7 @@ WORKER = {
     "context_tokens": int,
     "cache_tokens": int,
     "devices": list,
+    "identity": str,
     "adapters": dict,
     "uptime_seconds": NUMBER,
     "seen_seconds": NUMBER,
@@ -143,6 +150,7 @@ def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
         "revision",
         "quantization",
         "counts",
+        "finish_reasons",
         "file",
         "queued_at",
         "finished_at",
@@ -156,7 +164,7 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
     assert status.missing_seconds is not None
     text = "\n".join(status.lines())
     assert "no live worker has served echo (none)" in text
-    assert "batchmill worker -m echo" in text
+    assert "batchmill up -m echo" in text
 
 
 def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) -> None:
@@ -165,13 +173,13 @@ def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) ->
     status = JobStatus.read(store, job_id)
     assert status.missing_lines() == [
         "1 batch waits for the adapter sql, which no live worker holds",
-        "start a worker that holds it: batchmill worker -m echo --adapter sql=PATH_OR_ID",
+        "start a worker that holds it: batchmill up -m echo --adapter sql=PATH_OR_ID",
     ]
     text = "\n".join(status.lines())
     assert "  adapters   sql (not used yet), x = org/x@v1\n" in text
-    assert "  waiting    start a worker that holds it: batchmill worker" in text
+    assert "  waiting    start a worker that holds it: batchmill up" in text
     said = status.to_json()
-    assert said["adapters"] == {"sql": None, "x": {"path": "org/x", "revision": "v1"}}
+    assert said["adapters"] == {"sql": None, "x": {"path": "org/x", "revision": "v1", "identity": None}}
     assert said["missing_adapters"] == ["sql"]
     store.closing.cancel(job_id)
     assert JobStatus.read(store, job_id).missing_lines() == []
@@ -181,7 +189,7 @@ def test_the_line_and_the_json_of_a_worker_name_its_adapters(store: Store) -> No
     mill.seat(store, adapters=[Adapter("sql", "/a"), Adapter("x", "org/x", "v1")])
     (row,) = store.workers.rows()
     assert "cache tokens  adapters: sql=/a, x=org/x@v1  up " in worker_line(row)
-    assert worker_json(row)["adapters"]["sql"] == {"path": "/a", "revision": None}
+    assert worker_json(row)["adapters"]["sql"] == {"path": "/a", "revision": None, "identity": None}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +210,7 @@ def test_where_all_workers_gave_up_the_reason_is_given(
     assert "no live worker has served echo (none) for 0 s:" in text
     assert said in text
     assert advice in text
-    assert "then start it again: batchmill worker -m echo" in text
+    assert "then start it again: batchmill up -m echo" in text
     check(
         status.to_json()["given_up"][0],
         {"name": str, "host": str, "device": str, "state": str, "error": str},
@@ -228,6 +236,66 @@ def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store
     (bad,) = [each for each in store.workers.rows(only_alive=False) if each.name == "bad"]
     assert worker_line(bad).startswith("bad  sick  echo (none)")
     assert worker_line(bad).endswith("xxx...)")
+
+
+def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store: Store) -> None:
+    live = Process.own()
+    assert live is not None
+    ended = replace(live, start_ticks=live.start_ticks - 1)
+    job_id = mill.load(store, 3)
+    for name, process in (("ended", ended), ("lives", live), ("contained", replace(ended, namespace=1))):
+        mill.seat(store, name=name, process=process)
+    rows = {each.name: seen_here(each) for each in store.workers.rows()}
+    assert {name: each.alive for name, each in rows.items()} == {"ended": False, "lives": True, "contained": True}
+    assert worker_line(rows["ended"]).startswith("ended  dead  ")
+    assert worker_line(replace(rows["lives"], alive=False)).startswith("lives  silent  ")
+    assert worker_line(replace(rows["contained"], alive=False)).startswith("contained  dead  ")
+    assert JobStatus.read(store, job_id).missing_seconds is None
+    store.workers.enter(rows["lives"].id, WorkerState.STOPPED)
+    store.workers.enter(rows["contained"].id, WorkerState.STOPPED)
+    assert JobStatus.read(store, job_id).missing_seconds is not None
+
+
+class TestUptime:
+    """A worker's time up ends where it stopped, was last seen, or is found gone."""
+
+    @pytest.fixture
+    def clock(self) -> mill.Clock:
+        return mill.Clock()
+
+    @pytest.fixture
+    def store(self, store_url: str, clock: mill.Clock) -> Iterator[Store]:
+        store = Store(store_url, busy_seconds=10, now=clock.expression())
+        yield store
+        store.close()
+
+    def up(self, store: Store, who: Seat) -> float:
+        (row,) = [each for each in store.workers.rows(only_alive=False) if each.id == who.worker_id]
+        return seen_here(row).uptime_seconds
+
+    def test_of_a_worker_that_stopped_between_two_heartbeats(self, store: Store, clock: mill.Clock) -> None:
+        who = mill.seat(store)
+        clock.seconds += 7
+        assert self.up(store, who) == 7
+        store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        clock.seconds += 1_000
+        assert self.up(store, who) == 7
+
+    def test_of_a_worker_that_is_heard_of_no_more(self, store: Store, clock: mill.Clock) -> None:
+        who = mill.seat(store)
+        clock.seconds += 5
+        store.workers.heartbeat(who.worker_id, beat=5.0)
+        clock.seconds += 1_000
+        assert self.up(store, who) == 5
+
+    def test_of_a_worker_whose_process_is_gone(self, store: Store, clock: mill.Clock) -> None:
+        live = Process.own()
+        assert live is not None
+        who = mill.seat(store, process=replace(live, start_ticks=live.start_ticks - 1))
+        clock.seconds += 5
+        store.workers.heartbeat(who.worker_id, beat=5.0)
+        clock.seconds += 3
+        assert self.up(store, who) == 5
 
 
 def test_a_worker_that_loads_has_no_limits_yet(store: Store) -> None:

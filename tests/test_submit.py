@@ -53,7 +53,7 @@ def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) ->
     assert job.options == {"system": "be brief", "max_tokens": 5}
     assert job.counts.total == 2
     assert mill.rows(store, "batches") == 2
-    assert store.reading.resumable(asked.fingerprint(spec, job.file_sha256)) == job_id
+    assert store.reading.resumable(asked.fingerprint(spec, job.file_sha256)) == [job]
 
 
 def test_declared_adapters_are_part_of_the_job(
@@ -175,24 +175,26 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
     stdin.close()
 
 
+@pytest.mark.parametrize("lease_seconds", [0.4, 3_600.0], ids=["short", "longer than a reconciler expects"])
 def test_the_loading_lease_is_renewed_while_stdin_is_silent(
-    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch, feed: Callable[[bytes], None]
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch, feed: Callable[[bytes], None], lease_seconds: float
 ) -> None:
-    settings = load_settings(loading_lease_seconds=0.4)
+    settings = load_settings(loading_lease_seconds=lease_seconds)
+    monkeypatch.setattr(submit_module, "_RENEWAL_SECONDS", 0.1)
     renewals = []
     real = sqlite_store.loading.renew
 
     def renew(job_id: str, *, lease_seconds: float) -> None:
         real(job_id, lease_seconds=lease_seconds)
-        renewals.append(sqlite_store.loading.discard_expired())
-        if len(renewals) == 8:  # twice the lease's length
+        renewals.append(sqlite_store.loading.expired(lease_seconds=lease_seconds))
+        if len(renewals) == 8:  # twice the short lease's length
             feed(b'{"prompt": "late"}\n')
             feed(b"")
 
     monkeypatch.setattr(sqlite_store.loading, "renew", renew)
     job_id, _ = load_job(Submission("-", "echo"), store=sqlite_store, settings=settings)
     assert sqlite_store.reading.job(job_id).counts.total == 1
-    assert renewals == [[]] * len(renewals)
+    assert renewals == [{}] * len(renewals)
 
 
 def test_a_submit_that_lost_its_lease_says_so(

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from jobs.errors import ModelError
 from jobs.quantization import Kind, Quantization
 from jobs.schema import ErrorCode, Request, RequestKey
-from jobs.spec import ModelSpec
+from jobs.spec import DEMO_FOLDER, ModelSpec
 from tests.tiny import save_tiny_model
 from worker.engine.generate import GenerateEngine
 from worker.loader import load
-from worker.loader.source import DEMO_FOLDER
 from worker.vetting import Refusal, vet, weights
 
 
@@ -74,12 +74,14 @@ def test_good_folders_pass(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"auto_map": {"AutoConfig": "own.Config"}}, "has auto_map: it asks for code of its own, which is never run"),
         ({"text_config": [{"deep": {"auto_map": None}}]}, "has auto_map"),
         ({"custom_pipelines": {}}, "has custom_pipelines"),
         ({"keypoint_detector_config": {"trust_remote_code": True}}, "has trust_remote_code"),
         ({"_attn_implementation": "org/kernel"}, "has _attn_implementation: it can name code to fetch and run"),
         ({"_attn_implementation_internal": "org/kernel"}, "has _attn_implementation_internal"),
+        ({"_attn_implementation": {"text_config": "sdpa", "": "org/kernel"}}, "has _attn_implementation"),
+        ({"_attn_implementation": ["sdpa"]}, "has _attn_implementation"),
+        ({"_experts_implementation": True}, "has _experts_implementation"),
         ({"text_config": {"attn_implementation": "org/kernel"}}, "has attn_implementation"),
         ({"_experts_implementation": "org/kernel"}, "has _experts_implementation"),
         ({"transformers_weights": "../other.safetensors"}, "has transformers_weights"),
@@ -90,6 +92,74 @@ def test_a_configuration_that_names_code_or_other_files_is_refused(
 ) -> None:
     rewrite(folder / name, **changes)
     assert f"its {name} {reason}" in refusal(folder)
+
+
+OWN_CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("it-ran").touch()
+raise SystemExit
+"""
+
+
+@pytest.fixture
+def with_own_code(folder: Path) -> Path:
+    """A folder as Phi-3-mini's: classes of its own in files beside the weights, of a model that transformers knows."""
+    for name in ("configuration_own", "modeling_own", "tokenization_own", "processing_own"):
+        (folder / f"{name}.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    rewrite(folder / "config.json", auto_map=classes)
+    rewrite(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenization_own.Own"]})
+    rewrite(folder / "processor_config.json", auto_map={"AutoProcessor": "processing_own.Own"})
+    return folder
+
+
+def test_a_model_that_transformers_knows_is_served_by_its_class_and_no_other(with_own_code: Path) -> None:
+    before = {file: file.read_bytes() for file in with_own_code.iterdir()}
+    loaded = load(ModelSpec(str(with_own_code), quantization=Quantization(Kind.NONE)), "cpu")
+    assert type(loaded.model).__module__ == "transformers.models.llama.modeling_llama"
+    assert type(loaded.tokenizer).__module__.startswith("transformers.")
+    assert not hasattr(loaded.model.config, "auto_map")
+    assert {file: file.read_bytes() for file in with_own_code.iterdir()} == before, (
+        "something of it ran, or was written"
+    )
+
+
+@pytest.mark.parametrize("known", [None, "own_model", ["llama"]])
+def test_code_of_a_model_that_transformers_does_not_know_is_refused(with_own_code: Path, known: Any) -> None:
+    rewrite(with_own_code / "config.json", model_type=known)
+    assert "its config.json has auto_map: it asks for code of its own, which is never run" in refusal(with_own_code)
+    assert not (with_own_code / "it-ran").exists()
+
+
+def test_a_tokenizer_of_its_own_is_refused_also_beside_a_known_model(with_own_code: Path) -> None:
+    rewrite(with_own_code / "tokenizer_config.json", tokenizer_class="OwnTokenizer")
+    (with_own_code / "tokenizer.json").unlink()
+    with pytest.raises(ModelError):
+        load(ModelSpec(str(with_own_code), quantization=Quantization(Kind.NONE)), "cpu")
+    assert not (with_own_code / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_attn_implementation_autoset": True},
+        {"_attn_implementation": None},
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "eager"},
+        {"_attn_implementation_internal": "flash_attention_3"},
+    ],
+)
+def test_what_names_attention_of_transformers_itself_names_no_code(folder: Path, changes: dict[str, Any]) -> None:
+    rewrite(folder / "config.json", **changes)
+    loaded = load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu")
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_shards_without_their_index_are_told_by_its_name(folder: Path) -> None:
+    for number in (1, 2):
+        (folder / f"model-0000{number}-of-00002.safetensors").touch()
+    (folder / "model.safetensors").unlink()
+    assert "lacks model.safetensors.index.json, which says what each of its 2 files of weights holds" in refusal(folder)
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(folder: Path) -> None:

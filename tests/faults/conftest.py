@@ -25,7 +25,7 @@ from jobs.errors import StoreError
 from jobs.settings import Settings, load_settings
 from producer.results import export
 from tests.faults.proxy import FaultProxy
-from tests.integration.conftest import TIMERS, Mill, until, write_prompts
+from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, Mill, until, write_prompts
 from tests.oracle import export_violations, violations
 
 #: An engine that answers a hundred requests a second, so that a fault finds it at work.
@@ -45,7 +45,7 @@ class Pace:
     locked_seconds: float = 6.0
     #: At a hundred requests a second, a job that lasts longer than the fault.
     requests: int = 300
-    patience_seconds: float = 60.0
+    patience_seconds: float = PATIENCE_SECONDS
 
 
 SHORT = Pace("short")
@@ -126,7 +126,7 @@ class FaultMill(Mill):
         """The ids of live workers that hold their model."""
         return {row.id for row in self.store.workers.rows() if row.state == "ready"}
 
-    def wait(self, job_id: str, *, seconds: float = 60.0) -> None:
+    def wait(self, job_id: str, *, seconds: float = PATIENCE_SECONDS) -> None:
         """Until the job has ended; it asks the store itself, since a command takes half a second."""
 
         def has_ended() -> bool:
@@ -140,7 +140,7 @@ class FaultMill(Mill):
         """The job has ended with every answer, the store is sound, and nothing was left lying about."""
         assert export_violations(self.exported(job_id), texts=answers(count)) == []
         assert violations(self.store) == []
-        until(lambda: not list(self.home.glob("spool/*")), "the spools are empty", seconds=10)
+        until(lambda: not list(self.home.glob("spool/*")), "the spools are empty")
 
     def exported(self, job_id: str) -> list[str]:
         """The lines of the job's export; made here, since a command takes half a second."""
@@ -190,7 +190,7 @@ class RedisServer:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = start_process([server, *options, "--dir", self._folder], log=log)
-        until(self._answers, "Redis has started", seconds=10)
+        until(self._answers, "Redis has started")
 
     def kill(self) -> None:
         """As `kill -9` does; all that it held is gone."""

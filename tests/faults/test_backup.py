@@ -36,7 +36,7 @@ def test_a_backup_taken_in_mid_job_is_restored_and_finished(mill: Mill, tmp_path
     assert 20 < restored.reading.job(job_id).counts.succeeded < 300
     restored.close()
     mill.start("worker", "-m", "echo")
-    mill.command("wait", job_id, "--timeout", "60")
+    mill.command("wait", job_id, "--timeout", "300")
     texts = [f"one two three {index}" for index in range(300)]
     assert export_violations(mill.command("results", job_id).splitlines(), texts=texts) == []
     assert violations(mill.store) == []

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.faults.conftest import SLOW, FaultMill, answers, sqlite_first
-from tests.integration.conftest import until
+from tests.integration.conftest import PATIENCE_SECONDS, until
 from tests.oracle import accepted, changed, export_violations, violations
 
 #: A cancelled job is closed after a turn of its worker and a step of its engine; the rest is for a busy machine.
@@ -79,7 +79,7 @@ def test_three_cancels_at_once(mill: FaultMill, database_url: str) -> None:
     job_id = mill.submit(REQUESTS)
     until(lambda: mill.succeeded(job_id) > 60, "some answers")
     cancels = [mill.start("cancel", job_id) for _ in range(3)]
-    assert [each.wait(30) for each in cancels] == [0, 0, 0]
+    assert [each.wait(PATIENCE_SECONDS) for each in cancels] == [0, 0, 0]
     until(lambda: mill.store.reading.job(job_id).closed, "the job is closed", seconds=CLOSED_SECONDS)
     assert check_cancelled(mill, job_id) > 0
     assert violations(mill.store) == []

@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_at_a_save_is_waited_for(disk_mill: FaultMill, disk:
     job_id = mill.submit(REQUESTS)
     until(lambda: mill.succeeded(job_id) > 50, "some answers")
     before = accepted(mill.store)
-    until(lambda: full(disk, mill, worker), "the worker says that the disk is full", seconds=20)
+    until(lambda: full(disk, mill, worker), "the worker says that the disk is full")
     stopped_at = mill.succeeded(job_id)
     assert stopped_at < REQUESTS
     assert worker.poll() is None

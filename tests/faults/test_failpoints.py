@@ -43,7 +43,7 @@ class Night:
         if self._point == "spool.written":
             self._lock_the_store()
         self._kill_the_child()
-        self._mill.command("wait", job_id, "--timeout", "90")
+        self._mill.command("wait", job_id, "--timeout", "300")
         self._survived("results", job_id, "-o", self.out)
         return job_id
 
@@ -90,5 +90,5 @@ def test_a_crash_at_each_point_loses_and_doubles_nothing(mill: Mill, tmp_path: P
 
 def check(store: Store, out: Path) -> None:
     """What a killed submit left is deleted once its lease has ended; all else is right at once."""
-    until(lambda: violations(store) == [], f"the store is whole: {violations(store)}", seconds=20)
+    until(lambda: violations(store) == [], f"the store is whole: {violations(store)}")
     assert export_violations(out.read_text().splitlines(), texts=TEXTS) == []

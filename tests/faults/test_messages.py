@@ -12,13 +12,10 @@ from sqlalchemy import text
 
 from jobs.broker import Broker, make_app
 from jobs.gate import WAKE_TASK
-from jobs.spec import ModelSpec
 from jobs.store import Store
 from tests.faults.conftest import SLOW, FaultMill, ProxiedMill, sqlite_first
 from tests.integration.conftest import until
 from worker.reconciler import Reconciler
-
-ECHO_QUEUE = ModelSpec.parse("echo").queue
 
 
 def send(mill: FaultMill, batch_ids: list[int], *, copies: int) -> None:
@@ -26,7 +23,7 @@ def send(mill: FaultMill, batch_ids: list[int], *, copies: int) -> None:
     task = app.signature(WAKE_TASK)
     for batch_id in batch_ids:
         for _ in range(copies):
-            task.apply_async((batch_id,), queue=Queue(ECHO_QUEUE))
+            task.apply_async((batch_id,), queue=Queue(mill.echo_queue))
     app.close()
 
 
@@ -46,7 +43,7 @@ def test_ten_copies_of_every_message_to_two_workers(mill: FaultMill, database_ur
     mill.wait(job_id)
     send(mill, batch_ids, copies=2)
     mill.check_ended(job_id, 120)
-    until(lambda: mill.queue_length(ECHO_QUEUE) == 0, "the queue is drained")
+    until(lambda: mill.queue_length(mill.echo_queue) == 0, "the queue is drained")
     assert done_runs(mill) == dict.fromkeys(batch_ids, 1)
     assert mill.repeated() == 0
     assert all(worker.poll() is None for worker in workers)
@@ -70,22 +67,22 @@ def test_three_reconcilers_at_once(proxied_mill: ProxiedMill, database_url: str)
             stack.callback(thread.join)
             stack.callback(over.set)
         kill_tree(worker.pid)
-        until(lambda: mill.repeated() > 0, "the leases of the dead are taken back", seconds=20)
+        until(lambda: mill.repeated() > 0, "the leases of the dead are taken back")
         mill.ready_worker(**SLOW)
         mill.wait(job_id)
     mill.check_ended(job_id, 160)
     assert max(most_sent) <= 3 * 20
-    until(lambda: mill.queue_length(ECHO_QUEUE) == 0, "the queue is drained")
+    until(lambda: mill.queue_length(mill.echo_queue) == 0, "the queue is drained")
 
 
 def reconcile(mill: ProxiedMill, over: threading.Event, lengths: list[int]) -> None:
     """A reconciler of its own, as another worker's parent has one, in a hurry."""
     store, broker = Store(mill.settings.database), Broker(mill.settings.broker)
-    reconciler = Reconciler(store, broker, lease_seconds=mill.settings.lease_seconds)
+    reconciler = Reconciler.of(mill.settings, store, broker)
     while not over.wait(0.1):
         reconciler.repair()
         reconciler.send_wakeups()
-        lengths.append(mill.queue_length(ECHO_QUEUE))
+        lengths.append(mill.queue_length(mill.echo_queue))
     store.close()
     broker.close()
 

@@ -13,7 +13,7 @@ import pytest
 from jobs.schema import ErrorCode
 from jobs.spec import ModelSpec
 from jobs.states import WorkerState
-from tests.integration.conftest import Mill, child_of, until
+from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until
 from tests.oracle import violations
 
 CHAOS = {"chaos": True, "engine_rows": 64}
@@ -51,7 +51,7 @@ def check(mill: Mill, job_id: str, count: int, expected: dict[int, str]) -> None
 def test_one_poison_prompt_ends_as_one_error_after_five_crashes(mill: Mill, tmp_path: Path, magic: str) -> None:
     mill.start("worker", "-m", "echo", **CHAOS)
     job_id = mill.command("submit", write(tmp_path / "p.jsonl", 200, {70: magic}), "-m", "echo").strip()
-    mill.command("wait", job_id, "--timeout", "120", code=5)
+    mill.command("wait", job_id, "--timeout", "300", code=5)
     check(mill, job_id, 200, {70: ErrorCode.POISON})
     assert crashes(mill) <= 5
 
@@ -59,7 +59,7 @@ def test_one_poison_prompt_ends_as_one_error_after_five_crashes(mill: Mill, tmp_
 def test_a_prompt_that_hangs_is_found_by_the_watchdog(mill: Mill, tmp_path: Path) -> None:
     mill.start("worker", "-m", "echo", stall_seconds=1.0, **CHAOS)
     job_id = mill.command("submit", write(tmp_path / "p.jsonl", 40, {7: "!hang", 8: "!slow"}), "-m", "echo").strip()
-    mill.command("wait", job_id, "--timeout", "120", code=5)
+    mill.command("wait", job_id, "--timeout", "300", code=5)
     check(mill, job_id, 40, {7: ErrorCode.POISON})
     assert crashes(mill) == 5
 
@@ -70,8 +70,8 @@ def test_three_poison_prompts_among_a_thousand_and_other_jobs_go_on(mill: Mill, 
     magic = {3: "!kill9", 5: "!segv", 777: "!kill9"}
     bad = mill.command("submit", write(tmp_path / "bad.jsonl", 1_000, magic), "-m", "echo").strip()
     good = mill.command("submit", write(tmp_path / "good.jsonl", 300, {}), "-m", "echo").strip()
-    mill.command("wait", good, "--timeout", "120")
-    mill.command("wait", bad, "--timeout", "120", code=5)
+    mill.command("wait", good, "--timeout", "300")
+    mill.command("wait", bad, "--timeout", "300", code=5)
     check(mill, bad, 1_000, dict.fromkeys(magic, ErrorCode.POISON))
     check(mill, good, 300, {})
     assert crashes(mill) <= 15
@@ -81,7 +81,7 @@ def test_memory_that_runs_out_fails_nobody_but_who_needs_too_much_alone(mill: Mi
     mill.start("worker", "-m", "echo", **CHAOS)
     magic = {3: "!oom>17", 9: "!oom>1", 50: "!oom>0"}
     job_id = mill.command("submit", write(tmp_path / "p.jsonl", 200, magic), "-m", "echo").strip()
-    mill.command("wait", job_id, "--timeout", "60", code=5)
+    mill.command("wait", job_id, "--timeout", "300", code=5)
     check(mill, job_id, 200, {50: ErrorCode.OUT_OF_MEMORY})
     assert crashes(mill) == 0
     device = f"{os.uname().nodename}/cpu/auto"
@@ -116,8 +116,8 @@ def test_a_worker_whose_device_breaks_gives_up_and_takes_no_prompt_with_it(mill:
         return now.state is WorkerState.SICK
 
     until(is_sick, "the worker says that it is sick", seconds=60)
-    assert broken.wait(20) == 1
+    assert broken.wait(PATIENCE_SECONDS) == 1
     assert "look at the device" in row().error
-    mill.command("wait", job_id, "--timeout", "60")
+    mill.command("wait", job_id, "--timeout", "300")
     check(mill, job_id, 400, {})
     assert not psutil.pid_exists(broken.pid) or broken.poll() is not None

@@ -11,6 +11,7 @@ from time import monotonic
 import pytest
 
 from tests.faults.proxy import FaultProxy
+from tests.integration.conftest import PATIENCE_SECONDS
 
 #: A client waits so long for what must not come.
 SHORT_SECONDS = 0.2
@@ -104,7 +105,7 @@ def test_a_cut_after_a_reply_loses_it_or_not(deliver: bool, proxy: FaultProxy, c
         assert said(client, b"last") == b"last"
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         say_until_told(client, b"more" if deliver else b"last")
-    assert done.wait(5)
+    assert done.wait(PATIENCE_SECONDS)
     with connected(proxy) as other:
         assert said(other, b"last") == b"last"  # it happens once
 

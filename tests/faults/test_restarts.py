@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy import func, select
 
 from jobs.tables import batches
-from tests.integration.conftest import Mill, until, write_prompts
+from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 from tests.oracle import export_violations, violations
 
 PACE = {"echo_step_seconds": 0.1, "engine_rows": 10}
@@ -23,9 +23,9 @@ def test_a_storm_of_restarts_loses_nothing_and_blames_nobody(mill: Mill, tmp_pat
         time.sleep(moments.uniform(0.2, 3.0))  # in whatever phase that finds them
         for worker in workers:
             worker.terminate()
-        assert [worker.wait(20) for worker in workers] == [0, 0]
+        assert [worker.wait(PATIENCE_SECONDS) for worker in workers] == [0, 0]
     mill.start("worker", "-m", "echo")
-    mill.command("wait", job_id, "--timeout", "60")
+    mill.command("wait", job_id, "--timeout", "300")
     with mill.store.database.read() as connection:
         assert connection.scalar(select(func.max(batches.c.crashes))) == 0
     texts = [f"one two three {index}" for index in range(400)]

@@ -62,7 +62,7 @@ class Watched:
         for process, log in self._started:
             if process.poll() is None:
                 process.terminate()
-            process.wait(40)
+            process.wait(120)
             self.said.append(log.read_text())
 
     def leaks(self) -> list[str]:
@@ -98,7 +98,7 @@ def test_nothing_is_said_of_passwords_and_prompts_when_all_is_well(
     watched.start("worker", "-m", "echo", **settings, **as_worker(site), echo_step_seconds=0.3, engine_rows=10)
     job = watched.run("submit", write_canaries(tmp_path / "p.jsonl"), "-m", "echo", **settings).strip()
     watched.look_at_processes()
-    watched.run("wait", job, "--timeout", "60", **settings)
+    watched.run("wait", job, "--timeout", "300", **settings)
     for words in (
         ("status",),
         ("status", "--json"),
@@ -142,7 +142,7 @@ def test_nothing_is_said_of_them_when_processes_crash(watched: Watched, site: Si
     prompts = write_canaries(tmp_path / "p.jsonl", "!segv", "!sticky")
     worker = watched.start("worker", "-m", "echo", chaos=True, log_level="debug", **as_worker(site))
     job = watched.run("submit", prompts, "-m", "echo").strip()
-    watched.run("wait", job, "--timeout", "120", code=None)
+    watched.run("wait", job, "--timeout", "300", code=None)
     watched.run("status", job, "--json")
     worker.terminate()
     watched.end()

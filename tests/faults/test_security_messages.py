@@ -13,16 +13,14 @@ from typing import Any
 import redis
 
 from jobs.gate import made_anew
-from tests.integration.conftest import Mill, mill, until, write_prompts  # noqa: F401
-from tests.integration.test_echo_mill import ECHO_QUEUE
+from tests.integration.conftest import PATIENCE_SECONDS, Mill, mill, until, write_prompts  # noqa: F401
 
 CANARY = "canaryword"
-QUEUE_KEY = f"batchmill:{ECHO_QUEUE}"
 
 
 def forged(body: Any = None, /, *, headers: dict[str, Any] | None = None, **envelope: Any) -> bytes:
     """A wake-up with parts of its own; `body` is bytes, or becomes JSON."""
-    message = json.loads(made_anew(1, ECHO_QUEUE))
+    message = json.loads(made_anew(1, "bm-echo"))
     message["headers"] |= headers or {}
     if body is not None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -43,7 +41,7 @@ class _Bomb:
 def hostile(proof: Path) -> list[bytes]:
     """Every message here would harm a worker that took it; unpickling one would leave the folder `proof`."""
     pickled = pickle.dumps([[_Bomb(str(proof))], {}, {}])
-    link = {"task": "batchmill.wake", "args": [1], "options": {"queue": ECHO_QUEUE}}
+    link = {"task": "batchmill.wake", "args": [1], "options": {"queue": "bm-echo"}}
     return [
         pickled,
         CANARY.encode(),
@@ -77,16 +75,16 @@ def test_forged_messages_are_dropped_and_the_worker_lives(mill: Mill, tmp_path: 
     until(lambda: mill.store.workers.rows(), "a worker")
     messages = hostile(tmp_path / "proof")
     with redis.Redis(unix_socket_path=str(mill.settings.redis_socket)) as client:
-        client.lpush(QUEUE_KEY, *messages)
-        client.lpush(f"{QUEUE_KEY}\x06\x169", b"{")  # another priority of the same queue
-        until(lambda: not client.exists(QUEUE_KEY, f"{QUEUE_KEY}\x06\x169"), "the queue is drained")
+        client.lpush(key := f"batchmill:{mill.echo_queue}", *messages)
+        client.lpush(f"{key}\x06\x169", b"{")  # another priority of the same queue
+        until(lambda: not client.exists(key, f"{key}\x06\x169"), "the queue is drained")
         job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 20), "-m", "echo").strip()
-        mill.command("wait", job_id, "--timeout", "60")
+        mill.command("wait", job_id, "--timeout", "300")
         until(lambda: not client.exists("batchmill:unacked"), "nothing waits to be given out again")
     assert worker.poll() is None, "the same process as before"
     assert [row.generation for row in mill.store.workers.rows()] == [1], "and the same child"
     worker.terminate()
-    said, _ = worker.communicate(timeout=20)
+    said, _ = worker.communicate(timeout=PATIENCE_SECONDS)
     dropped = [line for line in said.splitlines() if "no wake-up was dropped" in line]
     assert len(dropped) == len(messages) - 2 + 1
     assert CANARY not in said
@@ -100,12 +98,12 @@ def test_a_key_of_the_wrong_kind_does_not_end_a_worker(mill: Mill, tmp_path: Pat
     until(lambda: mill.store.workers.rows(), "a worker")
     with redis.Redis(unix_socket_path=str(mill.settings.redis_socket)) as client:
         until(lambda: client.info("clients")["blocked_clients"], "the worker waits in BRPOP")
-        client.set(QUEUE_KEY, CANARY)
+        client.set(key := f"batchmill:{mill.echo_queue}", CANARY)
         until(lambda: not client.info("clients")["blocked_clients"], "the worker was refused")
-        client.delete(QUEUE_KEY)
+        client.delete(key)
     job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 20), "-m", "echo").strip()
-    mill.command("wait", job_id, "--timeout", "60")
+    mill.command("wait", job_id, "--timeout", "300")
     assert worker.poll() is None
     worker.terminate()
-    said, _ = worker.communicate(timeout=20)
+    said, _ = worker.communicate(timeout=PATIENCE_SECONDS)
     assert CANARY not in said

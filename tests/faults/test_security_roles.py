@@ -18,14 +18,12 @@ from sqlalchemy.exc import ProgrammingError
 from jobs.broker import Broker, make_app
 from jobs.embedded import find_server
 from jobs.errors import BrokerUnavailable, StoreUnavailable
-from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.tables import metadata
 from tests.faults.site import DEPLOY, ROLES_SQL, Site, site, site_mill  # noqa: F401
-from tests.integration.conftest import Mill, until, write_prompts
+from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 from tests.tls_proxy import Authority
 
-ECHO_QUEUE = ModelSpec.parse("echo").queue
 TABLES = sorted([*metadata.tables, "alembic_version"])
 
 
@@ -35,13 +33,13 @@ def test_a_whole_job_runs_under_these_users_and_through_tls(site_mill: Mill, sit
     prompts = write_prompts(tmp_path / "p.jsonl", 400)
     served = site.redis_tls.served, site.postgresql_tls.served
     job_id = site_mill.command("submit", prompts, "-m", "echo", "--batch-size", "50").strip()
-    assert site.client("admin").llen(f"batchmill:{ECHO_QUEUE}") == 8
+    assert site.client("admin").llen(f"batchmill:{site_mill.echo_queue}") == 8
     worker = site_mill.start("worker", "-m", "echo", echo_step_seconds=0.5, engine_rows=50, **as_worker)
     until(lambda: site_mill.succeeded(job_id) > 10, "some answers")
     site_mill.command("cancel", job_id)
-    site_mill.command("wait", job_id, "--timeout", "30", code=5)
+    site_mill.command("wait", job_id, "--timeout", "300", code=5)
     site_mill.command("retry", job_id)
-    site_mill.command("wait", job_id, "--timeout", "60")
+    site_mill.command("wait", job_id, "--timeout", "300")
     assert site_mill.status(job_id)["counts"]["succeeded"] == 400
     site_mill.command("doctor", code=0)
     by_reader = {"database_url": site.database_url("reader")}
@@ -49,13 +47,14 @@ def test_a_whole_job_runs_under_these_users_and_through_tls(site_mill: Mill, sit
     site_mill.command("status", job_id, **by_reader)
     site_mill.command("jobs", **by_reader)
     site_mill.command("workers", **by_reader)
+    site_mill.command("db", "check", **by_reader)
     # A bad file deletes what was loaded of it; a dead submit is deleted by a worker.
     bad = tmp_path / "bad.jsonl"
     bad.write_text(prompts.read_text() + "{\n")
     site_mill.command("submit", bad, "-m", "echo", code=2)
     assert worker.poll() is None
     worker.terminate()
-    said, _ = worker.communicate(timeout=30)
+    said, _ = worker.communicate(timeout=PATIENCE_SECONDS)
     assert "Traceback" not in said
     assert worker.returncode == 0
     assert site.refused() == [], "nothing that batchmill asked of Redis was refused"
@@ -75,12 +74,12 @@ def test_a_crashed_worker_and_a_dead_submit_are_mended_under_these_users(
         fifo.flush()
         until(lambda: _loading(site_mill.store), "a submit that loads")
         dead.kill()
-        dead.wait(10)
+        dead.wait(PATIENCE_SECONDS)
     job_id = site_mill.command(
         "submit", "-", "-m", "echo", "--batch-size", "5", stdin='{"prompt": "!kill9"}\n' + '{"prompt": "a b"}\n' * 30
     ).strip()
     worker = site_mill.start("worker", "-m", "echo", chaos=True, **as_worker)
-    site_mill.command("wait", job_id, "--timeout", "120", code=5)
+    site_mill.command("wait", job_id, "--timeout", "300", code=5)
     assert site_mill.status(job_id)["counts"] == {
         "total": 31,
         "succeeded": 30,

@@ -14,7 +14,7 @@ from sqlalchemy.engine import make_url
 from jobs.settings import load_settings
 from tests.faults.conftest import SLOW, FaultMill, Pace, PostgresqlServer, both_paces
 from tests.faults.proxy import FaultProxy
-from tests.integration.conftest import child_of, until
+from tests.integration.conftest import PATIENCE_SECONDS, child_of, until
 from tests.oracle import accepted, changed
 
 
@@ -135,6 +135,20 @@ def test_sqlite_locked_by_someone_else_is_waited_for(mill: FaultMill, pace: Pace
     assert "[error" not in log
 
 
+def test_a_worker_that_starts_beside_a_locked_sqlite_waits_for_it_and_hears_its_end(mill: FaultMill) -> None:
+    other = sqlite3.connect(mill.home / "batchmill.db", isolation_level=None, timeout=10)
+    other.execute("BEGIN EXCLUSIVE")
+    starting, ended = (mill.start("worker", "-m", "echo", "--name", name, busy_seconds=0.5) for name in ("a", "b"))
+    until(lambda: all("locked" in mill.log_of(each) for each in (starting, ended)), "both wait")
+    ended.terminate()
+    assert ended.wait(PATIENCE_SECONDS) == 0
+    other.execute("ROLLBACK")
+    other.close()
+    until(lambda: len(mill.ready()) == 1, "the other is ready", seconds=60)
+    assert starting.poll() is None
+    assert "Traceback" not in mill.log_of(starting) + mill.log_of(ended)
+
+
 def test_sqlite_locked_for_longer_than_anybody_waits_is_outlived(mill: FaultMill) -> None:
     """Beyond the busy timeout a lock is an outage: answers wait in the spool, commands end with one line."""
     worker = mill.ready_worker(busy_seconds=0.5, **SLOW)
@@ -143,7 +157,7 @@ def test_sqlite_locked_for_longer_than_anybody_waits_is_outlived(mill: FaultMill
     until(lambda: mill.succeeded(job_id) > 50, "some answers")
     other = sqlite3.connect(mill.home / "batchmill.db", isolation_level=None, timeout=10)
     other.execute("BEGIN EXCLUSIVE")
-    until(lambda: list(mill.home.glob("spool/*")), "answers wait in the spool", seconds=15)
+    until(lambda: list(mill.home.glob("spool/*")), "answers wait in the spool")
     done = mill.finished("status", job_id, busy_seconds=0.5)
     other.execute("ROLLBACK")
     other.close()

@@ -18,7 +18,11 @@ import redis
 
 from jobs.embedded import EmbeddedRedis
 from jobs.settings import Settings, environment_of, load_settings
+from jobs.spec import ModelSpec
 from jobs.store import Store
+
+#: How long tests wait for what has to come: no promise, since a busy machine may be slow. A soak measures promises.
+PATIENCE_SECONDS = 120
 
 #: Short timers with the proportions of the real ones.
 TIMERS = {
@@ -85,6 +89,10 @@ class Mill:
     def results(self, job: str = "last") -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.command("results", job).splitlines()]
 
+    @property
+    def echo_queue(self) -> str:
+        return ModelSpec.parse("echo").queue(self.store.id)
+
     def queue_length(self, queue: str) -> int:
         """How many wake-ups lie in a queue."""
         with redis.Redis(unix_socket_path=str(self.home / "redis.sock")) as client:
@@ -96,7 +104,7 @@ class Mill:
                 process.send_signal(signal.SIGTERM)
         for process in self._started:
             try:
-                process.communicate(timeout=30)
+                process.communicate(timeout=PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -134,7 +142,7 @@ def child_of(worker: subprocess.Popen[str]) -> int:
     return found[0]
 
 
-def until(condition: Callable[[], object], what: str, *, seconds: float = 60) -> None:
+def until(condition: Callable[[], object], what: str, *, seconds: float = PATIENCE_SECONDS) -> None:
     """Waits for a condition; fails the test, saying what did not happen."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -79,7 +79,7 @@ def test_every_kind_of_request_through_one_worker(mill: Mill, tmp_path: Path) ->
         {"prompt": "20 + 30 =", "temperature": 0, "stop": ["0"]},
         {"prompt": "20 + 30 =", "min_p": 0.1, "repetition_penalty": 1.1},
         {"prompt": "1 + " * 2_000},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "function", "content": "x"}]},
     ]
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

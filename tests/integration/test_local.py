@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import psutil
 import pytest
 
 from jobs.settings import environment_of, load_settings
+from jobs.states import WorkerState
 from jobs.store import Store
-from tests.integration.conftest import TIMERS, until, write_prompts
+from jobs.store.workers import WorkerRow
+from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, until, write_prompts
 
 SLOW = {"BATCHMILL_ECHO_STEP_SECONDS": "0.1", "BATCHMILL_ENGINE_ROWS": "10"}
 
@@ -37,7 +40,7 @@ class Home:
             capture_output=True,
             text=True,
             env=self.environ | settings,
-            timeout=120,
+            timeout=2 * PATIENCE_SECONDS,
         )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -68,6 +71,10 @@ class Home:
         found: list[dict[str, Any]] = json.loads(self.run("workers", "--json").stdout)
         return found
 
+    def rows(self) -> list[WorkerRow]:
+        with closing(Store(self.settings.database)) as store:
+            return store.workers.rows(only_alive=False)
+
     def processes(self) -> list[str]:
         """Command lines of the processes that belong to this home."""
         found = []
@@ -91,7 +98,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
     home = Home(tmp_path / "home")
     yield home
     home.end()
-    until(lambda: not home.processes(), "everything that was started has ended", seconds=30)
+    until(lambda: not home.processes(), "everything that was started has ended")
 
 
 def texts(path: Path) -> list[str]:
@@ -139,7 +146,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home,
     process = home.start("run", file, "-m", "echo", "-o", out, **SLOW)
     until(lambda: home.succeeded() > 10, "some answers")
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, said
     assert "continues" in said
     assert not out.exists()
@@ -168,10 +175,10 @@ def test_a_second_run_or_up_in_the_same_home_is_refused_by_pid(home: Home, tmp_p
     file = write_prompts(tmp_path / "p.jsonl", 10)
     mill = home.start("up", "-m", "echo")
     until(lambda: (home.path / "mill.pid").exists(), "the mill is up")
-    for words in (("run", file, "-m", "echo"), ("up", "-m", "echo")):
+    for words in (("run", file, "-m", "demo"), ("up", "-m", "echo")):
         assert f"pid {mill.pid}" in home.run(*words, code=1).stderr
     mill.terminate()
-    mill.communicate(timeout=30)
+    mill.communicate(timeout=PATIENCE_SECONDS)
 
 
 def test_a_mill_that_is_up_takes_jobs_from_other_terminals(home: Home, tmp_path: Path) -> None:
@@ -185,8 +192,71 @@ def test_a_mill_that_is_up_takes_jobs_from_other_terminals(home: Home, tmp_path:
     assert checks["redis"]["ok"]
     assert checks["database"]["ok"]
     mill.send_signal(signal.SIGINT)
-    _, said = mill.communicate(timeout=30)
+    _, said = mill.communicate(timeout=PATIENCE_SECONDS)
     assert mill.returncode == 0, said
+
+
+def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: Home, tmp_path: Path) -> None:
+    file, out = write_prompts(tmp_path / "p.jsonl", 10), tmp_path / "out.jsonl"
+    mill = home.start("up", "-m", "echo", "--device", "cpu")
+    until(lambda: [each["state"] for each in home.workers()] == ["ready"], "a worker is ready")
+    done = home.run("run", file, "-m", "echo", "-o", out)
+    assert f"worker {home.workers()[0]['name']}, which holds echo (none) here already, answers it" in done.stderr
+    assert texts(out) == [f"one two three {index}" for index in range(10)]
+    assert "leave out the flags" in home.run("run", file, "-m", "echo", "--device", "cpu", code=1).stderr
+    assert "another `batchmill run` or `up`" in home.run("run", file, "-m", "demo", code=1).stderr
+    asked = home.run("submit", file, "-m", "demo")
+    assert "batchmill worker -m demo -q nf4" in asked.stderr
+    mill.send_signal(signal.SIGINT)
+    _, said = mill.communicate(timeout=PATIENCE_SECONDS)
+    assert mill.returncode == 0, said
+    assert "batchmill up -m demo -q nf4" in home.run("status").stdout
+    refused = home.run("worker", "-m", "demo", "-q", "nf4", code=1)
+    assert "`batchmill up -m demo -q nf4` starts one" in refused.stderr
+
+
+def test_a_likely_slip_in_the_name_of_a_model_ends_a_run_at_once(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 1)
+    for words in (("run", file, "-m", "dmeo"), ("submit", file, "-m", "dmeo", "--wait")):
+        assert "did you mean demo?" in home.run(*words, code=2).stderr
+    assert "did you mean demo?" in home.run("submit", file, "-m", "dmeo").stderr
+    assert len(json.loads(home.run("jobs", "--json").stdout)) == 1
+
+
+def redis_pids(home: Home) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(home.path / "redis.sock") in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def test_a_redis_that_ends_is_started_again(home: Home, tmp_path: Path) -> None:
+    mill = home.start("up", "-m", "echo", "--device", "cpu")
+    until(lambda: (home.path / "redis.sock").exists(), "the mill is up")
+    for number in range(2):
+        (old,) = redis_pids(home)
+        os.kill(old, signal.SIGKILL)
+        home.run("submit", write_prompts(tmp_path / f"{number}.jsonl", 10), "-m", "echo", "--wait")
+        until(lambda old=old: redis_pids(home) not in ([], [old]), "another Redis is there")
+    checks = {each["name"]: each for each in json.loads(home.run("doctor", "--json").stdout)}
+    assert checks["redis"]["ok"]
+    mill.send_signal(signal.SIGINT)
+    _, said = mill.communicate(timeout=PATIENCE_SECONDS)
+    assert mill.returncode == 0, said
+    assert said.count("the embedded Redis had ended and is started again") == 2
+
+
+def test_a_run_goes_on_without_its_redis(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 100)
+    running = home.start("run", file, "-m", "echo", "--device", "cpu", "-o", tmp_path / "a.jsonl", **SLOW)
+    until(lambda: home.succeeded() > 10, "some answers")
+    os.kill(*redis_pids(home), signal.SIGKILL)
+    _, said = running.communicate(timeout=PATIENCE_SECONDS)
+    assert running.returncode == 0, said
+    assert "the embedded Redis had ended and is started again" in said
+    assert texts(tmp_path / "a.jsonl") == [f"one two three {index}" for index in range(100)]
 
 
 def test_what_the_flags_of_up_ask_of_the_engine_reaches_the_worker(home: Home) -> None:
@@ -200,7 +270,7 @@ def test_what_the_flags_of_up_ask_of_the_engine_reaches_the_worker(home: Home) -
     until(ready, "a worker is ready")
     assert (found[0]["engine"], found[0]["rows"]) == ("echo", 7)
     mill.terminate()
-    mill.communicate(timeout=30)
+    mill.communicate(timeout=PATIENCE_SECONDS)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_reason(home: Home, tmp_path: Path) -> None:
@@ -213,6 +283,22 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_reason(home: Home, 
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begin < 60
     assert home.succeeded() == 0
+
+
+def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(home: Home, tmp_path: Path) -> None:
+    """Whoever sets PYTHONPATH is trusted, and may be wrong."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    print('no luck today', file=sys.stderr, flush=True)\n    os._exit(3)\n"
+    )
+    file = write_prompts(tmp_path / "p.jsonl", 3)
+    done = home.run("run", file, "-m", "echo", code=1, PYTHONPATH=str(tmp_path))
+    assert "3 processes in a row ended before they could load the model; the last lines:" in done.stderr, done.stderr
+    assert "no luck today" in done.stderr
+    assert "Traceback" not in done.stderr
+    (row,) = home.rows()
+    assert row.state is WorkerState.FAILED
+    assert "no luck today" in str(row.error)
 
 
 def test_run_refuses_a_store_that_is_not_embedded(home: Home, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _RACES = "tests/test_races.py"
 _HISTORIES = "tests/test_state_machine.py"
 _ADAPTERS = "tests/test_adapters_store.py"
+_NUMBERS = "tests/test_numbers.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,85 @@ _LAST_OUTPUT_WINS = Edit(
 )
 
 MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "whoever opens a SQLite store makes no file",
+        (Edit("jobs/store/database.py", "else 'rw'}\"", "else 'rwc'}\""),),
+        ("tests/test_store_file.py",),
+    ),
+    Mutant(
+        "a look at a SQLite store cannot write",
+        (Edit("jobs/store/database.py", "{'ro' if self._read_only else 'rw'}", "rw"),),
+        ("tests/test_checking.py::test_a_read_only_store_writes_nothing",),
+    ),
+    Mutant(
+        "a look at a PostgreSQL store cannot write",
+        (Edit("jobs/store/postgresql.py", "{_READ_ONLY if read_only else ''}", ""),),
+        ("tests/test_checking.py::test_a_read_only_store_writes_nothing",),
+    ),
+    Mutant(
+        "a count that its outputs do not add up to is told of",
+        (Edit("jobs/store/checking.py", "batches.c[name] != found", "batches.c[name] < found"),),
+        ("tests/test_checking.py::test_each_harm_is_named",),
+    ),
+    Mutant(
+        "the victim of a deadlock begins again",
+        (
+            Edit(
+                "jobs/store/conflicts.py",
+                "            except StoreConflict:\n",
+                "            except ZeroDivisionError:\n",
+            ),
+        ),
+        ("tests/test_conflicts.py",),
+    ),
+    Mutant(
+        "who waits keeps no connection to PostgreSQL",
+        (Edit("jobs/store/postgresql.py", "_KEPT_SECONDS = 0.25\n", "_KEPT_SECONDS = 3_600.0\n"),),
+        ("tests/faults/test_connections.py",),
+    ),
+    Mutant(
+        "PostgreSQL is asked for READ COMMITTED by name",
+        (Edit("jobs/store/postgresql.py", "BEGIN ISOLATION LEVEL READ COMMITTED;", "BEGIN;"),),
+        ("tests/test_postgresql.py",),
+    ),
+    Mutant(
+        "a worker that gave up stays so beside a new child",
+        (
+            Edit(
+                "jobs/store/workers.py",
+                "state=case((workers.c.state.in_(GIVEN_UP), workers.c.state), else_=WorkerState.LOADING.value),",
+                "state=case((workers.c.id < 0, workers.c.state), else_=WorkerState.LOADING.value),",
+            ),
+        ),
+        ("tests/test_health.py",),
+    ),
+    Mutant(
+        "a writer of SQLite waits for those who came before",
+        (Edit("jobs/store/database.py", "            with line.head():\n", "            if True:\n"),),
+        ("tests/test_line.py",),
+    ),
+    Mutant(
+        "every mark of a conversation is in its prompt",
+        (
+            Edit(
+                "worker/engine/chat/__init__.py",
+                "if missing is None and not marked.garbled(written):",
+                "if written:",
+            ),
+        ),
+        ("tests/test_chat.py",),
+    ),
+    Mutant(
+        "a schema is refused where it would be broken",
+        (
+            Edit(
+                "worker/engine/grammar/schema.py",
+                'if not _is_exact_bound(keyword, each.get(keyword), of=each.get("type")):',
+                "if False:",
+            ),
+        ),
+        ("tests/test_grammar.py",),
+    ),
     Mutant("the fence in a turn", (_NO_FENCE,), ("tests/test_store.py", _HISTORIES)),
     Mutant("the fence in a turn (races)", (_NO_FENCE,), (_RACES,)),
     Mutant("an output is inserted once", (_LAST_OUTPUT_WINS,), ("tests/test_store.py",)),
@@ -77,7 +157,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "BEGIN IMMEDIATE",
-        (Edit("jobs/store/database.py", '"BEGIN IMMEDIATE" if writes else "BEGIN"', '"BEGIN"'),),
+        (Edit("jobs/store/database.py", 'exec_driver_sql("BEGIN IMMEDIATE")', 'exec_driver_sql("BEGIN")'),),
         (_RACES,),
     ),
     Mutant(
@@ -115,8 +195,30 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "two sightings before a lease is taken back",
-        (Edit("worker/reconciler.py", "if now - seen[batch_id][1] >= self._apart_seconds:", "if True:"),),
+        (Edit("worker/reconciler.py", " if now - since >= self._apart_seconds}", "}"),),
         ("tests/test_reconciler.py",),
+    ),
+    Mutant(
+        "a lease further ahead than any can be is over",
+        (
+            Edit(
+                "jobs/store/lease.py",
+                "return or_(until < now - for_seconds, until > now + lease_seconds)",
+                "return until < now - for_seconds",
+            ),
+        ),
+        ("tests/test_store.py::TestRecovery::test_a_lease_further_ahead_than_any_can_be_is_over",),
+    ),
+    Mutant(
+        "a submit that renewed its lease is not deleted",
+        (
+            Edit(
+                "jobs/store/loading.py",
+                "and_(jobs.c.id == job_id, jobs.c.loading_until == until)",
+                "jobs.c.id == job_id",
+            ),
+        ),
+        ("tests/test_store.py::TestLoading::test_only_expired_loads_are_deleted_by_others",),
     ),
     Mutant(
         "a lease renewed since is not taken back",
@@ -128,6 +230,31 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         (f"{_RACES}::TestReaping", "tests/test_store.py"),
+    ),
+    Mutant(
+        "a pid that was given out again is another process",
+        (Edit("jobs/process.py", "start_ticks == self.start_ticks and ", ""),),
+        ("tests/test_process.py", "tests/test_spool.py"),
+    ),
+    Mutant(
+        "of a process in another namespace nothing is concluded",
+        (Edit("jobs/process.py", "if place.namespace != self.namespace:", "if False:"),),
+        ("tests/test_process.py",),
+    ),
+    Mutant(
+        "a leftover is ended only if it is this home's",
+        (Edit("jobs/pid_file.py", " and _is_of(process, home, word)", ""),),
+        ("tests/test_pid_file.py",),
+    ),
+    Mutant(
+        "spools are named by the store's own id",
+        (Edit("worker/spool.py", 'f"{self._store_id}-{worker_id}', 'f"{self._older}-{worker_id}'),),
+        ("tests/test_spool.py",),
+    ),
+    Mutant(
+        "each store has queues of its own",
+        (Edit("jobs/spec.py", 'f"{store_id} {self.canonical}"', "self.canonical"),),
+        ("tests/test_spec.py",),
     ),
     Mutant(
         "only dead children lose their leases",
@@ -151,11 +278,37 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/faults/test_poison.py::test_a_prompt_that_hangs_is_found_by_the_watchdog",),
     ),
     Mutant(
+        "a child that is stopped is not silent",
+        (Edit("worker/watchdog.py", "elif not _is_paused(beat.pid):", "else:"),),
+        ("tests/test_watchdog.py::test_a_process_that_was_stopped_is_not_ended",),
+    ),
+    Mutant(
+        "a pause of the parent is no silence of its child",
+        (Edit("worker/watchdog.py", "self._look(min(now - before, _MOST_SECONDS))", "self._look(now - before)"),),
+        ("tests/test_watchdog.py::test_a_look_that_comes_late_counts_no_more_than_two_ticks",),
+    ),
+    Mutant(
+        "a child whose parent was gone before it asked to end with it",
+        (Edit("jobs/signals.py", "if os.getppid() != parent_pid:", "if False:"),),
+        ("tests/test_child.py::TestBeginning::test_whose_parent_is_gone_by_then_ends_at_once",),
+    ),
+    Mutant(
+        "an expired lease is no crash",
+        (
+            Edit(
+                "jobs/store/recovery.py",
+                "if outcome is not RunOutcome.CRASHED:",
+                "if outcome is RunOutcome.RELEASED:",
+            ),
+        ),
+        ("tests/test_blame.py::test_a_release_and_an_expired_lease_are_no_crashes",),
+    ),
+    Mutant(
         "the spool is saved before leases are taken back",
         (
             Edit(
                 "worker/leftovers.py",
-                "in spools(self._settings.home, self._settings.database, worker_id, generation=generation):",
+                "in self._spools.left_by(worker_id, generation=generation):",
                 "in ():",
             ),
         ),
@@ -167,8 +320,18 @@ MUTANTS: tuple[Mutant, ...] = (
         (_HISTORIES,),
     ),
     Mutant(
+        "a batch closes at its bytes",
+        (Edit("jobs/store/bounds.py", "count >= most or total + size > PAGE_BYTES", "count >= most"),),
+        ("tests/test_long_lines.py",),
+    ),
+    Mutant(
+        "an output over its input is refused",
+        (Edit("jobs/files.py", "return os.path.samestat(found, status)", "return False"),),
+        ("tests/test_files.py",),
+    ),
+    Mutant(
         "suspects are told from the rest",
-        (Edit("jobs/store/blame.py", "if index in in_flight]", "]"),),
+        (Edit("jobs/store/blame.py", "if index in in_flight}", "}"),),
         ("tests/test_blame.py",),
     ),
     Mutant(
@@ -238,8 +401,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "jobs/store/claiming.py",
-                "settled.setdefault(each.name, each) != each:",
-                "settled.setdefault(each.name, each) is None:",
+                "if not mine.agrees_with(each):",
+                "if mine is None:",
             ),
         ),
         (_ADAPTERS,),
@@ -250,8 +413,97 @@ MUTANTS: tuple[Mutant, ...] = (
         (_ADAPTERS,),
     ),
     Mutant(
+        "logits that are no numbers are no answer (continuous)",
+        (Edit("worker/engine/flight.py", ".masked_fill(~sampled.sound, _NO_TOKEN)", ""),),
+        (_NUMBERS,),
+    ),
+    Mutant(
+        "logits that are no numbers are no answer (generate)",
+        (Edit("worker/engine/stopping.py", "(self.counts == 0) & ~self._sound", "(self.counts == 0) & self.failed"),),
+        (_NUMBERS,),
+    ),
+    Mutant(
+        "a longrope model's rows run with their like alone",
+        (Edit("worker/engine/generate.py", "if self._company(self._waiting[key]) == company", "if True"),),
+        ("tests/test_stretching.py",),
+    ),
+    Mutant(
+        "code of a model that transformers does not know is refused",
+        (
+            Edit(
+                "worker/vetting.py", "    if known and isinstance(content, dict):", "    if isinstance(content, dict):"
+            ),
+        ),
+        ("tests/test_vetting.py",),
+    ),
+    Mutant(
+        "a place of the cache is clean for the next row",
+        (Edit("worker/engine/cache.py", "self._slot(each, target)[:, :, tokens:].zero_()", "pass"),),
+        (_NUMBERS,),
+    ),
+    Mutant(
+        "a beginning is copied from a row that was answered by numbers alone",
+        (Edit("worker/engine/schedule.py", " or not found.proven", ""),),
+        (_NUMBERS,),
+    ),
+    Mutant(
         "one worker on a GPU",
         (Edit("worker/device_lock.py", "            self._lock.acquire()\n", "            pass\n"),),
         ("tests/test_device_lock.py",),
+    ),
+    Mutant(
+        "batchmill.toml is the user's own",
+        (Edit("jobs/settings_file.py", "            _refuse_owner(found, path)\n", ""),),
+        ("tests/test_settings_file.py",),
+    ),
+    Mutant(
+        "nobody else writes batchmill.toml",
+        (Edit("jobs/settings_file.py", "            _refuse_writers(found, path)\n", ""),),
+        ("tests/test_settings_file.py",),
+    ),
+    Mutant(
+        "Celery imports nothing from the current folder",
+        (Edit("jobs/broker.py", "loader=Loader, ", ""),),
+        ("tests/test_isolation.py",),
+    ),
+    Mutant(
+        "the current folder leaves the import path",
+        (Edit("producer/__main__.py", "not in relative - kept]", "not in kept - kept]"),),
+        ("tests/test_isolation.py",),
+    ),
+    Mutant(
+        "Celery's own variables are taken away",
+        (Edit("jobs/isolation.py", '("CELERY_", ', "("),),
+        ("tests/test_isolation.py",),
+    ),
+    Mutant(
+        "a claim passes over jobs of another model",
+        (Edit("jobs/store/pending.py", "    if among.identities is not None:", "    if False:"),),
+        ("tests/test_identities_store.py",),
+    ),
+    Mutant(
+        "a job keeps the model that began it",
+        (Edit("jobs/store/claiming.py", "elif row.identity != seat.identity:", "elif False:"),),
+        ("tests/test_identities_store.py::TestClaiming",),
+    ),
+    Mutant(
+        "a model whose files have changed begins no job",
+        (Edit("jobs/store/pending.py", "settled if among.begun else", "settled if False else"),),
+        ("tests/test_identities_store.py::TestClaiming",),
+    ),
+    Mutant(
+        "a run compares the model before it exports a finished job",
+        (Edit("producer/earlier.py", "elif self.model.identity != identity:", "elif False:"),),
+        ("tests/test_earlier.py",),
+    ),
+    Mutant(
+        "what changes while it is loaded is refused",
+        (Edit("worker/loader/__init__.py", "    refuse_changed(content)\n", ""),),
+        ("tests/test_loader.py::test_a_file_that_is_written_while_it_is_loaded_is_refused",),
+    ),
+    Mutant(
+        "what a model computes whose files were written is not saved",
+        (Edit("worker/runner.py", "if outputs and not self._is_whole():", "if False:"),),
+        ("tests/test_saver_and_runner.py::test_what_a_model_that_is_no_more_the_same_computed_is_not_saved",),
     ),
 )

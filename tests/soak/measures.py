@@ -37,10 +37,25 @@ AGAIN = Kind("child killed: its work runs again", 15.0, ("store", "own", "redis"
 ORPHANS = Kind("parent killed: its leases are taken back", 60.0, ("store",))
 ORPHAN_CHILD = Kind("parent killed: its child is gone")
 DEAD_HOST = Kind("host dead: its leases are taken back", 120.0, ("store",))
+CONTAINER = Kind("container restarted: its leases are taken back", 120.0, ("store",))
 EMPTIED = Kind("Redis emptied: work is claimed again", 30.0, ("store", "redis", "own"))
+FULL = Kind("Redis full: work is claimed again", 40.0, ("store", "redis", "own"))
+LOCKED_OUT = Kind("Redis with a new password: work is claimed again", 40.0, ("store", "redis", "own"))
 REDIS_BACK = Kind("Redis back, empty: work is claimed again", 30.0, ("store", "own"))
 STORE_BACK = Kind("store back: outputs are saved again", 30.0, ("own",))
-KINDS = (READY, AGAIN, ORPHANS, ORPHAN_CHILD, DEAD_HOST, EMPTIED, REDIS_BACK, STORE_BACK)
+KINDS = (
+    READY,
+    AGAIN,
+    ORPHANS,
+    ORPHAN_CHILD,
+    DEAD_HOST,
+    CONTAINER,
+    EMPTIED,
+    FULL,
+    LOCKED_OUT,
+    REDIS_BACK,
+    STORE_BACK,
+)
 
 
 @dataclass(slots=True)

@@ -60,8 +60,9 @@ class Memory:
             return
         self._due = monotonic() + EVERY_SECONDS
         for post in posts:
-            if post.alive and post.process is not None:
-                self._take(f"{post.name} parent", post.process.pid)
+            parent = post.parent()
+            if parent is not None:
+                self._take(f"{post.name} parent", parent.pid)
             child = post.child()
             if child is not None:
                 self._take(f"{post.name} child", child.pid)

@@ -6,7 +6,6 @@ A post is a place for a worker, whose processes come and go. It knows the worker
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,6 +21,7 @@ from tests.soak.worker import HOST_VARIABLE
 from tests.soak.world import World
 
 RESTART_SECONDS = 1.0
+_CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL")
 _KILL_SECONDS = 90.0
 
 
@@ -37,12 +37,17 @@ class Row:
 
 @dataclass(slots=True)
 class Post:
-    """`host`: the name of another host that the worker takes itself to be on. `words`: further flags."""
+    """One place.
+
+    `host`: the name of another host that the worker takes itself to be on. `words`: further flags. `contained`: it
+    has a pid namespace of its own, in which it is process 1.
+    """
 
     world: World
     name: str
     host: str = ""
     words: tuple[str, ...] = ()
+    contained: bool = False
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     start_at: float = 0.0
@@ -54,11 +59,12 @@ class Post:
 
     def start(self) -> None:
         environ = self.world.environ() | ({HOST_VARIABLE: self.host} if self.host else {})
-        line = [sys.executable, "-m", "tests.soak.worker", "-m", "echo", "--name", self.name, *self.words]
+        line = [*_CONTAINER] if self.contained else []
+        line += [sys.executable, "-m", "tests.soak.worker", "-m", "echo", "--name", self.name, *self.words]
         with (self.world.logs / f"{self.name}.log").open("ab") as log:
             log.write(f"--- start {self.starts + 1} at {self.world.seconds:.1f} s\n".encode())
             log.flush()
-            self.process = start_process(line, log=log, environ=environ)
+            self.process = start_process(line, log=log, environ=environ, blocks_sigterm=True)
         self.starts += 1
         self.asked_to_end_at, self.killed = None, False
 
@@ -98,26 +104,35 @@ class Post:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def child(self) -> psutil.Process | None:
-        """The process that holds the model."""
+    def parent(self) -> psutil.Process | None:
+        """The worker's own process, in a container the one that it was made for."""
         if not self.alive:
             return None
         assert self.process is not None
         with suppress(psutil.Error):
-            for each in psutil.Process(self.process.pid).children():
+            outer = psutil.Process(self.process.pid)
+            return next(iter(outer.children()), None) if self.contained else outer
+        return None
+
+    def child(self) -> psutil.Process | None:
+        """The process that holds the model."""
+        parent = self.parent()
+        with suppress(psutil.Error):
+            for each in parent.children() if parent else ():
                 if "spawn_main" in " ".join(each.cmdline()):
                     return each
         return None
 
     def terminate(self) -> None:
-        if self.process is not None and self.asked_to_end_at is None:
+        if (parent := self.parent()) is not None and self.asked_to_end_at is None:
             row = self.row()
             self.asked_phase = row.state if row else "store away or starting"
             self.asked_to_end_at = monotonic()
-            self.process.send_signal(signal.SIGTERM)
+            with suppress(psutil.Error):
+                parent.terminate()
 
     def kill(self) -> None:
-        """The parent alone."""
+        """The parent alone; in a container everything dies with it."""
         if self.process is not None:
             self.killed, self.asked_to_end_at = True, None
             self.process.kill()
@@ -130,9 +145,12 @@ class Post:
         """None while the store is away, or before the worker has a row."""
         if self.process is None:
             return None
-        query = text("SELECT id, generation, state, child_pid FROM workers WHERE name = :name AND pid = :pid")
+        query = text(
+            "SELECT id, generation, state, child_pid FROM workers WHERE name = :name AND pid = :pid ORDER BY id"
+        )
         with suppress(StoreError), self.world.glance.database.read() as connection:
-            found = connection.execute(query, {"name": self.name, "pid": self.process.pid}).all()
+            pid = 1 if self.contained else self.process.pid
+            found = connection.execute(query, {"name": self.name, "pid": pid}).all()
             return Row(*found[-1]) if found else None
         return None
 
@@ -156,3 +174,11 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+
+
+def can_contain() -> bool:
+    """Whether this user may make pid namespaces."""
+    try:
+        return subprocess.run([*_CONTAINER, "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False

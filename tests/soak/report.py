@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 from sqlalchemy import text
 
+from jobs.states import RunOutcome
 from jobs.store import Store
 from tests.bench.table import Row, show
 from tests.oracle import violations
@@ -25,8 +26,10 @@ from tests.soak.worker import read_counts
 from tests.soak.world import ROWS, STEP_SECONDS, World
 
 END_SECONDS = 20.0
-#: What an engine is given ahead, and what it answers in two seconds.
-REPEATED_MOST = ROWS + ROWS // 4 + int(2 / STEP_SECONDS) * ROWS
+#: What an engine works on and is given ahead.
+IN_FLIGHT_MOST = ROWS + ROWS // 4
+#: The same, and what it answers in two seconds.
+REPEATED_MOST = IN_FLIGHT_MOST + int(2 / STEP_SECONDS) * ROWS
 _SLOPE_SECONDS, _FLAT_SECONDS = 300.0, 1_800.0
 FLAT_MIB_PER_HOUR = 4.0
 _EXPECTED = re.compile(r"by a magic prompt|^redis\.exceptions\.|^kombu\.exceptions\.")
@@ -55,6 +58,9 @@ def check_end(world: World, posts: list[Post], load: Load) -> None:
         world.problem(f"job {asked.id} has not ended: {job.state.value}, {job.counts}")
     for sentence in oracle(world, closed=True):
         world.problem(f"oracle: {sentence}")
+    checked = world.command("db", "check")
+    if checked.returncode != 0:
+        world.problem(f"db check: {checked.stdout}{checked.stderr}")
     load.check_unchanged()
     _check_jobs(world, load)
     _check_spools(world)
@@ -131,13 +137,14 @@ def repeats(world: World) -> dict[tuple[int, int], int]:
     }
 
 
-def in_flight_at_crashes(world: World) -> Counter[tuple[int, int]]:
-    """How many requests were in flight when each process died."""
-    query = text("""SELECT worker_id, worker_generation, in_flight FROM runs WHERE outcome IN ('crashed', 'expired')""")
+def in_flight_at(world: World, *outcomes: RunOutcome) -> Counter[tuple[int, int]]:
+    """How many requests each process had in flight when its runs ended so: it dies once, but may freeze often."""
+    query = text("SELECT worker_id, worker_generation, outcome, in_flight FROM runs WHERE finished_at IS NOT NULL")
     found: Counter[tuple[int, int]] = Counter()
     with world.store.database.read() as connection:
-        for worker_id, generation, in_flight in connection.execute(query):
-            found[worker_id, generation] += in_flight.count(",") + (in_flight != "[]")
+        for worker_id, generation, outcome, in_flight in connection.execute(query):
+            if outcome in outcomes:
+                found[worker_id, generation] += in_flight.count(",") + (in_flight != "[]")
     return found
 
 
@@ -190,22 +197,26 @@ class Report:
         self._add("processes that held the model", children)
 
     def _repeats(self, load: Load) -> None:
-        wasted, in_flight = repeats(self._world), in_flight_at_crashes(self._world)
-        crashed = {key: wasted[key] for key in in_flight if key in wasted}
-        others = sum(count for key, count in wasted.items() if key not in in_flight)
+        wasted = repeats(self._world)
+        lost = in_flight_at(self._world, RunOutcome.CRASHED, RunOutcome.EXPIRED)
+        in_flight = max(in_flight_at(self._world, RunOutcome.CRASHED).values(), default=0)
+        crashed = {key: wasted[key] for key in lost if key in wasted}
+        others = sum(count for key, count in wasted.items() if key not in lost)
         largest = max(crashed.values(), default=0)
         self._add("crashes with work in flight", len(crashed))
-        self._add("largest in flight at a crash", max(in_flight.values(), default=0), f"at most {ROWS + ROWS // 4}")
+        self._add("largest in flight at a crash", in_flight, f"at most {IN_FLIGHT_MOST}")
         self._add("answers repeated after a crash, largest", largest, f"at most {REPEATED_MOST}")
         self._add("answers repeated in all", sum(crashed.values()))
         self._add("answers repeated with no crash", others, "0")
-        lost = [(each.lost, each.worker_id, each.generation) for each in read_counts(self._world.counts) if each.lost]
-        self._add("answers refused for a lease that was lost, largest", max(lost, default=(0,))[0])
+        refused = max((each.lost for each in read_counts(self._world.counts)), default=0)
+        self._add("answers refused for a lease that was lost, largest", refused)
+        if in_flight > IN_FLIGHT_MOST:
+            self._world.problem(f"{in_flight} requests were in flight at a crash")
         if largest > REPEATED_MOST:
             worst = [key for key, count in crashed.items() if count > REPEATED_MOST]
             self._world.problem(f"a crash repeated {largest} answers: (worker, generation) {worst}")
         if others:
-            who = {key: count for key, count in wasted.items() if count and key not in in_flight}
+            who = {key: count for key, count in wasted.items() if count and key not in lost}
             self._world.problem(f"answers were generated in vain by processes that did not crash: {who}")
 
     def _recoveries(self, found: Measures) -> None:

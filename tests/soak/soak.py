@@ -15,12 +15,13 @@ from pathlib import Path
 from random import Random
 from time import monotonic
 
-from tests.soak.faults import Faults, Steps
+from tests.soak.faults import kinds
 from tests.soak.load import Load, Stream
 from tests.soak.measures import Measures
 from tests.soak.memory import Memory
-from tests.soak.posts import Post, end_all
+from tests.soak.posts import Post, can_contain, end_all
 from tests.soak.report import Report, check_end, oracle
+from tests.soak.scene import Steps
 from tests.soak.world import World
 
 _TICK_SECONDS = 0.2
@@ -50,10 +51,14 @@ class Soak:
         self._world = World(database, folder)
         self._posts = [Post(self._world, f"w{number}") for number in range(1, workers)]
         self._posts.append(Post(self._world, "far", host="another-host"))
+        if can_contain():
+            self._posts.append(Post(self._world, "contained", host="container", contained=True))
+        else:
+            self._world.note("no container restarts: this user may make no pid namespace")
         self._steady = Post(self._world, "steady", words=_TWIN)
         self._random = Random(seed)
         self._measures = Measures(self._world)
-        self._faults = Faults(self._world, self._measures, self._posts, self._random)
+        self._kinds = kinds(self._world, self._measures, self._posts, self._random)
         streams = [
             Stream("everybody", 4, (200, 3_000)),
             Stream("steady", 1, (200, 2_000), _TWIN, "tests.soak.producer", plain=True),
@@ -63,7 +68,7 @@ class Soak:
         self._going: list[_Going] = []
         self._next_fault = monotonic() + _FIRST_FAULT_SECONDS
         #: Each kind comes once, in any order, before chance decides.
-        self._first = self._random.sample(sorted(self._faults.kinds), len(self._faults.kinds))
+        self._first = self._random.sample(sorted(self._kinds), len(self._kinds))
         self._counted: Counter[str] = Counter()
         self._oracles = 0
         self._asked_to_end = False
@@ -119,15 +124,15 @@ class Soak:
     def _begin_fault(self) -> None:
         self._next_fault = monotonic() + self._random.uniform(*_BETWEEN_FAULTS_SECONDS)
         taken = {each.alone for each in self._going if each.alone}
-        free = {name: kind for name, kind in self._faults.kinds.items() if kind[2] not in taken}
+        free = {name: kind for name, kind in self._kinds.items() if kind.alone not in taken}
         name = next((name for name in self._first if name in free), "")
         if name:
             self._first.remove(name)
         else:
-            name = self._random.choices(list(free), [kind[1] for kind in free.values()])[0]
-        begin, _, alone = free[name]
+            name = self._random.choices(list(free), [kind.weight for kind in free.values()])[0]
+        kind = free[name]
         self._counted[name] += 1
-        going = _Going(name, begin(), monotonic(), alone)
+        going = _Going(name, kind.begin(), monotonic(), kind.alone)
         self._going.append(going)
         self._step(going)
 

@@ -8,15 +8,15 @@ the worker takes itself to be on another host; `-q nf4` gives echo a second queu
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jobs.signals import exit_on_sigterm
 
 #: Where the counts go, and the host's name that the worker has. No settings of batchmill's.
 COUNTS_VARIABLE, HOST_VARIABLE = "SOAK_COUNTS", "SOAK_HOST"
@@ -129,8 +129,7 @@ def move_to_other_host() -> None:
 
 
 if __name__ == "__main__":
-    # As `python -m worker` does, since the imports take a second.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    exit_on_sigterm()  # as `python -m worker` does, since the imports take a second
     move_to_other_host()
     let_echo_have_twins()
     from worker.cli import main

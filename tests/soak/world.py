@@ -27,7 +27,6 @@ from tests.faults.conftest import PostgresqlServer, RedisServer
 from tests.faults.proxy import FaultProxy
 from tests.soak.worker import COUNTS_VARIABLE
 
-ECHO_QUEUE = ModelSpec.parse("echo").queue
 ROWS, STEP_SECONDS = 64, 0.5
 #: A look at the store that must not hold up the soak gives up after so long.
 _GLANCE_SECONDS = 0.3
@@ -59,6 +58,7 @@ class World:
         self.settings = self._settings()
         upgrade(self.settings.database)
         self.store = Store(self.settings.database)
+        self.echo_queue = ModelSpec.parse("echo").queue(self.store.id)
         #: For looks that rather fail than wait.
         self.glance = Store(self.settings.database, busy_seconds=_GLANCE_SECONDS)
 
@@ -128,9 +128,10 @@ class World:
 
     # --- the end ------------------------------------------------------------------------------------------------
 
-    def redis(self) -> Redis:
+    def redis(self, *, password: str | None = None) -> Redis:
         """Redis, with no proxy between."""
-        return Redis("127.0.0.1", self.server.port, socket_timeout=1, socket_connect_timeout=1)
+        port = self.server.port
+        return Redis("127.0.0.1", port, password=password, socket_timeout=1, socket_connect_timeout=1)
 
     def end(self) -> None:
         for store in (self.glance, self.store):
