@@ -43,7 +43,8 @@ from producer.submit import Submission, load_job, send_wakeups
 
 #: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
 _STOP_MARGIN_SECONDS = 6.0
-_LAST_LOG_LINES = 15
+#: A worker that gives up says why and shows 15 lines of its children, and then its supervisor says one more.
+_LAST_LOG_LINES = 25
 #: The states of a worker that takes work now, or once it has loaded its model.
 _TAKING = (WorkerState.STARTING, WorkerState.LOADING, WorkerState.READY)
 #: How often a mill that is up looks after its Redis.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 from tests.faults.conftest import SLOW, FaultMill
 from tests.integration.conftest import PATIENCE_SECONDS, until
@@ -14,12 +15,16 @@ def test_a_worker_whose_store_is_deleted_ends_and_no_command_makes_an_empty_one(
     job_id = mill.submit(300)
     until(lambda: mill.succeeded(job_id) > 20, "some answers")
     kept = mill.home / "kept.db"
+    for each in (worker, second):  # or they may have noticed, and ended, before the command looks
+        each.send_signal(signal.SIGSTOP)
     (mill.home / "batchmill.db").rename(kept)
     done = mill.finished("status")
     assert done.returncode == 1
     assert "is gone, and a worker, `run` or `up` is still at work on it" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (mill.home / "batchmill.db").exists()
+    for each in (worker, second):
+        each.send_signal(signal.SIGCONT)
     for each in (worker, second):
         assert each.wait(PATIENCE_SECONDS) == 1
         assert "was deleted or replaced while this process used it" in mill.log_of(each).splitlines()[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -293,7 +294,9 @@ def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(
     )
     file = write_prompts(tmp_path / "p.jsonl", 3)
     done = home.run("run", file, "-m", "echo", code=1, PYTHONPATH=str(tmp_path))
-    assert "3 processes in a row ended before they could load the model; the last lines:" in done.stderr, done.stderr
+    told = re.search(r"(\d+) processes in a row ended before they could load the model; the last lines:", done.stderr)
+    assert told is not None, done.stderr
+    assert int(told[1]) >= 3  # and more where several ended between two looks
     assert "no luck today" in done.stderr
     assert "Traceback" not in done.stderr
     (row,) = home.rows()
