@@ -91,6 +91,13 @@ def test_workers_share_fewer_connections_than_one_each(mill: FaultMill) -> None:
     assert worked == 3
 
 
+def test_a_store_that_is_not_used_keeps_no_connection(admin: Engine, database_url: str) -> None:
+    store = Store(database_url)
+    assert store.workers.rows() == []
+    until(lambda: _used(admin) == 0, "its connection was closed", seconds=60)
+    store.close()
+
+
 def test_a_worker_that_waits_keeps_no_connection(mill: FaultMill, admin: Engine) -> None:
     mill.ready_worker("--name", "idle", heartbeat_seconds=3, reconcile_seconds=3)
     free = 0

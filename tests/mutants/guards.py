@@ -81,7 +81,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "who waits keeps no connection to PostgreSQL",
         (Edit("jobs/store/postgresql.py", "_KEPT_SECONDS = 0.25\n", "_KEPT_SECONDS = 3_600.0\n"),),
-        ("tests/faults/test_connections.py::test_a_worker_that_waits_keeps_no_connection",),
+        ("tests/faults/test_connections.py::test_a_store_that_is_not_used_keeps_no_connection",),
     ),
     Mutant(
         "PostgreSQL is asked for READ COMMITTED by name",
