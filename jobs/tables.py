@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0007"
+REVISION = "0008"
 
 metadata = MetaData(
     naming_convention={
@@ -216,6 +216,13 @@ runs = Table(
     CheckConstraint("(finished_at IS NULL) = (outcome IS NULL)", name="ended"),
     UniqueConstraint("batch_id", "fence"),
     Index("ix_runs_job_started", "job_id", "started_at"),
+    Index(
+        "ix_runs_crashed",
+        "worker_id",
+        "finished_at",
+        sqlite_where=text("outcome = 'crashed'"),
+        postgresql_where=text("outcome = 'crashed'"),
+    ),
 )
 
 workers = Table(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, and_, exists, or_, select, update
+from sqlalchemy import Connection, and_, exists, or_, select, text, update
 
 from jobs.spec import ModelSpec
 from jobs.states import BatchState, RunOutcome, WorkerState
@@ -20,16 +20,19 @@ from jobs.tables import batches, capacities, jobs, runs, workers
 
 #: So many crashes in a row, each of other requests, make a device suspect.
 CRASHES = 3
+#: As the index of these runs has it, to the letter.
+_CRASHED = text(f"runs.outcome = '{RunOutcome.CRASHED.value}'")
 WINDOW_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Crash:
-    """One death of a worker's process: when, which requests were in flight, how many it had answered."""
+    """One death of a worker's process: when, the newest of the runs that it ended, and the requests in flight."""
 
     at: float
+    generation: int
+    last_run: int
     in_flight: frozenset[tuple[str, int]]
-    answered: int
 
 
 class Health:
@@ -45,7 +48,7 @@ class Health:
         """
         with self._database.read() as connection:
             crashes = self._crashes(connection, worker_id)[-CRASHES:]
-            if len(crashes) < CRASHES or not _are_different(crashes) or any(each.answered for each in crashes[1:]):
+            if len(crashes) < CRASHES or not _are_different(crashes) or _answered(connection, worker_id, crashes):
                 return False
             return self._others_succeed(connection, worker_id, since=crashes[0].at)
 
@@ -80,8 +83,8 @@ class Health:
     def _crashes(self, connection: Connection, worker_id: int) -> list[_Crash]:
         """The last crashes of a worker, each the runs of one of its processes, oldest first."""
         rows = connection.execute(
-            select(runs.c.worker_generation, runs.c.job_id, runs.c.in_flight, runs.c.finished_at)
-            .where(runs.c.worker_id == worker_id, runs.c.outcome == RunOutcome.CRASHED.value)
+            select(runs.c.id, runs.c.worker_generation, runs.c.job_id, runs.c.in_flight, runs.c.finished_at)
+            .where(runs.c.worker_id == worker_id, _CRASHED)
             .where(runs.c.finished_at > self._database.now - WINDOW_SECONDS)
             .order_by(runs.c.worker_generation, runs.c.id)
         ).all()
@@ -90,15 +93,8 @@ class Health:
             mine = [row for row in rows if row.worker_generation == generation]
             in_flight = frozenset((row.job_id, index) for row in mine for index in json.loads(row.in_flight))
             if in_flight:
-                answered = self._answered(connection, worker_id, generation)
-                crashes.append(_Crash(max(row.finished_at for row in mine), in_flight, answered))
+                crashes.append(_Crash(max(row.finished_at for row in mine), generation, mine[-1].id, in_flight))
         return crashes
-
-    def _answered(self, connection: Connection, worker_id: int, generation: int) -> int:
-        counts = connection.scalars(
-            select(runs.c.succeeded).where(runs.c.worker_id == worker_id, runs.c.worker_generation == generation)
-        ).all()
-        return sum(counts)
 
     def _others_succeed(self, connection: Connection, worker_id: int, *, since: float) -> bool:
         spec = select(workers.c.spec).where(workers.c.id == worker_id).scalar_subquery()
@@ -111,6 +107,17 @@ class Health:
         crashed = runs.c.outcome.in_([RunOutcome.CRASHED.value, RunOutcome.EXPIRED.value])
         succeeded = connection.scalar(select(exists().where(others, runs.c.succeeded > 0)))
         return bool(succeeded) and not connection.scalar(select(exists().where(others, crashed)))
+
+
+def _answered(connection: Connection, worker_id: int, crashes: Sequence[_Crash]) -> bool:
+    """Tells if a process that crashed after the first of these had answered anything; the runs before are not read."""
+    first, *later = crashes
+    of_later = and_(
+        runs.c.id > first.last_run,
+        runs.c.worker_id == worker_id,
+        runs.c.worker_generation.in_([each.generation for each in later]),
+    )
+    return bool(connection.scalar(select(exists().where(of_later, runs.c.succeeded > 0))))
 
 
 def _are_different(crashes: Sequence[_Crash]) -> bool:

@@ -72,7 +72,10 @@ class Recovery:
                     workers.c.generation,
                     (self._database.now - workers.c.heartbeat_at).label("seen_seconds"),
                 )
-                .where(workers.c.host == host, workers.c.id.in_(select(batches.c.worker_id).distinct()))
+                .where(
+                    workers.c.host == host,
+                    workers.c.id.in_(select(batches.c.worker_id).where(batches.c.worker_id.is_not(None))),
+                )
                 .order_by(workers.c.id)
             ).all()
         return [Holder(row.id, Process.parse(row.process), row.generation, row.seen_seconds) for row in found]

@@ -79,6 +79,28 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_conflicts.py",),
     ),
     Mutant(
+        "a look after orphans reads leased batches alone",
+        (
+            Edit(
+                "jobs/store/recovery.py",
+                "select(batches.c.worker_id).where(batches.c.worker_id.is_not(None))",
+                "select(batches.c.worker_id)",
+            ),
+        ),
+        ("tests/test_query_plans.py",),
+    ),
+    Mutant(
+        "a crash reads the runs that crashed alone",
+        (
+            Edit(
+                "jobs/store/health.py",
+                """_CRASHED = text(f"runs.outcome = '{RunOutcome.CRASHED.value}'")""",
+                "_CRASHED = runs.c.outcome == RunOutcome.CRASHED.value",
+            ),
+        ),
+        ("tests/test_query_plans.py",),
+    ),
+    Mutant(
         "who waits keeps no connection to PostgreSQL",
         (Edit("jobs/store/postgresql.py", "_KEPT_SECONDS = 0.25\n", "_KEPT_SECONDS = 3_600.0\n"),),
         ("tests/faults/test_connections.py::test_a_store_that_is_not_used_keeps_no_connection",),
