@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.kinds import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
+
 if TYPE_CHECKING:
     from jobs.settings import Settings
     from jobs.store import Store
@@ -114,14 +116,12 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
 
 @click.command(epilog="Example: batchmill results last --format openai -o answers.jsonl")
 @click.argument("job", default="last")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="A file (default: stdout).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["jsonl", "openai", "csv"]),
-    default="jsonl",
-    show_default=True,
-    help="batchmill's own lines, the OpenAI Batch API's, or a table.",
+    type=click.Choice(ANSWERS),
+    help=FORMAT_HELP,
 )
 @click.option(
     "--only",
@@ -130,7 +130,7 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     show_default=True,
     help="Which outputs; the cancelled count as failed.",
 )
-def results(job: str, out: Path | None, form: str, only: str) -> None:
+def results(job: str, out: Path | None, form: str | None, only: str) -> None:
     """Write the outputs of JOB in file order; while it runs, those that are there.
 
     With --format openai and -o, errors go to a file beside, with .errors before the suffix.
@@ -142,6 +142,7 @@ def results(job: str, out: Path | None, form: str, only: str) -> None:
 
     settings = load_settings()
     arm(settings.failpoint, home=settings.home)
+    form = written_as(out, form)
     check_out(out, form=form, keep=settings.files)
     store = open_store(settings)
     found = store.reading.job(store.reading.find(job))

@@ -15,6 +15,7 @@ import click
 from jobs.adapters import Adapter, check_all, check_name
 from jobs.errors import UsageError
 from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
+from jobs.kinds import FILE_HELP, OUT_HELP, PROMPTS, written_as
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
 from producer.checks import OBJECT, BadLine
 from producer.options import sampling_of_flags
@@ -31,6 +32,7 @@ _MODEL = [
     click.option("--revision", help="Branch, tag or commit of a Hugging Face id."),
 ]
 _REQUESTS = [
+    click.option("--format", "form", type=click.Choice(PROMPTS), help=FILE_HELP),
     click.option("--name", help="A name for the job, for people."),
     click.option("--system", help="A system message for every request that has none of its own."),
     click.option("--chat-template-kwargs", metavar="JSON", help="An object of the chat template's own variables."),
@@ -106,7 +108,7 @@ def _with(options: list[_Command]) -> _Command:
 def submit(wait: bool, **options: Any) -> None:
     """Store FILE (- for stdin) as a job and wake its workers; prints the job's id.
 
-    FILE is JSONL (OpenAI Batch lines, {"messages": [...]} or {"prompt": "..."}) or .txt with a prompt per line.
+    FILE is JSONL (OpenAI Batch lines, {"messages": [...]} or {"prompt": "..."}) or text with a prompt per line.
     """
     from jobs.broker import Broker
     from jobs.errors import BrokerUnavailable
@@ -147,7 +149,7 @@ def submit(wait: bool, **options: Any) -> None:
 @click.argument("file")
 @click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
 @_with(_MODEL)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Answers go here (default: stdout).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--device", default="auto", help=DEVICE_HELP)
 @_with(_PLACEMENT)
 @_SHARE
@@ -171,7 +173,7 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     words = _worker_words(options, adapters=adapters, share_device=share_device)
     is_own = device != "auto" or len(words) > 2 * len(adapters) or any(each is not None for each in engine.values())
     submission = _submission(options, settings, adapters)
-    check_out(out, form="jsonl", keep=[submission.path, *settings.files, *model_files(submission.folders)])
+    check_out(out, form=written_as(out), keep=[submission.path, *settings.files, *model_files(submission.folders)])
     how = OwnWorker(device, words, is_asked_for=is_own)
     run_file(submission, out=out, worker=how, new=new, settings=settings)
 
@@ -239,6 +241,7 @@ def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Ada
         default_quantization=settings.quantization,
         revision=options["revision"],
         remote_path=options.get("remote_path", False),
+        form=options["form"],
         ignore_line_model=options["ignore_line_model"],
         name=options["name"],
         options=JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options), declared),

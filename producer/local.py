@@ -23,6 +23,7 @@ from jobs.broker import Broker
 from jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
 from jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
 from jobs.home import use_store
+from jobs.kinds import written_as
 from jobs.pid_file import PidFile
 from jobs.settings import Settings, environment_of
 from jobs.sizes import size
@@ -200,7 +201,7 @@ def _work_off(job_id: str, spec: ModelSpec, worker: OwnWorker, *, settings: Sett
 
 def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) -> None:
     status = JobStatus.read(store, job_id, settings)
-    export(store, status.job, out=out, form="jsonl", only="all")
+    export(store, status.job, out=out, form=written_as(out), only="all")
     for line in _report(status):
         click.echo(line, err=True)
     if out is not None:

@@ -1,8 +1,8 @@
 """A prompt file -> its Requests, one by one, in constant memory; and every line of it that is bad.
 
-It owns bytes, line ends, UTF-8, the file's hash, its one model, and the list of problems. It does not know JSON
-(producer.strict_json does), nor what the keys of a line mean (producer.lines), nor what becomes of a Request: its
-caller may `report` more bad lines, such as a custom_id that the store has seen before.
+It owns bytes, line ends, UTF-8, the file's hash, and its one model. It does not know JSON (producer.strict_json does),
+nor what the keys of a line mean (producer.lines), nor what other kinds of files look like (jobs.kinds), nor what
+becomes of a Request: its caller may `report` more bad lines, such as a custom_id that the store has seen before.
 
 A file is opened once and read once. Lines end at a line feed alone; any other line end of Unicode is text.
 """
@@ -12,47 +12,28 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import stat
 import sys
 from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import PurePath
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, NoReturn
 
+from jobs import kinds
 from jobs.errors import PromptFileError
 from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
 from producer.checks import BadLine, shown
 from producer.lines import json_request, text_request
+from producer.problems import Problems
 from producer.strict_json import json_value
 
-MAX_PROBLEMS = 100
 #: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
 ENDLESS_BYTES = MAX_LINE_BYTES
 BUFFER_BYTES = 1 << 17
 #: What may stand around a line: a byte order mark before it and CRLF behind, and one byte more.
 _AROUND_BYTES = 6
 _BOM = b"\xef\xbb\xbf"
-
-_UTF8_ALONE = "prompt files are UTF-8, so convert it: iconv -f"
-_PACKED = "which batchmill does not unpack; run"
-#: What the first bytes of a file that is not plain UTF-8 look like, and what is said of it.
-_FOREIGN = (
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff", f"is UTF-32; {_UTF8_ALONE} UTF-32"),
-    (rb"\xff\xfe|\xfe\xff", f"is UTF-16; {_UTF8_ALONE} UTF-16"),
-    (rb"[^\0]\0[^\0]\0", f"looks like UTF-16; {_UTF8_ALONE} UTF-16LE"),
-    (rb"\0[^\0]\0[^\0]", f"looks like UTF-16; {_UTF8_ALONE} UTF-16BE"),
-    (rb"\x1f\x8b", f"is compressed by gzip, {_PACKED} gunzip first"),
-    (rb"\x28\xb5\x2f\xfd", f"is compressed by zstd, {_PACKED} zstd -d first"),
-    (rb"PK[\x03\x05]", f"is a zip archive, {_PACKED} unzip first"),
-    (rb"BZh[1-9]1AY&SY", f"is compressed by bzip2, {_PACKED} bunzip2 first"),
-    (rb"\xfd7zXZ\0", f"is compressed by xz, {_PACKED} unxz first"),
-)
-
-
-def is_plain_text(path: str) -> bool:
-    """Whether the file is one of plain lines; all else is JSONL."""
-    return path.lower().endswith(".txt")
 
 
 def _printable(path: str) -> str:
@@ -72,10 +53,10 @@ class Line(NamedTuple):
 class PromptFile:
     """Iterated once, it yields a Line for every good line of `path` (`-`: standard input).
 
-    Bad lines are left out and do not stop the iteration; after it, `raise_if_bad` tells of them. `.txt` files
-    hold one prompt per line, all else JSONL. A line may name a model of `models`; where that is empty, the
-    first one named is the file's `model`. An adapter of `adapters` is named by `adapter` or in the model's place.
-    A context manager, which closes the file.
+    Bad lines are left out and do not stop the iteration; after it, `raise_if_bad` tells of them. `form`: how the file
+    is read, as one of `kinds.PROMPTS`, instead of as its suffix says. A line may name a model of `models`; where that
+    is empty, the first one named is the file's `model`. An adapter of `adapters` is named by `adapter` or in the
+    model's place. A context manager, which closes the file.
 
     Raises PromptFileError: here for what cannot be opened, and while iterating for what is no prompt file,
     changes meanwhile, or holds no prompts.
@@ -85,6 +66,7 @@ class PromptFile:
         self,
         path: str,
         *,
+        form: str | None = None,
         models: Collection[str] = (),
         adapters: Collection[str] = (),
         ignore_line_model: bool = False,
@@ -98,10 +80,11 @@ class PromptFile:
         self._named: set[str] = set()
         self._ignore_line_model = ignore_line_model
         self._max_line_bytes = max_line_bytes
-        self._plain_text = is_plain_text(path)
+        #: Anything may be a line of text, so that whoever says that it is text means it.
+        self._is_meant = form == "text"
+        self._read_as = kinds.read_as(path, form)
         self._hash = hashlib.sha256()
-        self._problems: list[tuple[int, str]] = []
-        self._bad_lines = 0
+        self._problems = Problems()
         self._is_endless = False
         self._is_stdin = path == "-"
         self._stream = self._standard_input() if self._is_stdin else self._opened(path)
@@ -125,26 +108,29 @@ class PromptFile:
         """The adapters that no line read so far names."""
         return sorted(self._adapters - self._named)
 
-    def report(self, number: int, what: str) -> None:
-        """Adds a problem of one line, counted from 1."""
-        self._bad_lines += 1
-        if len(self._problems) < MAX_PROBLEMS:
-            self._problems.append((number, what))
+    def report(self, number: int, what: str, error: str | None = None) -> None:
+        """Adds a problem of one line, counted from 1; `error`: what it is called on all lines that have it."""
+        self._problems.add(number, what, error)
 
     def raise_if_bad(self) -> None:
         """Raises PromptFileError if any line was reported, in the order of the file."""
-        if self._bad_lines:
-            problems = [f"{self._shown_path}:{number}: {what}" for number, what in sorted(self._problems)]
-            lines = "1 bad line" if self._bad_lines == 1 else f"{self._bad_lines} bad lines"
-            unread = (
-                f"; it was read no further than {ENDLESS_BYTES >> 20} MiB into the last" if self._is_endless else ""
-            )
-            raise PromptFileError(f"{self._shown_path}: {lines}{unread}", problems=problems, count=self._bad_lines)
+        count, unsaid = self._problems.count, self._problems.unsaid
+        if count:
+            said = "1 bad line" if count == 1 else f"{count:,} bad lines"
+            if unsaid:
+                said += f", of which {unsaid:,} with still other errors are not named"
+            if self._is_endless:
+                said += f"; it was read no further than {ENDLESS_BYTES >> 20} MiB into the last"
+            problems = self._problems.lines(self._shown_path)
+            raise PromptFileError(f"{self._shown_path}: {said}", problems=problems, count=count)
 
     def __iter__(self) -> Iterator[Line]:
         index = 0
         before = self._fingerprint()
-        for number, (offset, raw) in enumerate(self._raw_lines(), start=1):
+        lines = self._raw_lines()
+        if not self._is_meant:
+            lines = self._recognized(lines)
+        for number, (offset, raw) in enumerate(lines, start=1):
             try:
                 text = self._text(raw, offset)
                 if not text or text.isspace():
@@ -170,7 +156,7 @@ class PromptFile:
             raise BadLine(f"not UTF-8: byte {offset + exc.start} is 0x{line[exc.start]:02x}") from None
 
     def _request(self, text: str, index: int) -> Request:
-        if self._plain_text:
+        if self._read_as == "text":
             return text_request(text, index)
         return json_request(json_value(text), index, adapter_of=self._adapter_of)
 
@@ -199,6 +185,25 @@ class PromptFile:
             raise BadLine(f"is {shown(name)} and not {wanted}; {run_anyway}", "model")
         self.model = name
         self._models = frozenset({name})
+
+    def _recognized(self, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """The same lines, unless the first that is not blank shows that the file is of another kind.
+
+        The next line is waited for only where the first may name columns.
+        """
+        path = "-" if self._is_stdin else self._shown_path
+        for first in lines:
+            if first[1].isspace():
+                yield first
+                continue
+            begin = [first, *islice(lines, 1 if kinds.needs_second(first[1]) else 0)]
+            second = begin[1][1] if len(begin) > 1 else b""
+            if what := kinds.mistaken(first[1], second, read_as=self._read_as, path=path):
+                self._refuse(what)
+            yield from begin
+            del first, begin, second  # long ones are not held any longer
+            break
+        yield from lines
 
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         """Each line's bytes and the offset of the first; of a line that is too long only the beginning."""
@@ -229,9 +234,9 @@ class PromptFile:
         return raw
 
     def _refuse_foreign(self, first: bytes) -> None:
-        for pattern, what in _FOREIGN:
-            if re.match(pattern, first):
-                self._refuse(what)
+        if what := kinds.foreign(first):
+            # What an archive is of may stand behind the end of its first line.
+            self._refuse(kinds.foreign(first + self._stream.read(kinds.HEAD_BYTES)) or what)
 
     def _opened(self, path: str) -> BinaryIO:
         try:

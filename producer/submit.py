@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs import VERSION
+from jobs import VERSION, kinds
 from jobs.adapters import Adapter
 from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
@@ -29,7 +29,7 @@ from jobs.spec import ModelSpec
 from jobs.store import Store
 from jobs.store.bounds import PAGE_BYTES
 from jobs.store.loading import MAX_REQUESTS
-from producer.prompts import Line, PromptFile, is_plain_text
+from producer.prompts import Line, PromptFile
 
 log = get_logger(__name__)
 #: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases
@@ -39,12 +39,14 @@ _RENEWAL_SECONDS = 15.0
 _HASH_BYTES = 1 << 20
 #: What the keys of `once` begin with, and a user's own may not.
 _ONCE = "once:"
+_DUPLICATE = "duplicate custom_id"
 KEY_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What a user asks for. Without `model`, the file's one model is used.
+    """What a user asks for. Without `model`, the file's one model is used. `form`: how the file is read, if not as its
+    suffix says.
 
     `idempotency_key` is the user's own word for this job; `once` makes one of what the job is. `adapters`: what the
     names of `options.adapters` mean, where the same command starts the workers. Raises UsageError.
@@ -56,6 +58,7 @@ class Submission:
     default_quantization: str = Kind.NF4.value
     revision: str | None = None
     remote_path: bool = False
+    form: str | None = None
     ignore_line_model: bool = False
     name: str | None = None
     options: JobOptions = field(default_factory=JobOptions)
@@ -81,11 +84,15 @@ class Submission:
         names = self.options.adapters
         if self.model in names:
             raise UsageError(f"--adapter {self.model} is the name of the model, too; choose another for the adapter")
-        if names and is_plain_text(self.path):
+        if names and self._is_text:
             raise UsageError(
                 f"{self.path}: lines of plain text name no adapter; write each as "
                 f'{{"prompt": "...", "adapter": "{names[0]}"}} in a .jsonl file'
             )
+
+    @property
+    def _is_text(self) -> bool:
+        return kinds.read_as(self.path, self.form) == "text"
 
     def spec(self, model: str) -> ModelSpec:
         return ModelSpec.parse(
@@ -105,8 +112,8 @@ class Submission:
     def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:
         """Equal for the same file, model and request options: what `run` continues a job by."""
         parts = [file_sha256, spec.canonical, self.options.to_json()]
-        if is_plain_text(self.path):
-            parts.append("txt")  # the same bytes are other requests in a .txt file than in JSONL
+        if self._is_text:
+            parts.append("txt")  # the same bytes are other requests in plain text than in JSONL
         if self.adapters:
             parts.append([str(each) for each in self.adapters])  # a name that means another adapter is another job
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -168,6 +175,7 @@ def load_job(
         vet(given)
     prompts = PromptFile(
         submission.path,
+        form=submission.form,
         models=() if given is None else (str(submission.model), given.model),
         adapters=submission.options.adapters,
         ignore_line_model=submission.ignore_line_model,
@@ -255,7 +263,9 @@ def _stream(
         line_of = {line.request.index: line.number for line in page} if duplicates else {}
         for each in duplicates:
             first = f"line {line_of[each.first_index]}" if each.first_index in line_of else f"index {each.first_index}"
-            prompts.report(line_of[each.index], f"duplicate custom_id {each.custom_id!r}, first used at {first}")
+            prompts.report(
+                line_of[each.index], f"duplicate custom_id {each.custom_id!r}, first used at {first}", _DUPLICATE
+            )
     prompts.raise_if_bad()
 
 

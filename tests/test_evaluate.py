@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import random
 import shutil
@@ -33,6 +34,7 @@ from worker.evaluate.corpus import Corpus
 from worker.evaluate.evaluation import Asked, Evaluation
 from worker.evaluate.lineup import Lineup
 from worker.evaluate.measurement import Failure, Measurement, Method
+from worker.evaluate.perplexity import PerplexityChange
 from worker.evaluate.progress import Shown
 
 ROOT = Path(__file__).parent.parent
@@ -74,9 +76,10 @@ SCHEMA = closed(
         "items": closed(
             quantization=TEXT,
             perplexity=maybe(NUMBER),
-            divergence=maybe(closed(mean=NUMBER, p99=NUMBER, places=COUNT)),
+            perplexity_change=maybe(closed(nats=NUMBER, standard_error=maybe(NUMBER))),
+            divergence=maybe(closed(mean=NUMBER, p99=NUMBER, places=COUNT, standard_error=maybe(NUMBER))),
             agreement=maybe(closed(share=NUMBER, identical=COUNT, answers=COUNT)),
-            accuracy=maybe(closed(right=COUNT, answers=COUNT, share=NUMBER)),
+            accuracy=maybe(closed(right=COUNT, answers=COUNT, share=NUMBER, lost=maybe(COUNT), gained=maybe(COUNT))),
             weights_bytes=maybe(COUNT),
             peak_bytes=maybe(COUNT),
             tokens_per_second=maybe(NUMBER),
@@ -213,7 +216,8 @@ def test_all_specs_are_measured_on_the_same_tokens(model: str, data: Path) -> No
     assert found.method == Method(64, 16, 400, 23, 50, 3, 4, "exact")
     assert same.perplexity == baseline.perplexity
     assert same.divergence is not None
-    assert (same.divergence.mean, same.divergence.places) == (0.0, 50)
+    assert (same.divergence.mean, same.divergence.places, same.divergence.standard_error) == (0.0, 50, 0.0)
+    assert (same.perplexity_change, baseline.perplexity_change) == (PerplexityChange(0.0, 0.0), None)
     assert same.agreement is not None
     assert (same.agreement.share, same.agreement.identical) == (1.0, 3)
     assert baseline.agreement is None
@@ -226,6 +230,9 @@ def test_a_spec_that_cannot_be_loaded_is_a_row_and_the_others_go_on(model: str, 
     assert isinstance(nf4, Measurement)
     assert isinstance(none, Measurement)
     assert nf4.divergence is not None
+    assert nf4.perplexity_change is not None
+    assert math.exp(nf4.perplexity_change.nats) == pytest.approx(nf4.perplexity / none.perplexity, rel=1e-5)
+    assert nf4.perplexity_change.standard_error
 
 
 def test_without_the_baseline_the_others_are_measured_alone(model: str, data: Path) -> None:

@@ -92,6 +92,8 @@ def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, line: str, said: str
         ("a.jsonl", b"\n\n", "holds no text"),
         ("a.txt", b"one\ntwo \xff", "a.txt:2: is not UTF-8"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: is not UTF-8"),
+        ("a.txt", "one".encode("utf-16"), "a.txt: is UTF-16; text is read as UTF-8, so convert it: iconv -f UTF-16"),
+        ("a.jsonl", b"\x1f\x8b\x08\n", "a.jsonl: is compressed by gzip"),
         ("a.jsonl", b"x" * (MAX_LINE_BYTES + 1), "a.jsonl:1: is longer than 16 MiB"),
     ],
 )

@@ -12,6 +12,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jobs.errors import UsageError, WriteFailed
 from jobs.quantization import Quantization
@@ -21,8 +23,10 @@ from worker.evaluate.advice import advice
 from worker.evaluate.agreement import Agreement, agreement
 from worker.evaluate.chart import check, draw
 from worker.evaluate.divergence import Divergence
+from worker.evaluate.finding import ACCURACY, AGREEMENT, DIVERGENCE, DIVERGENCE_P99, PERPLEXITY
 from worker.evaluate.lineup import Lineup, split
 from worker.evaluate.measurement import Failure, Measurement, Method, Report
+from worker.evaluate.perplexity import PerplexityChange
 from worker.evaluate.report import lines, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +40,7 @@ def row(quantization: str, **given: Any) -> Measurement:
     plain = Measurement(
         spec(quantization),
         perplexity=8.0,
+        perplexity_change=None,
         divergence=None,
         agreement=None,
         accuracy=None,
@@ -50,7 +55,7 @@ def row(quantization: str, **given: Any) -> Measurement:
     return replace(plain, **given)
 
 
-NONE = row("none", weights_bytes=4_000_000, accuracy=Accuracy(90, 100))
+NONE = row("none", weights_bytes=4_000_000, accuracy=Accuracy(900, 1_000))
 METHOD = Method(2_048, 1_024, 50_000, 49, 10_000, 64, 32, "exact")
 
 
@@ -120,22 +125,40 @@ def test_an_answer_is_right_if_it_is_equal_or_found() -> None:
     assert accuracy(["a"], [None], Match.EXACT) is None
 
 
+def test_answers_are_compared_with_the_baselines_one_by_one() -> None:
+    answers = ["1", "1", "1", "1", None]
+    found = accuracy(["1", "0", "0", "1", "x"], answers, Match.EXACT, baseline=["1", "1", "1", "0", "y"])
+    assert found == Accuracy(2, 4, lost=2, gained=1)
+
+
 def test_the_smallest_that_loses_little_is_taken() -> None:
-    nf4 = row("nf4", perplexity=8.2, accuracy=Accuracy(89, 100), tokens_per_second=150.0)
-    int8 = row("int8", weights_bytes=2_000_000, accuracy=Accuracy(90, 100), tokens_per_second=50.0)
+    nf4 = row(
+        "nf4",
+        perplexity=8.2,
+        perplexity_change=PerplexityChange(0.0247, 0.001),
+        divergence=Divergence(0.03, 0.4, 1_000, 0.001),
+        agreement=Agreement(0.985, 60, 64),
+        accuracy=Accuracy(899, 1_000, 1, 0),
+        tokens_per_second=150.0,
+    )
+    int8 = row("int8", weights_bytes=2_000_000, accuracy=Accuracy(900, 1_000, 0, 0), tokens_per_second=50.0)
     said = advice(report(nf4, int8, NONE))
     assert said == (
         "Take nf4: its weights take 976.6 KiB instead of 3.8 MiB, and it loses little against none: perplexity +2.5%, "
-        "89 of 100 answers are right (90 with it), and it generates 1.5 times as fast."
+        "mean KL 0.03, KL p99 0.4, same tokens 98.5% of 64 answers, 899 of 1,000 answers right (900 with it), and it "
+        "generates 1.5 times as fast."
     )
+    larger = replace(nf4, peak_bytes=3_000_000)
+    assert ", though its peak was 2.9 MiB (1.9 MiB with none)." in advice(report(larger, NONE))
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"perplexity": 8.5}, "nf4: perplexity +6.2%"),
-        ({"divergence": Divergence(0.25, 1.0, 10)}, "nf4: mean KL 0.25"),
-        ({"accuracy": Accuracy(87, 100)}, "nf4: 87 of 100 answers right"),
+        ({"divergence": Divergence(0.25, 1.0, 1_000, 0.05)}, "nf4: mean KL 0.25"),
+        ({"divergence": Divergence(0.05, 2.0, 1_000, 0.01)}, "nf4: KL p99 2"),
+        ({"accuracy": Accuracy(850, 1_000, 55, 5)}, "nf4: 850 of 1,000 answers right (900 with it)"),
     ],
 )
 def test_one_that_loses_much_in_any_respect_is_not_taken(given: dict[str, Any], said: str) -> None:
@@ -144,8 +167,8 @@ def test_one_that_loses_much_in_any_respect_is_not_taken(given: dict[str, Any], 
 
 
 def test_of_two_that_are_as_small_the_better_is_taken_and_speed_is_told() -> None:
-    fp4 = row("fp4", divergence=Divergence(0.03, 1.0, 10), tokens_per_second=110.0)
-    nf4 = row("nf4", divergence=Divergence(0.01, 1.0, 10), perplexity=8.1)
+    fp4 = row("fp4", divergence=Divergence(0.03, 1.0, 1_000, 0.001), tokens_per_second=110.0)
+    nf4 = row("nf4", divergence=Divergence(0.01, 1.0, 1_000, 0.001), perplexity=8.1)
     fast = replace(NONE, tokens_per_second=300.0)
     said = advice(report(fp4, nf4, fast))
     assert said.startswith("Take nf4: ")
@@ -155,9 +178,94 @@ def test_of_two_that_are_as_small_the_better_is_taken_and_speed_is_told() -> Non
 
 
 def test_of_one_as_small_that_is_much_faster_the_speed_alone_is_told() -> None:
-    fp4 = row("fp4", divergence=Divergence(0.03, 1.0, 10), tokens_per_second=140.0)
-    nf4 = row("nf4", divergence=Divergence(0.01, 1.0, 10))
+    fp4 = row("fp4", divergence=Divergence(0.03, 1.0, 1_000, 0.001), tokens_per_second=140.0)
+    nf4 = row("nf4", divergence=Divergence(0.01, 1.0, 1_000, 0.001))
     assert advice(report(fp4, nf4, NONE)).endswith("and it generates as fast. fp4 generates 1.4 times as fast as nf4.")
+
+
+def test_what_changes_its_answers_is_not_said_to_lose_little() -> None:
+    nf4 = row("nf4", perplexity=8.2, agreement=Agreement(0.5, 3, 64))
+    assert advice(report(nf4, NONE)) == (
+        "Take none: nothing smaller is shown to be nearly as good. nf4 may do, whose weights take 976.6 KiB "
+        "instead of 3.8 MiB: little is lost by perplexity +2.5%, but its answers are others than none's (same tokens "
+        "50.0% of 64 answers); take it if other wordings will do."
+    )
+
+
+def test_few_answers_are_too_few_to_tell() -> None:
+    none = replace(NONE, accuracy=Accuracy(8, 8))
+    nf4 = row("nf4", agreement=Agreement(1.0, 8, 8), accuracy=Accuracy(8, 8, 0, 0))
+    assert advice(report(nf4, none)) == (
+        "Take none: nothing smaller is shown to be nearly as good. nf4 may do, whose weights take 976.6 KiB "
+        "instead of 3.8 MiB: little is lost by perplexity +0.0%. 8 answers are too few to tell about same tokens "
+        "100.0% of 8 answers (maybe down to 74.7%), 8 of 8 answers right (8 with it; maybe up to 23.3% fewer); "
+        "--continuations 128, on as many questions, would likely tell."
+    )
+    enough = replace(nf4, agreement=Agreement(1.0, 128, 128), accuracy=Accuracy(128, 128, 0, 0))
+    assert advice(report(enough, replace(none, accuracy=Accuracy(128, 128)))).startswith("Take nf4: ")
+    one = replace(nf4, accuracy=None, agreement=Agreement(1.0, 1, 1))
+    assert "1 answer is too few to tell about same tokens 100.0% of 1 answer (maybe down to 27.0%)" in advice(
+        report(one, none)
+    )
+    close = replace(nf4, accuracy=None, agreement=Agreement(0.9, 8, 8))
+    assert "it is so close that more answers may not tell" in advice(report(close, none))
+
+
+def test_few_tokens_are_too_few_to_tell() -> None:
+    nf4 = row("nf4", perplexity_change=PerplexityChange(0.0, 0.1), divergence=Divergence(0.08, 0.5, 200, 0.05))
+    said = advice(report(nf4, NONE))
+    assert said.endswith(
+        "The tokens that were scored are too few to tell about perplexity +0.0% (maybe up to +17.9%), mean KL "
+        "0.08 (maybe up to 0.16), KL p99 0.5 (maybe more); measure more text."
+    )
+    single = replace(nf4, perplexity_change=PerplexityChange(0.0, None), divergence=None)
+    assert "perplexity +0.0% (maybe more)" in advice(report(single, NONE))
+
+
+def test_what_is_sure_is_taken_and_what_is_smaller_is_named() -> None:
+    nf4 = row("nf4", agreement=Agreement(0.5, 3, 64))
+    int8 = row("int8", weights_bytes=2_000_000, agreement=Agreement(1.0, 64, 64))
+    said = advice(report(nf4, int8, NONE))
+    assert said.startswith("Take int8: its weights take 1.9 MiB instead of 3.8 MiB, and it loses little against none: ")
+    assert "nf4 may do" in said
+
+
+@given(
+    perplexity=st.floats(7.0, 9.0),
+    error=st.floats(0.0, 0.1),
+    divergence=st.builds(Divergence, st.floats(0, 0.2), st.floats(0, 2), st.integers(1, 2_000), st.floats(0, 0.1)),
+    share=st.floats(0, 1),
+    answers=st.integers(1, 2_000),
+    right=st.floats(0, 1),
+    gained=st.floats(0, 1),
+)
+@settings(deadline=None)
+def test_nothing_is_said_to_lose_little_beside_a_figure_that_is_much(
+    perplexity: float, error: float, divergence: Divergence, share: float, answers: int, right: float, gained: float
+) -> None:
+    before = round(answers * 0.9)
+    lost = round(before * (1 - right))
+    won = round((answers - before) * gained)
+    nf4 = row(
+        "nf4",
+        perplexity=perplexity,
+        perplexity_change=PerplexityChange(0.0, error),
+        divergence=divergence,
+        agreement=Agreement(share, 0, answers),
+        accuracy=Accuracy(before - lost + won, answers, lost, won),
+    )
+    said = advice(report(nf4, replace(NONE, accuracy=Accuracy(before, answers))))
+    much = (
+        perplexity > 8.0 * (1 + PERPLEXITY)
+        or divergence.mean > DIVERGENCE
+        or divergence.p99 > DIVERGENCE_P99
+        or share < 1 - AGREEMENT
+        or lost - won > ACCURACY * answers
+        or answers < 20
+        or divergence.places < 299
+    )
+    assert not (much and "loses little" in said), said
+    assert said.startswith("Take ")
 
 
 def test_little_is_advised_from_little() -> None:
@@ -175,18 +283,19 @@ def test_without_a_baseline_the_lowest_perplexity_is_the_measure() -> None:
 
 
 def test_the_table_shows_what_was_measured_and_why_the_rest_was_not() -> None:
-    nf4 = row("nf4", divergence=Divergence(0.0123, 0.4, 9), agreement=Agreement(0.985, 60, 64), perplexity=1234.5)
+    nf4 = row("nf4", divergence=Divergence(0.0123, 0.4, 9, 0.01), agreement=Agreement(0.985, 60, 64), perplexity=1234.5)
     table = lines(report(nf4, Failure(spec("int8"), "it has no room"), NONE))
     assert table[:4] == [
-        "quantization     perplexity  KL mean  KL p99  same tokens   right    weights     peak  tokens/s   load",
-        "nf4              1,234.5000    0.012     0.4        98.5%       -  976.6 KiB  1.9 MiB       100  1.2 s",
-        "none (baseline)      8.0000        -       -            -  90/100    3.8 MiB  1.9 MiB       100  1.2 s",
+        "quantization     perplexity  KL mean  KL p99  same tokens     right    weights     peak  tokens/s   load",
+        "nf4              1,234.5000    0.012     0.4        98.5%         -  976.6 KiB  1.9 MiB       100  1.2 s",
+        "none (baseline)      8.0000        -       -            -  900/1000    3.8 MiB  1.9 MiB       100  1.2 s",
         "int8: not measured: it has no room",
     ]
     text = "\n".join(table)
     assert "50,000 tokens in 49 windows of at most 2,048 tokens, stride 1,024" in text
     assert "at 10,000 of them" in text
     assert "of 64 greedy answers of at most 32 tokens" in text
+    assert "Little is lost up to perplexity +5%, mean KL 0.1, KL p99 1.0, 2% of the answers fewer right, 10% of" in text
 
 
 def test_columns_without_figures_are_left_out() -> None:

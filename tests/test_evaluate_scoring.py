@@ -202,6 +202,17 @@ def test_a_token_that_the_model_holds_impossible_makes_the_perplexity_infinite()
     assert result.value == math.inf
 
 
+def test_a_change_is_the_mean_of_the_tokens_own_with_its_standard_error() -> None:
+    before, after, single = Perplexity(), Perplexity(), Perplexity()
+    for result, nats in ((before, [1.0, 2.0, 3.0]), (after, [1.5, 2.0, 4.0]), (single, [1.0])):
+        for each in nats:
+            result.take(torch.tensor([[-each, 0.0]]), torch.tensor([0]))
+    change = after.change(before)
+    assert change.nats == pytest.approx(0.5)
+    assert change.standard_error == pytest.approx(0.5 / math.sqrt(3))
+    assert single.change(single).standard_error is None
+
+
 def test_padding_changes_nothing_of_what_is_scored(llama: LoadedModel) -> None:
     [short, long] = windows([Passage(text(10)), Passage(text(60))], width=64, stride=32)
     alone = torch.cat([log_probs for log_probs, _ in scored(llama, [short])])

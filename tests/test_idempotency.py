@@ -197,9 +197,8 @@ def test_the_same_key_with_other_content_is_refused(
 
 
 def test_once_tells_jobs_apart_by_what_they_ask(store: Store, file: str, tmp_path: Path) -> None:
-    copy, text = tmp_path / "copy.jsonl", tmp_path / "p.txt"
-    for path in (copy, text):
-        path.write_bytes(LINES)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(LINES)
     asked = Submission(file, "echo", once=True)
     different = [
         asked,
@@ -207,7 +206,7 @@ def test_once_tells_jobs_apart_by_what_they_ask(store: Store, file: str, tmp_pat
         replace(asked, model="demo", quantization="int8"),
         replace(asked, options=JobOptions("be brief")),
         replace(asked, options=JobOptions(None, SamplingParams(seed=1))),
-        replace(asked, path=str(text)),  # the same bytes, and other prompts
+        replace(asked, form="text"),  # the same bytes, and other prompts
     ]
     found = [submit(store, each) for each in different]
     assert all(each.is_new for each in found)

@@ -22,7 +22,7 @@ from jobs.errors import PromptFileError
 from jobs.schema import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
 from jobs.schema import NO_SAMPLING, Request, SamplingParams
 from producer.lines import ROLES
-from producer.prompts import MAX_PROBLEMS, Line, PromptFile
+from producer.prompts import Line, PromptFile
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}
@@ -264,7 +264,7 @@ BAD_JSON: list[tuple[bytes, str]] = [
     (b"SECRET", "not JSON: Expecting value at column 1"),
     (b'{"prompt":"SECRET"} {"prompt":"x"}', "not JSON: more text after the value, at column 20"),
     (b'{"prompt":"a"}\r{"prompt":"b"}', "not JSON: more text after the value, at column 15"),
-    (b'["SECRET"]', "must be a JSON object, not a list"),
+    (b'[["SECRET"]]', "must be a JSON object, not a list"),
     (b'"SECRET"', "must be a JSON object, not a string"),
     (b"null", "must be a JSON object, not null"),
     (b"1", "must be a JSON object, not a number"),
@@ -449,12 +449,25 @@ def test_good_lines_are_yielded_though_a_bad_one_came_before(tmp_path: Path) -> 
     assert [(line.number, line.request.index, line.size_bytes) for line in seen] == [(2, 0, 18), (4, 2, 18)]
 
 
-def test_only_the_first_hundred_bad_lines_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path, b"x\n" * 250)
+def test_equal_errors_are_counted_after_the_fifth(tmp_path: Path) -> None:
+    path = write(tmp_path, b"x\n" * 1_209 + GOOD + b'{"prompt":1}\n{"prompt":[]}\n')
     caught = error(path)
-    assert caught.count == 250
-    assert len(caught.problems) == MAX_PROBLEMS == 100
+    assert caught.problems == (
+        *(f"{path}:{number}: not JSON: Expecting value at column 1" for number in range(1, 6)),
+        "... and 1,204 more lines with this error",
+        f"{path}:1211: prompt must be a string, not a number",
+        f"{path}:1212: prompt must be a string, not a list",
+    )
+    assert (caught.count, str(caught)) == (1_211, f"{path}: 1,211 bad lines")
+
+
+def test_only_the_first_hundred_bad_lines_are_named(tmp_path: Path) -> None:
+    lines = [b'{"prompt":"x","%c%c":1}\n' % (97 + number // 25, 97 + number % 25) for number in range(250)]
+    path = write(tmp_path, b"".join(lines))
+    caught = error(path)
+    assert len(caught.problems) == 100
     assert caught.problems[-1].startswith(f"{path}:100: ")
+    assert str(caught) == f"{path}: 250 bad lines, of which 150 with still other errors are not named"
 
 
 def test_the_caller_reports_lines_of_its_own(tmp_path: Path) -> None:
@@ -662,7 +675,7 @@ def test_the_hash_is_of_the_files_bytes(tmp_path: Path) -> None:
         (b"\n\r\n  \n", "holds no prompts"),
         ('{"prompt":"a"}'.encode("utf-16"), "is UTF-16"),
         (b"\xfe\xff" + '{"prompt":"a"}'.encode("utf-16-be"), "is UTF-16"),
-        ('{"prompt":"a"}'.encode("utf-16-le"), "looks like UTF-16; prompt files are UTF-8, so convert it: "),
+        ('{"prompt":"a"}'.encode("utf-16-le"), "looks like UTF-16; text is read as UTF-8, so convert it: "),
         ('{"prompt":"a"}'.encode("utf-16-be"), "looks like UTF-16"),
         ('{"prompt":"a"}'.encode("utf-32"), "is UTF-32"),
         (b"\x1f\x8b\x08\0", "is compressed by gzip, which batchmill does not unpack; run gunzip first"),
@@ -823,8 +836,7 @@ def read_bytes(data: bytes, name: str) -> list[Request] | None:
     """The requests of these bytes, or None where they are refused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        prompts = PromptFile("-")
-        patch.setattr(prompts, "_plain_text", name.endswith(".txt"))
+        prompts = PromptFile("-", form="text" if name.endswith(".txt") else None)
         try:
             found = [line.request for line in prompts]
             prompts.raise_if_bad()

@@ -479,8 +479,8 @@ def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(store: Store,
     (claimed,) = mill.claim(store, who)
     long = [mill.output(job_id, each.index, text="x" * 50_000) for each in claimed.requests]
     mill.save(store, who, [Held(claimed.lease, outputs=long)])
-    out = small_disk / "out.jsonl"
     for form in FORMS:
+        out = small_disk / f"out.{'csv' if form == 'csv' else 'jsonl'}"
         done = command(store, "results", job_id, "-o", out, "--format", form)
         assert done.returncode == 1
         assert done.stderr == (

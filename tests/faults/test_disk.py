@@ -117,16 +117,17 @@ def test_a_disk_that_is_full_at_an_export_leaves_the_old_file(mill: FaultMill, d
     mill.ready_worker()
     job_id = mill.submit(2_000)
     mill.wait(job_id)
-    out = disk.folder / "answers.jsonl"
-    out.write_text("what was there before\n")
+    out, table = disk.folder / "answers.jsonl", disk.folder / "answers.csv"
+    for each in (out, table):
+        each.write_text("what was there before\n")
     disk.fill()
-    for form in ("jsonl", "openai", "csv"):
-        done = mill.finished("results", job_id, "-o", out, "--format", form)
+    for form, target in (("jsonl", out), ("openai", out), ("csv", table)):
+        done = mill.finished("results", job_id, "-o", target, "--format", form)
         assert done.returncode == 1
         assert done.stderr.startswith("batchmill: cannot write")
         assert "No space left" in done.stderr
-        assert out.read_text() == "what was there before\n"
-        assert {each.name for each in disk.folder.iterdir()} == {"answers.jsonl", "ballast"}
+        assert target.read_text() == "what was there before\n"
+        assert {each.name for each in disk.folder.iterdir()} == {"answers.jsonl", "answers.csv", "ballast"}
     disk.free()
     mill.command("results", job_id, "-o", out)
     assert export_violations(out.read_text().splitlines(), texts=answers(2_000)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -114,6 +115,19 @@ def test_run_answers_reports_and_stops_all_that_it_started(home: Home, tmp_path:
     for word in ("requests", "tokens/s", "memory", "seconds", "waiting", "loading", "running"):
         assert word in done.stderr
     assert home.processes() == []
+
+
+def test_run_writes_what_the_suffix_says_and_reads_what_format_says(home: Home, tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text('{"prompt": "one"}\n' * 2)
+    for out, said in (("a.parquet", "answers are not written as Parquet"), ("a.csv", "looks like JSON Lines")):
+        refused = home.run("run", file, "-m", "echo", "-o", tmp_path / out, code=2)
+        assert said in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    for form, text in (("text", '{"prompt": "one"}'), ("jsonl", "one")):
+        home.run("run", file, "-m", "echo", "--format", form, "-o", tmp_path / "a.csv")
+        rows = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+        assert [row["text"] for row in rows] == [text] * 2
 
 
 def test_the_same_run_again_exports_and_new_runs_anew(home: Home, tmp_path: Path) -> None:

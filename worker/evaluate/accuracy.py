@@ -20,20 +20,38 @@ class Match(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How many of the answers were right."""
+    """How many of the answers were right.
+
+    `lost`: how many are wrong that the baseline had right; `gained`: right that it had wrong; None without a baseline.
+    """
 
     right: int
     answers: int
+    lost: int | None = None
+    gained: int | None = None
 
     @property
     def share(self) -> float:
         return self.right / self.answers
 
 
-def accuracy(said: Sequence[str], answers: Sequence[str | None], match: Match) -> Accuracy | None:
-    """Of what was said to questions, those that have an answer counted; None where none has."""
-    pairs = [(text, answer) for text, answer in zip(said, answers, strict=True) if answer is not None]
-    return Accuracy(sum(_is_right(*pair, match) for pair in pairs), len(pairs)) if pairs else None
+def accuracy(
+    said: Sequence[str], answers: Sequence[str | None], match: Match, *, baseline: Sequence[str] | None = None
+) -> Accuracy | None:
+    """Of what was said to questions, those that have an answer counted; None where none has.
+
+    `baseline`: what that one said to them.
+    """
+    right = _right(said, answers, match)
+    if not right:
+        return None
+    if baseline is None:
+        return Accuracy(sum(right), len(right))
+    before = _right(baseline, answers, match)
+    lost, gained = (
+        sum(one and not other for one, other in zip(*pair, strict=True)) for pair in ((before, right), (right, before))
+    )
+    return Accuracy(sum(right), len(right), lost, gained)
 
 
 def check_answers(corpus: Corpus, match: Match) -> None:
@@ -44,6 +62,11 @@ def check_answers(corpus: Corpus, match: Match) -> None:
                 re.compile(example.answer or "")
             except re.error as error:
                 raise UsageError(f"{corpus.name}:{example.line}: answer is no regex: {error}") from None
+
+
+def _right(said: Sequence[str], answers: Sequence[str | None], match: Match) -> list[bool]:
+    pairs = zip(said, answers, strict=True)
+    return [_is_right(text, answer, match) for text, answer in pairs if answer is not None]
 
 
 def _is_right(text: str, answer: str, match: Match) -> bool:

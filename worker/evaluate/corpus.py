@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jobs import kinds
 from jobs.errors import UsageError
 
 #: No tokenizer makes fewer tokens of common text: so much is read for each token that is wanted.
@@ -58,8 +59,10 @@ class Corpus:
         most_bytes = max(_BLOCK_BYTES, BYTES_PER_TOKEN * tokens)
         try:
             with path.open("rb") as stream:
+                if what := kinds.foreign(stream.peek(kinds.HEAD_BYTES)):
+                    raise UsageError(f"{path}: {what}")
                 reading = _Reading(stream, path)
-                running = path.suffix.lower() == ".txt"
+                running = kinds.read_as(str(path)) == "text"
                 examples = tuple(reading.running(most_bytes) if running else reading.lines(most_bytes))
                 if not examples:
                     raise UsageError(f"{path}: holds no text")

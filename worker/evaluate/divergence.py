@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jobs.errors import BatchmillError
+from worker.evaluate.perplexity import standard_error
 
 _FLOAT32_BYTES = 4
 #: The file takes one part in so many of what the disk has left.
@@ -26,11 +27,12 @@ _QUANTILE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL(baseline || model) over places: their mean, and what 99 in 100 of them are below."""
+    """KL(baseline || model) over places: their mean with its standard error, and what 99 in 100 of them are below."""
 
     mean: float
     p99: float
     places: int
+    standard_error: float | None
 
 
 class Distributions:
@@ -107,7 +109,7 @@ class Comparison:
             return None
         nats = torch.cat(self._nats)
         rank = min(len(nats), max(1, math.ceil(_QUANTILE * len(nats))))
-        return Divergence(nats.mean().item(), nats.kthvalue(rank).values.item(), len(nats))
+        return Divergence(nats.mean().item(), nats.kthvalue(rank).values.item(), len(nats), standard_error(nats))
 
 
 def divergence(expected: Tensor, found: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from worker.evaluate.lineup import Lineup
 from worker.evaluate.measurement import Failure, Measurement, Method
 from worker.evaluate.memory import PeakMemory, give_back
 from worker.evaluate.passages import Passages, Question
-from worker.evaluate.perplexity import Perplexity
+from worker.evaluate.perplexity import Perplexity, PerplexityChange
 from worker.evaluate.progress import Shown
 from worker.evaluate.scoring import scored
 from worker.evaluate.windows import Window, windows
@@ -88,6 +88,7 @@ class Evaluation:
         self._work: _Work | None = None
         #: The baseline's, once it was measured.
         self._reference: Measurement | None = None
+        self._perplexity: Perplexity | None = None
         self._answers: Answers | None = None
 
     @property
@@ -123,14 +124,17 @@ class Evaluation:
         with memory.watching():
             loaded = load(spec, self._device.torch_device, digests=self._digests)
         work = self._work = self._work or self._prepared(loaded)
-        perplexity, divergence = self._read(loaded, work)
+        perplexity, change, divergence = self._read(loaded, work)
         # What was read took buffers of its own, which a worker does not have.
         give_back()
         with memory.watching():
             answers = self._answer(loaded, work)
         agreed = right = None
         if answers is not None:
-            right = accuracy(answers.texts, [each.answer for each in work.questions], self._asked.match)
+            before = None if self._answers is None else self._answers.texts
+            right = accuracy(
+                answers.texts, [each.answer for each in work.questions], self._asked.match, baseline=before
+            )
             if spec == self._lineup.baseline:
                 self._answers = answers
             elif self._answers is not None:
@@ -138,6 +142,7 @@ class Evaluation:
         return Measurement(
             spec,
             perplexity,
+            change,
             divergence,
             agreed,
             right,
@@ -170,8 +175,8 @@ class Evaluation:
         )
         return _Work(found, questions, distributions, method)
 
-    def _read(self, loaded: LoadedModel, work: _Work) -> tuple[float, Divergence | None]:
-        """Perplexity, and the distance from the baseline, whose own distributions are kept instead."""
+    def _read(self, loaded: LoadedModel, work: _Work) -> tuple[float, PerplexityChange | None, Divergence | None]:
+        """Perplexity, and the distances from the baseline, of which what they are taken from is kept instead."""
         self._shown.phase("reading", work.method.tokens)
         is_baseline = loaded.spec == self._lineup.baseline
         comparison = None if is_baseline or self._reference is None else Comparison(work.distributions)
@@ -188,7 +193,10 @@ class Evaluation:
                 f"{loaded.spec} holds a token of the text impossible, or gives no numbers: its numbers overflow in "
                 f"{loaded.model.dtype}; choose another dtype or quantization"
             )
-        return perplexity.value, divergence
+        if is_baseline:
+            self._perplexity = perplexity
+        change = None if self._reference is None or self._perplexity is None else perplexity.change(self._perplexity)
+        return perplexity.value, change, divergence
 
     def _answer(self, loaded: LoadedModel, work: _Work) -> Answers | None:
         if not work.questions:

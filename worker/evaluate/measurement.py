@@ -10,19 +10,21 @@ from jobs.spec import ModelSpec
 from worker.evaluate.accuracy import Accuracy
 from worker.evaluate.agreement import Agreement
 from worker.evaluate.divergence import Divergence
+from worker.evaluate.perplexity import PerplexityChange
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """`weights_bytes`: of the loaded tensors. `peak_bytes`: what loading and answering added at most.
 
-    `tokens_per_second`: generated, of all rows together; None where nothing was asked. `divergence` and `agreement`
-    are None for the baseline, and where it could not be measured. `commit`: what the revision resolved to.
-    `identity`: what the model consisted of.
+    `tokens_per_second`: generated, of all rows together; None where nothing was asked. `perplexity_change`,
+    `divergence` and `agreement` are None for the baseline, and where it could not be measured. `commit`: what the
+    revision resolved to. `identity`: what the model consisted of.
     """
 
     spec: ModelSpec
     perplexity: float
+    perplexity_change: PerplexityChange | None
     divergence: Divergence | None
     agreement: Agreement | None
     accuracy: Accuracy | None
@@ -39,6 +41,7 @@ class Measurement:
         accuracy = self.accuracy
         return {
             "perplexity": self.perplexity,
+            "perplexity_change": None if self.perplexity_change is None else asdict(self.perplexity_change),
             "divergence": None if self.divergence is None else asdict(self.divergence),
             "agreement": None if self.agreement is None else asdict(self.agreement),
             "accuracy": None if accuracy is None else asdict(accuracy) | {"share": accuracy.share},

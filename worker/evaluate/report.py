@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.sizes import size
 from worker.evaluate.advice import advice
+from worker.evaluate.finding import LIMITS
 from worker.evaluate.measurement import Failure, Measurement, Report
 
 _HEAD = (
@@ -45,8 +46,8 @@ def _row_json(row: Measurement | Failure) -> dict[str, Any]:
 
 
 _KEYS = (
-    "perplexity", "divergence", "agreement", "accuracy", "weights_bytes", "peak_bytes", "tokens_per_second",
-    "load_seconds", "engine", "commit",
+    "perplexity", "perplexity_change", "divergence", "agreement", "accuracy", "weights_bytes", "peak_bytes",
+    "tokens_per_second", "load_seconds", "engine", "commit",
 )  # fmt: skip
 
 
@@ -95,4 +96,6 @@ def _method(report: Report) -> list[str]:
             f"Same tokens: of {method.continuations:,} greedy answers of at most {method.max_tokens:,} tokens, those "
             "before the first other one."
         )
+    if len(report.measured) > 1:
+        said.append(f"Little is lost up to {LIMITS}; each with 95 % certainty.")
     return said
