@@ -131,6 +131,11 @@ class PromptFile:
         if len(self._problems) < MAX_PROBLEMS:
             self._problems.append((number, what))
 
+    @property
+    def is_bad(self) -> bool:
+        """True once one of its lines was bad."""
+        return self._bad_lines > 0
+
     def raise_if_bad(self) -> None:
         """Raises PromptFileError if any line was reported, in the order of the file."""
         if self._bad_lines:
