@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -82,25 +83,35 @@ def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new
             joined = True
         store = open_store(settings)
         refuse_slip(spec, store=store)
-        job = _job_of(submission, spec, new=new, store=store, settings=settings)
-        if not job.closed and joined:
-            _wait_for_mill(job, settings=settings, store=store)
-        elif not job.closed:
-            _work_off(job.id, spec, worker, settings=settings, store=store)
+        job = None if new else _earlier_job(submission, spec, store=store, settings=settings)
+        if joined:
+            job = job or _new_job(submission, store=store, settings=settings)
+            if not job.closed:
+                _wait_for_mill(job, settings=settings, store=store)
+        elif job is None or not job.closed:
+            job = _work_off(submission, job, spec, worker, settings=settings, store=store)
         _deliver(job.id, store, out, settings)
 
 
-def _job_of(submission: Submission, spec: ModelSpec, *, new: bool, store: Store, settings: Settings) -> Job:
-    """The job of an earlier run, or else a new one."""
-    job = None if new else _known_job(submission, spec, store=store, settings=settings)
-    if job is None:
-        job_id, spec = load_job(submission, store=store, settings=settings)
-        job = store.reading.job(job_id)
-        click.echo(f"job {job.id}: {job.counts.total:,} requests for {spec}", err=True)
-    elif job.closed:
-        click.echo(f"job {job.id} has run this file before; --new runs it again", err=True)
-    else:
-        click.echo(f"job {job.id} goes on where it was interrupted", err=True)
+def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, settings: Settings) -> Job | None:
+    """The job that an earlier run of the same file, model and options left, if there is one; and says so."""
+    fingerprint = submission.fingerprint_of_file(spec)
+    if fingerprint is None:
+        return None  # every run of a stream is a new one
+    job = choose(store.reading.resumable(fingerprint), spec, submission.adapters, home=settings.home)
+    if job is not None:
+        said = "has run this file before; --new runs it again" if job.closed else "goes on where it was interrupted"
+        click.echo(f"job {job.id} {said}", err=True)
+    return job
+
+
+def _new_job(
+    submission: Submission, *, store: Store, settings: Settings, stored: Callable[[str], None] = lambda _: None
+) -> Job:
+    """A job of this file; `stored` is called after each page of it."""
+    job_id, spec = load_job(submission, store=store, settings=settings, stored=stored)
+    job = store.reading.job(job_id)
+    click.echo(f"job {job.id}: {job.counts.total:,} requests for {spec}", err=True)
     return job
 
 
@@ -170,33 +181,32 @@ def _require_embedded(settings: Settings) -> None:
             raise UsageError(f"run and up bring their own Redis and store: unset {name}, or use `submit` and `worker`")
 
 
-def _known_job(submission: Submission, spec: ModelSpec, *, store: Store, settings: Settings) -> Job | None:
-    """The job that an earlier run of the same file, model and options left, if there is one."""
-    fingerprint = submission.fingerprint_of_file(spec)
-    if fingerprint is None:
-        return None  # every run of a stream is a new one
-    return choose(store.reading.resumable(fingerprint), spec, submission.adapters, home=settings.home)
-
-
-def _work_off(job_id: str, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, store: Store) -> None:
+def _work_off(
+    submission: Submission, job: Job | None, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, store: Store
+) -> Job:
+    """Works this job off, or a new one of the file, whose worker loads the model while the file is being read."""
     log_path = settings.home / "worker.log"
-    with use_store(settings.home), _redis(settings) as redis, log_path.open("wb") as log:
-        send_wakeups(spec, store=store, broker=Broker.of(settings))
-        workers = _Workers(
-            spec, devices=[worker.device], words=worker.words, settings=settings, log=log, only_job=job_id
-        )
+    with use_store(settings.home), _redis(settings) as redis, log_path.open("wb") as log, ExitStack() as stack:
+        workers: list[_Workers] = []
 
-        def tend() -> None:
-            workers.check(log_path)
+        def work_on(job_id: str) -> None:
+            """Starts the worker once, and raises where it has ended."""
+            if not workers:
+                words = [*worker.words, "--job", job_id]
+                workers.append(_Workers(spec, devices=[worker.device], words=words, settings=settings, log=log))
+                stack.callback(workers[0].stop)
+            workers[0].check(log_path)
             redis.tend()
 
+        if job is None:
+            job = _new_job(submission, store=store, settings=settings, stored=work_on)
+        send_wakeups(spec, store=store, broker=Broker.of(settings))
         try:
-            follow(store, job_id, name_missing=False, check=tend, settings=settings)
+            follow(store, job.id, name_missing=False, check=partial(work_on, job.id), settings=settings)
         except KeyboardInterrupt:
             click.echo("ending: what is finished is saved; the same command continues the job", err=True)
             raise
-        finally:
-            workers.stop()
+    return job
 
 
 def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) -> None:
@@ -236,14 +246,11 @@ class _Workers:
         words: Sequence[str],
         settings: Settings,
         log: IO[bytes],
-        only_job: str | None = None,
     ) -> None:
         self._pid_file = PidFile(settings.home / "worker.pid")
         self._stop_seconds = settings.drain_seconds + _STOP_MARGIN_SECONDS
         self._pid_file.end_leftover(settings.home)
         arguments = [*spec.command_line()[2:], *words]
-        if only_job is not None:
-            arguments += ["--job", only_job]
         self._process = start_process(
             [sys.executable, "-P", "-m", "worker", *arguments, "--devices", ",".join(devices)],
             log=log,

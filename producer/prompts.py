@@ -112,6 +112,11 @@ class PromptFile:
         """Adds a problem of one line, counted from 1; `error`: what it is called on all lines that have it."""
         self._problems.add(number, what, error)
 
+    @property
+    def is_bad(self) -> bool:
+        """True once one of its lines was bad."""
+        return self._problems.count > 0
+
     def raise_if_bad(self) -> None:
         """Raises PromptFileError if any line was reported, in the order of the file."""
         count, unsaid = self._problems.count, self._problems.unsaid

@@ -162,11 +162,17 @@ def load_once(
 
 
 def load_job(
-    submission: Submission, *, store: Store, settings: Settings, vet: Callable[[ModelSpec], None] = lambda _: None
+    submission: Submission,
+    *,
+    store: Store,
+    settings: Settings,
+    vet: Callable[[ModelSpec], None] = lambda _: None,
+    stored: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, ModelSpec]:
     """Stores the file as a queued job: its id and what it needs. Nothing stays stored when the file is bad.
 
-    `vet` looks at the model as soon as it is known, and may raise.
+    `vet` looks at the model as soon as it is known, and may raise. `stored` is called with the job's id after each
+    page of a file that is good so far, and may raise.
 
     Raises PromptFileError, UsageError, KeyTaken, LoadingLost, StoreError.
     """
@@ -192,7 +198,10 @@ def load_job(
         )
         try:
             with _renewed(store, job_id, lease_seconds):
-                _stream(prompts, submission, given, job_id, store=store, lease_seconds=lease_seconds)
+                for _ in _stream(prompts, submission, given, job_id, store=store, lease_seconds=lease_seconds):
+                    if not prompts.is_bad:
+                        stored(job_id)
+                prompts.raise_if_bad()
             for name in prompts.unnamed_adapters:
                 log.warning("an adapter was declared, and no line of the file names it", adapter=name)
             spec = given or submission.spec(_model_of(prompts))
@@ -246,7 +255,8 @@ def _stream(
     *,
     store: Store,
     lease_seconds: float,
-) -> None:
+) -> Iterator[None]:
+    """Stores the lines of the file; yields after each page."""
     plain_only = spec if spec is not None and _lacks_chat_template(spec) else None
     if plain_only is not None:
         _refuse_chat_options(submission.options, plain_only)
@@ -266,7 +276,7 @@ def _stream(
             prompts.report(
                 line_of[each.index], f"duplicate custom_id {each.custom_id!r}, first used at {first}", _DUPLICATE
             )
-    prompts.raise_if_bad()
+        yield
 
 
 def _pages(prompts: PromptFile) -> Iterator[list[Line]]:

@@ -11,13 +11,14 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from types import FrameType
 from typing import NoReturn
 
 from jobs.adapters import from_json
 from jobs.broker import Broker
-from jobs.errors import AlreadyRunning, ModelError, StoreError
+from jobs.errors import AlreadyRunning, ModelError, NotFound, StoreError
 from jobs.failpoints import arm, failpoint
 from jobs.identity import differences
 from jobs.logs import configure_logs, get_logger
@@ -201,7 +202,8 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         )
     if order.only_job is not None:
         job_id = order.only_job
-        _refuse_other(outlast(lambda: store.reading.job(job_id)), held)
+        with suppress(NotFound):  # its file is still being read, so nobody has begun it
+            _refuse_other(outlast(lambda: store.reading.job(job_id)), held)
     meter.loaded(held.weights_by_device, held.cache_by_device)
     loaded = _loaded(held, devices, meter.take())
     outlast(lambda: store.workers.loaded(order.worker_id, generation, loaded=loaded))

@@ -1,6 +1,6 @@
 """Measures batchmill on this machine and prints tables. It asserts nothing.
 
-python -m tests.bench [submit|echo|results|load|load-1b|line ...] [--lines N]
+python -m tests.bench [submit|echo|first|results|load|load-1b|line ...] [--lines N]
 python -m tests.bench engine --help
 python -m tests.bench decode --help
 """
@@ -23,6 +23,7 @@ def mill(words: Sequence[str]) -> None:
     benches = {
         "submit": mill.submit,
         "echo": mill.echo,
+        "first": mill.first_answer,
         "results": mill.results_and_status,
         "load": load.load,
         "line": line.line,

@@ -62,6 +62,22 @@ def echo(_lines: int) -> list[Row]:
     ]
 
 
+def first_answer(lines: int) -> list[Row]:
+    """From `run` to its first answer: the file is read and the model loaded meanwhile."""
+    with home() as folder:
+        file = _prompts(folder, lines)
+        begin = perf_counter()
+        process = _start(folder, "run", file, "-m", "demo")
+        store = open_store(load_settings(home=folder))
+        while not any(each.counts.succeeded for each in store.reading.jobs(most=1)):
+            sleep(0.05)
+        seconds = perf_counter() - begin
+        store.close()
+        process.terminate()
+        process.wait()
+    return [Row(f"run of {lines:,} lines on the demo model, to its first answer", f"{seconds:,.1f} s")]
+
+
 def results_and_status(lines: int) -> list[Row]:
     """Export and status of a finished job of so many outputs."""
     with home() as folder:

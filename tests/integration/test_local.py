@@ -21,6 +21,8 @@ import pytest
 from jobs.settings import environment_of, load_settings
 from jobs.states import WorkerState
 from jobs.store import Store
+from jobs.store.loading import MAX_REQUESTS
+from jobs.store.reading import Job
 from jobs.store.workers import WorkerRow
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, until, write_prompts
 
@@ -47,9 +49,10 @@ class Home:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, *words: str | Path, **settings: str) -> subprocess.Popen[str]:
+    def start(self, *words: str | Path, stdin: int | None = None, **settings: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "producer", *map(str, words)],
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,6 +79,14 @@ class Home:
     def rows(self) -> list[WorkerRow]:
         with closing(Store(self.settings.database)) as store:
             return store.workers.rows(only_alive=False)
+
+    def worker_states(self) -> list[WorkerState]:
+        """Empty while the home has no store yet."""
+        return [each.state for each in self.rows()] if (self.path / "worker.log").exists() else []
+
+    def jobs(self) -> list[Job]:
+        with closing(Store(self.settings.database)) as store:
+            return store.reading.jobs(most=10)
 
     def processes(self) -> list[str]:
         """Command lines of the processes that belong to this home."""
@@ -316,6 +327,46 @@ def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(
     (row,) = home.rows()
     assert row.state is WorkerState.FAILED
     assert "no luck today" in str(row.error)
+
+
+def a_stream(home: Home, lines: int, *words: str) -> subprocess.Popen[str]:
+    """A `run` whose input goes on after so many lines."""
+    process = home.start("run", "-", *words, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write('{"prompt": "one two three"}\n' * lines)
+    process.stdin.flush()
+    return process
+
+
+def test_the_worker_loads_while_the_file_is_being_read(home: Home) -> None:
+    process = a_stream(home, 2 * MAX_REQUESTS, "-m", "echo")
+    until(lambda: home.worker_states() == [WorkerState.READY], "the worker is ready")
+    assert home.jobs() == []  # nobody sees a job before its file is whole
+    out, err = process.communicate('{"prompt": "the last"}\n', timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, err
+    answers = [json.loads(line)["text"] for line in out.splitlines()]
+    assert len(answers) == 2 * MAX_REQUESTS + 1
+    assert answers[-1] == "the last"
+    assert home.worker_states() == [WorkerState.STOPPED]
+
+
+def test_a_worker_that_cannot_load_ends_the_run_while_its_file_is_being_read(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    process = a_stream(home, 2 * MAX_REQUESTS, "-m", str(tmp_path / "model"))
+    until(lambda: home.worker_states() == [WorkerState.FAILED], "the worker has given up")
+    _, err = process.communicate('{"prompt": "one"}\n' * MAX_REQUESTS, timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1
+    assert "the worker ended before the job did; its last lines:" in err
+    assert home.jobs() == []
+
+
+def test_a_bad_file_of_one_page_starts_no_worker(home: Home, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "one"}\n' * 5 + "{\n" + '{"prompt": "two"}\n' * 5)
+    assert "p.jsonl:6:" in home.run("run", file, "-m", "echo", code=2).stderr
+    assert home.rows() == []
+    assert not (home.path / "worker.log").read_text()
 
 
 def test_run_refuses_a_store_that_is_not_embedded(home: Home, tmp_path: Path) -> None:
