@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from jobs.broker import Broker
 from jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
 from jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
 from jobs.home import use_store
+from jobs.log_file import rotate_if_large
 from jobs.pid_file import PidFile
 from jobs.settings import Settings, environment_of
 from jobs.sizes import size
@@ -179,14 +181,16 @@ def _known_job(submission: Submission, spec: ModelSpec, *, store: Store, setting
 
 def _work_off(job_id: str, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, store: Store) -> None:
     log_path = settings.home / "worker.log"
-    with use_store(settings.home), _redis(settings) as redis, log_path.open("wb") as log:
+    rotate_if_large(log_path)
+    with use_store(settings.home), _redis(settings) as redis, log_path.open("ab") as log:
+        begins_at = log.tell()
         send_wakeups(spec, store=store, broker=Broker.of(settings))
         workers = _Workers(
             spec, devices=[worker.device], words=worker.words, settings=settings, log=log, only_job=job_id
         )
 
         def tend() -> None:
-            workers.check(log_path)
+            workers.check(log_path, begins_at)
             redis.tend()
 
         try:
@@ -261,10 +265,12 @@ class _Workers:
             self._process.wait(seconds)
         return self._process.returncode is not None
 
-    def check(self, log_path: Path) -> None:
+    def check(self, log_path: Path, begins_at: int) -> None:
         """Raises BatchmillError, with the worker's last lines, when it has ended before the job."""
         if self.ended(0.0):
-            lines = log_path.read_text(errors="replace").splitlines()[-_LAST_LOG_LINES:]
+            with log_path.open("rb") as log:
+                log.seek(begins_at)
+                lines = [line.decode(errors="replace").rstrip() for line in deque(log, maxlen=_LAST_LOG_LINES)]
             raise BatchmillError("\n".join(["the worker ended before the job did; its last lines:", *lines]))
 
     def stop(self) -> None:
