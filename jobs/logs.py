@@ -1,13 +1,22 @@
-"""Structured logs to stderr, configured by entry points only. Prompts, answers and secrets are never logged."""
+"""Structured logs to stderr, and of a worker to its file, configured by entry points only.
+
+Prompts, answers and secrets are never logged.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 
+from jobs.log_file import LogFile
 from jobs.settings import Settings
+
+#: Name of the logger of what the file alone is told, since the user is told it in other words.
+FILE_ONLY = "jobs.logs.file"
 
 #: Of what Celery and kombu tell of a Redis that is away, the error's own line says all.
 _CONNECTION_MODULES = ("redis", "kombu")
@@ -22,8 +31,8 @@ def _without_stack(_logger: object, _method: str, event: structlog.typing.EventD
     return event
 
 
-def configure_logs(settings: Settings) -> None:
-    """Sends every log line of this process, foreign ones too, to stderr in one form."""
+def configure_logs(settings: Settings, *, file: Path | None = None) -> None:
+    """Sends every log line of this process, foreign ones too, to stderr in one form, and to this file."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -35,6 +44,27 @@ def configure_logs(settings: Settings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setFormatter(_formatter(settings, shared, colors=sys.stderr.isatty()))
+    stderr.addFilter(lambda record: record.name != FILE_ONLY)
+    handlers: list[logging.Handler] = [stderr]
+    if file is not None:
+        handlers.append(LogFile(file))
+        handlers[-1].setFormatter(_formatter(settings, shared, colors=False))
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.handlers = handlers
+    root.setLevel(settings.log_level.upper())
+    # A child that died is told of by the keeper, in one line; Celery adds a traceback of its own pool.
+    logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
+    for name in ("celery", "kombu", "amqp", "alembic", "filelock"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def _formatter(
+    settings: Settings, shared: Sequence[structlog.typing.Processor], *, colors: bool
+) -> structlog.stdlib.ProcessorFormatter:
     if settings.log_format == "json":
         renderers: list[structlog.typing.Processor] = [
             structlog.processors.format_exc_info,
@@ -43,21 +73,11 @@ def configure_logs(settings: Settings) -> None:
     else:
         # A richer exception_formatter prints variables, so prompts.
         plain = structlog.dev.plain_traceback
-        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[_without_stack, *shared],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
-        )
+        renderers = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[_without_stack, *shared],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
     )
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(settings.log_level.upper())
-    # A child that died is told of by the keeper, in one line; Celery adds a traceback of its own pool.
-    logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
-    for name in ("celery", "kombu", "amqp", "alembic", "filelock"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

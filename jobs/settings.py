@@ -173,6 +173,7 @@ class Settings(BaseSettings):
     def files(self) -> tuple[Path, ...]:
         """The files that batchmill lives by: no command writes its user's answers over them."""
         own = [Path(TOML_FILE), *(self.home / name for name in _OWN_FILES)]
+        own += [*self.home.glob("worker.log.*"), *self.home.glob("logs/*.log*")]
         if self.broker_ca_file is not None:
             own.append(self.broker_ca_file)
         url = make_url(self.database)

@@ -1,4 +1,4 @@
-"""The commands about jobs and workers that exist: status, jobs, workers, wait, results, cancel, retry."""
+"""The commands about jobs and workers that exist: status, jobs, workers, wait, results, cancel, retry, logs."""
 
 from __future__ import annotations
 
@@ -188,4 +188,25 @@ def retry(job: str) -> None:
         click.echo(f"workers take it up by themselves: {error}", err=True)
 
 
-COMMANDS: tuple[click.Command, ...] = (status, jobs, workers, wait, results, cancel, retry)
+@click.command(epilog="Example: batchmill logs last --level warning --follow")
+@click.argument("which", metavar="[WORKER|JOB]", required=False)
+@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option(
+    "--level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="Leave out lines of a lower level.",
+)
+def logs(which: str | None, follow: bool, level: str | None) -> None:
+    """Show what the workers of this machine said, merged by time: of all, of one, or about JOB alone.
+
+    WORKER is a name or an id of `batchmill workers`; JOB an id, the beginning of one, or `last`. The files are in
+    BATCHMILL_HOME/logs, rotated at 10 MiB, and hold nothing of prompts and answers.
+    """
+    from jobs.settings import load_settings
+    from producer.logs import choose, show
+
+    chosen = choose(which, level=level, settings=load_settings())
+    show(chosen, follow=follow)
+
+
+COMMANDS: tuple[click.Command, ...] = (status, jobs, workers, wait, results, cancel, retry, logs)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
 from jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
 from jobs.home import use_store
 from jobs.kinds import written_as
+from jobs.log_file import rotate_if_large
 from jobs.pid_file import PidFile
 from jobs.settings import Settings, environment_of
 from jobs.sizes import size
@@ -186,7 +188,9 @@ def _work_off(
 ) -> Job:
     """Works this job off, or a new one of the file, whose worker loads the model while the file is being read."""
     log_path = settings.home / "worker.log"
-    with use_store(settings.home), _redis(settings) as redis, log_path.open("wb") as log, ExitStack() as stack:
+    rotate_if_large(log_path)
+    with use_store(settings.home), _redis(settings) as redis, log_path.open("ab") as log, ExitStack() as stack:
+        begins_at = log.tell()
         workers: list[_Workers] = []
 
         def work_on(job_id: str) -> None:
@@ -195,7 +199,7 @@ def _work_off(
                 words = [*worker.words, "--job", job_id]
                 workers.append(_Workers(spec, devices=[worker.device], words=words, settings=settings, log=log))
                 stack.callback(workers[0].stop)
-            workers[0].check(log_path)
+            workers[0].check(log_path, begins_at)
             redis.tend()
 
         if job is None:
@@ -269,10 +273,12 @@ class _Workers:
             self._process.wait(seconds)
         return self._process.returncode is not None
 
-    def check(self, log_path: Path) -> None:
+    def check(self, log_path: Path, begins_at: int) -> None:
         """Raises BatchmillError, with the worker's last lines, when it has ended before the job."""
         if self.ended(0.0):
-            lines = log_path.read_text(errors="replace").splitlines()[-_LAST_LOG_LINES:]
+            with log_path.open("rb") as log:
+                log.seek(begins_at)
+                lines = [line.decode(errors="replace").rstrip() for line in deque(log, maxlen=_LAST_LOG_LINES)]
             raise BatchmillError("\n".join(["the worker ended before the job did; its last lines:", *lines]))
 
     def stop(self) -> None:

@@ -375,6 +375,6 @@ def test_each_worker_of_a_supervisor_holds_the_adapters() -> None:
 
 def test_a_child_holds_the_adapters_of_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
     held = (Adapter("sql", "/adapters/sql"), Adapter("code", "org/code", "v2"))
-    order = ChildOrder(1, ModelSpec(DEMO).canonical, Placement().to_json(), None, False, to_json(held), "", 7)
+    order = ChildOrder(1, ModelSpec(DEMO).canonical, Placement().to_json(), None, False, to_json(held), "", "", 7)
     monkeypatch.setenv(ORDER_VARIABLE, order.to_environment())
     assert from_json(ChildOrder.from_environment().adapters) == held

@@ -114,7 +114,17 @@ def test_a_store_that_refuses_is_not_waited_for() -> None:
 
 
 def test_an_order_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ChildOrder(7, "echo?quantization=none", Placement(("cpu",)).to_json(), None, True, None, "/proc/1/fd/3", 1)
+    order = ChildOrder(
+        7,
+        "echo?quantization=none",
+        Placement(("cpu",)).to_json(),
+        None,
+        True,
+        None,
+        "/proc/1/fd/3",
+        "/home/logs/a.log",
+        1,
+    )
     monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
     assert ChildOrder.from_environment() == order
 
@@ -127,10 +137,12 @@ class TestBeginning:
         store = Store(sqlite_url)
         worker_id = mill.seat(store, ready=False).worker_id
         placement = Placement(("cuda:0",)).to_json()
-        order = ChildOrder(worker_id, mill.ECHO_SPEC.canonical, placement, None, False, None, Pulse.create().path, 7)
+        order = ChildOrder(
+            worker_id, mill.ECHO_SPEC.canonical, placement, None, False, None, Pulse.create().path, "", 7
+        )
         monkeypatch.setenv("BATCHMILL_DATABASE_URL", sqlite_url)
         monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
-        monkeypatch.setattr(child, "configure_logs", lambda settings: None)
+        monkeypatch.setattr(child, "configure_logs", lambda settings, file: None)
         monkeypatch.setattr(child, "die_with_parent", lambda number, parent_pid: None)
         monkeypatch.setattr(child.os, "kill", lambda pid, number: None)
 

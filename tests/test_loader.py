@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from jobs.spec import ModelSpec
 from tests.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, save_tiny_model
 from worker import loader
 from worker.engine.generate import GenerateEngine
-from worker.loader import load, source
+from worker.loader import load, loading, source
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,16 @@ def test_a_model_is_quantized_by_bitsandbytes_and_answers(
     assert all(output.error is None for output in outputs)
     assert not caplog.records
     assert capfd.readouterr() == ("", ""), "nothing is said of the normal course of things"
+
+
+def test_what_libraries_say_of_faults_is_a_line_of_the_log(
+    folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with loading(spec(folder)):
+        for name in ("transformers", "huggingface_hub", "torch"):
+            logging.getLogger(f"{name}.somewhere").error(name)
+    assert [each.getMessage() for each in caplog.records] == ["transformers", "huggingface_hub", "torch"]
+    assert capfd.readouterr() == ("", ""), "and nothing comes out beside it"
 
 
 @pytest.mark.parametrize(

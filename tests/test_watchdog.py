@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from worker import watchdog
 from worker.pulse import Pulse
@@ -20,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 BEGIN = """\
 import sys, time
 from worker.pulse import Pulse
-from worker.watchdog import print_stacks_when_asked
-print_stacks_when_asked()
+from worker.watchdog import tell_stacks_when_asked
 pulse = Pulse.of(sys.argv[1])
+tell_stacks_when_asked(pulse)
 """
 #: Beats ten times a second for half a minute at most, and ends once it finds the file that it is given.
 BEATS = """\
@@ -82,17 +83,21 @@ def python(code: str, *words: str | Path) -> Started:
 
 
 def test_a_hang_ends_the_process_and_shows_where_it_hung(start: Callable[..., Started]) -> None:
-    child = start("def stuck():\n    time.sleep(50)\nwith pulse.watching(0.2):\n    stuck()")
-    said = child.communicate(timeout=120)[1]
+    with capture_logs() as logs:
+        child = start("def stuck():\n    time.sleep(50)\nwith pulse.watching(0.2):\n    stuck()")
+        child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
-    assert "in stuck" in said
+    assert ["in stuck" in each["stack"] for each in logs] == [True]
 
 
 def test_a_call_that_holds_the_interpreter_is_ended_too(start: Callable[..., Started]) -> None:
-    child = start("import re\ndef stuck():\n    re.match('(a*)*b', 'a' * 40)\nwith pulse.watching(0.2):\n    stuck()")
-    said = child.communicate(timeout=120)[1]
+    with capture_logs() as logs:
+        child = start(
+            "import re\ndef stuck():\n    re.match('(a*)*b', 'a' * 40)\nwith pulse.watching(0.2):\n    stuck()"
+        )
+        child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
-    assert "in stuck" in said
+    assert ["in stuck" in each["stack"] for each in logs] == [True]
 
 
 def test_progress_keeps_it_alive(start: Callable[..., Started]) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -47,7 +48,7 @@ from worker.spool import Spool, Spools
 from worker.telemetry import MemoryMeter
 from worker.versions import versions
 from worker.waker import Waker
-from worker.watchdog import print_stacks_when_asked
+from worker.watchdog import tell_stacks_when_asked
 
 log = get_logger(__name__)
 #: How a parent tells its child who it is; JSON of ChildOrder. Not a setting of the user's.
@@ -61,7 +62,7 @@ class ChildOrder:
     """What a parent orders its child to be.
 
     `spec` is canonical, `placement` the JSON of worker.placement, `adapters` that of jobs.adapters, `pulse` the path
-    of the worker.pulse that it beats.
+    of the worker.pulse that it beats, `log_file` the worker's.
     """
 
     worker_id: int
@@ -71,6 +72,7 @@ class ChildOrder:
     share_device: bool
     adapters: str | None
     pulse: str
+    log_file: str
     parent_pid: int
 
     def to_environment(self) -> str:
@@ -157,7 +159,7 @@ def begin() -> Child:
     die_with_parent(signal.SIGKILL, order.parent_pid)
     switch = _DrainSwitch()
     settings = load_settings()
-    configure_logs(settings)
+    configure_logs(settings, file=Path(order.log_file))
     arm(settings.failpoint, home=settings.home)
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
     generation = outlast(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
@@ -174,8 +176,8 @@ def begin() -> Child:
 
 def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Store, switch: _DrainSwitch) -> Child:
     spec = ModelSpec.from_canonical(order.spec)
-    print_stacks_when_asked()
     pulse = Pulse.of(order.pulse)
+    tell_stacks_when_asked(pulse)
     placement = Placement.from_json(order.placement)
     devices = describe_devices(placement.devices)
     locks = DeviceLocks([] if order.share_device else [each.uuid for each in devices if each.uuid is not None])

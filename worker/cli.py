@@ -12,15 +12,17 @@ from jobs.errors import UsageError
 from jobs.exits import one_line_errors
 from jobs.failpoints import arm
 from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
+from jobs.log_file import log_path
 from jobs.logs import configure_logs
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
 from migrations import open_store
 from worker.devices import AUTO, all_cuda_devices
 from worker.keeper import WorkerOptions
+from worker.own_log import make_place
 from worker.parent import run_worker
 from worker.placement import Placement, each_worker, parse_each
-from worker.supervisor import Supervisor
+from worker.supervisor import SUPERVISOR, Supervisor
 
 
 def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +95,8 @@ def main(
         if device is not None or name is not None:
             raise click.UsageError("--devices starts one worker per device: leave out --device and --name")
         arguments = _arguments(spec, only_job, exit_when_idle, share_device, held)
+        make_place(settings.home, SUPERVISOR)
+        configure_logs(settings, file=log_path(settings.home, SUPERVISOR))
         Supervisor(
             placements,
             arguments,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from contextlib import closing
 from importlib.util import find_spec
@@ -133,7 +132,6 @@ def _prepare_process(settings: Settings, device: str) -> None:
     """What has to stand before torch is loaded; progress is shown, so that logs tell of trouble alone."""
     level = "warning" if settings.log_level == "info" else settings.log_level
     configure_logs(settings.model_copy(update={"log_level": level}))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a worker
 

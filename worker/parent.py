@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from celery.signals import worker_shutting_down
 
@@ -19,7 +20,8 @@ from jobs.advice import start_words
 from jobs.broker import Broker
 from jobs.errors import BatchmillError, ModelError, StoreBusy
 from jobs.home import use_store
-from jobs.logs import get_logger
+from jobs.log_file import log_path
+from jobs.logs import FILE_ONLY, configure_logs, get_logger
 from jobs.process import Process
 from jobs.settings import Settings, environment_of
 from jobs.signals import note_sigterm
@@ -32,6 +34,7 @@ from worker.devices import CPU, visible_devices
 from worker.keeper import Keeper, Pool, WorkerOptions
 from worker.namesakes import Namesakes
 from worker.outage import outlast
+from worker.own_log import make_place
 from worker.placement import TOGETHER, Placement
 from worker.pulse import Pulse
 from worker.watchdog import Watchdog
@@ -42,24 +45,33 @@ log = get_logger(__name__)
 def run_worker(options: WorkerOptions, settings: Settings) -> None:
     """Runs one worker until it is told to end. Raises BatchmillError when it cannot work."""
     placement = Placement((CPU,)) if options.spec.model == ECHO else options.placement
+    device = placement.written
+    name = options.name or f"{device.replace(':', '').replace(TOGETHER, '-')}-{os.getpid()}"
+    hindrance = make_place(settings.home, name)
+    configure_logs(settings, file=log_path(settings.home, name))
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement.devices, os.environ)
     os.environ.update(environment_of(settings))
     # torch's threads wait asleep: awake they take the very cores that the slowest of them waits for, and beside one
     # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Whoever waits in SQLite for a lock hears no signal meanwhile, so this one waits there for short.
-    impatient = settings.model_copy(update={"busy_seconds": settings.worker_busy_seconds})
-    store = outlast(lambda: open_store(impatient), kind=StoreBusy)
-    with use_store(settings.home) if settings.embedded_store else nullcontext():
-        _run(options, placement, settings=settings, store=store)
+    try:
+        # Whoever waits in SQLite for a lock hears no signal meanwhile, so this one waits there for short.
+        impatient = settings.model_copy(update={"busy_seconds": settings.worker_busy_seconds})
+        store = outlast(lambda: open_store(impatient), kind=StoreBusy)
+        if hindrance is not None:
+            log.warning("this worker keeps no log file", error=hindrance)
+        with use_store(settings.home) if settings.embedded_store else nullcontext():
+            _run(options, placement, name=name, settings=settings, store=store)
+    except BatchmillError as error:
+        get_logger(FILE_ONLY).error("the worker ends", reason=str(error))
+        raise
 
 
-def _run(options: WorkerOptions, placement: Placement, *, settings: Settings, store: Store) -> None:
+def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: Settings, store: Store) -> None:
     device = placement.written
     broker = Broker.of(settings)
     if settings.embedded_broker:
         _check_embedded(broker, options.spec, settings, adapters=[str(each) for each in options.adapters])
-    name = options.name or f"{device.replace(':', '').replace(TOGETHER, '-')}-{os.getpid()}"
     celery_worker = make_celery_worker(settings, queue=options.spec.queue(outlast(lambda: store.id)), name=name)
     process = Process.own()
     worker_id = outlast(
@@ -89,7 +101,8 @@ def _run(options: WorkerOptions, placement: Placement, *, settings: Settings, st
         namesakes=namesakes,
     )
     try:
-        os.environ[ORDER_VARIABLE] = _order(options, placement, worker_id, pulse).to_environment()
+        order = _order(options, placement, worker_id, pulse, log_path(settings.home, name))
+        os.environ[ORDER_VARIABLE] = order.to_environment()
         # A child inherits this: it would die of the signal, were it told to hand back before it can.
         signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
@@ -105,7 +118,7 @@ def _run(options: WorkerOptions, placement: Placement, *, settings: Settings, st
         raise BatchmillError("the worker ended by itself; the lines above say why")
 
 
-def _order(options: WorkerOptions, placement: Placement, worker_id: int, pulse: Pulse) -> ChildOrder:
+def _order(options: WorkerOptions, placement: Placement, worker_id: int, pulse: Pulse, log_file: Path) -> ChildOrder:
     return ChildOrder(
         worker_id,
         options.spec.canonical,
@@ -114,6 +127,7 @@ def _order(options: WorkerOptions, placement: Placement, worker_id: int, pulse: 
         options.share_device,
         to_json(options.adapters),
         pulse.path,
+        str(log_file),
         os.getpid(),
     )
 

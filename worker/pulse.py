@@ -1,4 +1,4 @@
-"""A child's pulse: memory in which it counts its progress, and which its parent reads.
+"""A child's pulse: memory in which it counts its progress, and leaves its last words, and which its parent reads.
 
 Reading needs nothing of the child, so a hanging call that holds its interpreter is seen too. The memory is no file:
 it takes no place on a disk, and is gone with the parent.
@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 _LAYOUT = struct.Struct("=qqd")
 
@@ -28,6 +28,7 @@ class Pulse:
     """Counts between `watching`, which says how long may pass, and its end."""
 
     def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
         self._memory = mmap.mmap(descriptor, _LAYOUT.size)
         #: Where another process of this user finds the same memory, as long as this one lives.
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -45,6 +46,16 @@ class Pulse:
 
     def read(self) -> Beat:
         return Beat(*_LAYOUT.unpack_from(self._memory))
+
+    def open_words(self) -> IO[bytes]:
+        """The end of the memory as a file, for what the child has to say though its interpreter is held."""
+        return open(self.path, "ab", buffering=0)
+
+    def take_words(self) -> str:
+        """Takes out what has been said there."""
+        words = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, _LAYOUT.size)
+        os.ftruncate(self._descriptor, _LAYOUT.size)
+        return words.decode(errors="replace")
 
     @contextmanager
     def watching(self, seconds: float) -> Iterator[None]:

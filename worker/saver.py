@@ -21,6 +21,7 @@ from jobs.memory import Memory
 from jobs.schema import Output, Request, RequestKey
 from jobs.store import Store
 from jobs.store.lease import Seat, Turned
+from worker.batch_lines import log_batches
 from worker.holdings import Holdings, Said
 from worker.spool import Spool
 
@@ -219,6 +220,7 @@ class Saver:
             self._turns += 1
             self._condition.notify_all()
         failpoint("turn.committed")
+        log_batches(page.held, turned, worker_id=self._seat.worker_id)
         if turned.released:
             self._wake()
         self._keep_fits()
@@ -284,7 +286,5 @@ class Saver:
         if turned.drain:
             self._drain.set()
         self._dry = wanted > 0 and not turned.claimed
-        for lost in turned.lost:
-            log.warning("lost a batch: its lease was taken back", batch=lost, worker=self._seat.worker_id)
         if not self._holdings and not turned.claimed and (self._drain.is_set() or self._dry):
             self._open = False

@@ -25,6 +25,8 @@ from jobs.store import Store
 from worker.placement import Placement
 
 log = get_logger(__name__)
+#: Name of the log file that says which workers ended, by what, and were started again.
+SUPERVISOR = "supervisor"
 _TICK_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0

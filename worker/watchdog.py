@@ -1,4 +1,4 @@
-"""Ends a child that makes no progress, with the stacks of all its threads printed.
+"""Ends a child that makes no progress, with the stacks of all its threads logged.
 
 It is a thread of the parent, and counts only time in which both were allowed to run: a process that was stopped, or
 frozen or suspended with its parent, is not to blame for that. It knows the child by its pulse alone.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -24,17 +23,16 @@ log = get_logger(__name__)
 _TICK_SECONDS = 0.25
 #: A look that comes later than this was held up with the whole machine, and counts no more than this.
 _MOST_SECONDS = 2 * _TICK_SECONDS
-#: How long a child that is to end has to print its stacks.
-_PRINT_SECONDS = 1.0
-#: At this a child prints its stacks. A process that has not asked for that ignores it.
-_PRINT_SIGNAL = signal.SIGURG
+#: How long a child that is to end has to tell its stacks.
+_TELL_SECONDS = 1.0
+#: At this a child tells its stacks. A process that is not prepared for it ignores it.
+_ASK_SIGNAL = signal.SIGURG
 _PAUSED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
-def print_stacks_when_asked() -> None:
-    """Lets this process print its stacks, in a handler of C, so that it works while the interpreter is held."""
-    if sys.__stderr__ is not None:
-        faulthandler.register(_PRINT_SIGNAL, file=sys.__stderr__)
+def tell_stacks_when_asked(pulse: Pulse) -> None:
+    """Lets this process tell its stacks, in a handler of C, so that it works while the interpreter is held."""
+    faulthandler.register(_ASK_SIGNAL, file=pulse.open_words())
 
 
 class Watchdog:
@@ -70,11 +68,14 @@ class Watchdog:
                 self._end(beat.pid)
 
     def _end(self, pid: int) -> None:
-        log.error("the child makes no progress, so it is ended", pid=pid, seconds=self._last.limit_seconds)
         self._silent_seconds = 0.0
         with suppress(ProcessLookupError):
-            os.kill(pid, _PRINT_SIGNAL)
-            time.sleep(_PRINT_SECONDS)
+            os.kill(pid, _ASK_SIGNAL)
+            time.sleep(_TELL_SECONDS)
+            stack = self._pulse.take_words() or None
+            log.error(
+                "the child makes no progress, so it is ended", pid=pid, seconds=self._last.limit_seconds, stack=stack
+            )
             os.kill(pid, signal.SIGKILL)
 
 

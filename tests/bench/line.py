@@ -57,5 +57,5 @@ def _whole_line(folder: Path, model: Path, asked: Workload) -> tuple[float, floa
         command(folder, "run", file, "-m", model, "-o", folder / "answers.jsonl")
         command(folder, "status", "last", "--json", stdout=out.name)
         status = json.loads(Path(out.name).read_text())
-    in_steps = float(re.findall(r"in_steps_share=([0-9.]+)", (folder / "worker.log").read_text())[0])
+    in_steps = float(re.findall(r"in_steps_share=([0-9.]+)", (folder / "worker.log").read_text())[-1])
     return status["throughput"]["completion_tokens_per_second"], 1 - in_steps

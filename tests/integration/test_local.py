@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.log_file import logs_folder
 from jobs.settings import environment_of, load_settings
 from jobs.states import WorkerState
 from jobs.store import Store
@@ -309,6 +310,19 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_reason(home: Home, 
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begin < 60
     assert home.succeeded() == 0
+
+
+def test_a_run_that_fails_shows_its_own_lines_and_keeps_those_of_the_one_before(home: Home, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 3)
+    home.run("run", file, "-m", "echo")
+    before = (home.path / "worker.log").read_text()
+    assert "ready" in before
+    done = home.run("run", file, "-m", tmp_path, code=1)
+    assert "config.json" in done.stderr
+    assert "ready" not in done.stderr
+    assert (home.path / "worker.log").read_text().startswith(before)
+    kept = [path.read_text() for path in logs_folder(home.path).iterdir()]
+    assert sum("worker starts" in text for text in kept) == 2
 
 
 def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(home: Home, tmp_path: Path) -> None:

@@ -118,12 +118,15 @@ def loading(spec: ModelSpec) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Keeps out of the log what these libraries say of the normal course of things."""
+    """Keeps out of the log what these libraries say of the normal course of things, and has the rest come out there."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     for name in ("bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers", "huggingface_hub", "torch"):  # which write to stderr on their own
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
 
 
 def _load(

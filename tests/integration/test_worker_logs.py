@@ -1,0 +1,97 @@
+"""What a real worker said: kept in its file, and found by its name, its id and its jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.log_file import log_path, logs_folder, worker_of
+from producer.cli_jobs import logs
+from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
+
+
+def logs_of(mill: Mill, *words: str) -> str:
+    done = CliRunner().invoke(logs, words, env=mill.environ(), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_what_a_worker_said_is_found_by_its_name_its_id_and_its_jobs(mill: Mill, tmp_path: Path) -> None:
+    files = [write_prompts(tmp_path / f"{name}.jsonl", 3, text=f"secret-{name}") for name in "ab"]
+    first, second = (mill.command("submit", file, "-m", "echo").strip() for file in files)
+    words = ("worker", "-m", "echo", "--name", "night shift", "--exit-when-idle", "1")
+    mill.command(*words)
+    mill.command(*words)
+    (row, _) = mill.store.workers.rows(only_alive=False)
+    for which in ("night shift", str(row.id)):
+        assert logs_of(mill, which).count("worker starts") == 2
+    for job_id, other in ((first, second), (second, first)):
+        about = logs_of(mill, job_id)
+        assert "batch begins" in about
+        assert "batch finished" in about
+        assert job_id in about
+        assert other not in about
+    assert logs_of(mill, "last") == logs_of(mill, second)
+    assert logs_of(mill, "--level", "error") == ""
+    assert "secret" not in logs_of(mill)
+
+
+@pytest.mark.parametrize("hindered", ["by a full disk", "by a folder that cannot be made"])
+def test_a_worker_without_a_log_works(mill: Mill, tmp_path: Path, hindered: str) -> None:
+    if hindered == "by a full disk":
+        logs_folder(mill.home).mkdir()
+        log_path(mill.home, "a").symlink_to("/dev/full")
+    else:
+        logs_folder(mill.home).touch()
+    mill.command("submit", write_prompts(tmp_path / "a.jsonl", 3), "-m", "echo")
+    done = mill.finished("worker", "-m", "echo", "--name", "a", "--exit-when-idle", "1")
+    assert done.returncode == 0, done.stderr
+    assert ("this worker keeps no log file" in done.stderr) == (hindered != "by a full disk")
+    assert "Logging error" not in done.stderr
+    assert mill.status()["counts"]["succeeded"] == 3
+
+
+def test_why_a_worker_ended_is_in_its_log(mill: Mill, tmp_path: Path) -> None:
+    done = mill.finished("worker", "-m", tmp_path, "--name", "a", log_format="json")
+    assert done.returncode == 1
+    said = json.loads(logs_of(mill, "a", "--level", "error").splitlines()[-1])
+    assert (said["event"], said["level"]) == ("the worker ends", "error")
+    assert done.stderr.splitlines()[-1] == f"batchmill: {said['reason']}"
+    assert "config.json" in said["reason"]
+
+
+def test_who_follows_sees_what_comes_until_ctrl_c(mill: Mill, tmp_path: Path) -> None:
+    words = ("worker", "-m", "echo", "--name", "a", "--exit-when-idle", "1")
+    mill.command("submit", write_prompts(tmp_path / "a.jsonl", 3), "-m", "echo")
+    mill.command(*words)
+    following = mill.start("logs", "--follow")
+    assert following.stdout is not None
+    seen = [following.stdout.readline()]
+    assert "worker starts" in seen[0]
+    job_id = mill.command("submit", write_prompts(tmp_path / "b.jsonl", 3), "-m", "echo").strip()
+    mill.command(*words)
+    while f"job={job_id}" not in seen[-1]:
+        seen.append(following.stdout.readline())
+        assert seen[-1] != "", seen
+    assert len(set(seen)) == len(seen)
+    following.send_signal(signal.SIGINT)
+    assert following.wait(PATIENCE_SECONDS) == 130
+
+
+def test_the_end_of_a_worker_that_was_killed_is_in_the_log_of_its_supervisor(mill: Mill) -> None:
+    mill.start("worker", "-m", "echo", "--devices", "cpu")
+
+    def ready() -> list[Path]:
+        return [path for path in logs_folder(mill.home).glob("cpu-*.log") if "ready" in path.read_text()]
+
+    until(ready, "the worker has said that it is ready")
+    pid = int(worker_of(ready()[0]).removeprefix("cpu-"))
+    os.kill(pid, signal.SIGKILL)
+    path = log_path(mill.home, "supervisor")
+    until(lambda: f"exit_code=-9 pid={pid}" in path.read_text(), "the supervisor says how it ended")
+    assert ready(), "and what it said is kept"

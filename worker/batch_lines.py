@@ -1,0 +1,33 @@
+"""The log lines about batches: each bears the id of its job, by which `batchmill logs JOB` finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jobs.logs import get_logger
+from jobs.store.lease import Held, Turned
+
+log = get_logger(__name__)
+
+
+def log_batches(held: Iterable[Held], turned: Turned, *, worker_id: int) -> None:
+    """A line for each batch that begins, or that this worker holds no longer after a turn."""
+    for claimed in turned.claimed:
+        lease = claimed.lease
+        log.info(
+            "batch begins",
+            job=lease.job_id,
+            batch=lease.batch_id,
+            requests=len(claimed.requests),
+            worker=worker_id,
+        )
+    job_of = {each.lease.batch_id: each.lease.job_id for each in held}
+    for event, ended in (
+        ("batch finished", turned.finished),
+        ("batch cancelled", turned.cancelled),
+        ("batch handed back", turned.released),
+    ):
+        for batch in sorted(ended):
+            log.info(event, job=job_of.get(batch), batch=batch, worker=worker_id)
+    for batch in sorted(turned.lost):
+        log.warning("lost a batch: its lease was taken back", job=job_of.get(batch), batch=batch, worker=worker_id)
