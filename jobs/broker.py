@@ -26,6 +26,7 @@ from jobs.errors import BrokerUnavailable, SettingsError
 from jobs.failpoints import failpoint
 from jobs.gate import TRANSPORT, WAKE_TASK
 from jobs.settings import Settings
+from jobs.waiting import telling
 
 #: A queue never holds more wake-ups than this.
 MAX_WAKEUPS = 1_000
@@ -200,7 +201,8 @@ class Broker:
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
-            yield
+            with telling(f"Redis at {self.name}"):
+                yield
         except (OperationalError, RedisError, OSError) as error:
             said = str(error)
             refused, unreached = _fitting(_REFUSALS, said), _fitting(_REMEDIES, said)

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 from filelock import BaseFileLock, FileLock, Timeout
 
 from jobs.errors import ModelError
+from jobs.locks import held_by
 from jobs.logs import get_logger
 from jobs.sizes import size
+from jobs.waiting import telling
 
 log = get_logger(__name__)
 _FORMAT = 1
@@ -121,10 +123,11 @@ class Digests:
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock = FileLock(file)
-            while not lock.is_locked:
-                with suppress(Timeout):
-                    lock.acquire(timeout=_PROGRESS_SECONDS)
-                self._progress()
+            with telling(f"{file}, the lock of who hashes a folder's files", holder=lambda: held_by([file])):
+                while not lock.is_locked:
+                    with suppress(Timeout):
+                        lock.acquire(timeout=_PROGRESS_SECONDS)
+                    self._progress()
         except OSError as error:
             log.warning("digests are not kept", file=str(file), error=error.strerror)
             return None

@@ -27,6 +27,7 @@ from jobs.exits import say
 from jobs.home import make_home, try_home
 from jobs.pid_file import PidFile
 from jobs.signals import block_sigterm, die_with_parent
+from jobs.waiting import telling
 
 _SERVER_NAMES = ("redis-server", "valkey-server")
 #: A unix socket's path has at most 107 bytes.
@@ -147,7 +148,8 @@ class EmbeddedRedis:
         with log_path.open("ab") as log:
             self._process = start_process(self._command(server), log=log)
         self._pid_file.write(self._process.pid)
-        self._wait(log_path)
+        with telling("the embedded Redis to start"):
+            self._wait(log_path)
 
     def tend(self) -> None:
         """Starts the server again where it has ended, and says so; where that fails, a later call tries again."""
@@ -164,7 +166,8 @@ class EmbeddedRedis:
 
     def stop(self) -> None:
         if self._process is not None:
-            stop_process(self._process, seconds=_STOP_SECONDS)
+            with telling("the embedded Redis to end"):
+                stop_process(self._process, seconds=_STOP_SECONDS)
             self._process = None
         self._pid_file.remove()
         self._socket.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from jobs.errors import SettingsError, StoreReplaced
 from jobs.exits import refusal
+from jobs.locks import held_by
+from jobs.waiting import telling
 
 #: So much is written to see that a disk has space for more than a name.
 _TRIAL_BYTES = 4096
@@ -48,7 +50,9 @@ def nearest_folder(home: Path) -> Path:
 def use_store(home: Path) -> Iterator[None]:
     """Held by each process that works on the embedded store of this home, for as long as it does."""
     with _use_lock(home) as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        path = Path(file.name)
+        with telling(f"{path}, the lock of who makes the store", holder=lambda: held_by([path])):
+            fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 

@@ -36,7 +36,8 @@ class ErrorCode(StrEnum):
     NO_CHAT_TEMPLATE = "no_chat_template"
     CHAT_TEMPLATE_ERROR = "chat_template_error"
     INVALID_RESPONSE_FORMAT = "invalid_response_format"
-    UNSUPPORTED_OPTION = "unsupported_option"
+    UNSUPPORTED_OPTION = "unsupported_option"  #: by batchmill, or by the model of the job
+    UNSUPPORTED_BY_WORKER = "unsupported_by_worker"  #: its engine or its adapters; another one may answer it
     OUT_OF_MEMORY = "out_of_memory"
     NOT_A_NUMBER = "not_a_number"
     ENGINE_ERROR = "engine_error"

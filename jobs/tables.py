@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0008"
+REVISION = "0009"
 
 metadata = MetaData(
     naming_convention={
@@ -246,6 +246,12 @@ workers = Table(
     Column("device_uuid", Text),
     Column("generation", Integer, nullable=False, server_default=text("0"), comment="counts its child processes"),
     Column("child_pid", Integer),
+    Column("loading_since", Float, comment="when its newest child began to load"),
+    Column(
+        "torch_load_seconds",
+        Float,
+        comment="what torch and its kin took that child to import; none until they are there",
+    ),
     Column("model_load_seconds", Float),
     _count("weights_bytes"),
     Column("engine", Text, comment="what serves the model"),

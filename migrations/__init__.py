@@ -16,6 +16,7 @@ from jobs.disks import Disk, disk_of
 from jobs.errors import AlreadyRunning, SchemaMismatch, StoreError
 from jobs.exits import say
 from jobs.home import make_home, make_store
+from jobs.locks import acquire, held_by
 from jobs.settings import Settings
 from jobs.store import Store
 from jobs.tables import REVISION
@@ -86,17 +87,22 @@ def check_disk(written: str) -> None:
 
 
 def _upgrade_embedded(settings: Settings, store: Store) -> None:
+    lock = FileLock(settings.home / "upgrade.lock", timeout=_LOCK_SECONDS)
     try:
-        with FileLock(settings.home / "upgrade.lock", timeout=_LOCK_SECONDS):
-            found = store.revision()
-            if found == REVISION:
-                return
-            if found is not None:
-                _refuse_newer(found, settings)
-                _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
-            upgrade(settings.database)
+        acquire(lock, "upgrades of the store")
     except Timeout:
-        raise AlreadyRunning(f"another process has been upgrading the store in {settings.home}") from None
+        who = held_by([settings.home / "upgrade.lock"]) or "another process"
+        raise AlreadyRunning(f"{who} has been upgrading the store in {settings.home} for {_LOCK_SECONDS} s") from None
+    try:
+        found = store.revision()
+        if found == REVISION:
+            return
+        if found is not None:
+            _refuse_newer(found, settings)
+            _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
+        upgrade(settings.database)
+    finally:
+        lock.release()
 
 
 def _copy(source: Path, copy: Path) -> None:

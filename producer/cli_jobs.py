@@ -172,20 +172,31 @@ def cancel(job: str) -> None:
 
 @click.command(epilog="Example: batchmill retry last")
 @click.argument("job")
-def retry(job: str) -> None:
-    """Run the failed and cancelled requests of JOB again; what succeeded is kept."""
+@click.option("--all", "everything", is_flag=True, help="What its line alone decides and what is too long, too.")
+def retry(job: str, everything: bool) -> None:
+    """Run the failed and cancelled requests of JOB again that another try can answer; what succeeded is kept.
+
+    What depends on its line alone (a bad schema, an option that is not supported) is named and left alone, and so is a
+    prompt that is too long for the context of every live worker.
+    """
     from jobs.broker import Broker
     from jobs.errors import BrokerUnavailable
+    from producer.retries import chances_of, retry_lines
+    from producer.status import JobStatus
     from producer.submit import send_wakeups
 
     settings, store = _open()
-    job_id = store.reading.find(job)
-    moved = store.retrying.retry(job_id)
-    click.echo(f"job {job_id}: {moved:,} requests are pending again", err=True)
+    found = store.reading.job(store.reading.find(job))
+    chances = chances_of(found, everything=everything, store=store)
+    retried = store.retrying.retry(found.id, chances)
+    status = JobStatus.read(store, found.id, settings)
     try:
-        send_wakeups(store.reading.job(job_id).spec, store=store, broker=Broker.of(settings))
+        if status.missing_seconds is None and not status.job.closed:
+            send_wakeups(found.spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
         click.echo(f"workers take it up by themselves: {error}", err=True)
+    for line in retry_lines(status, retried, chances):
+        click.echo(line, err=True)
 
 
 @click.command(epilog="Example: batchmill logs last --level warning --follow")

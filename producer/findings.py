@@ -48,9 +48,9 @@ def closed(job: Job) -> Finding:
     if counts.succeeded == counts.total:
         return Finding("closed", message, f"`batchmill results {job.id}` writes its outputs")
     remedy = (
-        f"`batchmill results {job.id} --only failed` shows what did not succeed, `batchmill retry {job.id}` runs it"
+        f"`batchmill results {job.id} --only failed` shows what did not succeed, `batchmill retry {job.id}` runs what"
     )
-    return Finding("closed", message, f"{remedy} again")
+    return Finding("closed", message, f"{remedy} another try can answer")
 
 
 def open_findings(case: Case) -> list[Finding]:

@@ -34,6 +34,7 @@ from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.reading import Job
+from jobs.waiting import telling
 from migrations import open_store
 from producer.device_lines import memory_lines
 from producer.earlier import choose
@@ -282,7 +283,8 @@ class _Workers:
             raise BatchmillError("\n".join(["the worker ended before the job did; its last lines:", *lines]))
 
     def stop(self) -> None:
-        stop_process(self._process, seconds=self._stop_seconds)
+        with telling("the worker to end"):
+            stop_process(self._process, seconds=self._stop_seconds)
         self._pid_file.remove()
 
 

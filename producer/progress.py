@@ -14,8 +14,9 @@ from jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Store
+from jobs.waiting import FIRST_SECONDS
 from producer.finish import answered_line, finish_line
-from producer.status import JobStatus, duration
+from producer.status import JobStatus, duration, loading_line
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -103,6 +104,7 @@ class _Shown:
             self._task = self._bar.add_task("", total=None, note="")
         self._next_line_at = 0.0
         self._last_line = ""
+        self._last_phase: str | None = None
 
     def __enter__(self) -> None:
         if self._bar is not None:
@@ -122,9 +124,10 @@ class _Shown:
             )
             return
         line = f"{job.id} {job.state.value}: {done:,}/{job.counts.total:,} requests{note and f', {note}'}"
-        if line != self._last_line and (monotonic() >= self._next_line_at or job.closed):
+        phase = _phase(status)
+        if line != self._last_line and (monotonic() >= self._next_line_at or job.closed or phase != self._last_phase):
             click.echo(line, err=True)
-            self._last_line, self._next_line_at = line, monotonic() + _LINE_SECONDS
+            self._last_line, self._last_phase, self._next_line_at = line, phase, monotonic() + _LINE_SECONDS
 
     def say(self, line: str) -> None:
         """A line about the waiting itself, once in a while."""
@@ -135,7 +138,20 @@ class _Shown:
     def _note(self, status: JobStatus) -> str:
         if status.missing_seconds is not None or (status.lacks and not status.workers):
             return " ".join(status.missing_lines()) if self._name_missing else "the worker starts"
+        if status.loading and not status.workers:
+            first = status.loading[0]
+            return f"worker {first.name} is {loading_line(first)}"
         if status.job.closed or status.eta_seconds is None:
             return ""
         recent = status.effort.recent_requests_per_second
         return f"{recent:,.1f} requests/s, ends in about {duration(status.eta_seconds)}"
+
+
+def _phase(status: JobStatus) -> str | None:
+    """What a worker has loaded for longer than is no news, None while there is nothing of the kind."""
+    if not status.loading or status.workers:
+        return None
+    first = status.loading[0]
+    torch_seconds, seconds = first.torch_load_seconds, first.loading_seconds or 0.0
+    of_phase, phase = (seconds, "torch") if torch_seconds is None else (seconds - torch_seconds, "the model")
+    return phase if of_phase >= FIRST_SECONDS else None

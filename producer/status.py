@@ -16,6 +16,7 @@ from jobs.memory import devices_json
 from jobs.process import Lives
 from jobs.settings import Settings, load_settings
 from jobs.sizes import size
+from jobs.spec import ECHO
 from jobs.states import JobState, WorkerState
 from jobs.store import Store
 from jobs.store.effort import Effort
@@ -41,6 +42,7 @@ class JobStatus:
     `others`: live workers of its ModelSpec that hold another model than it was begun with, where there are no more.
     `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
     pending batches that nobody holds. `meant`: the known model that its name resembles, where that is likely a slip.
+    `loading`: who could take it, where they are all still loading.
     `evaluation`: what its ModelSpec was last measured to cost, on any text.
     """
 
@@ -54,6 +56,7 @@ class JobStatus:
     others: tuple[WorkerRow, ...] = ()
     settings: Settings = field(default_factory=Settings)
     meant: str | None = None
+    loading: tuple[WorkerRow, ...] = ()
 
     @classmethod
     def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
@@ -74,7 +77,8 @@ class JobStatus:
         effort = store.effort.of(job.id)
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
-        return cls(job, effort, tuple(at_work), missing, given_up, lacks, evaluation, others, mine, meant)
+        loading = () if job.closed or not all(map(is_loading, serving)) else tuple(serving)
+        return cls(job, effort, tuple(at_work), missing, given_up, lacks, evaluation, others, mine, meant, loading)
 
     @property
     def start(self) -> str:
@@ -194,6 +198,7 @@ class JobStatus:
         if self.job.closed:
             return []
         lines = [f"  at work    {each.name} on {each.host}, {each.device}" for each in self.workers]
+        lines += [f"  waiting    worker {each.name} is {loading_line(each)}" for each in self.loading]
         if self.eta_seconds is not None:
             recent = self.effort.recent_requests_per_second
             lines.append(
@@ -282,7 +287,27 @@ def worker_line(worker: WorkerRow) -> str:
         f"  {size(worker.weights_bytes)} weights{_limits(worker)}{_adapters(worker)}"
         f"  up {duration(worker.uptime_seconds)}"
     )
+    if worker.alive and is_loading(worker):
+        line += f"  {loading_line(worker)}"
     return line if worker.error is None else f"{line}  ({one_line(worker.error)})"
+
+
+def is_loading(worker: WorkerRow) -> bool:
+    """True for one that does not hold its model yet."""
+    return worker.state in (WorkerState.STARTING, WorkerState.LOADING)
+
+
+def loading_line(worker: WorkerRow) -> str:
+    """What a worker that loads has spent its time on, and does since: `loading torch 4 s, the model 1 s`."""
+    torch_seconds, seconds = worker.torch_load_seconds, worker.loading_seconds
+    if seconds is None:
+        return f"starting, for {duration(worker.uptime_seconds)}"
+    if worker.spec.model == ECHO:
+        return f"loading, for {duration(seconds)}"
+    if torch_seconds is None:
+        return f"loading torch {duration(seconds)}"
+    model = f"the model {duration(max(0.0, seconds - torch_seconds))}"
+    return f"loading torch {duration(torch_seconds)}, {model}" if round(torch_seconds) else f"loading {model}"
 
 
 def _adapters(worker: WorkerRow) -> str:
@@ -312,7 +337,9 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
         "device_name": worker.device_name,
         "device_uuid": worker.device_uuid,
         "weights_bytes": worker.weights_bytes,
+        "torch_load_seconds": worker.torch_load_seconds,
         "model_load_seconds": worker.model_load_seconds,
+        "loading_seconds": worker.loading_seconds,
         "engine": worker.engine,
         "rows": worker.engine_rows,
         "context_tokens": worker.context_tokens,

@@ -327,7 +327,7 @@ def test_an_adapter_that_is_not_held_is_an_error_and_never_the_models_own_answer
     asked = [request(0, "a b", "other"), request(1, "a b", "wide"), request(2, "a b", None)]
     unknown, *answered = outputs(engine, asked)
     assert unknown.error is not None
-    assert unknown.error.code == ErrorCode.UNSUPPORTED_OPTION
+    assert unknown.error.code == ErrorCode.UNSUPPORTED_BY_WORKER
     assert "does not hold the adapter 'other' (it holds wide)" in unknown.error.message
     assert not unknown.choices
     assert all(each.error is None for each in answered)

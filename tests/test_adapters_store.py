@@ -166,7 +166,7 @@ class TestMoving:
     def test_a_retry_keeps_every_request_with_its_adapter(self, store: Store) -> None:
         job_id = mill.load_named(store, "a", None, "a", "b", None, "b")
         mill.work_off(store, mill.seat(store, adapters=[A, B]), error=ErrorCode.ENGINE_ERROR)
-        assert store.retrying.retry(job_id) == 6
+        assert store.retrying.retry(job_id).moved == 6
         assert gathered(store, job_id) == [("", [1, 4]), ("a", [0, 2]), ("b", [3, 5])]
 
     def test_suspects_stay_with_their_adapter(self, store: Store) -> None:

@@ -90,7 +90,7 @@ def test_retry_runs_only_what_did_not_succeed(store: Store) -> None:
     mill.save(store, who, [Held(first.lease, outputs=failed + good)])
     store.closing.cancel(job_id)
     assert states_of(store, job_id) == {"succeeded": 3, "failed": 2, "cancelled": 5, "pending": 0}
-    assert store.retrying.retry(job_id) == 7
+    assert store.retrying.retry(job_id).moved == 7
     assert store.reading.job(job_id).state is JobState.QUEUED
     assert states_of(store, job_id) == {"succeeded": 3, "failed": 0, "cancelled": 0, "pending": 7}
     taken = mill.claim(store, who, wanted=100)
@@ -113,9 +113,9 @@ def test_retry_of_an_open_job_is_refused(store: Store) -> None:
 def test_retry_with_nothing_to_do_leaves_the_job_closed(store: Store) -> None:
     job_id = mill.load(store, 4)
     mill.work_off(store, mill.seat(store))
-    assert store.retrying.retry(job_id) == 0
+    assert store.retrying.retry(job_id).moved == 0
     assert store.reading.job(job_id).state is JobState.COMPLETED
-    assert store.retrying.retry(job_id) == 0
+    assert store.retrying.retry(job_id).moved == 0
 
 
 def test_a_retry_cut_short_is_finished_by_the_same_command(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +124,11 @@ def test_a_retry_cut_short_is_finished_by_the_same_command(store: Store, monkeyp
     who = mill.seat(store)
     mill.work_off(store, who, error=ErrorCode.ENGINE_ERROR)
     store.retrying._begin_retry(job_id)  # a retry that was killed after its first page
-    assert store.retrying._retry_page(job_id, 3) == 3
+    assert store.retrying._retry_page(job_id, [0, 1, 2]) == (3, [])
     assert mill.work_off(store, who) == 3
     assert store.reading.job(job_id).state is JobState.COMPLETED
     assert states_of(store, job_id) == {"succeeded": 3, "failed": 5, "cancelled": 0, "pending": 0}
-    assert store.retrying.retry(job_id) == 5
+    assert store.retrying.retry(job_id).moved == 5
     assert mill.work_off(store, who) == 5
     assert states_of(store, job_id) == {"succeeded": 8, "failed": 0, "cancelled": 0, "pending": 0}
     assert RequestState.FAILED.value not in output_states(store)
@@ -140,5 +140,5 @@ def test_a_retry_after_the_clock_was_set_back_leaves_nothing_out(store_url: str)
     job_id = mill.load(store, 8)
     mill.work_off(store, mill.seat(store), error=ErrorCode.OUT_OF_MEMORY)
     clock.seconds -= 100
-    assert store.retrying.retry(job_id) == 8
+    assert store.retrying.retry(job_id).moved == 8
     store.close()

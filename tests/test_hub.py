@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub_machine import MODEL, Machine, found
+from tests.holding import file_lock
+from tests.hub_machine import MODEL, ROOT, Machine, found
 from tests.hub_server import TOKEN, Hub, Repository, commit_of, files_of, serving
 from tests.tiny import save_tiny_model
 
@@ -71,6 +74,26 @@ def test_a_second_pull_fetches_nothing(machine: Machine, hub: Hub) -> None:
     assert done.stdout.strip() == first["folder"]
     assert "everything is here already" in done.stderr
     assert [(each.method, each.path) for each in hub.asked] == [("GET", f"/api/models/{MODEL}")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells who holds a lock")
+def test_who_else_fetches_a_file_is_named(machine: Machine) -> None:
+    pulled = machine.pull()
+    link = Path(pulled["folder"]) / "config.json"
+    blob = link.resolve()
+    link.unlink()
+    blob.unlink()
+    lock = machine.cache / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "worker", "models", "pull", MODEL]
+    with file_lock(lock) as pid:
+        pulling = subprocess.Popen(words, env=machine.environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert pulling.stderr is not None
+        said = next((line for line in pulling.stderr if "waiting since" in line), "")
+        assert said.endswith(f" for the file config.json of {MODEL}, which is locked by pid {pid}\n")
+    pulling.communicate()
+    assert pulling.returncode == 0
+    assert link.exists()
 
 
 def test_of_an_index_the_named_shards_come_and_nothing_else(

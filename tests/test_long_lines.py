@@ -104,7 +104,7 @@ def test_a_retry_makes_batches_by_the_same_rule_in_pages_of_bytes(store: Store) 
     job_id = load(store, long(5), mill.prompts(3, first=5), batch_size=3)
     store.closing.cancel(job_id)
     with transactions(store) as moved:
-        assert store.retrying.retry(job_id) == 8
+        assert store.retrying.retry(job_id).moved == 8
     assert held_by_batches(store) == [[0, 1], [2, 3], [4, 5, 6], [7]]
     assert max(moved) <= PAGE_BYTES
     assert store.reading.job(job_id).counts.pending == 8

@@ -174,7 +174,7 @@ class TestBeforeIdentities:
 
     def test_what_is_finished_has_none_and_can_be_retried(self, store: Store) -> None:
         assert {store.reading.job(each).identity for each in ("completed", "cancelled")} == {None}
-        assert store.retrying.retry("completed") == 1
+        assert store.retrying.retry("completed").moved == 1
         mill.work_off(store, mill.seat(store, identity="weights=2"))
         assert store.reading.job("completed").identity == "weights=2"
 

@@ -113,7 +113,7 @@ def crashed_runs(store: Store) -> set[int]:
 def retried(store: Store, job_id: str) -> int:
     """Retries a job: how many requests moved, none of one that is open again."""
     try:
-        return store.retrying.retry(job_id)
+        return store.retrying.retry(job_id).moved
     except JobStateError:
         return 0
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,7 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 
 from jobs.adapters import Adapter
+from jobs.causes import Chances
 from jobs.errors import JobStateError, LoadingLost, StoreUnavailable
 from jobs.memory import Memory
 from jobs.schema import ErrorCode, Output, Request, RequestKey
@@ -209,7 +210,9 @@ class Mill(RuleBasedStateMachine):
 
     @precondition(lambda self: self.awake())
     @rule(
-        data=st.data(), count=st.sampled_from(range(1, 21)), error=st.sampled_from((None, None, ErrorCode.ENGINE_ERROR))
+        data=st.data(),
+        count=st.sampled_from(range(1, 21)),
+        error=st.sampled_from((None, None, ErrorCode.ENGINE_ERROR, ErrorCode.EMPTY_PROMPT)),
     )
     def work(self, data: st.DataObject, count: int, error: ErrorCode | None) -> None:
         """A turn and a step: what a child does all day."""
@@ -469,7 +472,7 @@ class Mill(RuleBasedStateMachine):
     @precondition(lambda self: self.totals)
     @rule(
         data=st.data(),
-        what=st.sampled_from(("retry", "retry", "retry cut short", "cancel")),
+        what=st.sampled_from(("retry", "retry", "retry of all", "retry cut short", "cancel")),
         pages=st.sampled_from(range(2)),
     )
     def users(self, data: st.DataObject, what: str, pages: int) -> None:
@@ -477,19 +480,21 @@ class Mill(RuleBasedStateMachine):
         if what == "cancel":
             self.store.closing.cancel(job_id)
         else:
-            self.retry(job_id, pages if what == "retry cut short" else None)
+            chances = Chances(keeps_model=True, everything=what == "retry of all")
+            self.retry(job_id, chances, pages if what == "retry cut short" else None)
 
-    def retry(self, job_id: str, pages: int | None) -> None:
+    def retry(self, job_id: str, chances: Chances, pages: int | None) -> None:
         """`pages`: cut short after so many."""
         before = self.see()
         was_closed = before.jobs[job_id].state in CLOSED_JOB_STATES
         try:
             if pages is None:
-                self.store.retrying.retry(job_id)
+                self.store.retrying.retry(job_id, chances)
             else:
                 most = self.store.retrying._begin_retry(job_id)
+                chosen = self.store.retrying._chosen(job_id, chances, defaultdict(retrying.Left))
                 for _ in range(pages):
-                    self.store.retrying._retry_page(job_id, most)
+                    self.store.retrying._retry_page(job_id, list(itertools.islice(chosen, most)))
         except JobStateError:
             assert not was_closed
             return
@@ -501,8 +506,10 @@ class Mill(RuleBasedStateMachine):
             self.counted.discard(key)
             self.crashes_allowed += (len(SUSPECT_GROUPS) + 1) * (key in self.poison)
         if pages is None and was_closed:
-            left = [key for key, row in after.outputs.items() if key[0] == job_id and row.state != "succeeded"]
+            failed = {key: row for key, row in after.outputs.items() if key[0] == job_id and row.state != "succeeded"}
+            left = [key for key, row in failed.items() if chances.are_there(row.error_code, prompt_tokens=0)]
             assert not left, f"a retry left {left}"
+            assert failed.items() <= before.outputs.items(), "what is left alone is as it was"
 
     # --- what must hold ---------------------------------------------------------------------------------------
 

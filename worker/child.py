@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import NoReturn
 
@@ -32,9 +33,10 @@ from jobs.store import Store
 from jobs.store.lease import Seat
 from jobs.store.reading import Job
 from jobs.store.workers import Loaded
+from jobs.waiting import tell_by
 from worker.device_lock import DeviceLocks
 from worker.devices import DeviceInfo, describe_devices, is_device_error
-from worker.held import Held, hold
+from worker.held import Held, hold, import_libraries
 from worker.nvml import Nvml
 from worker.outage import outlast
 from worker.placement import TOGETHER, Placement
@@ -160,6 +162,7 @@ def begin() -> Child:
     switch = _DrainSwitch()
     settings = load_settings()
     configure_logs(settings, file=Path(order.log_file))
+    tell_by(log.warning)
     arm(settings.failpoint, home=settings.home)
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
     generation = outlast(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
@@ -179,7 +182,12 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
     pulse = Pulse.of(order.pulse)
     tell_stacks_when_asked(pulse)
     placement = Placement.from_json(order.placement)
-    devices = describe_devices(placement.devices)
+    began = monotonic()
+    with pulse.watching(settings.load_stall_seconds):
+        devices = describe_devices(placement.devices)
+        import_libraries(spec)
+    torch_seconds = monotonic() - began
+    outlast(lambda: store.workers.imported(order.worker_id, generation, seconds=torch_seconds))
     locks = DeviceLocks([] if order.share_device else [each.uuid for each in devices if each.uuid is not None])
     locks.take()
     # What fits is counted in the engine's own unit, so that each choice of one has a figure of its own.
@@ -231,7 +239,7 @@ def _load(order: ChildOrder, generation: int, *, settings: Settings, store: Stor
         may_begin=sources.are_untouched,
     )
     saver.start()
-    _say_ready(order, loaded)
+    _say_ready(order, loaded, torch_seconds)
     waker.wake()
     runner = Runner(
         held.chosen.engine,
@@ -310,12 +318,13 @@ def _refuse_other(job: Job, held: Held) -> None:
         )
 
 
-def _say_ready(order: ChildOrder, loaded: Loaded) -> None:
+def _say_ready(order: ChildOrder, loaded: Loaded, torch_seconds: float) -> None:
     log.info(
         "ready",
         worker=order.worker_id,
         model=str(ModelSpec.from_canonical(order.spec)),
         device=loaded.device_name,
+        torch_seconds=round(torch_seconds, 3),
         load_seconds=loaded.model_load_seconds,
         engine=loaded.engine,
         rows=loaded.engine_rows,

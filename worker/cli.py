@@ -13,9 +13,10 @@ from jobs.exits import one_line_errors
 from jobs.failpoints import arm
 from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
 from jobs.log_file import log_path
-from jobs.logs import configure_logs
+from jobs.logs import configure_logs, get_logger
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
+from jobs.waiting import tell_by
 from migrations import open_store
 from worker.devices import AUTO, all_cuda_devices
 from worker.keeper import WorkerOptions
@@ -23,6 +24,8 @@ from worker.own_log import make_place
 from worker.parent import run_worker
 from worker.placement import Placement, each_worker, parse_each
 from worker.supervisor import SUPERVISOR, Supervisor
+
+log = get_logger(__name__)
 
 
 def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,6 +88,7 @@ def main(
     placed = {each.setting: flags.pop(each.setting) for each in PLACEMENT_FLAGS}
     settings = load_settings(**flags)
     configure_logs(settings)
+    tell_by(log.warning)
     arm(settings.failpoint, home=settings.home)
     spec = ModelSpec.parse(
         model, quantization=quantization, default_quantization=settings.quantization, revision=revision

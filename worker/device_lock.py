@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from jobs.errors import AlreadyRunning
+from jobs.locks import acquire
 from jobs.pid_file import PidFile
 
 _MACHINES_FOLDER = Path("/run/lock")
@@ -36,7 +37,7 @@ class DeviceLock:
     def take(self) -> None:
         """Raises AlreadyRunning, which names the process that works on this device."""
         try:
-            self._lock.acquire()
+            acquire(self._lock, f"the device {self._uuid}")
         except Timeout:
             who = self._pid_file.shown()
             raise AlreadyRunning(f"another worker holds the device {self._uuid} ({who}): {_REMEDY}") from None

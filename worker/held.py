@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 from jobs.adapters import Adapter
 from jobs.digests import Digests
@@ -40,6 +41,13 @@ class Held:
     commit: str | None = None
     sources: tuple[Content, ...] = ()
     at_work: tuple[Content, ...] = ()
+
+
+def import_libraries(spec: ModelSpec) -> None:
+    """Imports torch and its kin where the model needs them, which takes seconds, so that it can be told of alone."""
+    if spec.model != ECHO:
+        for name in ("worker.loader", "worker.adapters.loading"):
+            import_module(name)
 
 
 def hold(

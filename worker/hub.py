@@ -30,7 +30,9 @@ from huggingface_hub.errors import RevisionResolutionError, SafetensorsParsingEr
 from huggingface_hub.file_download import repo_folder_name
 
 from jobs.errors import ModelError
+from jobs.locks import held_by
 from jobs.sizes import size
+from jobs.waiting import telling
 from worker.hub_reasons import pull_command, translated
 
 #: A download writes all the time; one that has not for so long has no process any more, and nothing resumes it.
@@ -117,13 +119,19 @@ def fetch(listing: Listing, names: Iterable[str]) -> Path:
     _quiet()
     folder = _repository(listing.name) / "snapshots" / listing.commit
     missing = lacking(listing, names)
+    locks = Path(constants.HF_HUB_CACHE) / ".locks" / _repository(listing.name).name
+
+    def locked_by() -> str | None:
+        return held_by(locks.glob("*.lock"))
+
     _refuse_small_disk(listing, missing)
     with translated(listing.name, listing.revision):
         _remove_abandoned(_repository(listing.name) / "blobs")
         for name in missing:
             # What is here and not whole is replaced; without this it would be taken as it is.
             broken = (folder / name).exists()
-            hf_hub_download(listing.name, name, revision=listing.commit, force_download=broken)
+            with telling(f"the file {name} of {listing.name}", holder=locked_by, is_certain=False):
+                hf_hub_download(listing.name, name, revision=listing.commit, force_download=broken)
     return folder
 
 

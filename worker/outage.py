@@ -16,11 +16,13 @@ _PAUSE_SECONDS = 1.0
 
 def outlast(call: Callable[[], T], *, kind: type[StoreError] = StoreError) -> T:
     """What a call of the store returns, once it does. Raises what another try cannot mend, or is of another kind."""
+    began = time.monotonic()
     while True:
         try:
             return call()
         except kind as error:
             if not error.retryable:
                 raise
-            log.warning("the store is away; this process waits for it", error=str(error))
+            waited = round(time.monotonic() - began, 1)
+            log.warning("the store is away; this process waits for it", error=str(error), waited_seconds=waited)
             time.sleep(_PAUSE_SECONDS)

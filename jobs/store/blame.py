@@ -26,7 +26,7 @@ from jobs.tables import batches, outputs, requests, runs
 SUSPECT_GROUPS = (16, 4, 1, 1)
 _POISON_MESSAGE = (
     f"the worker's process died {len(SUSPECT_GROUPS) + 1} times with this request in flight, the last two times "
-    "with it alone; look at the worker's log, change the prompt, then `batchmill retry`"
+    "with it alone; look at the worker's log, and run it again by `batchmill retry` once that is mended"
 )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from jobs.errors import (
     StoreReplaced,
     StoreUnavailable,
 )
+from jobs.locks import sqlite_held_by
 from jobs.store.clock import StoreClock
 from jobs.store.line import Line
 from jobs.store.postgresql import crowded, postgresql_engine
+from jobs.waiting import Wait, telling
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
 WAL_SAFE_SINCE = (3, 51, 3)
@@ -64,17 +66,15 @@ class Database:
         self._file: tuple[int, int] | None = None
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._read_only = read_only
+        #: The URL without its password and options, among which another may be.
+        self.name = self.url.set(query={}).render_as_string(hide_password=True)
         self._engine = self._sqlite(busy_seconds) if self.is_sqlite else self._postgresql(busy_seconds)
-
-    @property
-    def name(self) -> str:
-        """The URL without its password and options, among which another may be."""
-        return self.url.set(query={}).render_as_string(hide_password=True)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection in a transaction that only reads; keep it short and fetch everything at once."""
-        with self.translated(), self._engine.connect() as connection, connection.begin():
+        with self.translated(), self._told() as wait, self._engine.connect() as connection, connection.begin():
+            wait.works()
             yield connection
 
     @contextmanager
@@ -84,9 +84,10 @@ class Database:
         On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE), and writers get it
         in the order in which they came.
         """
-        with self.translated(), self._engine.connect() as plain:
+        with self.translated(), self._told() as wait, self._engine.connect() as plain:
             connection = plain.execution_options(writes=True)
             with connection.begin():
+                wait.works()
                 yield connection
 
     def alone(self, connection: Connection, what: str) -> None:
@@ -134,6 +135,14 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
         self._file = None
+
+    def _told(self) -> AbstractContextManager[Wait]:
+        """Tells of a transaction that waits: while it cannot begin, and after that where somebody is in its way."""
+        return telling(f"the store {self.name}", holder=self._holder)
+
+    def _holder(self) -> str | None:
+        """Other processes that keep a transaction waiting, for people; PostgreSQL's are not told of."""
+        return sqlite_held_by(Path(self.url.database or "")) if self.is_sqlite else None
 
     def _check_file(self) -> None:
         """Raises StoreReplaced where the store's file is not the one that this process opened."""
@@ -210,7 +219,8 @@ class Database:
                 "some of who use it; a worker needs up to four at once, see deploy/README.md"
             )
         if "locked" in text or "lock timeout" in text or isinstance(error, TimeoutError):
-            return StoreBusy(f"the store {self.name} is locked by another process ({text}); try again")
+            who = self._holder() or "another connection"
+            return StoreBusy(f"the store {self.name} is locked by {who} ({text}); try again")
         if isinstance(cause, sqlite3.Error) and (damage := _damage(cause, self.name)):
             return StoreError(damage)
         if "disk is full" in text or "No space left" in text:

@@ -68,7 +68,8 @@ class WorkerRow:
 
     The engine and its limits are those of its newest child that held the model; None before. `devices`: what each
     held at most since that child began, and what all processes held there when it was last asked. `identity`: what
-    the model consists of that its child holds; None while it loads.
+    the model consists of that its child holds; None while it loads. `torch_load_seconds`: what torch took its newest
+    child, None before; `loading_seconds`: for how long that child has been loading, None once it holds its model.
     """
 
     id: int
@@ -84,6 +85,8 @@ class WorkerRow:
     device: str
     device_name: str | None
     device_uuid: str | None
+    torch_load_seconds: float | None
+    loading_seconds: float | None
     model_load_seconds: float | None
     weights_bytes: int
     engine: str | None
@@ -203,11 +206,23 @@ class Workers:
                         generation=workers.c.generation + 1,
                         child_pid=child_pid,
                         identity=None,
+                        loading_since=self._database.now,
+                        torch_load_seconds=None,
                         # A pool replaces the child that has given up; its worker has given up all the same.
                         state=case((workers.c.state.in_(GIVEN_UP), workers.c.state), else_=WorkerState.LOADING.value),
                     )
                     .returning(workers.c.generation)
                 ).scalar_one()
+            )
+
+    @retried
+    def imported(self, worker_id: int, generation: int, *, seconds: float) -> None:
+        """The child has imported torch and its kin, and goes on to its model."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(workers)
+                .where(workers.c.id == worker_id, workers.c.generation == generation)
+                .values(torch_load_seconds=seconds)
             )
 
     @retried
@@ -324,6 +339,9 @@ class Workers:
             held.label("leases"),
             alive(now).label("alive"),
             (now - workers.c.heartbeat_at).label("seen_seconds"),
+            case((workers.c.state == WorkerState.LOADING.value, now - workers.c.loading_since)).label(
+                "loading_seconds"
+            ),
             case((alive(now), now), (stopped, workers.c.alive_until), else_=workers.c.heartbeat_at).label("up_until"),
         ).order_by(workers.c.id)
         if only_alive:
@@ -386,6 +404,8 @@ def _worker(row: Row[Any]) -> WorkerRow:
         device=row.device,
         device_name=row.device_name,
         device_uuid=row.device_uuid,
+        torch_load_seconds=row.torch_load_seconds,
+        loading_seconds=row.loading_seconds,
         model_load_seconds=row.model_load_seconds,
         weights_bytes=row.weights_bytes,
         engine=row.engine,

@@ -470,8 +470,18 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "one worker on a GPU",
-        (Edit("worker/device_lock.py", "            self._lock.acquire()\n", "            pass\n"),),
+        (Edit("worker/device_lock.py", 'acquire(self._lock, f"the device {self._uuid}")', "pass"),),
         ("tests/test_device_lock.py",),
+    ),
+    Mutant(
+        "a retry leaves alone what a line alone decides",
+        (Edit("jobs/causes.py", "                return False\n", "                return True\n"),),
+        ("tests/test_retries.py",),
+    ),
+    Mutant(
+        "a job that has an answer keeps its model",
+        (Edit("jobs/store/retrying.py", " and not self._is_answered(connection, job_id)", ""),),
+        ("tests/test_retries.py",),
     ),
     Mutant(
         "batchmill.toml is the user's own",

@@ -79,7 +79,7 @@ class EchoEngine:
 
     def _reply(self, key: RequestKey, request: Request) -> Output:
         if request.adapter is not None and request.adapter not in self._adapters:
-            return Output.failed(key, ErrorCode.UNSUPPORTED_OPTION, not_held(request.adapter, self._adapters))
+            return Output.failed(key, ErrorCode.UNSUPPORTED_BY_WORKER, not_held(request.adapter, self._adapters))
         return _echo(key, request)
 
     def _interrupted(self) -> bool:

@@ -232,7 +232,7 @@ def _refuse_unsupported(request: Request) -> None:
     wanted = {"n": (asked.n or 1) > 1, "logprobs": asked.logprobs, "response_format": asked.response_format is not None}
     if unsupported := [name for name, each in wanted.items() if each]:
         raise Refused(
-            ErrorCode.UNSUPPORTED_OPTION,
+            ErrorCode.UNSUPPORTED_BY_WORKER,
             f"the model's worker runs the generate engine, which has no {', '.join(unsupported)}: remove it, or serve "
             "the request by a model that the continuous engine supports",
         )

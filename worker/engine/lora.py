@@ -81,7 +81,7 @@ class Lora:
         if name is None:
             return BASE
         if name not in self.numbers:
-            raise Refused(ErrorCode.UNSUPPORTED_OPTION, not_held(name, self.numbers))
+            raise Refused(ErrorCode.UNSUPPORTED_BY_WORKER, not_held(name, self.numbers))
         return self.numbers[name]
 
     def whole(self, number: int) -> Turn | None:

@@ -1,0 +1,186 @@
+"""A wait is told of once it takes long: what for, since when, and who holds it; a short one is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from jobs import waiting
+from jobs.digests import Digests
+from jobs.errors import StoreBusy
+from jobs.home import use_store
+from jobs.store import Store
+from jobs.store.database import WAL_SAFE_SINCE
+from jobs.waiting import telling
+from tests import mill
+from tests.holding import file_lock, reader, transaction
+from worker.device_lock import DeviceLock
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no other system tells who holds a lock")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Queue[str]:
+    """What is told, of waits that are long after a moment."""
+    lines: Queue[str] = Queue()
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "_speak", lines.put)
+    return lines
+
+
+def first(lines: Queue[str]) -> str:
+    return re.sub(r"\d\d:\d\d:\d\d UTC \(\d+ s\)", "TIME", lines.get(timeout=300))
+
+
+def in_thread(call: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_a_wait_is_told_of_more_and_more_seldom(told: Queue[str]) -> None:
+    with telling("Godot"):
+        lines = [told.get(timeout=300) for _ in range(3)]
+    assert all(re.fullmatch(r"waiting since \d\d:\d\d:\d\d UTC \(\d+ s\) for Godot", each) for each in lines)
+    since = {each.split()[2] for each in lines}
+    assert len(since) <= 2, "rounding apart, it is one time"
+
+
+def test_one_that_is_over_in_time_is_not(told: Queue[str]) -> None:
+    for _ in range(1_000):
+        with telling("nothing much"):
+            pass
+    with telling("the end"):
+        assert first(told) == "waiting since TIME for the end"
+    assert told.empty()
+
+
+def test_what_does_not_certainly_wait_is_told_of_only_with_its_holder(told: Queue[str]) -> None:
+    holders: list[str] = []
+    with telling("one", holder=lambda: holders[0] if holders else None, is_certain=False), telling("two"):
+        assert first(told).endswith("for two")
+        holders.append("pid 7")
+        while not (line := first(told)).endswith("for one, which is locked by pid 7"):
+            assert line.endswith("for two")
+
+
+def test_after_long_idleness_it_is_told_of_as_well(told: Queue[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_IDLE_LOOKS", 1)
+    for _ in range(3):
+        with telling("it"):
+            first(told)
+        while waiting._watch._is_looking.is_set():
+            time.sleep(0.01)
+
+
+def test_a_forked_child_tells_of_its_own_waits_alone(told: Queue[str]) -> None:
+    with telling("its parent"):
+        first(told)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            waiting.tell_by(lambda line: os.write(writing, line.encode()))
+            with telling("the child"):
+                time.sleep(300)
+        assert b"for the child" in os.read(reading, 1_000)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+class TestTheStore:
+    @pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+    def test_a_writer_that_waits_names_who_holds_the_lock(self, sqlite_url: str, told: Queue[str], begin: str) -> None:
+        store = Store(sqlite_url, busy_seconds=300)
+        path = Path(store.database.url.database or "")
+        with transaction(path, begin) as pid:
+            writing = in_thread(lambda: mill.load(store, 1))
+            assert first(told) == f"waiting since TIME for the store sqlite:///{path}, which is locked by pid {pid}"
+        writing.join()
+        store.close()
+
+    def test_so_does_a_reader(self, sqlite_url: str, told: Queue[str]) -> None:
+        store = Store(sqlite_url, busy_seconds=300)
+        with transaction(Path(store.database.url.database or ""), "BEGIN EXCLUSIVE") as pid:
+            reading = in_thread(store.workers.rows)
+            assert first(told).endswith(f", which is locked by pid {pid}")
+        reading.join()
+        store.close()
+
+    @pytest.mark.skipif(sqlite3.sqlite_version_info >= WAL_SAFE_SINCE, reason="in WAL mode a reader is in nobody's way")
+    def test_a_commit_that_waits_for_a_reader_names_it(self, sqlite_url: str, told: Queue[str]) -> None:
+        store = Store(sqlite_url, busy_seconds=300)
+        with reader(Path(store.database.url.database or "")) as pid:
+            writing = in_thread(lambda: mill.begin(store))
+            assert first(told).endswith(f", which is locked by pid {pid}")
+        writing.join()
+        store.close()
+
+    def test_work_within_a_transaction_is_no_waiting(self, sqlite_url: str, told: Queue[str]) -> None:
+        store = Store(sqlite_url)
+        for transact in (store.database.read, store.database.write):
+            with transact(), telling("nothing else"):
+                assert first(told) == "waiting since TIME for nothing else"
+        assert told.empty()
+        store.close()
+
+    def test_a_busy_store_names_who_holds_it(self, sqlite_url: str) -> None:
+        store = Store(sqlite_url, busy_seconds=0.1)
+        with transaction(Path(store.database.url.database or "")) as pid, pytest.raises(StoreBusy) as caught:
+            mill.load(store, 1)
+        assert f"is locked by pid {pid} (database is locked); try again" in str(caught.value)
+        store.close()
+
+
+class TestFiles:
+    def test_the_lock_of_a_device(self, tmp_path: Path, told: Queue[str]) -> None:
+        lock = DeviceLock("GPU-1", folder=tmp_path)
+        path = tmp_path / "batchmill-GPU-1.lock"
+        with file_lock(path) as pid:
+            taking = in_thread(lock.take)
+            assert first(told) == (
+                f"waiting since TIME for {path}, the lock of the device GPU-1, which is locked by pid {pid}"
+            )
+        taking.join()
+        lock.give()
+
+    def test_the_lock_of_who_hashes_a_folder(self, tmp_path: Path, told: Queue[str]) -> None:
+        folder, home = tmp_path / "model", tmp_path / "home"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        digests = Digests(home)
+        digests.of(folder, ["config.json"])
+        (remembered,) = (home / "digests").glob("*.lock")
+        for file in (home / "digests").glob("*.json"):
+            file.unlink()
+        with file_lock(remembered) as pid:
+            hashing = in_thread(lambda: digests.of(folder, ["config.json"]))
+            line = first(told)
+        hashing.join()
+        assert line.endswith(f"{remembered}, the lock of who hashes a folder's files, which is locked by pid {pid}")
+
+    def test_the_lock_of_who_makes_a_store(self, tmp_path: Path, told: Queue[str]) -> None:
+        def use() -> None:
+            with use_store(tmp_path):
+                pass
+
+        with file_lock(tmp_path / "store.lock") as pid:
+            using = in_thread(use)
+            assert first(told).endswith(f"store.lock, the lock of who makes the store, which is locked by pid {pid}")
+        using.join()
+
+
+def test_waits_cost_no_import_of_the_database() -> None:
+    code = "import sys, jobs.waiting; print('sqlalchemy' in sys.modules, 'click' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
