@@ -15,7 +15,7 @@ from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Store
 from producer.finish import answered_line, finish_line
-from producer.status import JobStatus, duration
+from producer.status import JobStatus
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -135,7 +135,6 @@ class _Shown:
     def _note(self, status: JobStatus) -> str:
         if status.missing_seconds is not None or (status.lacks and not status.workers):
             return " ".join(status.missing_lines()) if self._name_missing else "the worker starts"
-        if status.job.closed or status.eta_seconds is None:
-            return ""
-        recent = status.effort.recent_requests_per_second
-        return f"{recent:,.1f} requests/s, ends in about {duration(status.eta_seconds)}"
+        if status.estimate is None:
+            return status.ends_in
+        return f"{status.effort.recent_requests_per_second:,.1f} requests/s, ends in {status.ends_in}"
