@@ -26,7 +26,7 @@ from sqlalchemy import (
 from jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0009"
+REVISION = "0010"
 
 metadata = MetaData(
     naming_convention={
@@ -209,6 +209,13 @@ runs = Table(
     _count("peak_reserved_bytes"),
     _count("device_total_bytes"),
     Column("in_flight", Text, nullable=False, comment="JSON: indexes that are in the engine now"),
+    Column(
+        "in_flight_tokens",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="what those have been answered with so far",
+    ),
     Column("error_codes", Text, nullable=False, comment="JSON: {code: count} of its error outputs"),
     Column("devices", Text, comment="JSON: list of memory by device"),
     Column("energy_joules", Float, comment="of all its devices, by NVML"),

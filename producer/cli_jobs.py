@@ -55,18 +55,26 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 @_JSON
 def jobs(most: int, as_json: bool) -> None:
     """List the newest jobs."""
-    from producer.status import job_json
+    from jobs.states import JobState
+    from producer.status import JobStatus, job_json
 
-    found = _open()[1].reading.jobs(most=most)
+    settings, store = _open()
+    found = store.reading.jobs(most=most)
+    at_work = {each.id: JobStatus.read(store, each.id, settings) for each in found if each.state is JobState.RUNNING}
     if as_json:
-        click.echo(json.dumps([job_json(each) for each in found]))
+        estimates = {job_id: each.estimate for job_id, each in at_work.items()}
+        click.echo(json.dumps([job_json(each, estimates.get(each.id)) for each in found]))
         return
     if not found:
         click.echo("no jobs yet; `batchmill submit` makes one", err=True)
     for each in found:
         done = f"{each.counts.total - each.counts.pending:,}/{each.counts.total:,}"
         failed = f", {each.counts.failed:,} failed" if each.counts.failed else ""
-        click.echo(f"{each.id}  {each.state.value:<10}  {done:>15}{failed}  {each.spec}  {each.name or each.file_name}")
+        ends = at_work[each.id].ends_in if each.id in at_work else ""
+        click.echo(
+            f"{each.id}  {each.state.value:<10}  {done:>15}{failed}  {each.spec}  {each.name or each.file_name}"
+            + (f"  ends in {ends}" if ends else "")
+        )
 
 
 @click.command(epilog="Example: batchmill workers --all")

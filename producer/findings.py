@@ -75,8 +75,7 @@ def open_findings(case: Case) -> list[Finding]:
 def _moving(case: Case) -> Finding:
     last, settings = case.around.last_answer_at, case.settings
     if last is not None and case.around.now - last <= RECENT_SECONDS:
-        eta, recent = case.status.eta_seconds, case.status.effort.recent_requests_per_second
-        ends = "" if eta is None else f"; at {recent:,.1f} requests/s it ends in about {duration(eta)}"
+        ends = "" if case.status.estimate is None else f"; it ends in {case.status.ends_in}"
         return Finding("moving", f"the last answer came {case.ago(last)} ago{ends}", "nothing to do")
     quiet = "no answer yet" if last is None else f"no answer for {case.ago(last)}"
     return Finding(

@@ -230,7 +230,7 @@ def _report(status: JobStatus) -> list[str]:
         f"requests   {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
         *([f"finished   {finished}"] if (finished := finish_line(status.job)) else []),
         f"tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
-        f"tokens/s   {status.per_second(counts.prompt_tokens):,.1f} prompt, "
+        f"tokens/s   {status.prompt_tokens_per_second:,.1f} prompt, "
         f"{status.per_second(counts.completion_tokens):,.1f} completion",
         f"memory     {size(memory.weights_bytes)} weights, peak {size(memory.peak_allocated_bytes)} allocated, "
         f"{size(memory.peak_reserved_bytes)} reserved of {size(memory.device_total_bytes)}",

@@ -16,7 +16,7 @@ from jobs.states import JobState
 from jobs.store import Store
 from jobs.waiting import FIRST_SECONDS
 from producer.finish import answered_line, finish_line
-from producer.status import JobStatus, duration, loading_line
+from producer.status import JobStatus, loading_line
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -141,10 +141,9 @@ class _Shown:
         if status.loading and not status.workers:
             first = status.loading[0]
             return f"worker {first.name} is {loading_line(first)}"
-        if status.job.closed or status.eta_seconds is None:
-            return ""
-        recent = status.effort.recent_requests_per_second
-        return f"{recent:,.1f} requests/s, ends in about {duration(status.eta_seconds)}"
+        if status.estimate is None:
+            return status.ends_in
+        return f"{status.effort.recent_requests_per_second:,.1f} requests/s, ends in {status.ends_in}"
 
 
 def _phase(status: JobStatus) -> str | None:

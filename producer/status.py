@@ -26,6 +26,7 @@ from jobs.store.lacks import Lack
 from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP, WorkerRow
 from producer.device_lines import memory_lines
+from producer.estimate import Estimate, estimate
 from producer.evaluated import evaluated_line
 from producer.finish import answered_line, finish_line
 from producer.here import seen_here
@@ -33,6 +34,8 @@ from producer.names import meant_instead, slip_line
 
 _MOST_REASONS = 3
 _LONGEST_REASON = 300
+#: Where the most is so many times the least, what lies between says nothing.
+_WIDE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class JobStatus:
     `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
     pending batches that nobody holds. `meant`: the known model that its name resembles, where that is likely a slip.
     `loading`: who could take it, where they are all still loading.
-    `evaluation`: what its ModelSpec was last measured to cost, on any text.
+    `evaluation`: what its ModelSpec was last measured to cost, on any text. `estimate`: when it ends, None where nobody
+    works on it, or nothing tells yet.
     """
 
     job: Job
@@ -53,6 +57,7 @@ class JobStatus:
     given_up: tuple[Seen, ...] = ()
     lacks: tuple[Lack, ...] = ()
     evaluation: EvaluationRow | None = None
+    estimate: Estimate | None = None
     others: tuple[WorkerRow, ...] = ()
     settings: Settings = field(default_factory=Settings)
     meant: str | None = None
@@ -75,10 +80,13 @@ class JobStatus:
         evaluation = store.evaluations.latest(job.spec, identity=job.identity)
         others = () if job.closed or any(job.is_of(each.identity) for each in serving) else tuple(serving)
         effort = store.effort.of(job.id)
+        ends = _estimate(store, job, effort, at_work)
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
         loading = () if job.closed or not all(map(is_loading, serving)) else tuple(serving)
-        return cls(job, effort, tuple(at_work), missing, given_up, lacks, evaluation, others, mine, meant, loading)
+        return cls(
+            job, effort, tuple(at_work), missing, given_up, lacks, evaluation, ends, others, mine, meant, loading
+        )
 
     @property
     def start(self) -> str:
@@ -88,20 +96,24 @@ class JobStatus:
 
     @property
     def rate(self) -> float:
-        """Requests per second while runs were open."""
-        return self.per_second(self.job.counts.succeeded + self.job.counts.failed)
+        """Answered requests per second of work."""
+        return self.per_second(self.job.counts.succeeded)
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Without refused prompts, which took no work."""
+        return self.per_second(sum(each.prompt_tokens for each in self.effort.paces))
 
     def per_second(self, count: int) -> float:
-        """A count over the seconds in which at least one run was open."""
+        """A count over the seconds in which at least one run was worked on."""
         return count / self.effort.running_seconds if self.effort.running_seconds else 0.0
 
     @property
-    def eta_seconds(self) -> float | None:
-        """Until the last request is answered at the present speed; None when nothing tells."""
-        if self.job.closed:
-            return None
-        rate = self.effort.recent_requests_per_second or (self.rate if self.workers else 0.0)
-        return self.job.counts.pending / rate if rate else None
+    def ends_in(self) -> str:
+        """When it ends, for people: `measuring` while nothing tells, and empty where nobody works on it."""
+        if self.estimate is not None:
+            return estimated(self.estimate)
+        return "measuring" if self.workers and self.job.state is JobState.RUNNING else ""
 
     def to_json(self) -> dict[str, Any]:
         job, effort, counts = self.job, self.effort, self.job.counts
@@ -109,7 +121,7 @@ class JobStatus:
             "tokens": {"prompt": counts.prompt_tokens, "completion": counts.completion_tokens},
             "throughput": {
                 "requests_per_second": self.rate,
-                "prompt_tokens_per_second": self.per_second(counts.prompt_tokens),
+                "prompt_tokens_per_second": self.prompt_tokens_per_second,
                 "completion_tokens_per_second": self.per_second(counts.completion_tokens),
                 "recent_requests_per_second": effort.recent_requests_per_second,
             },
@@ -126,7 +138,7 @@ class JobStatus:
                 "running": effort.running_seconds,
                 "model_load": effort.model_load_seconds,
             },
-            "eta_seconds": self.eta_seconds,
+            **_eta_json(self.estimate),
             "workers": [worker_json(each) for each in self.workers],
             "unserved_seconds": self.missing_seconds,
             "identity": job.identity,
@@ -199,11 +211,8 @@ class JobStatus:
             return []
         lines = [f"  at work    {each.name} on {each.host}, {each.device}" for each in self.workers]
         lines += [f"  waiting    worker {each.name} is {loading_line(each)}" for each in self.loading]
-        if self.eta_seconds is not None:
-            recent = self.effort.recent_requests_per_second
-            lines.append(
-                f"  ends in    about {duration(self.eta_seconds)} at {recent:,.1f} requests/s of the last minute"
-            )
+        if self.ends_in:
+            lines.append(f"  ends in    {self.ends_in}")
         return lines + [f"  waiting    {line}" for line in self.missing_lines()]
 
     @property
@@ -227,6 +236,18 @@ class JobStatus:
             return [f"{missing}; start one:", start]
         reasons = [f"{given_up_line(each)};" for each in self.given_up[:_MOST_REASONS]]
         return [f"{missing}:", *reasons, f"{advice(self.given_up[0].state)}{start}"]
+
+
+def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRow]) -> Estimate | None:
+    """When a job ends, by a sample of its requests and what its workers did; a request takes a row a choice."""
+    if job.state is not JobState.RUNNING or not at_work:
+        return None
+    sampling = job.sampling or {}
+    choices = sampling.get("n") or 1
+    rows = {each.id: max(1, (each.engine_rows or 1) // choices) for each in at_work}
+    begun = min(job.counts.total, job.counts.total - job.counts.pending + sum(rows.values()))
+    sample = store.sampling.of(job.id, total=job.counts.total, begun=begun)
+    return estimate(job.counts, effort.paces, sample, rows=rows, max_tokens=choices * (sampling.get("max_tokens") or 1))
 
 
 def lack_line(lack: Lack) -> str:
@@ -353,9 +374,10 @@ def worker_json(worker: WorkerRow) -> dict[str, Any]:
     }
 
 
-def job_json(job: Job) -> dict[str, Any]:
+def job_json(job: Job, ends: Estimate | None = None) -> dict[str, Any]:
     """The short form of `batchmill jobs --json`."""
     return _head(job) | {
+        **_eta_json(ends),
         "file": job.file_name,
         "queued_at": job.queued_at,
         "finished_at": job.finished_at,
@@ -381,6 +403,25 @@ def _head(job: Job) -> dict[str, Any]:
         },
         "finish_reasons": None if reasons is None else {"stop": reasons.stop, "length": reasons.length},
     }
+
+
+def _eta_json(found: Estimate | None) -> dict[str, Any]:
+    return {
+        "eta_seconds": None if found is None else found.seconds,
+        "eta_low_seconds": None if found is None else found.low_seconds,
+        "eta_high_seconds": None if found is None else found.high_seconds,
+        "looks_sorted": None if found is None else found.looks_sorted,
+    }
+
+
+def estimated(found: Estimate) -> str:
+    """When a job ends, for people: `about 40 s (30 s to 1 min 10 s)`."""
+    low, likely, high = map(duration, (found.low_seconds, found.seconds, found.high_seconds))
+    if found.high_seconds > _WIDE * found.low_seconds and low != high:
+        said = f"between {low} and {high}"
+    else:
+        said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
+    return f"{said}; the file looks sorted by length, which misleads this" if found.looks_sorted else said
 
 
 def duration(seconds: float) -> str:

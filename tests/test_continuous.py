@@ -73,6 +73,19 @@ def answers(engine: ContinuousEngine, *requests: Request, until: int = sys.maxsi
     return sorted(outputs, key=lambda output: output.key.index)
 
 
+def test_unfinished_answers_are_counted_with_all_their_choices(make: Make, llama: LoadedModel) -> None:
+    engine = make(llama)
+    for request in (prompt(0, "ab", ignore_eos=True), prompt(1, "abc", ignore_eos=True, n=2, temperature=1.0)):
+        engine.add(key(request.index), request)
+    for _ in range(6):
+        assert engine.step() == []
+    one, two = engine.tokens_so_far()[key(0)], engine.tokens_so_far()[key(1)]
+    assert 3 <= one <= 6
+    assert two == 2 * one
+    assert len(answers(engine)) == 2
+    assert engine.tokens_so_far() == {}
+
+
 def error(output: Output) -> tuple[str, str]:
     assert output.error is not None
     return output.error.code, output.error.message

@@ -89,14 +89,16 @@ class TestClosedAndMoving:
         who = mill.seat(place.store)
         job_id = mill.load(place.store, 20)
         place.later(10, who)
-        (claimed,) = mill.claim(place.store, who)
-        place.later(10, who)
-        mill.save(place.store, who, [mill.answered(claimed, count=2)])
+        for _ in range(3):
+            (claimed,) = mill.claim(place.store, who)
+            place.later(10, who)
+            mill.save(place.store, who, [mill.answered(claimed)])
+        mill.claim(place.store, who)
         place.later(2, who)
         diagnosis = place.diagnose(job_id, AWAY)
-        assert "the last answer came 2 s ago; at " in expect(diagnosis, Verdict.MOVING, "moving").message
+        assert "the last answer came 2 s ago; it ends in " in expect(diagnosis, Verdict.MOVING, "moving").message
         assert (
-            "2 of 20 requests answered; 4 batches pending (the next one for 22 s), 1 held"
+            "12 of 20 requests answered; 1 batch pending (the next one for 42 s), 1 held"
             in finding(diagnosis, "progress").message
         )
         assert "worker w on host (cpu) holds 1 batch since" in finding(diagnosis, "held").message

@@ -50,6 +50,14 @@ def test_room_is_shared_by_the_batches_in_the_order_of_their_claims() -> None:
     assert [each.untouched for each in holdings.said(room=2, memory=Memory(), release=False).held] == [False, True]
 
 
+def test_what_is_in_flight_is_said_with_the_tokens_it_has() -> None:
+    holdings = holding(claimed(1, in_flight=2), claimed(2, first=3, in_flight=1))
+    holdings.tokens = {RequestKey("job", 0): 5, RequestKey("job", 1): 2, RequestKey("job", 3): 4}
+    holdings.answer([output("job", 1)])
+    said = holdings.said(room=1, memory=Memory(), release=False)
+    assert [each.in_flight_tokens for each in said.held] == [5, 4]
+
+
 def test_outputs_that_came_while_a_turn_was_under_way_wait_for_the_next() -> None:
     holdings = holding(claimed(in_flight=3))
     holdings.answer([output("job", 0)])

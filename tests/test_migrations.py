@@ -121,9 +121,9 @@ def old_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield server.set(database="old_store").render_as_string(hide_password=False)
 
 
-@pytest.mark.parametrize("revision", ["0004", "0005", "0006"])
+@pytest.mark.parametrize("revision", ["0004", "0005", "0006", "0007"])
 class TestBeforeIdentities:
-    """A store of before the identities of models, of processes and stores, or finish reasons: jobs in every state."""
+    """A store of before the identities of models, of processes and stores, finish reasons, or tokens in flight."""
 
     @pytest.fixture
     def store(self, old_url: str, revision: str) -> Iterator[Store]:

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.errors import StoreUnavailable
 from jobs.memory import Memory
+from jobs.schema import RequestKey
 from jobs.states import JobState, RequestState, WorkerState
 from jobs.store import Store
 from jobs.store.lease import Turned
@@ -72,6 +73,22 @@ def test_a_task_works_off_everything_and_ends(store: Store, desk: Desk) -> None:
         assert job.counts.succeeded == job.counts.total
     desk.runner.run()  # a wake-up that came late
     assert store.effort.of(jobs[0]).memory.peak_allocated_bytes == 2
+
+
+def test_the_store_knows_how_far_the_answers_in_flight_are(
+    store: Store, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = mill.load(store, 100, batch_size=100)
+    monkeypatch.setattr(desk.engine, "tokens_so_far", lambda: {RequestKey(job_id, index): 3 for index in range(100)})
+
+    def look() -> None:
+        if desk.steps == 3:
+            until(lambda: store.effort.of(job_id).paces[0].in_flight_tokens >= 3, "the tokens of some")
+
+    desk.on_step = look
+    desk.runner.run()
+    assert store.effort.of(job_id).paces[0].in_flight_tokens == 0
+    assert store.reading.job(job_id).counts.succeeded == 100
 
 
 def test_a_drain_saves_what_is_finished_and_hands_the_rest_back(store: Store, desk: Desk) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import update
 
 from jobs.adapters import Adapter
 from jobs.process import Process
 from jobs.schema import ErrorCode, JobOptions, SamplingParams
+from jobs.settings import load_settings
 from jobs.sizes import size
 from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held, Seat
 from jobs.tables import workers
+from producer.cli_jobs import COMMANDS
+from producer.estimate import Estimate
 from producer.here import seen_here
-from producer.status import JobStatus, duration, job_json, loading_line, worker_json, worker_line
+from producer.status import JobStatus, duration, estimated, job_json, loading_line, worker_json, worker_line
 from tests import mill
 
 NUMBER = (int, float)
@@ -51,6 +56,9 @@ STATUS: dict[str, Any] = {
     "energy_joules": (*NUMBER, type(None)),
     "seconds": {"queued": NUMBER, "running": NUMBER, "model_load": NUMBER},
     "eta_seconds": (*NUMBER, type(None)),
+    "eta_low_seconds": (*NUMBER, type(None)),
+    "eta_high_seconds": (*NUMBER, type(None)),
+    "looks_sorted": (bool, type(None)),
     "workers": list,
     "unserved_seconds": (*NUMBER, type(None)),
     "identity": str,
@@ -131,7 +139,7 @@ def test_the_json_of_a_running_job_has_the_public_keys(store: Store, job_id: str
     assert status["sampling"] == {"max_tokens": 256, "temperature": 0.0, "top_k": 7}
     assert status["options"] == {"temperature": 0.0}
     assert status["throughput"]["requests_per_second"] > 0
-    assert status["eta_seconds"] > 0
+    assert status["eta_seconds"] is None, "so few answers tell nothing"
     assert status["unserved_seconds"] is None
     assert status["given_up"] == []
 
@@ -157,6 +165,10 @@ def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
         "quantization",
         "counts",
         "finish_reasons",
+        "eta_seconds",
+        "eta_low_seconds",
+        "eta_high_seconds",
+        "looks_sorted",
         "file",
         "queued_at",
         "finished_at",
@@ -186,6 +198,94 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
     assert said(ago=7_500) == "loading torch 1 h 0 min, the model 1 h 5 min"
     mill.seat(store, name="ready", spec=spec)
     assert JobStatus.read(store, job_id).loading == ()
+
+
+class TestEnd:
+    """When a job ends, which every command says by the same words."""
+
+    @pytest.fixture
+    def clock(self) -> mill.Clock:
+        return mill.Clock()
+
+    @pytest.fixture
+    def store(self, store_url: str, clock: mill.Clock) -> Iterator[Store]:
+        store = Store(store_url, busy_seconds=10, now=clock.expression())
+        yield store
+        store.close()
+
+    @pytest.fixture
+    def who(self, store: Store) -> Seat:
+        """A worker of eight rows, and a job of 400 requests, which are answered with three tokens each."""
+        mill.load(store, 400, batch_size=40, options=JobOptions(None, SamplingParams(max_tokens=4)))
+        return mill.seat(store)
+
+    def work(self, store: Store, who: Seat, clock: mill.Clock, *, batches: int) -> None:
+        """Answers four requests a second; of another batch the first half, so that it is held on."""
+        for place in range(batches + 1):
+            (claimed,) = mill.claim(store, who)
+            clock.seconds += 10 if place < batches else 5
+            store.workers.heartbeat(who.worker_id, beat=5.0)
+            mill.save(store, who, [mill.answered(claimed, count=None if place < batches else 20)])
+
+    def read(self, store: Store) -> JobStatus:
+        return JobStatus.read(store, store.reading.find("last"))
+
+    def test_it_is_measured_then_known_and_nothing_once_no_worker_lives(
+        self, store: Store, who: Seat, clock: mill.Clock
+    ) -> None:
+        assert self.read(store).ends_in == ""
+        (claimed,) = mill.claim(store, who)
+        assert self.read(store).ends_in == "measuring"
+        assert "  ends in    measuring" in self.read(store).lines()
+        mill.save(store, who, [replace(mill.answered(claimed, count=0), release=True)])
+        self.work(store, who, clock, batches=4)
+        status = self.read(store)
+        assert status.estimate is not None
+        assert status.estimate.seconds == pytest.approx(220 / 4, rel=0.1)
+        said = status.to_json()
+        assert said["eta_low_seconds"] <= said["eta_seconds"] <= said["eta_high_seconds"]
+        assert f"  ends in    {status.ends_in}" in status.lines()
+        clock.seconds += 3_600
+        gone = self.read(store)
+        assert (gone.estimate, gone.ends_in, gone.to_json()["eta_seconds"]) == (None, "", None)
+        assert gone.rate == pytest.approx(180 / 50), "and the hour in which nobody lived is no work"
+
+    def test_status_wait_and_jobs_say_the_same(
+        self, store: Store, who: Seat, clock: mill.Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.work(store, who, clock, batches=4)
+        monkeypatch.setattr("producer.cli_jobs._open", lambda: (load_settings(), store))
+        run = CliRunner().invoke
+        listed, status = run(COMMANDS[1], []), run(COMMANDS[0], [])
+        waited = run(COMMANDS[3], ["--timeout", "0"])
+        ends = self.read(store).ends_in
+        assert ends.startswith("about ")
+        assert f"  ends in    {ends}" in status.stdout.splitlines()
+        assert listed.stdout.rstrip().endswith(f"  ends in {ends}")
+        assert f"ends in {ends}" in waited.stderr
+        in_json = json.loads(run(COMMANDS[1], ["--json"]).stdout)[0]
+        assert in_json["eta_seconds"] == json.loads(run(COMMANDS[0], ["--json"]).stdout)["eta_seconds"]
+
+    def test_a_job_that_is_cancelled_or_over_says_nothing(self, store: Store, who: Seat, clock: mill.Clock) -> None:
+        self.work(store, who, clock, batches=4)
+        store.closing.cancel(store.reading.find("last"))
+        assert self.read(store).ends_in == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Estimate(40.0, 30.0, 70.0, False), "about 40 s (30 s to 1 min 10 s)"),
+        (Estimate(40.2, 40.1, 40.3, False), "about 40 s"),
+        (Estimate(5.0, 1.0, 60.0, False), "between 1 s and 1 min 0 s"),
+        (
+            Estimate(40.0, 30.0, 70.0, True),
+            "about 40 s (30 s to 1 min 10 s); the file looks sorted by length, which misleads this",
+        ),
+    ],
+)
+def test_estimates_for_people(found: Estimate, said: str) -> None:
+    assert estimated(found) == said
 
 
 def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:

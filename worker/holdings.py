@@ -6,7 +6,7 @@ Plain bookkeeping: no threads, no database, no engine. The saver guards it with 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from jobs.memory import Memory
@@ -39,6 +39,8 @@ class Holdings:
         self._by_batch: dict[int, Holding] = {}
         self._batch_of: dict[RequestKey, int] = {}
         self.recorded: deque[tuple[RequestKey, Request]] = deque()
+        #: What the engine has answered so far of requests in flight.
+        self.tokens: Mapping[RequestKey, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._by_batch)
@@ -86,6 +88,7 @@ class Holdings:
                     holding.lease,
                     outputs=tuple(holding.answered),
                     in_flight=tuple(begun + next_ones),
+                    in_flight_tokens=sum(self.tokens.get(RequestKey(holding.lease.job_id, each), 0) for each in begun),
                     memory=holding.memory,
                     untouched=holding.untouched and not entering,
                     release=release,

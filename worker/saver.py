@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -33,6 +33,8 @@ _PAUSES_A_LEASE = 12
 _HELD_BYTES = 32 * 1024**2
 #: The worker's row says anew what its devices hold, while it works, once in so many seconds.
 _DEVICES_SECONDS = 5.0
+#: The tokens of unfinished answers are counted so often between two saves.
+_COUNTS_A_SAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Saver:
         self._engine_empty = True
         self._open = False
         self._turns = 0
+        self._count_at = 0.0
         #: Nothing could be claimed at the last turn, so there is no hurry to ask again.
         self._dry = False
         #: The store did not answer the last turn, so nobody knows whether it was committed.
@@ -135,11 +138,26 @@ class Saver:
                     return None
                 self._condition.wait(self._save_seconds)
 
-    def give(self, outputs: Sequence[Output], *, fits: int | None = None) -> None:
-        """Outputs that the engine finished, to be saved, and what its device was found to hold."""
+    def give(
+        self,
+        outputs: Sequence[Output],
+        *,
+        fits: int | None = None,
+        tokens: Callable[[], Mapping[RequestKey, int]] | None = None,
+    ) -> None:
+        """Outputs that the engine finished, to be saved, and what its device was found to hold.
+
+        `tokens`: counts what the engine has answered so far of the rest; asked once in a while, since it takes time.
+        """
+        counted = None
+        if tokens is not None and monotonic() >= self._count_at:
+            counted = tokens()
+            self._count_at = monotonic() + self._save_seconds / _COUNTS_A_SAVE
         with self._condition:
             self._holdings.answer(outputs)
             self._fits = fits
+            if counted is not None:
+                self._holdings.tokens = counted
 
     def _next(self, waiting: int) -> Work:
         """As many recorded requests as keep the engine's own queue at its rows."""

@@ -1,10 +1,11 @@
 """The store: every query and every transaction, behind one class. No SQL stands anywhere else.
 
 `loading` puts a prompt file into it, `saving` is a worker's turn (with what it claims), `recovery` takes leases back
-and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading` and `effort`
-answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the workers' rows,
-`health` tells a broken device from a bad prompt; `evaluations` keeps what quantization was measured to cost, `speeds`
-reads how fast a machine's workers have been; `checking` looks it all over; `own_id` tells this store from every other.
+and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading`, `effort`
+and `sampling` answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the
+workers' rows, `health` tells a broken device from a bad prompt; `evaluations` keeps what quantization was measured to
+cost, `speeds` reads how fast a machine's workers have been; `checking` looks it all over; `own_id` tells this store
+from every other.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 
@@ -27,6 +28,7 @@ from jobs.store.own_id import OwnId
 from jobs.store.reading import Reading
 from jobs.store.recovery import Recovery
 from jobs.store.retrying import Retrying
+from jobs.store.sample import Sampling
 from jobs.store.saving import Saving
 from jobs.store.speeds import Speeds
 from jobs.store.workers import Workers
@@ -60,6 +62,7 @@ class Store:
         self.holders = Holders(self.database)
         self.own_id = OwnId(self.database)
         self.reading = Reading(self.database)
+        self.sampling = Sampling(self.database)
         self.speeds = Speeds(self.database)
         self.workers = Workers(self.database)
 

@@ -1,26 +1,50 @@
-"""What a job took: seconds waiting, running and loading, its present speed, and the memory of its runs."""
+"""What a job took: seconds waiting, running and loading, its speed, by worker too, and the memory of its runs.
+
+Read from runs, which are few where outputs are many.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Subquery, case, func, literal, or_, select
 
 from jobs.memory import DeviceMemory, Memory, largest_of_texts
+from jobs.states import RunOutcome
 from jobs.store.database import Database
-from jobs.tables import jobs, runs
+from jobs.store.workers import MISSED_HEARTBEATS, alive
+from jobs.tables import jobs, runs, workers
 
 #: The window over which a job's present speed is taken.
 RECENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
-    """What a job's runs took. `running_seconds`: with at least one run open; rates come from these.
+class Pace:
+    """What one worker has done of a job in the seconds in which at least one of its runs was worked on.
 
-    `recent_requests_per_second`: of the last minute, each run's requests spread evenly over its time. `memory`: its
-    bytes are those of the run that held most, and its devices those of all runs.
+    The tokens are those of answered requests, `in_flight_tokens` those of answers on their way. `recent_tokens`: of
+    both, in the `recent_seconds` of the last minute that were worked, each run's spread evenly over its time.
+    """
+
+    worker_id: int
+    seconds: float
+    succeeded: int
+    prompt_tokens: int
+    completion_tokens: int
+    in_flight_tokens: int = 0
+    recent_seconds: float = 0.0
+    recent_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a job's runs took. `running_seconds`: in which at least one run was worked on; rates come from these.
+
+    `recent_requests_per_second`: answers of the last minute in the seconds of it that were worked, each run's spread
+    evenly over its time. `memory`: its bytes are those of the run that held most, and its devices those of all runs.
     """
 
     runs: int = 0
@@ -30,6 +54,11 @@ class Effort:
     recent_requests_per_second: float = 0.0
     memory: Memory = field(default_factory=Memory)
     model_commits: tuple[str, ...] = ()
+    paces: tuple[Pace, ...] = ()
+
+
+#: The outcomes of runs whose worker said itself that it ended them.
+_SAID = (RunOutcome.DONE.value, RunOutcome.RELEASED.value, RunOutcome.CANCELLED.value)
 
 
 class EffortReading:
@@ -43,49 +72,78 @@ class EffortReading:
         with self._database.read() as connection:
             now = connection.scalar(select(self._database.now)) or 0.0
             busy = self._busy(connection, job_id, now)
-            if not busy.runs:
+            if not busy:
                 waiting = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id))
                 return Effort(queued_seconds=max(0.0, now - (waiting or now)))
             memory, load_seconds, commits = self._memory(connection, job_id, self._devices(connection, job_id))
             queued_at = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id)) or 0.0
+        recent_seconds = sum(each.recent_seconds for each in busy)
         return Effort(
-            runs=busy.runs,
-            queued_seconds=max(0.0, busy.first - queued_at),
-            running_seconds=busy.seconds,
+            runs=sum(each.runs for each in busy),
+            queued_seconds=max(0.0, min(each.first for each in busy) - queued_at),
+            running_seconds=sum(each.seconds for each in busy),
             model_load_seconds=load_seconds,
-            recent_requests_per_second=(busy.recent or 0.0) / RECENT_SECONDS,
+            recent_requests_per_second=sum(each.recent for each in busy) / recent_seconds if recent_seconds else 0.0,
             memory=memory,
             model_commits=commits,
+            paces=tuple(map(_pace, busy)),
         )
 
-    def _busy(self, connection: Connection, job_id: str, now: float) -> Row[Any]:
-        """The length of the union of the runs' times: each adds what lies past all that began before it."""
-        ends = func.coalesce(runs.c.finished_at, now)
-        before = func.max(ends).over(order_by=(runs.c.started_at, runs.c.id), rows=(None, -1))
-        answered = (runs.c.succeeded + runs.c.failed) * 1.0
+    def _busy(self, connection: Connection, job_id: str, now: float) -> Sequence[Row[Any]]:
+        """What the runs took, a row a worker.
+
+        `seconds` are those of the union of all runs, of which each adds what lies past all that began before it;
+        `own_seconds` those of the union of the worker's own.
+        """
+        larger = self._database.larger
+        ended = self._ended(now)
+        sums = ("succeeded", "prompt_tokens", "completion_tokens", "in_flight_tokens")
         each = (
             select(
+                runs.c.worker_id,
                 runs.c.started_at.label("began"),
-                ends.label("ended"),
-                func.coalesce(before, runs.c.started_at).label("covered"),
-                answered.label("answered"),
+                ended.label("ended"),
+                _covered(ended).label("covered"),
+                _covered(ended, runs.c.worker_id).label("own_covered"),
+                *(runs.c[name] for name in sums),
             )
+            .join_from(runs, workers, workers.c.id == runs.c.worker_id)
             .where(runs.c.job_id == job_id)
             .subquery()
         )
-        begins = self._database.larger(each.c.began, each.c.covered)
-        recent_begin = self._database.larger(each.c.began, now - RECENT_SECONDS)
-        length = self._database.larger(each.c.ended - each.c.began, 0.001)
-        return connection.execute(
+        begins, own_begins = (larger(each.c.began, covered) for covered in (each.c.covered, each.c.own_covered))
+        tokens = each.c.completion_tokens + each.c.in_flight_tokens
+        since = now - RECENT_SECONDS
+        recent_part = self._past(each, larger(each.c.began, since)) / larger(each.c.ended - each.c.began, 0.001)
+        rows = connection.execute(
             select(
+                each.c.worker_id,
                 func.count().label("runs"),
                 func.min(each.c.began).label("first"),
-                func.sum(self._database.larger(each.c.ended - begins, 0.0)).label("seconds"),
-                func.sum(each.c.answered * self._database.larger(each.c.ended - recent_begin, 0.0) / length).label(
-                    "recent"
-                ),
+                func.sum(self._past(each, begins)).label("seconds"),
+                func.sum(self._past(each, own_begins)).label("own_seconds"),
+                func.sum(self._past(each, larger(own_begins, since))).label("own_recent_seconds"),
+                func.sum(tokens * recent_part).label("recent_tokens"),
+                func.sum(self._past(each, larger(begins, since))).label("recent_seconds"),
+                func.sum(each.c.succeeded * recent_part).label("recent"),
+                *(func.sum(each.c[name]).label(name) for name in sums),
             )
-        ).one()
+            .group_by(each.c.worker_id)
+            .order_by(each.c.worker_id)
+        )
+        return rows.all()
+
+    def _past(self, each: Subquery, begin: ColumnElement[float]) -> ColumnElement[float]:
+        """The seconds of a run after this."""
+        return self._database.larger(each.c.ended - begin, 0.0)
+
+    def _ended(self, now: float) -> ColumnElement[float]:
+        """When a run was last worked on: leases outlive a worker that died, which was before its next heartbeat."""
+        ended = func.coalesce(runs.c.finished_at, now)
+        beat = (workers.c.alive_until - workers.c.heartbeat_at) / MISSED_HEARTBEATS
+        died = self._database.larger(runs.c.started_at, workers.c.heartbeat_at + beat)
+        is_known = or_(runs.c.outcome.in_(_SAID), alive(literal(now)), ended < died)
+        return case((is_known, ended), else_=died)
 
     def _devices(self, connection: Connection, job_id: str) -> tuple[DeviceMemory, ...]:
         """The devices of a job's runs, each with the largest numbers of all of them."""
@@ -115,3 +173,14 @@ class EffortReading:
         bytes_of = (row.weights_bytes, row.peak_allocated_bytes, row.peak_reserved_bytes, row.device_total_bytes)
         memory = Memory(*bytes_of, devices=devices, energy_joules=row.joules)
         return memory, row.load, tuple(sorted(commits))
+
+
+def _covered(ended: ColumnElement[float], *by: ColumnElement[Any]) -> ColumnElement[float]:
+    """Until when runs had lasted that began before each."""
+    before = func.max(ended).over(partition_by=by, order_by=(runs.c.started_at, runs.c.id), rows=(None, -1))
+    return func.coalesce(before, runs.c.started_at)
+
+
+def _pace(row: Row[Any]) -> Pace:
+    tokens = (int(row.prompt_tokens), int(row.completion_tokens), int(row.in_flight_tokens))
+    return Pace(row.worker_id, row.own_seconds, int(row.succeeded), *tokens, row.own_recent_seconds, row.recent_tokens)

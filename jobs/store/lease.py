@@ -78,13 +78,15 @@ class Claimed:
 class Held:
     """What a worker says of one batch it holds.
 
-    `in_flight`: the indexes that are in the engine, or enter it after this turn. `release`: hand it back. `memory`:
-    since the batch was claimed. `more`: it has further outputs, which the next turn says, so it is not to end in this.
+    `in_flight`: the indexes that are in the engine, or enter it after this turn; `in_flight_tokens`: what those have
+    been answered with so far. `release`: hand it back. `memory`: since the batch was claimed. `more`: it has further
+    outputs, which the next turn says, so it is not to end in this.
     """
 
     lease: Lease
     outputs: Sequence[Output] = ()
     in_flight: Sequence[int] = ()
+    in_flight_tokens: int = 0
     memory: Memory = field(default_factory=Memory)
     untouched: bool = False
     release: bool = False
@@ -117,7 +119,7 @@ def end_runs(
     connection: Connection, which: ColumnElement[bool], outcome: RunOutcome, *, now: ColumnElement[float]
 ) -> None:
     """Writes down how these runs ended. What was in flight when a process died stays on record."""
-    ended: dict[str, object] = {"finished_at": now, "outcome": outcome.value}
+    ended: dict[str, object] = {"finished_at": now, "outcome": outcome.value, "in_flight_tokens": 0}
     if outcome not in (RunOutcome.CRASHED, RunOutcome.EXPIRED):
         ended["in_flight"] = "[]"
     connection.execute(update(runs).where(which, runs.c.finished_at.is_(None)).values(ended))

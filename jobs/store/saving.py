@@ -117,7 +117,7 @@ class Saving:
     def _save(self, connection: Connection, held: Held) -> _Saved:
         """Inserts the outputs that are not there yet: their counts and tokens, for batch and run."""
         if not held.outputs:
-            return _Saved({}, {})
+            return _Saved({}, {}, 0)
         rows = [_output_row(each, held.lease.run_id) for each in held.outputs]
         statement = self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
         names = ("index", "state", "prompt_tokens", "completion_tokens", "error_code")
@@ -131,7 +131,8 @@ class Saving:
             "prompt_tokens": sum(row.prompt_tokens for row in new),
             "completion_tokens": sum(row.completion_tokens for row in new),
         }
-        return _Saved(counts, _reasons(held, {row[0] for row in new}))
+        answered = sum(row.prompt_tokens for row in new if row.state == RequestState.SUCCEEDED.value)
+        return _Saved(counts, _reasons(held, {row[0] for row in new}), answered)
 
     def _renew(self, connection: Connection, seat: Seat, held: Held, saved: _Saved) -> None:
         """Adds the counts to batch and run, records what is in flight, renews the lease."""
@@ -150,9 +151,11 @@ class Saving:
             update(runs)
             .where(runs.c.id == lease.run_id)
             .values({name: runs.c[name] + count for name, count in saved.counts.items()})
+            .values(prompt_tokens=runs.c.prompt_tokens + saved.answered_prompt_tokens)
             .values(_of_devices(memory))
             .values(
                 in_flight=json.dumps(list(held.in_flight)),
+                in_flight_tokens=held.in_flight_tokens,
                 weights_bytes=larger(runs.c.weights_bytes, memory.weights_bytes),
                 device_total_bytes=larger(runs.c.device_total_bytes, memory.device_total_bytes),
                 peak_allocated_bytes=larger(runs.c.peak_allocated_bytes, memory.peak_allocated_bytes),
@@ -242,10 +245,14 @@ class Saving:
 
 
 class _Saved(NamedTuple):
-    """Counts and tokens of what a turn saved of one batch, and how many of its choices ended for each reason."""
+    """Counts and tokens of what a turn saved of one batch, and how many of its choices ended for each reason.
+
+    `answered_prompt_tokens`: a run counts those alone, since refused prompts are no part of its speed.
+    """
 
     counts: Mapping[str, int]
     reasons: Mapping[str, int]
+    answered_prompt_tokens: int
 
 
 def _reasons(held: Held, saved: Collection[int]) -> Mapping[str, int]:

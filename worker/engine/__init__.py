@@ -5,7 +5,7 @@ An engine knows no SQL, no Redis and no files. One thread drives it: `add` reque
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from jobs.schema import Output, Request, RequestKey, SamplingParams
@@ -60,6 +60,9 @@ class Engine(Protocol):
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; keys that it does not hold are ignored. They give no output."""
+
+    def tokens_so_far(self) -> Mapping[RequestKey, int]:
+        """What unfinished requests have been answered with between two steps, in tokens; those without need not be."""
 
     def step(self) -> list[Output]:
         """One bounded piece of device work: the outputs that it finished, none if there was nothing to do.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from time import monotonic, perf_counter
@@ -145,6 +145,12 @@ class ContinuousEngine:
             self._written.pop(key, None)
         gone = set(keys)
         self._done = [output for output in self._done if output.key not in gone]
+
+    def tokens_so_far(self) -> Mapping[RequestKey, int]:
+        """The tokens of every answer that was begun, all of its choices together."""
+        return {
+            key: sum(len(row.tokens) - row.prompt_tokens for row in each.rows) for key, each in self._answers.items()
+        }
 
     @torch.inference_mode()
     def step(self) -> list[Output]:

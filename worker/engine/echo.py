@@ -63,6 +63,10 @@ class EchoEngine:
         for key in keys:
             self._waiting.pop(key, None)
 
+    def tokens_so_far(self) -> Mapping[RequestKey, int]:
+        """Nothing: a step runs to its end."""
+        return {}
+
     def step(self) -> list[Output]:
         """Answers what waits, at most `rows` requests; none if progress asks to return."""
         if not self._waiting or self._interrupted():

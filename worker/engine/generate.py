@@ -97,6 +97,10 @@ class GenerateEngine:
             self._waiting.pop(key, None)
             self._refused.pop(key, None)
 
+    def tokens_so_far(self) -> Mapping[RequestKey, int]:
+        """Nothing: a step runs to its end."""
+        return {}
+
     def step(self) -> list[Output]:
         """The outputs of one micro-batch and of requests refused meanwhile; none if nothing waits.
 
