@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from producer.commands import Command
+from producer.completion import LAST, complete_job
+
 if TYPE_CHECKING:
     from jobs.settings import Settings
     from jobs.store import Store
@@ -26,8 +29,8 @@ def _open() -> tuple[Settings, Store]:
     return settings, open_store(settings)
 
 
-@click.command(epilog="Example: batchmill status last --watch")
-@click.argument("job", default="last")
+@click.command(cls=Command, epilog="Example: batchmill status last --watch")
+@click.argument("job", default=LAST, shell_complete=complete_job)
 @click.option("--watch", is_flag=True, help="Follow it until it has ended.")
 @_JSON
 def status(job: str, watch: bool, as_json: bool) -> None:
@@ -35,7 +38,6 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
     JOB is an id, the beginning of one, or `last`.
     """
-    from producer.progress import follow
     from producer.status import JobStatus
     from producer.tidy import tidy
 
@@ -43,31 +45,36 @@ def status(job: str, watch: bool, as_json: bool) -> None:
     tidy(settings)
     job_id = store.reading.find(job)
     if watch:
+        from producer.progress import follow
+
         follow(store, job_id, settings=settings)
     found = JobStatus.read(store, job_id, settings)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
 
 
-@click.command(epilog="Example: batchmill jobs --json")
+@click.command(cls=Command, epilog="Example: batchmill jobs --json")
 @click.option("-n", "most", type=click.IntRange(1), default=_MOST_JOBS, show_default=True, help="How many.")
 @_JSON
 def jobs(most: int, as_json: bool) -> None:
-    """List the newest jobs."""
+    """List the newest jobs: when each was submitted, how long it has run, and how many requests it has answered.
+
+    DURATION goes from the first batch to the end of the job, or to now.
+    """
+    from producer.job_table import table
     from producer.status import job_json
 
-    found = _open()[1].reading.jobs(most=most)
+    reading = _open()[1].reading
+    found = reading.jobs(most=most)
     if as_json:
         click.echo(json.dumps([job_json(each) for each in found]))
         return
     if not found:
         click.echo("no jobs yet; `batchmill submit` makes one", err=True)
-    for each in found:
-        done = f"{each.counts.total - each.counts.pending:,}/{each.counts.total:,}"
-        failed = f", {each.counts.failed:,} failed" if each.counts.failed else ""
-        click.echo(f"{each.id}  {each.state.value:<10}  {done:>15}{failed}  {each.spec}  {each.name or each.file_name}")
+        return
+    click.echo("\n".join(table(found, now=reading.now())))
 
 
-@click.command(epilog="Example: batchmill workers --all")
+@click.command(cls=Command, epilog="Example: batchmill workers --all")
 @click.option("--all", "everyone", is_flag=True, help="Those that have ended, too.")
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
@@ -96,8 +103,8 @@ def workers(everyone: bool, as_json: bool) -> None:
             click.echo(f"  {device_line(device, now=True)}")
 
 
-@click.command(epilog="Example: batchmill wait last --timeout 3600")
-@click.argument("job", default="last")
+@click.command(cls=Command, epilog="Example: batchmill wait last --timeout 3600")
+@click.argument("job", default=LAST, shell_complete=complete_job)
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after so long (exit 124).")
 @_JSON
 def wait(job: str, timeout: float | None, as_json: bool) -> None:
@@ -112,8 +119,8 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     require_success(found)
 
 
-@click.command(epilog="Example: batchmill results last --format openai -o answers.jsonl")
-@click.argument("job", default="last")
+@click.command(cls=Command, epilog="Example: batchmill results last --format openai -o answers.jsonl")
+@click.argument("job", default=LAST, shell_complete=complete_job)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A file (default: stdout).")
 @click.option(
     "--format",
@@ -150,8 +157,8 @@ def results(job: str, out: Path | None, form: str, only: str) -> None:
         click.echo(f"wrote {count:,} of {found.counts.total:,} outputs to {out}", err=True)
 
 
-@click.command(epilog="Example: batchmill cancel last")
-@click.argument("job")
+@click.command(cls=Command, epilog="Example: batchmill cancel last")
+@click.argument("job", shell_complete=complete_job)
 def cancel(job: str) -> None:
     """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
     from producer.finish import answered_line
@@ -169,8 +176,8 @@ def cancel(job: str) -> None:
     click.echo(f"job {job_id} is {after.state.value}: {answered_line(after)}", err=True)
 
 
-@click.command(epilog="Example: batchmill retry last")
-@click.argument("job")
+@click.command(cls=Command, epilog="Example: batchmill retry last")
+@click.argument("job", shell_complete=complete_job)
 def retry(job: str) -> None:
     """Run the failed and cancelled requests of JOB again; what succeeded is kept."""
     from jobs.broker import Broker
