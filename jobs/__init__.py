@@ -1,8 +1,19 @@
 """What a job is, where it is kept and how it is sent; imports neither producer nor worker, and no torch."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-try:
-    VERSION = version("batchmill")
-except PackageNotFoundError:  # a checkout that was never installed: `python -m producer` still works
-    VERSION = "0+unknown"
+if TYPE_CHECKING:
+    VERSION: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """VERSION, looked up when it is first asked for, which takes longer than to start the command line."""
+        if name != "VERSION":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("batchmill")
+        except PackageNotFoundError:  # a checkout that was never installed: `python -m producer` still works
+            found = "0+unknown"
+        return globals().setdefault(name, found)

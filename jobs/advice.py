@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.embedded import socket_path
+from jobs.home import socket_path
 from jobs.pid_file import PidFile
 from jobs.process import Lives
 from jobs.settings import Settings

@@ -6,13 +6,11 @@ kernel ends it when the process that started it is gone. It never listens on TCP
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,28 +22,18 @@ from filelock import FileLock, Timeout
 
 from jobs.errors import AlreadyRunning, BatchmillError
 from jobs.exits import say
-from jobs.home import make_home, try_home
+from jobs.home import make_home, socket_path, try_home
+from jobs.parent_death import die_with_parent
 from jobs.pid_file import PidFile
-from jobs.signals import block_sigterm, die_with_parent
+from jobs.signals import block_sigterm
 from jobs.waiting import telling
 
 _SERVER_NAMES = ("redis-server", "valkey-server")
-#: A unix socket's path has at most 107 bytes.
-_SOCKET_PATH_BYTES = 107
 _START_SECONDS = 10.0
 _STOP_SECONDS = 5.0
 #: A server that ended is started again after a pause that grows.
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
-
-
-def socket_path(home: Path) -> Path:
-    """Where the embedded Redis of this home listens: in it, or in a private folder if its path is too long."""
-    path = home / "redis.sock"
-    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
-        return path
-    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"batchmill-{os.getuid()}-{digest}" / "redis.sock"
 
 
 def find_server() -> Path | None:

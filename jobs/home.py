@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from jobs.waiting import telling
 
 #: So much is written to see that a disk has space for more than a name.
 _TRIAL_BYTES = 4096
+#: A unix socket's path has at most 107 bytes.
+_SOCKET_PATH_BYTES = 107
 
 
 def make_home(home: Path) -> None:
@@ -44,6 +47,15 @@ def nearest_folder(home: Path) -> Path:
         where = "is a file" if found == home else f"lies below {found}, which is a file"
         raise SettingsError(f"BATCHMILL_HOME={home} {where}; name a folder")
     return found
+
+
+def socket_path(home: Path) -> Path:
+    """Where the embedded Redis of this home listens: in it, or in a private folder if its path is too long."""
+    path = home / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
+        return path
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"batchmill-{os.getuid()}-{digest}" / "redis.sock"
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+from jobs.spec import DEMO, ECHO
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DEFAULT_REVISION = "main"
 
@@ -31,6 +33,11 @@ def cached_names() -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(each.removeprefix("models--").replace("--", "/") for each in folders)
+
+
+def known_names(beginning: str) -> list[str]:
+    """The models that need not be fetched, those of batchmill among them, whose names begin so."""
+    return [each for each in (DEMO, ECHO, *cached_names()) if each.startswith(beginning)]
 
 
 def _cache() -> Path:

@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from jobs import VERSION
-from jobs.digests import Digests, Stamp
+if TYPE_CHECKING:
+    from jobs.digests import Digests, Stamp
 
 _CONFIG, _TOKENIZER, _TEMPLATE, _GENERATION, _WEIGHTS = "config", "tokenizer", "template", "generation", "weights"
 _COMMIT, _BATCHMILL = "commit", "batchmill"
@@ -74,6 +75,8 @@ class Content:
 
 def of_echo() -> Content:
     """The engine without a model, which is a part of batchmill."""
+    from jobs import VERSION
+
     return Content(f"{_BATCHMILL}={VERSION}")
 
 
@@ -138,6 +141,8 @@ def _is_beside(folder: Path, name: object) -> bool:
 
 
 def _stamp(file: Path) -> Stamp | None:
+    from jobs.digests import Stamp  # here, since it brings the log's library, and `status` only compares texts
+
     try:
         return Stamp.of(file.stat())
     except OSError:

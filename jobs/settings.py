@@ -22,10 +22,10 @@ from pydantic_settings import (
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from jobs.embedded import socket_path
 from jobs.errors import SettingsError, UsageError
 from jobs.exits import say
 from jobs.flags import FLAG_OF_SETTING
+from jobs.home import socket_path
 from jobs.quantization import Quantization
 from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES
 from jobs.settings_file import TOML_FILE, read_settings_file

@@ -1,4 +1,4 @@
-"""Signals in the first moments of a process, and the one that comes when its parent dies.
+"""SIGTERM in the first moments of a process.
 
 SIGTERM may come before anything is there that could hand work back. Who becomes a worker, or starts one, blocks it
 first; a new program inherits that, so the signal waits until the worker's first lines let it in. From then on it ends
@@ -9,15 +9,12 @@ before their imports.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-
-_PR_SET_PDEATHSIG = 1
 
 
 def block_sigterm() -> None:
@@ -40,14 +37,6 @@ def note_sigterm() -> threading.Event:
     came = threading.Event()
     _admit_sigterm(lambda *_: came.set())
     return came
-
-
-def die_with_parent(number: signal.Signals, parent_pid: int) -> None:
-    """Has Linux send this process the signal when the thread that started it ends; at once if it has ended by now."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent_pid:
-            os.kill(os.getpid(), number)
 
 
 def _admit_sigterm(handler: Callable[[int, FrameType | None], object]) -> None:

@@ -1,4 +1,7 @@
-"""The store's revisions, and how a store is brought to the newest one; a package, so found without a checkout."""
+"""The store's revisions, and how a store is brought to the newest one; a package, so found without a checkout.
+
+A store that is at its revision is opened without importing alembic.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from filelock import FileLock, Timeout
 from sqlalchemy.engine import make_url
 
 from jobs.disks import Disk, disk_of
@@ -21,6 +22,9 @@ from jobs.settings import Settings
 from jobs.store import Store
 from jobs.tables import REVISION
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 _LOCK_SECONDS = 60
 _OTHER_PLACE = "set BATCHMILL_HOME to a folder of this machine's own disk, or BATCHMILL_DATABASE_URL to a PostgreSQL"
 
@@ -30,6 +34,8 @@ def upgrade(url: str, *, revision: str = "head") -> None:
 
     Raises StoreError, also for one that cannot hold every text.
     """
+    from alembic import command
+
     store = Store(url)
     try:
         store.database.check_encoding()
@@ -42,6 +48,8 @@ def upgrade(url: str, *, revision: str = "head") -> None:
 
 def alembic_config(url: str) -> Config:
     """Alembic's configuration for a store; the migrations lie beside this file."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.attributes["url"] = url
@@ -87,6 +95,8 @@ def check_disk(written: str) -> None:
 
 
 def _upgrade_embedded(settings: Settings, store: Store) -> None:
+    from filelock import FileLock, Timeout
+
     lock = FileLock(settings.home / "upgrade.lock", timeout=_LOCK_SECONDS)
     try:
         acquire(lock, "upgrades of the store")

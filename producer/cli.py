@@ -1,36 +1,29 @@
-"""The batchmill command: its groups, and the commands about the installation. Data on stdout, prose on stderr.
-
-What a command needs is imported when it runs, so that `batchmill --help` answers in a fraction of a second.
-"""
+"""The batchmill command. Data on stdout, prose on stderr."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from jobs import VERSION
 from jobs.exits import one_line_errors
-from jobs.signals import block_sigterm
-
-if TYPE_CHECKING:
-    from jobs.store import Store
+from producer.commands import Commands
 
 
-class Commands(click.Group):
-    """A group whose errors are one line each."""
+def _show_version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from jobs import VERSION
 
-    def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors():
-            return super().invoke(ctx)
+        click.echo(f"batchmill, version {VERSION}")
+        ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(VERSION, prog_name="batchmill")
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: batchmill run prompts.jsonl -m demo -o answers.jsonl",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
 def cli() -> None:
     """Turn files of prompts into files of answers, with quantized models on your own GPUs.
 
@@ -39,148 +32,7 @@ def cli() -> None:
     """
 
 
-def _of_the_workers_room(name: str, words: list[str], summary: str) -> None:
-    """A command that becomes a process of its own, so that this one never imports torch, nor the worker's room."""
-
-    @cli.command(
-        name,
-        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-        add_help_option=False,
-        help=f"{summary} (`batchmill {name} --help` lists its options).",
-    )
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    def command(arguments: tuple[str, ...]) -> None:
-        sys.stdout.flush()
-        block_sigterm()
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "worker", *words, *arguments])
-
-
-_of_the_workers_room("worker", [], "Run a worker: one quantized model on one device")
-_of_the_workers_room("models", ["models"], "Fetch a model, or save a quantized copy of one")
-_of_the_workers_room("plan", ["plan"], "Show what a model takes in each quantization, and what fits, unloaded")
-_of_the_workers_room("evaluate", ["evaluate"], "Measure what quantization costs on your own text")
-
-
-@cli.group(epilog="Example: batchmill db upgrade")
-def db() -> None:
-    """The tables of the store."""
-
-
-@db.command(epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/mill batchmill db upgrade")
-def upgrade() -> None:
-    """Bring the store's tables to the revision that this batchmill works with."""
-    import migrations
-    from jobs.settings import load_settings
-
-    settings = load_settings()
-    if settings.embedded_store:
-        migrations.open_store(settings).close()
-    else:
-        migrations.check_disk(settings.database)
-        migrations.upgrade(settings.database)
-    click.echo(f"the store is at revision {_revision()[0]}", err=True)
-
-
-@db.command(epilog="Example: batchmill db current --json")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def current(as_json: bool) -> None:
-    """Show the revision of the store, and the one that this batchmill works with."""
-    import json
-
-    found, works_with = _revision()
-    if as_json:
-        click.echo(json.dumps({"revision": found, "works_with": works_with}))
-    else:
-        click.echo(f"{found or 'no tables'} (this batchmill works with {works_with})")
-
-
-@db.command("new-id", epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/copy batchmill db new-id")
-def new_id() -> None:
-    """Give a copy of a store an id of its own, so that it shares no queue and no spool with the original.
-
-    A store that was restored in the place of the original keeps its id. Stop the copy's workers before, and start them
-    again afterwards.
-    """
-    import migrations
-    from jobs.settings import load_settings
-
-    store = migrations.open_store(load_settings())
-    try:
-        click.echo(f"the store {store.database.name} has the id {store.own_id.renew()}", err=True)
-    finally:
-        store.close()
-
-
-@db.command(epilog="Example: batchmill db check --json")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def check(as_json: bool) -> None:
-    """Look the whole store over without writing: damage, lost rows, counts against sums, states.
-
-    A line for each thing that is wrong, and exit code 1 if there is one. Workers may go on meanwhile.
-    """
-    from producer.check import report
-
-    with _read_only_store() as store:
-        store.check_revision()
-        sys.exit(report(store, as_json=as_json))
-
-
-def _revision() -> tuple[str | None, str]:
-    from jobs.tables import REVISION
-
-    with _read_only_store() as store:
-        return store.revision(), REVISION
-
-
-@contextmanager
-def _read_only_store() -> Iterator[Store]:
-    from jobs.home import try_home
-    from jobs.settings import load_settings
-    from jobs.store import Store
-
-    settings = load_settings()
-    if settings.embedded_store and not settings.database_file.exists():
-        try_home(settings.home)
-    store = Store(settings.database, busy_seconds=settings.busy_seconds, read_only=True)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-@cli.command(epilog="Example: batchmill doctor last")
-@click.argument("job", required=False)
-@click.option("-m", "--model", help="A model that is to be readable here (without JOB).")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def doctor(job: str | None, model: str | None, as_json: bool) -> None:
-    """Check what batchmill needs, or say why JOB does not move and what to do.
-
-    Without JOB: a line for each need, with the fix; exit code 1 if a required one fails. With JOB (an id, the
-    beginning of one, or `last`): exit code 1 if it is stuck until you act, 0 if it moves, waits or has ended.
-    """
-    from jobs.settings import load_settings
-
-    if job is not None and model is not None:
-        raise click.UsageError("JOB says which model it wants: leave --model out")
-    settings = load_settings()
-    if job is None:
-        from producer.doctor import examine, report
-
-        sys.exit(report(examine(settings, model=model), as_json=as_json))
-    import json
-
-    from producer.diagnosis import examine_job
-
-    found = examine_job(settings, job)
-    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
-    sys.exit(found.exit_code)
-
-
 def main() -> None:
     """Runs one command, in a process that `producer.__main__` prepared."""
-    from producer import cli_jobs, cli_submit
-
-    for command in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS):
-        cli.add_command(command)
     with one_line_errors():  # those of --help and --version, which are no command
-        cli()
+        cli(prog_name="batchmill")

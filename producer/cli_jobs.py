@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.kinds import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
+from producer.commands import Command
+from producer.completion import LAST, complete_job
 
 if TYPE_CHECKING:
     from jobs.settings import Settings
@@ -28,8 +30,8 @@ def _open() -> tuple[Settings, Store]:
     return settings, open_store(settings)
 
 
-@click.command(epilog="Example: batchmill status last --watch")
-@click.argument("job", default="last")
+@click.command(cls=Command, epilog="Example: batchmill status last --watch")
+@click.argument("job", default=LAST, shell_complete=complete_job)
 @click.option("--watch", is_flag=True, help="Follow it until it has ended.")
 @_JSON
 def status(job: str, watch: bool, as_json: bool) -> None:
@@ -37,7 +39,6 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
     JOB is an id, the beginning of one, or `last`.
     """
-    from producer.progress import follow
     from producer.status import JobStatus
     from producer.tidy import tidy
 
@@ -45,17 +46,23 @@ def status(job: str, watch: bool, as_json: bool) -> None:
     tidy(settings)
     job_id = store.reading.find(job)
     if watch:
+        from producer.progress import follow
+
         follow(store, job_id, settings=settings)
     found = JobStatus.read(store, job_id, settings)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
 
 
-@click.command(epilog="Example: batchmill jobs --json")
+@click.command(cls=Command, epilog="Example: batchmill jobs --json")
 @click.option("-n", "most", type=click.IntRange(1), default=_MOST_JOBS, show_default=True, help="How many.")
 @_JSON
 def jobs(most: int, as_json: bool) -> None:
-    """List the newest jobs."""
+    """List the newest jobs: when each was submitted, how long it has run, and how many requests it has answered.
+
+    DURATION goes from the first batch to the end of the job, or to now.
+    """
     from jobs.states import JobState
+    from producer.job_table import table
     from producer.status import JobStatus, job_json
 
     settings, store = _open()
@@ -67,17 +74,12 @@ def jobs(most: int, as_json: bool) -> None:
         return
     if not found:
         click.echo("no jobs yet; `batchmill submit` makes one", err=True)
-    for each in found:
-        done = f"{each.counts.total - each.counts.pending:,}/{each.counts.total:,}"
-        failed = f", {each.counts.failed:,} failed" if each.counts.failed else ""
-        ends = at_work[each.id].ends_in if each.id in at_work else ""
-        click.echo(
-            f"{each.id}  {each.state.value:<10}  {done:>15}{failed}  {each.spec}  {each.name or each.file_name}"
-            + (f"  ends in {ends}" if ends else "")
-        )
+        return
+    ends = {job_id: each.ends_in for job_id, each in at_work.items() if each.ends_in}
+    click.echo("\n".join(table(found, ends=ends, now=store.reading.now())))
 
 
-@click.command(epilog="Example: batchmill workers --all")
+@click.command(cls=Command, epilog="Example: batchmill workers --all")
 @click.option("--all", "everyone", is_flag=True, help="Those that have ended, too.")
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
@@ -106,8 +108,8 @@ def workers(everyone: bool, as_json: bool) -> None:
             click.echo(f"  {device_line(device, now=True)}")
 
 
-@click.command(epilog="Example: batchmill wait last --timeout 3600")
-@click.argument("job", default="last")
+@click.command(cls=Command, epilog="Example: batchmill wait last --timeout 3600")
+@click.argument("job", default=LAST, shell_complete=complete_job)
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after so long (exit 124).")
 @_JSON
 def wait(job: str, timeout: float | None, as_json: bool) -> None:
@@ -122,8 +124,8 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     require_success(found)
 
 
-@click.command(epilog="Example: batchmill results last --format openai -o answers.jsonl")
-@click.argument("job", default="last")
+@click.command(cls=Command, epilog="Example: batchmill results last --format openai -o answers.jsonl")
+@click.argument("job", default=LAST, shell_complete=complete_job)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option(
     "--format",
@@ -159,8 +161,8 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
         click.echo(f"wrote {count:,} of {found.counts.total:,} outputs to {out}", err=True)
 
 
-@click.command(epilog="Example: batchmill cancel last")
-@click.argument("job")
+@click.command(cls=Command, epilog="Example: batchmill cancel last")
+@click.argument("job", shell_complete=complete_job)
 def cancel(job: str) -> None:
     """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
     from producer.finish import answered_line
@@ -178,8 +180,8 @@ def cancel(job: str) -> None:
     click.echo(f"job {job_id} is {after.state.value}: {answered_line(after)}", err=True)
 
 
-@click.command(epilog="Example: batchmill retry last")
-@click.argument("job")
+@click.command(cls=Command, epilog="Example: batchmill retry last")
+@click.argument("job", shell_complete=complete_job)
 @click.option("--all", "everything", is_flag=True, help="What its line alone decides and what is too long, too.")
 def retry(job: str, everything: bool) -> None:
     """Run the failed and cancelled requests of JOB again that another try can answer; what succeeded is kept.
@@ -207,8 +209,8 @@ def retry(job: str, everything: bool) -> None:
         click.echo(line, err=True)
 
 
-@click.command(epilog="Example: batchmill logs last --level warning --follow")
-@click.argument("which", metavar="[WORKER|JOB]", required=False)
+@click.command(cls=Command, epilog="Example: batchmill logs last --level warning --follow")
+@click.argument("which", metavar="[WORKER|JOB]", required=False, shell_complete=complete_job)
 @click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option(
     "--level",

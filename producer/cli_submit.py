@@ -16,8 +16,11 @@ from jobs.adapters import Adapter, check_all, check_name
 from jobs.errors import UsageError
 from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
 from jobs.kinds import FILE_HELP, OUT_HELP, PROMPTS, written_as
+from jobs.option_groups import DEVICE, ENGINE, MODEL, Groups
 from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
 from producer.checks import OBJECT, BadLine
+from producer.commands import Command
+from producer.completion import complete_file, complete_model
 from producer.options import sampling_of_flags
 from producer.strict_json import json_value
 from producer.submit import Submission
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 _Command = Callable[..., Any]
 
+_JOB: Groups = {
+    "Job": ("out", "name", "new", "once", "idempotency_key", "wait", "batch_size"),
+    "Prompts": ("form", "system", "chat_template_kwargs", "ignore_line_model"),
+}
 _MODEL = [
     click.option("-q", "--quantization", help=QUANTIZATION_HELP),
     click.option("--revision", help="Branch, tag or commit of a Hugging Face id."),
@@ -69,6 +76,7 @@ _SAMPLING = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "n", "seed",
 )  # fmt: skip
+_ANSWERS: Groups = {"Answers": (*_SAMPLING, "stop", "ignore_eos", "response_format")}
 
 _ADAPTER = click.option(
     "--adapter",
@@ -95,9 +103,18 @@ def _with(options: list[_Command]) -> _Command:
     return add
 
 
-@click.command(epilog="Example: batchmill submit prompts.jsonl -m meta-llama/Llama-3.1-8B-Instruct --max-tokens 200")
-@click.argument("file")
-@click.option("-m", "--model", help="Hugging Face id, folder, demo or echo (default: the file's one model).")
+@click.command(
+    cls=Command,
+    groups={**MODEL, **_JOB, **_ANSWERS},
+    epilog="Example: batchmill submit prompts.jsonl -m meta-llama/Llama-3.1-8B-Instruct --max-tokens 200",
+)
+@click.argument("file", shell_complete=complete_file)
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=complete_model,
+    help="Hugging Face id, folder, demo or echo (default: the file's one model).",
+)
 @_with(_MODEL)
 @click.option("--remote-path", is_flag=True, help="MODEL is a folder that only the workers have.")
 @_with(_REQUESTS)
@@ -145,9 +162,15 @@ def submit(wait: bool, **options: Any) -> None:
         require_success(ended)
 
 
-@click.command(epilog="Example: batchmill run prompts.jsonl -m ./my-model -q nf4 -o answers.jsonl")
-@click.argument("file")
-@click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
+@click.command(
+    cls=Command,
+    groups={**MODEL, **_JOB, **_ANSWERS, **DEVICE, **ENGINE},
+    epilog="Example: batchmill run prompts.jsonl -m ./my-model -q nf4 -o answers.jsonl",
+)
+@click.argument("file", shell_complete=complete_file)
+@click.option(
+    "-m", "--model", required=True, shell_complete=complete_model, help="Hugging Face id, folder, demo or echo."
+)
 @_with(_MODEL)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--device", default="auto", help=DEVICE_HELP)
@@ -178,8 +201,10 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     run_file(submission, out=out, worker=how, new=new, settings=settings)
 
 
-@click.command(epilog="Example: batchmill up -m demo")
-@click.option("-m", "--model", required=True, help="Hugging Face id, folder, demo or echo.")
+@click.command(cls=Command, groups={**MODEL, **DEVICE, **ENGINE}, epilog="Example: batchmill up -m demo")
+@click.option(
+    "-m", "--model", required=True, shell_complete=complete_model, help="Hugging Face id, folder, demo or echo."
+)
 @_with(_MODEL)
 @click.option("--device", "devices", multiple=True, help=f"{DEVICE_HELP} Repeat it for several workers.")
 @_with(_PLACEMENT)

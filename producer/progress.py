@@ -8,7 +8,7 @@ from time import monotonic
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.live import Live
 
 from jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
 from jobs.settings import Settings
@@ -16,6 +16,7 @@ from jobs.states import JobState
 from jobs.store import Store
 from jobs.waiting import FIRST_SECONDS
 from producer.finish import answered_line, finish_line
+from producer.live_line import LiveLine
 from producer.status import JobStatus, loading_line
 
 _FIRST_PAUSE_SECONDS = 0.1
@@ -92,37 +93,30 @@ class _Shown:
     def __init__(self, name_missing: bool) -> None:
         self._name_missing = name_missing
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task("", total=None, note="")
+            self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._next_line_at = 0.0
         self._last_line = ""
         self._last_phase: str | None = None
 
     def __enter__(self) -> None:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def show(self, status: JobStatus) -> None:
         job = status.job
         done = job.counts.total - job.counts.pending
-        note = self._note(status)
-        if self._bar is not None:
-            self._bar.update(
-                self._task, description=f"{job.id} {job.state.value}", total=job.counts.total, completed=done, note=note
-            )
+        advice, note = self._advice(status), self._note(status)
+        if self._live is not None:
+            shown = LiveLine(f"{job.id} {job.state.value}", done, job.counts.total, note, advice)
+            self._live.update(shown, refresh=True)
             return
+        note = note or " ".join(advice)
         line = f"{job.id} {job.state.value}: {done:,}/{job.counts.total:,} requests{note and f', {note}'}"
         phase = _phase(status)
         if line != self._last_line and (monotonic() >= self._next_line_at or job.closed or phase != self._last_phase):
@@ -135,15 +129,22 @@ class _Shown:
             self._console.print(line, markup=False, highlight=False)
             self._next_line_at = monotonic() + _LINE_SECONDS
 
+    def _advice(self, status: JobStatus) -> tuple[str, ...]:
+        return tuple(status.missing_lines()) if self._name_missing and _is_unserved(status) else ()
+
     def _note(self, status: JobStatus) -> str:
-        if status.missing_seconds is not None or (status.lacks and not status.workers):
-            return " ".join(status.missing_lines()) if self._name_missing else "the worker starts"
+        if _is_unserved(status):
+            return "" if self._name_missing else "the worker starts"
         if status.loading and not status.workers:
             first = status.loading[0]
             return f"worker {first.name} is {loading_line(first)}"
         if status.estimate is None:
             return status.ends_in
         return f"{status.effort.recent_requests_per_second:,.1f} requests/s, ends in {status.ends_in}"
+
+
+def _is_unserved(status: JobStatus) -> bool:
+    return status.missing_seconds is not None or bool(status.lacks and not status.workers)
 
 
 def _phase(status: JobStatus) -> str | None:

@@ -13,12 +13,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from producer import cli_jobs, cli_submit
 from producer.cli import cli
-from worker.__main__ import COMMANDS
+from producer.commands import ENTRIES
+from worker.__main__ import MODULES
 
 ROOT = Path(__file__).parent.parent
-OF_THE_WORKERS_ROOM = {"worker": "worker.cli", **COMMANDS}
 READING = ["status", "jobs", "workers", "wait", "doctor", "db current", "db check"]
 
 
@@ -27,14 +26,15 @@ def commands() -> dict[str, click.Command]:
 
     def walk(command: click.Command, words: str) -> Iterator[tuple[str, click.Command]]:
         if isinstance(command, click.Group):
-            for name, each in command.commands.items():
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                each = command.get_command(context, name)
+                assert each is not None
                 yield from walk(each, f"{words} {name}".strip())
         else:
             yield words, command
 
-    for each in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS):
-        cli.add_command(each)
-    theirs = {name: import_module(module).main for name, module in OF_THE_WORKERS_ROOM.items()}
+    theirs = {name: import_module(module).main for name, module in MODULES.items()}
     own = {words: each for words, each in walk(cli, "") if words not in theirs}
     return own | dict(pair for name, each in theirs.items() for pair in walk(each, name))
 
@@ -48,6 +48,52 @@ def test_every_command_has_help_and_an_example(words: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option) and not parameter.hidden:
             assert parameter.help, f"{words} {parameter.opts}"
+
+
+@pytest.mark.parametrize("words", commands())
+def test_an_example_is_one_line_in_any_terminal(words: str) -> None:
+    text = CliRunner().invoke(commands()[words], ["--help"], env={"COLUMNS": "40"}).output
+    assert f"\n  {commands()[words].epilog}\n" in text
+
+
+@pytest.mark.parametrize("group", [["db"], ["models"], []])
+def test_every_group_of_commands_has_an_example_and_whole_summaries(group: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "producer", *group, "-h"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert re.search(r"^  Example: batchmill \w+", done.stdout, re.MULTILINE)
+    assert done.stdout.count("...\n") == 1, "that of the usage line: no summary is cut short"
+
+
+def options(command: click.Command) -> set[str]:
+    return {str(each.name) for each in command.params if isinstance(each, click.Option) and not each.hidden}
+
+
+def grouped() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The groups of options of each command that has some."""
+    return {words: dict(each.groups) for words, each in commands().items() if getattr(each, "groups", None)}
+
+
+def test_commands_of_many_options_have_them_in_groups() -> None:
+    many = {words for words, command in commands().items() if len(options(command)) > 5}
+    assert many <= set(grouped())
+    assert {"run", "submit", "up", "worker", "plan", "evaluate"} <= set(grouped())
+
+
+@pytest.mark.parametrize("words", grouped())
+def test_a_group_holds_what_its_command_has(words: str) -> None:
+    command, groups = commands()[words], grouped()[words]
+    named = [name for names in groups.values() for name in names]
+    assert len(named) == len(set(named))
+    assert options(command) - set(named) <= {"as_json", "output"}
+    text = CliRunner().invoke(command, ["--help"]).output
+    sections = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert sections == [*groups, "Options"]
+
+
+def test_no_group_names_an_option_that_no_command_has() -> None:
+    everywhere = set().union(*(options(each) for each in commands().values()))
+    assert {name for groups in grouped().values() for names in groups.values() for name in names} <= everywhere
 
 
 @pytest.mark.parametrize("words", READING)
@@ -123,11 +169,52 @@ def test_trouble_with_settings_and_store_is_one_line_without_secrets(
         assert "hunter2" not in done.stderr + done.stdout
 
 
-def test_starting_the_command_is_quick_because_it_loads_little() -> None:
-    heavy = ("sqlalchemy", "celery", "pydantic", "torch")
-    code = f"import sys, producer.cli; print(*[name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == ""
+@pytest.mark.parametrize(
+    ("words", "left_out"),
+    [
+        (["--help"], {"pydantic", "sqlalchemy", "celery", "rich", "structlog", "torch"}),
+        (["status"], {"celery", "alembic", "torch", "rich", "redis", "structlog", "sqlalchemy.dialects.postgresql"}),
+        (["jobs"], {"celery", "alembic", "torch", "rich", "redis", "structlog", "sqlalchemy.dialects.postgresql"}),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(words: list[str], left_out: set[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "x.jsonl"
+    prompts.write_text('{"prompt": "x"}\n')
+    submit = [sys.executable, "-m", "producer", "submit", str(prompts), "-m", "echo"]
+    subprocess.run(submit, env=environ(tmp_path), capture_output=True, check=True)
+    code = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+        f"sys.argv = ['batchmill', *{words}]; from producer.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ(tmp_path), capture_output=True, text=True, check=True
+    )
+    assert done.stdout
+    assert "jobs" in done.stderr.split(), "the modules are listed"
+    assert left_out & set(done.stderr.split()) == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_usage_lines_of_the_workers_room_name_batchmill(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "producer", name, "-h"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.startswith(f"Usage: batchmill {name} ")
+
+
+def test_the_roots_help_lists_every_command_in_the_order_of_work() -> None:
+    text = CliRunner().invoke(cli, ["-h"]).output
+    listed = re.findall(r"^  (\w+)  +[A-Z]", text, re.MULTILINE)
+    assert listed == list(ENTRIES)
+    assert "Example: batchmill run" in text
+
+
+def test_every_command_of_the_producer_can_be_called() -> None:
+    modules = {entry.module for entry in ENTRIES.values()} - {"worker"}
+    for module in modules:
+        theirs = {str(each.name) for each in import_module(module).COMMANDS}
+        assert theirs == {name for name, entry in ENTRIES.items() if entry.module == module}, module
+    assert {name for name, entry in ENTRIES.items() if entry.module == "worker"} == set(MODULES)
 
 
 def environ(home: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ import yaml
 
 from jobs.settings import PREFIX, Settings, load_settings
 from jobs.spec import ModelSpec
-from producer import cli, cli_jobs, cli_submit
+from producer.cli import cli
 from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parent.parent
@@ -147,12 +147,11 @@ def parsed(arguments: list[str]) -> click.Context:
     """The context that batchmill makes of these arguments. Raises click's UsageError; runs nothing."""
     from worker.cli import main as worker_main
 
-    more = {command.name: command for command in (*cli_submit.COMMANDS, *cli_jobs.COMMANDS)}
-    command: click.Command | None = click.Group(commands={**cli.cli.commands, **more, "worker": worker_main})
+    command: click.Command | None = cli
     name, rest = "batchmill", arguments
     while isinstance(command, click.Group):
         name, *rest = rest
-        command = command.commands.get(name)
+        command = worker_main if name == "worker" else command.get_command(click.Context(command), name)
     if command is None:
         raise click.UsageError(f"no command {name}")
     return command.make_context(name, rest)

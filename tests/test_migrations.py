@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
@@ -22,7 +22,7 @@ from jobs.settings import load_settings
 from jobs.states import JobState, RequestState
 from jobs.store import Store
 from jobs.store.reading import FinishReasons
-from jobs.tables import REVISION
+from jobs.tables import REVISION, metadata
 from tests import mill, old_store
 from tests.oracle import violations
 from tests.wheel import build_wheel, copy_sources
@@ -44,6 +44,20 @@ def test_the_code_works_at_the_newest_revision() -> None:
 
 def test_alembic_finds_nothing_to_change(store_url: str) -> None:
     command.check(migrations.alembic_config(store_url))
+
+
+def test_partial_indexes_are_of_the_rows_that_the_tables_say(store_url: str) -> None:
+    def bare(where: object) -> str:
+        return "".join(each for each in str(where).replace("::text", "") if each not in "() ")
+
+    engine = create_engine(store_url)
+    for table in metadata.tables.values():
+        found = {str(each["name"]): each["dialect_options"] for each in inspect(engine).get_indexes(table.name)}
+        for index in table.indexes:
+            stored = found[str(index.name)].get(f"{engine.dialect.name}_where", "")
+            assert bare(stored) == bare(index.info.get("where", "")), index.name
+    engine.dispose()
+    assert sum("where" in index.info for table in metadata.tables.values() for index in table.indexes) == 4
 
 
 def test_upgrading_twice_changes_nothing(sqlite_url: str) -> None:
@@ -234,6 +248,6 @@ def test_a_disk_that_is_full_at_the_first_use_is_one_clear_error(
     def upgrade(*_: object) -> None:
         raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError("database or disk is full"))
 
-    monkeypatch.setattr(migrations.command, "upgrade", upgrade)
+    monkeypatch.setattr(command, "upgrade", upgrade)
     with pytest.raises(StoreFull, match="no space left"):
         migrations.upgrade(f"sqlite:///{tmp_path}/s.db")

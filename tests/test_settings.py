@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
-from jobs.embedded import socket_path
 from jobs.errors import SettingsError
 from jobs.flags import ENGINE_FLAGS, FLAG_OF_SETTING
+from jobs.home import socket_path
 from jobs.settings import Settings, environment_of, load_settings
 from worker.engine.options import Dequantize, EngineKind
 

@@ -25,8 +25,8 @@ from jobs.failpoints import arm, failpoint
 from jobs.identity import differences
 from jobs.logs import configure_logs, get_logger
 from jobs.memory import Memory
+from jobs.parent_death import die_with_parent
 from jobs.settings import Settings, load_settings
-from jobs.signals import die_with_parent
 from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store

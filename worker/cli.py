@@ -14,10 +14,12 @@ from jobs.failpoints import arm
 from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
 from jobs.log_file import log_path
 from jobs.logs import configure_logs, get_logger
+from jobs.option_groups import DEVICE, ENGINE, MODEL
 from jobs.settings import load_settings
 from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.waiting import tell_by
 from migrations import open_store
+from worker.commands import Command, complete_model
 from worker.devices import AUTO, all_cuda_devices
 from worker.keeper import WorkerOptions
 from worker.own_log import make_place
@@ -39,9 +41,13 @@ def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(
     name="worker",
+    cls=Command,
+    groups={**MODEL, **DEVICE, **ENGINE, "Worker": ("name", "exit_when_idle")},
     epilog="Example: batchmill worker -m meta-llama/Llama-3.1-8B-Instruct -q nf4 --device cuda:0",
 )
-@click.option("-m", "--model", required=True, help=f"Hugging Face id, folder, {DEMO} or {ECHO}.")
+@click.option(
+    "-m", "--model", required=True, shell_complete=complete_model, help=f"Hugging Face id, folder, {DEMO} or {ECHO}."
+)
 @click.option("-q", "--quantization", help=QUANTIZATION_HELP)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option(

@@ -16,9 +16,11 @@ from jobs.errors import ModelError, NotAllSucceeded, StoreError
 from jobs.exits import one_line_errors
 from jobs.files import check_target
 from jobs.logs import configure_logs
+from jobs.option_groups import DEVICE
 from jobs.settings import Settings, load_settings
 from jobs.store.evaluations import DataFile
 from migrations import open_store
+from worker.commands import Command, complete_model
 from worker.device_lock import DeviceLock
 from worker.devices import DeviceInfo, describe_devices, use_all_cores, visible_devices
 from worker.engine.options import EngineOptions
@@ -34,8 +36,18 @@ _COUNT = click.IntRange(min=0)
 _SIZE = click.IntRange(min=2)
 
 
-@click.command(name="evaluate", epilog="Example: batchmill evaluate demo -q nf4,int8,none --data held-out.jsonl")
-@click.argument("model")
+@click.command(
+    name="evaluate",
+    cls=Command,
+    groups={
+        "Model": ("quantizations", "baseline", "revision"),
+        "Text": ("data", "tokens", "window_tokens", "stride_tokens", "divergence_places"),
+        "Answers": ("continuations", "max_tokens", "match"),
+        **DEVICE,
+    },
+    epilog="Example: batchmill evaluate demo -q nf4,int8,none --data held-out.jsonl",
+)
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "-q",
     "--quantization",

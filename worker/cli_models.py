@@ -21,17 +21,22 @@ from jobs.exits import one_line_errors
 from jobs.quantization import Kind
 from jobs.sizes import size
 from jobs.spec import DEMO, ECHO, ModelSpec
+from worker.commands import Command, complete_model
 
 if TYPE_CHECKING:
     from worker.repository import Pulled
 
 
-@click.group(name="models")
+@click.group(name="models", epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct")
 def main() -> None:
     """Fetch a model, or save a quantized copy of one."""
 
 
-@main.command(epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct")
+@main.command(
+    cls=Command,
+    short_help="Fetch a model or an adapter, so that workers start offline.",
+    epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct",
+)
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit; without it the repository's main branch.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -79,8 +84,12 @@ def _as_json(spec: ModelSpec, pulled: Pulled) -> dict[str, object]:
     return found | {"folder": str(pulled.folder)}
 
 
-@main.command(epilog="Example: batchmill models quantize meta-llama/Llama-3.1-8B-Instruct llama-nf4 -q nf4")
-@click.argument("model")
+@main.command(
+    cls=Command,
+    short_help="Save a quantized copy of a model in a new folder.",
+    epilog="Example: batchmill models quantize meta-llama/Llama-3.1-8B-Instruct llama-nf4 -q nf4",
+)
+@click.argument("model", shell_complete=complete_model)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-q", "--quantization", required=True, help="nf4, fp4 or int8, with options: nf4:double_quant=false.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")

@@ -11,12 +11,14 @@ import click
 
 from jobs.errors import StoreError, UsageError
 from jobs.exits import one_line_errors
+from jobs.option_groups import MODEL
 from jobs.settings import Settings, load_settings
 from jobs.sizes import bytes_of
 from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.store import Store
 from jobs.store.speeds import Speed
 from jobs.tables import REVISION
+from worker.commands import Command, complete_model
 from worker.devices import CPU, use_all_cores
 from worker.placement import TOGETHER, each_worker
 
@@ -25,9 +27,12 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    name="plan", epilog="Example: batchmill plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 24GiB --context 4096"
+    name="plan",
+    cls=Command,
+    groups={**MODEL, "Device": ("devices", "gpu_memory"), "Requests": ("context", "rows")},
+    epilog="Example: batchmill plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 24GiB --context 4096",
 )
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option(
     "--devices", help="Where: 0,1 or 0+1 (split over both) or all or cpu. Default: the GPUs here, or the CPU."

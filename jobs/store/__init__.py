@@ -12,11 +12,12 @@ Locks are taken in one order everywhere: batches by id, then jobs by id.
 from __future__ import annotations
 
 import re
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, inspect, text
 
 from jobs.errors import SchemaMismatch, StoreError
-from jobs.store.checking import Checking
 from jobs.store.closing import Closing
 from jobs.store.database import Database
 from jobs.store.effort import EffortReading
@@ -34,6 +35,9 @@ from jobs.store.speeds import Speeds
 from jobs.store.workers import Workers
 from jobs.tables import REVISION, metadata
 
+if TYPE_CHECKING:
+    from jobs.store.checking import Checking
+
 _REVISION = re.compile(r"[0-9]{4}")
 _MOST_NAMES = 5
 
@@ -50,7 +54,6 @@ class Store:
         read_only: bool = False,
     ) -> None:
         self.database = Database(url, busy_seconds=busy_seconds, now=now, read_only=read_only)
-        self.checking = Checking(self.database)
         self.closing = Closing(self.database)
         self.loading = Loading(self.database)
         self.retrying = Retrying(self.database)
@@ -65,6 +68,12 @@ class Store:
         self.sampling = Sampling(self.database)
         self.speeds = Speeds(self.database)
         self.workers = Workers(self.database)
+
+    @cached_property
+    def checking(self) -> Checking:
+        from jobs.store.checking import Checking  # here, since it builds all its questions as it is imported
+
+        return Checking(self.database)
 
     @property
     def id(self) -> str:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func, select
-from sqlalchemy.dialects.postgresql import insert as insert_postgresql
-from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
 from sqlalchemy.schema import Table
@@ -98,7 +96,13 @@ class Database:
 
     def insert(self, table: Table) -> Any:
         """An INSERT of this dialect, which can say `on_conflict_do_nothing`."""
-        return insert_sqlite(table) if self.is_sqlite else insert_postgresql(table)
+        if self.is_sqlite:
+            from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+
+            return insert_sqlite(table)
+        from sqlalchemy.dialects.postgresql import insert as insert_postgresql  # a tenth of SQLAlchemy's import time
+
+        return insert_postgresql(table)
 
     def larger(self, one: ColumnElement[Any], other: object) -> ColumnElement[Any]:
         """The larger of two expressions."""

@@ -141,6 +141,11 @@ class Reading:
         """The newest jobs, newest first."""
         return self._jobs(_SHOWN.order_by(jobs.c.queued_at.desc(), jobs.c.id).limit(most))
 
+    def now(self) -> float:
+        """The time by the clock that all times of jobs are of."""
+        with self._database.read() as connection:
+            return float(connection.scalar(select(self._database.now)) or 0.0)
+
     def _jobs(self, chosen: Select[Any]) -> list[Job]:
         with self._database.read() as connection:
             rows: Sequence[Any] = connection.execute(chosen).all()

@@ -1,6 +1,6 @@
 """Measures batchmill on this machine and prints tables. It asserts nothing.
 
-python -m tests.bench [submit|echo|first|results|load|load-1b|line ...] [--lines N]
+python -m tests.bench [start|submit|echo|first|results|load|load-1b|line ...] [--lines N]
 python -m tests.bench engine --help
 python -m tests.bench decode --help
 """
@@ -18,9 +18,10 @@ from tests.bench.table import Row, show
 def mill(words: Sequence[str]) -> None:
     """`make bench`: queue, store and the whole line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
-    from tests.bench import line, load, mill
+    from tests.bench import line, load, mill, start
 
     benches = {
+        "start": start.start,
         "submit": mill.submit,
         "echo": mill.echo,
         "first": mill.first_answer,

@@ -311,7 +311,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a child whose parent was gone before it asked to end with it",
-        (Edit("jobs/signals.py", "if os.getppid() != parent_pid:", "if False:"),),
+        (Edit("jobs/parent_death.py", "if os.getppid() != parent_pid:", "if False:"),),
         ("tests/test_child.py::TestBeginning::test_whose_parent_is_gone_by_then_ends_at_once",),
     ),
     Mutant(
