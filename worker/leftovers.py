@@ -85,7 +85,7 @@ class Leftovers:
             log.warning("a spool of a newer batchmill is left to it", spool=spool.path.name, **told)
             return
         lost = frozenset().union(*(self._store.saving.turn(seat, [page]).lost for page in _pages(held)))
-        log.warning("saved the spool of a dead child", lost_batches=len(lost), **told)
+        log.warning("saved the spool of a child that is gone or silent", lost_batches=len(lost), **told)
         spool.path.unlink(missing_ok=True)
 
     def _is_dead(self, holder: Holder) -> bool:

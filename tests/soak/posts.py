@@ -102,7 +102,8 @@ class Post:
 
     @property
     def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        """False as soon as it is killed: it may be there for a moment more, and hears nothing."""
+        return self.process is not None and not self.killed and self.process.poll() is None
 
     def parent(self) -> psutil.Process | None:
         """The worker's own process, in a container the one that it was made for."""

@@ -121,7 +121,10 @@ def _last_error(block: str) -> str:
 
 
 def repeats(world: World) -> dict[tuple[int, int], int]:
-    """What each child process generated in vain, by (worker's id, generation): its crash lost it."""
+    """Answers that each child process generated in vain, by (worker's id, generation): its crash lost them.
+
+    Below 0 where another worker saved them from the spool of one that was silent and lived: they count as lost, too.
+    """
     query = text("SELECT worker_id, worker_generation, succeeded, failed, error_codes FROM runs")
     saved: Counter[tuple[int, int]] = Counter()
     with world.store.database.read() as connection:
@@ -201,13 +204,14 @@ class Report:
         lost = in_flight_at(self._world, RunOutcome.CRASHED, RunOutcome.EXPIRED)
         in_flight = max(in_flight_at(self._world, RunOutcome.CRASHED).values(), default=0)
         crashed = {key: wasted[key] for key in lost if key in wasted}
-        others = sum(count for key, count in wasted.items() if key not in lost)
+        others = sum(max(count, 0) for key, count in wasted.items() if key not in lost)
         largest = max(crashed.values(), default=0)
         self._add("crashes with work in flight", len(crashed))
         self._add("largest in flight at a crash", in_flight, f"at most {IN_FLIGHT_MOST}")
         self._add("answers repeated after a crash, largest", largest, f"at most {REPEATED_MOST}")
-        self._add("answers repeated in all", sum(crashed.values()))
+        self._add("answers repeated in all", sum(max(count, 0) for count in crashed.values()))
         self._add("answers repeated with no crash", others, "0")
+        self._add("answers saved from the spool of a live process", sum(max(-count, 0) for count in wasted.values()))
         refused = max((each.lost for each in read_counts(self._world.counts)), default=0)
         self._add("answers refused for a lease that was lost, largest", refused)
         if in_flight > IN_FLIGHT_MOST:
@@ -216,7 +220,7 @@ class Report:
             worst = [key for key, count in crashed.items() if count > REPEATED_MOST]
             self._world.problem(f"a crash repeated {largest} answers: (worker, generation) {worst}")
         if others:
-            who = {key: count for key, count in wasted.items() if count and key not in lost}
+            who = {key: count for key, count in wasted.items() if count > 0 and key not in lost}
             self._world.problem(f"answers were generated in vain by processes that did not crash: {who}")
 
     def _recoveries(self, found: Measures) -> None:
