@@ -45,6 +45,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda count: monkeypatch.setattr(MemoryReader, "available_bytes", lambda _: count)
 
 
+@pytest.fixture
+def computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4-bit weights are multiplied in bfloat16, whichever CPU this is; on some it is float32, of twice the bytes."""
+    monkeypatch.setattr("worker.loader.precision.has_avx512bf16", lambda: True)
+
+
 def spec(folder: Path, quantization: str) -> ModelSpec:
     return ModelSpec(str(folder), quantization=Quantization.parse(quantization))
 
@@ -154,6 +160,7 @@ def refused(of: ModelSpec, options: EngineOptions | None = None) -> str:
     return said
 
 
+@pytest.mark.usefixtures("computes_in_bfloat16")
 def test_a_refusal_shows_the_sum_and_the_nearest_that_would_fit(folder: Path, pretend: Any) -> None:
     pretend(100 * 1024**2)
     assert refused(spec(folder, "none")) == (
@@ -170,6 +177,7 @@ def test_what_a_refusal_names_is_loaded(folder: Path, pretend: Any) -> None:
         refuse_too_large(spec(folder, each.split()[1]), folder, CPU, EngineOptions())
 
 
+@pytest.mark.usefixtures("computes_in_bfloat16")
 def test_a_context_that_is_too_long_is_refused_with_the_longest_that_fits(folder: Path, pretend: Any) -> None:
     pretend(60 * 1024**2)
     asked = EngineOptions(context_tokens=2048)
@@ -179,6 +187,7 @@ def test_a_context_that_is_too_long_is_refused_with_the_longest_that_fits(folder
     refused(spec(folder, "nf4"), EngineOptions(context_tokens=1280))
 
 
+@pytest.mark.usefixtures("computes_in_bfloat16")
 def test_a_shorter_context_in_a_less_precise_quantization_is_named_where_nothing_else_fits(
     folder: Path, pretend: Any
 ) -> None:
@@ -211,6 +220,7 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("computes_in_bfloat16")
 @pytest.mark.parametrize(
     ("quantization", "gpu", "context", "said"),
     [

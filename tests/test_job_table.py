@@ -21,7 +21,7 @@ def job(store: Store) -> Job:
 
 
 def cells(job: Job, *, now: float) -> list[str]:
-    header, row = table([job], now=now)
+    header, row = table([job], ends={}, now=now)
     begins = [header.index(title) for title in header.split()]
     assert all(row[begin - 1] == " " for begin in begins[1:4])
     return [each for each in row.split("  ") if each]

@@ -106,7 +106,7 @@ def folder_for(row: str, source: Path, root: Path) -> Path:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=BEST,
     )
 
 

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 _LAYOUT = struct.Struct("=qqd")
 
@@ -47,9 +47,9 @@ class Pulse:
     def read(self) -> Beat:
         return Beat(*_LAYOUT.unpack_from(self._memory))
 
-    def open_words(self) -> IO[bytes]:
-        """The end of the memory as a file, for what the child has to say though its interpreter is held."""
-        return open(self.path, "ab", buffering=0)
+    def open_words(self) -> int:
+        """The end of the memory as a descriptor, for what the child has to say though its interpreter is held."""
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def take_words(self) -> str:
         """Takes out what has been said there."""
