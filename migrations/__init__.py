@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,11 +73,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def _bring_up(settings: Settings, store: Store) -> None:
-    if settings.database_file.exists():
-        if store.revision() != REVISION:
-            _upgrade_embedded(settings, store)
-        return
-    with make_store(settings.home):
+    if not settings.database_file.exists() or store.revision() != REVISION:
         _upgrade_embedded(settings, store)
 
 
@@ -104,15 +100,21 @@ def _upgrade_embedded(settings: Settings, store: Store) -> None:
         who = held_by([settings.home / "upgrade.lock"]) or "another process"
         raise AlreadyRunning(f"{who} has been upgrading the store in {settings.home} for {_LOCK_SECONDS} s") from None
     try:
-        found = store.revision()
-        if found == REVISION:
-            return
-        if found is not None:
-            _refuse_newer(found, settings)
-            _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
-        upgrade(settings.database)
+        # Looked for only now: another process may have made it meanwhile, and be at work on it.
+        with nullcontext() if settings.database_file.exists() else make_store(settings.home):
+            _upgrade_alone(settings, store)
     finally:
         lock.release()
+
+
+def _upgrade_alone(settings: Settings, store: Store) -> None:
+    found = store.revision()
+    if found == REVISION:
+        return
+    if found is not None:
+        _refuse_newer(found, settings)
+        _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
+    upgrade(settings.database)
 
 
 def _copy(source: Path, copy: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """4-bit weights are multiplied in bfloat16, whichever CPU this is; on some it is float32, of twice the bytes."""
-    monkeypatch.setattr("worker.loader.precision.has_avx512bf16", lambda: True)
+    monkeypatch.setattr(import_module("worker.loader.precision"), "has_avx512bf16", lambda: True)
 
 
 def spec(folder: Path, quantization: str) -> ModelSpec:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,11 @@ def test_a_store_is_found_under_any_name_and_never_made_by_opening_it(tmp_path: 
     with pytest.raises(StoreUnavailable):
         store.reading.jobs(most=1)
     assert not settings.database_file.exists()
+
+
+def test_the_first_commands_of_a_home_make_its_store_together(tmp_path: Path) -> None:
+    environ = os.environ | {"BATCHMILL_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "producer", "jobs"]
+    started = [subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [each.communicate()[1] for each in started]
+    assert [each.returncode for each in started] == [0] * 4, said

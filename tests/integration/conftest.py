@@ -22,7 +22,7 @@ from jobs.spec import ModelSpec
 from jobs.store import Store
 
 #: How long tests wait for what has to come: no promise, since a busy machine may be slow. A soak measures promises.
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 
 #: Short timers with the proportions of the real ones.
 TIMERS = {

@@ -369,8 +369,14 @@ def test_a_worker_that_cannot_load_ends_the_run_while_its_file_is_being_read(hom
     (tmp_path / "model" / "config.json").write_text("{}")
     process = a_stream(home, 2 * MAX_REQUESTS, "-m", str(tmp_path / "model"))
     until(lambda: home.worker_states() == [WorkerState.FAILED], "the worker has given up")
-    _, err = process.communicate('{"prompt": "one"}\n' * MAX_REQUESTS, timeout=PATIENCE_SECONDS)
-    assert process.returncode == 1
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        while process.poll() is None:
+            process.stdin.write('{"prompt": "one"}\n' * MAX_REQUESTS)
+            process.stdin.flush()
+    assert process.wait(PATIENCE_SECONDS) == 1
+    assert process.stderr is not None
+    err = process.stderr.read()
     assert "the worker ended before the job did; its last lines:" in err
     assert home.jobs() == []
 
