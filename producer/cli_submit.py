@@ -145,13 +145,17 @@ def submit(wait: bool, **options: Any) -> None:
     # waits would wait for nobody.
     vet = partial(refuse_slip, store=store) if wait else lambda _: None
     job_id, spec, is_new = load_once(submission, store=store, settings=settings, vet=vet)
+    unsent = None
     try:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
-        click.echo(f"the job is stored, and workers take it up by themselves: {error}", err=True)
+        unsent = f"the job is stored, and workers take it up by themselves: {error}"
     with standard_output(f"the id of job {job_id}") as stdout:
         stdout.write(f"{job_id}\n")
     status = JobStatus.read(store, job_id, settings)
+    # Where no mill is up, its Redis is not either, and what starts both is a line below.
+    if unsent is not None and not (settings.embedded_broker and status.missing_seconds is not None):
+        click.echo(unsent, err=True)
     if not is_new:
         click.echo(f"this was submitted before: job {job_id} is {status.job.state.value}", err=True)
     for line in status.missing_lines():

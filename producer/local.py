@@ -124,6 +124,7 @@ def _require_served(
     """Raises what the lock said, unless a worker of the mill that is up may answer this file."""
     store = open_store(settings)
     try:
+        refuse_slip(spec, store=store)
         rows = [seen_here(each) for each in store.workers.rows(spec=spec)]
     finally:
         store.close()

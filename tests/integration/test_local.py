@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.errors import StoreError
 from jobs.log_file import logs_folder
 from jobs.settings import environment_of, load_settings
 from jobs.states import WorkerState
@@ -83,7 +84,9 @@ class Home:
 
     def worker_states(self) -> list[WorkerState]:
         """Empty while the home has no store yet."""
-        return [each.state for each in self.rows()] if (self.path / "worker.log").exists() else []
+        with suppress(StoreError):
+            return [each.state for each in self.rows()]
+        return []
 
     def jobs(self) -> list[Job]:
         with closing(Store(self.settings.database)) as store:
@@ -387,6 +390,18 @@ def test_a_bad_file_of_one_page_starts_no_worker(home: Home, tmp_path: Path) -> 
     assert "p.jsonl:6:" in home.run("run", file, "-m", "echo", code=2).stderr
     assert home.rows() == []
     assert not (home.path / "worker.log").read_text()
+
+
+def test_doctor_tells_of_an_embedded_redis_that_runs_and_does_not_answer(home: Home) -> None:
+    home.start("up", "-m", "echo", "--device", "cpu")
+    until(lambda: home.worker_states() == [WorkerState.READY], "the mill is up")
+    (server,) = redis_pids(home)
+    os.kill(server, signal.SIGSTOP)
+    try:
+        done = home.run("doctor", code=1)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert f"embedded, pid {server}, does not answer" in done.stdout
 
 
 def test_run_refuses_a_store_that_is_not_embedded(home: Home, tmp_path: Path) -> None:
