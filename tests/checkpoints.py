@@ -76,10 +76,10 @@ def save_shape(folder: Path, shape: str) -> Path:
     return folder
 
 
-def save_bitsandbytes(source: Path, folder: Path, **asked: Any) -> Path:
-    """As transformers itself saves it; `asked` of BitsAndBytesConfig."""
+def save_bitsandbytes(source: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16, **asked: Any) -> Path:
+    """As transformers itself saves it, quantized from weights in `dtype`; `asked` of BitsAndBytesConfig."""
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**asked), device_map={"": "cpu"}
+        source, dtype=dtype, quantization_config=BitsAndBytesConfig(**asked), device_map={"": "cpu"}
     )
     model.save_pretrained(folder)
     return _with_tokenizer(source, folder)

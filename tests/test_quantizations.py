@@ -103,6 +103,7 @@ def folder_for(row: str, source: Path, root: Path) -> Path:
     return save_bitsandbytes(
         source,
         root / "checkpoint",
+        dtype=BEST,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
