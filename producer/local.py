@@ -227,6 +227,8 @@ def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) ->
 
 def _report(status: JobStatus) -> list[str]:
     counts, effort, memory = status.job.counts, status.effort, status.effort.memory
+    waited_for_it = effort.model_load_seconds <= effort.queued_seconds  # else the model was there before the job
+    loading = f", of which {effort.model_load_seconds:.1f} loading the model" if waited_for_it else ""
     return [
         f"requests   {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
         *([f"finished   {finished}"] if (finished := finish_line(status.job)) else []),
@@ -236,7 +238,7 @@ def _report(status: JobStatus) -> list[str]:
         f"memory     {size(memory.weights_bytes)} weights, peak {size(memory.peak_allocated_bytes)} allocated, "
         f"{size(memory.peak_reserved_bytes)} reserved of {size(memory.device_total_bytes)}",
         *(f"{title:<9}  {line}" for title, line in memory_lines(memory)),
-        f"seconds    {effort.queued_seconds:.1f} waiting, of which {effort.model_load_seconds:.1f} loading; "
+        f"seconds    {effort.queued_seconds:.1f} waiting{loading}; "
         f"{effort.running_seconds:.1f} running ({duration(effort.running_seconds)})",
     ]
 

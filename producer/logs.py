@@ -56,7 +56,8 @@ def choose(which: str | None, *, level: str | None, settings: Settings) -> Chose
     """The lines that a user asked for, by a worker's name or id, or by a job. Raises NotFound."""
     folder = logs_folder(settings.home)
     if not any(folder.glob("*.log")):
-        raise NotFound(f"no worker of this machine has left a log in {folder}; `batchmill worker -m MODEL` starts one")
+        start = "up" if settings.embedded_broker else "worker"
+        raise NotFound(f"no worker of this machine has left a log in {folder}; `batchmill {start} -m MODEL` starts one")
     if which is None:
         return Chosen(folder, level=level)
     if (path := log_path(settings.home, which)).exists():
