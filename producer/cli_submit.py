@@ -153,9 +153,10 @@ def submit(wait: bool, **options: Any) -> None:
     with standard_output(f"the id of job {job_id}") as stdout:
         stdout.write(f"{job_id}\n")
     status = JobStatus.read(store, job_id, settings)
-    # Where no mill is up, its Redis is not either, and what starts both is a line below.
-    if unsent is not None and not (settings.embedded_broker and status.missing_seconds is not None):
-        click.echo(unsent, err=True)
+    if unsent is not None:
+        # Where no mill is up, its Redis is not either, and what starts both is a line below.
+        no_mill = settings.embedded_broker and status.missing_seconds is not None
+        click.echo("the job is stored, and waits for a worker" if no_mill else unsent, err=True)
     if not is_new:
         click.echo(f"this was submitted before: job {job_id} is {status.job.state.value}", err=True)
     for line in status.missing_lines():
