@@ -68,7 +68,7 @@ class Adapter:
         return Path(self.path) if self.path.startswith("/") else None
 
     def agrees_with(self, other: Adapter) -> bool:
-        """Whether both are the same, as far as it is known what lay there."""
+        """Tells if both are the same, as far as it is known what lay there."""
         is_other = None not in (self.identity, other.identity) and self.identity != other.identity
         return (self.name, self.path, self.revision) == (other.name, other.path, other.revision) and not is_other
 

@@ -47,7 +47,7 @@ def cause_of(code: str) -> Cause:
 
 @dataclass(frozen=True, slots=True)
 class Chances:
-    """What of a job another try can end otherwise.
+    """Requests of a job that another try can end otherwise.
 
     `context_tokens`: the largest of the live workers that may take it, 0 where there is none. `keeps_model`: it was
     answered in part. `everything`: all of it is tried, whatever is to be expected.

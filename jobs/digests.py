@@ -37,7 +37,7 @@ _WORTH_A_LINE_BYTES = 1 << 30
 
 
 class Stamp(NamedTuple):
-    """What a file is known again by."""
+    """Marks by which a file is known again."""
 
     bytes: int
     mtime_ns: int
@@ -66,7 +66,7 @@ class Digests:
     def __init__(self, home: Path | None = None, *, progress: Callable[[], object] = lambda: None) -> None:
         self._folder = None if home is None else home / "digests"
         self._progress = progress
-        #: What was looked for last is remembered in a form that is not known here.
+        #: True where the digests that were looked for last are kept in a form that is not known here.
         self._is_newer = False
 
     def of(self, folder: Path, names: Sequence[str]) -> dict[str, Hashed]:

@@ -38,7 +38,7 @@ def disk_of(path: Path) -> tuple[Disk, str]:
     place = Path(os.path.realpath(path))
     longest, found = "", ""
     for each in psutil.disk_partitions(all=True):
-        # What was mounted last over the same folder is what is seen.
+        # Of several that are mounted over one folder the last is seen.
         if place.is_relative_to(each.mountpoint) and len(each.mountpoint) >= len(longest):
             longest, found = each.mountpoint, each.fstype
     return _kind(found), found

@@ -115,7 +115,7 @@ class ModelError(BatchmillError):
 
 
 class WriteFailed(BatchmillError):
-    """What a command was to write, to a file or to stdout, could not be written; the text says why."""
+    """Answers, or other output of a command, that could not be written to a file or stdout; the text says why."""
 
 
 class StoreError(BatchmillError):

@@ -19,10 +19,10 @@ from jobs.failpoints import failpoint
 
 #: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
 _NAME_LENGTH = 40
-#: What opens as a file and is none, and what would be destroyed or not be written.
+#: Kinds that open as a file and are none: written to, they would be destroyed, or take nothing.
 _NO_TARGETS = ((stat.S_ISDIR, "a folder"), (stat.S_ISBLK, "a disk"), (stat.S_ISSOCK, "a socket"))
 
-#: What a model's or an adapter's folder consists of; anything else in it is its owner's.
+#: Suffixes of the files of a model's or an adapter's folder; anything else in it is its owner's.
 _OF_MODELS = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
 
 

@@ -121,62 +121,58 @@ class _Flight:
         return self.tokens / self.active
 
 
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """The lengths of answers: of those `finished` in order, of the `longer` ones among these that those in flight may
+    get to, and the `longest` that any may have."""
+
+    finished: Sequence[float]
+    longer: Sequence[float]
+    longest: float
+
+
 def _left(counts: Counts, sample: Sequence[Sampled], flight: _Flight, *, max_tokens: int) -> _Left:
     """Those in flight are counted as at least what they have: on average as finished ones that got as long."""
-    lengths = sorted(each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED)
-    lengths = lengths or [round(counts.completion_tokens / counts.succeeded)]
-    longer: Sequence[float] = lengths[bisect_right(lengths, flight.age) :] or [flight.age * _LONGER]
-    longest = max(longer[-1], max_tokens)
+    finished = sorted(each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED)
+    finished = finished or [round(counts.completion_tokens / counts.succeeded)]
+    longer: Sequence[float] = finished[bisect_right(finished, flight.age) :] or [flight.age * _LONGER]
+    lengths = _Lengths(finished, longer, max(longer[-1], max_tokens))
     waiting = counts.pending - flight.active
     return _Left(
         _Range(*(waiting * each for each in _answered_shares(counts, sample, active=flight.active))),
-        _mean(counts, flight, lengths, longer, longest=longest, waiting=waiting),
+        _mean(counts, flight, lengths, waiting=waiting),
         _prompt_tokens(counts, sample),
-        _end(counts, flight, lengths, longer, longest=longest, waiting=waiting),
+        _end(counts, flight, lengths, waiting=waiting),
     )
 
 
-def _mean(
-    counts: Counts,
-    flight: _Flight,
-    lengths: Sequence[float],
-    longer: Sequence[float],
-    *,
-    longest: float,
-    waiting: int,
-) -> _Range:
+def _mean(counts: Counts, flight: _Flight, lengths: _Lengths, *, waiting: int) -> _Range:
     """The tokens of an answer to come: as of those finished and those in flight, which the short ones have left."""
-    whole, done = fmean(longer), counts.succeeded
+    whole, done = fmean(lengths.longer), counts.succeeded
     # As many as have all the tokens of a slot may be in flight since the beginning, and get as long as they can.
     old = min(1.0, flight.tokens / max(1, counts.completion_tokens + flight.tokens) * flight.slots / flight.active)
-    most = old * longest + (1 - old) * whole
+    most = old * lengths.longest + (1 - old) * whole
     low, high = ((counts.completion_tokens + flight.active * each) / (done + flight.active) for each in (whole, most))
     errors = _STANDARD_ERRORS * sqrt(1 / done + 1 / max(1, waiting)) / max(1.0, low)
-    in_flight = [most] * round(flight.active * len(lengths) / done)
+    in_flight = [most] * round(flight.active * len(lengths.finished) / done)
     return _Range(
-        max(0.0, low * (1 - errors * pstdev(lengths))), low, high * (1 + errors * pstdev([*lengths, *in_flight]))
+        max(0.0, low * (1 - errors * pstdev(lengths.finished))),
+        low,
+        high * (1 + errors * pstdev([*lengths.finished, *in_flight])),
     )
 
 
-def _end(
-    counts: Counts,
-    flight: _Flight,
-    lengths: Sequence[float],
-    longer: Sequence[float],
-    *,
-    longest: float,
-    waiting: int,
-) -> _Range:
+def _end(counts: Counts, flight: _Flight, lengths: _Lengths, *, waiting: int) -> _Range:
     """The tokens for which there is time from when nothing waits until the last answer ends."""
-    slots, rest = flight.slots, flight.active * max(0.0, fmean(longer) - flight.age)
+    slots, rest = flight.slots, flight.active * max(0.0, fmean(lengths.longer) - flight.age)
     if waiting:
-        last = _last_of(flight.active, lengths)
-        return _Range(rest, slots * last, slots * max(longest, last))
+        last = _last_of(flight.active, lengths.finished)
+        return _Range(rest, slots * last, slots * max(lengths.longest, last))
     # The youngest in flight is as old as slots are empty; where answers are alike, all began together and are so.
     young = (flight.active - 1) / slots
-    apart = min(1.0, pstdev(lengths) * sqrt(counts.succeeded / slots) / max(1.0, fmean(lengths)))
-    last = max(0.0, _longest_of(flight.active, longer) - flight.age * (1 - young * apart))
-    return _Range(rest, slots * last, slots * max(longest - flight.age * (1 - young), last))
+    apart = min(1.0, pstdev(lengths.finished) * sqrt(counts.succeeded / slots) / max(1.0, fmean(lengths.finished)))
+    last = max(0.0, _longest_of(flight.active, lengths.longer) - flight.age * (1 - young * apart))
+    return _Range(rest, slots * last, slots * max(lengths.longest - flight.age * (1 - young), last))
 
 
 def _longest_of(count: int, lengths: Sequence[float]) -> float:

@@ -200,8 +200,8 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
     assert JobStatus.read(store, job_id).loading == ()
 
 
-class TestEnd:
-    """When a job ends, which every command says by the same words."""
+class Clocked:
+    """A store by a clock that a test sets."""
 
     @pytest.fixture
     def clock(self) -> mill.Clock:
@@ -212,6 +212,10 @@ class TestEnd:
         store = Store(store_url, busy_seconds=10, now=clock.expression())
         yield store
         store.close()
+
+
+class TestEnd(Clocked):
+    """When a job ends, which every command says by the same words."""
 
     @pytest.fixture
     def who(self, store: Store) -> Seat:
@@ -385,18 +389,8 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     assert JobStatus.read(store, job_id).missing_seconds is not None
 
 
-class TestUptime:
+class TestUptime(Clocked):
     """A worker's time up ends where it stopped, was last seen, or is found gone."""
-
-    @pytest.fixture
-    def clock(self) -> mill.Clock:
-        return mill.Clock()
-
-    @pytest.fixture
-    def store(self, store_url: str, clock: mill.Clock) -> Iterator[Store]:
-        store = Store(store_url, busy_seconds=10, now=clock.expression())
-        yield store
-        store.close()
 
     def up(self, store: Store, who: Seat) -> float:
         (row,) = [each for each in store.workers.rows(only_alive=False) if each.id == who.worker_id]
