@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from jobs.digests import Digests
+from jobs.home import socket_path
 from jobs.pid_file import PidFile
 from jobs.spec import DEMO_FOLDER
 from jobs.states import WorkerState
@@ -61,7 +62,9 @@ def test_a_command_says_who_upgrades_the_store(mill: Mill, tmp_path: Path) -> No
 
 
 def test_a_command_says_that_redis_does_not_answer(mill: Mill, tmp_path: Path) -> None:
-    redis = next(each for each in psutil.Process().children() if each.name().startswith(("redis", "valkey")))
+    socket = str(socket_path(mill.home))
+    ours = [each for each in psutil.Process().children() if socket in " ".join(each.cmdline())]
+    (redis,) = ours  # other tests' servers may live beside it
     assert PidFile(mill.home / "redis.pid").shown() == f"pid {redis.pid}"
     redis.suspend()
     try:
