@@ -21,6 +21,8 @@ from jobs.store.sample import Sampled
 #: So many answers, as many as are in flight, and so many seconds of work are waited for.
 _FEWEST_ANSWERS = 3
 _FEWEST_SECONDS = 0.5
+#: In fewer, a speed is a whim of the moment.
+_FEWEST_LATE_SECONDS = 5.0
 #: What reading a token of a prompt takes, as a part of making one of an answer: it depends on model and device, so that
 #: the range is of all of these. It matters where the prompts to come are longer or shorter than those before.
 _PROMPT_TOKEN = 0.1
@@ -71,8 +73,8 @@ def estimate(
     if left.waiting.likely and left.mean.high > _UNKNOWN * left.mean.likely:
         return None
     found = [left.seconds(weight, rate) for weight, rate in zip(_PROMPT_TOKENS, rates, strict=True)]
-    likely = found[_PROMPT_TOKENS.index(_PROMPT_TOKEN)].likely
     changed = _changed(paces, rows)
+    likely = found[_PROMPT_TOKENS.index(_PROMPT_TOKEN)].likely / changed
     low = min(each.low for each in found) / max(1.0, changed)
     high = max(each.high for each in found) / min(1.0, changed)
     return Estimate(
@@ -227,11 +229,15 @@ def _tokens_per_second(paces: Sequence[Pace], rows: Mapping[int, int], weight: f
 
 
 def _changed(paces: Sequence[Pace], rows: Mapping[int, int]) -> float:
-    """How many times as fast as on the whole these workers were of late; the range is of both speeds."""
-    mine = [each for each in paces if each.worker_id in rows and each.seconds and each.recent_seconds]
+    """How many times as fast as on the whole these workers were of late; the range is of both speeds.
+
+    Those whose engine does not tell of answers in flight do not count: a moment before a run ends they seem slow.
+    """
+    telling = [each for each in paces if each.worker_id in rows and each.in_flight_tokens]
+    mine = [each for each in telling if each.late_seconds >= _FEWEST_LATE_SECONDS]
     whole = sum((each.completion_tokens + each.in_flight_tokens) / each.seconds for each in mine)
-    recent = sum(each.recent_tokens / each.recent_seconds for each in mine)
-    return recent / whole if recent and whole else 1.0
+    late = sum(each.late_tokens / each.late_seconds for each in mine)
+    return late / whole if late and whole else 1.0
 
 
 def _looks_sorted(sample: Sequence[Sampled]) -> bool:

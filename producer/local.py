@@ -43,7 +43,7 @@ from producer.here import seen_here
 from producer.progress import follow, require_success
 from producer.results import export
 from producer.slips import refuse_slip, warn_of_slip
-from producer.status import JobStatus, duration
+from producer.status import JobStatus
 from producer.submit import Submission, load_job, send_wakeups
 
 #: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
@@ -226,9 +226,7 @@ def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) ->
 
 
 def _report(status: JobStatus) -> list[str]:
-    counts, effort, memory = status.job.counts, status.effort, status.effort.memory
-    waited_for_it = effort.model_load_seconds <= effort.queued_seconds  # else the model was there before the job
-    loading = f", of which {effort.model_load_seconds:.1f} loading the model" if waited_for_it else ""
+    counts, memory = status.job.counts, status.effort.memory
     return [
         f"requests   {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
         *([f"finished   {finished}"] if (finished := finish_line(status.job)) else []),
@@ -238,8 +236,7 @@ def _report(status: JobStatus) -> list[str]:
         f"memory     {size(memory.weights_bytes)} weights, peak {size(memory.peak_allocated_bytes)} allocated, "
         f"{size(memory.peak_reserved_bytes)} reserved of {size(memory.device_total_bytes)}",
         *(f"{title:<9}  {line}" for title, line in memory_lines(memory)),
-        f"seconds    {effort.queued_seconds:.1f} waiting{loading}; "
-        f"{effort.running_seconds:.1f} running ({duration(effort.running_seconds)})",
+        f"seconds    {status.seconds_line}",
     ]
 
 

@@ -140,7 +140,9 @@ class _Shown:
             return f"worker {first.name} is {loading_line(first)}"
         if status.estimate is None:
             return status.ends_in
-        return f"{status.effort.recent_requests_per_second:,.1f} requests/s, ends in {status.ends_in}"
+        recent = status.effort.recent_requests_per_second
+        speed = f"{recent:,.1f} requests/s now, " if recent else ""
+        return f"{speed}ends in {status.ends_in}"
 
 
 def _is_unserved(status: JobStatus) -> bool:

@@ -109,6 +109,20 @@ class JobStatus:
         return count / self.effort.running_seconds if self.effort.running_seconds else 0.0
 
     @property
+    def _speed_now(self) -> str:
+        recent = self.effort.recent_requests_per_second
+        return f" ({recent:,.1f} in the last minute)" if self.job.state is JobState.RUNNING and recent else ""
+
+    @property
+    def seconds_line(self) -> str:
+        """What a job's time went to: `4.5 queued, of which 3.9 importing torch, 0.1 loading the model; 0.5 running`."""
+        effort = self.effort
+        waits = ((effort.torch_wait_seconds, "importing torch"), (effort.model_wait_seconds, "loading the model"))
+        waited = ", ".join(f"{seconds:.1f} {what}" for seconds, what in waits if round(seconds, 1))
+        queued = f"{effort.queued_seconds:.1f} queued" + (f", of which {waited}" if waited else "")
+        return f"{queued}; {effort.running_seconds:.1f} running"
+
+    @property
     def ends_in(self) -> str:
         """When it ends, for people: `measuring` while nothing tells, and empty where nobody works on it."""
         if self.estimate is not None:
@@ -137,6 +151,8 @@ class JobStatus:
                 "queued": effort.queued_seconds,
                 "running": effort.running_seconds,
                 "model_load": effort.model_load_seconds,
+                "queued_for_torch": effort.torch_wait_seconds,
+                "queued_for_model": effort.model_wait_seconds,
             },
             **_eta_json(self.estimate),
             "workers": [worker_json(each) for each in self.workers],
@@ -179,18 +195,10 @@ class JobStatus:
             f"  requests   {counts.total:,} = {counts.succeeded:,} succeeded + {counts.failed:,} failed"
             f" + {counts.cancelled:,} cancelled + {counts.pending:,} pending",
             *([f"  finished   {finished}"] if (finished := finish_line(job)) else []),
-            f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
-            f"  speed      {self.rate:,.1f} requests/s,"
-            f" {self.per_second(counts.completion_tokens):,.1f} completion tokens/s",
-            f"  seconds    {effort.queued_seconds:.1f} queued, {effort.running_seconds:.1f} running,"
-            f" {effort.model_load_seconds:.1f} loading the model",
-            f"  memory     {size(effort.memory.weights_bytes)} weights,"
-            f" peak {size(effort.memory.peak_allocated_bytes)} allocated,"
-            f" {size(effort.memory.peak_reserved_bytes)} reserved"
-            f" of {size(effort.memory.device_total_bytes)}",
-            *(f"  {title:<9}  {line}" for title, line in memory_lines(effort.memory)),
-            f"  sampling   {_pairs(job.sampling) if job.sampling else 'not settled until a worker takes the job'}",
+            *(self._work_lines() if effort.runs else [f"  seconds    {effort.queued_seconds:.1f} queued"]),
         ]
+        if job.sampling:
+            lines.append(f"  sampling   {_pairs(job.sampling)}")
         if declared := job.options.get("adapters"):
             meant = {each.name: each.where for each in job.adapters}
             shown = (f"{name} = {meant[name]}" if name in meant else f"{name} (not used yet)" for name in declared)
@@ -198,6 +206,20 @@ class JobStatus:
         if self.evaluation is not None:
             lines.append(f"  evaluated  {evaluated_line(self.evaluation)}")
         return lines + self._present()
+
+    def _work_lines(self) -> list[str]:
+        counts, memory = self.job.counts, self.effort.memory
+        return [
+            f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
+            f"  speed      {self.rate:,.1f} requests/s{self._speed_now},"
+            f" {self.per_second(counts.completion_tokens):,.1f} completion tokens/s",
+            f"  seconds    {self.seconds_line}",
+            f"  memory     {size(memory.weights_bytes)} weights,"
+            f" peak {size(memory.peak_allocated_bytes)} allocated,"
+            f" {size(memory.peak_reserved_bytes)} reserved"
+            f" of {size(memory.device_total_bytes)}",
+            *(f"  {title:<9}  {line}" for title, line in memory_lines(memory)),
+        ]
 
     def _lacking_lines(self, start: str) -> list[str]:
         changed = any(each.changed for each in self.lacks)
@@ -303,9 +325,10 @@ def worker_line(worker: WorkerRow) -> str:
     silent = worker.process is not None and worker.process.lives() is Lives.YES
     state = worker.state.value if worker.alive or ended else "silent" if silent else "dead"
     at = f", {worker.leases} batches" if worker.leases else ""
+    weights = f"  {size(worker.weights_bytes)} weights" if worker.weights_bytes else ""
     line = (
         f"{worker.name}  {state}{at}  {worker.spec}  {worker.device_name or worker.device} on {worker.host}"
-        f"  {size(worker.weights_bytes)} weights{_limits(worker)}{_adapters(worker)}"
+        f"{weights}{_limits(worker)}{_adapters(worker)}"
         f"  up {duration(worker.uptime_seconds)}"
     )
     if worker.alive and is_loading(worker):
@@ -321,6 +344,8 @@ def is_loading(worker: WorkerRow) -> bool:
 def loading_line(worker: WorkerRow) -> str:
     """What a worker that loads has spent its time on, and does since: `loading torch 4 s, the model 1 s`."""
     torch_seconds, seconds = worker.torch_load_seconds, worker.loading_seconds
+    if seconds is None and worker.generation:
+        return "starting again, since its process died"
     if seconds is None:
         return f"starting, for {duration(worker.uptime_seconds)}"
     if worker.spec.model == ECHO:

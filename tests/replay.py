@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from jobs.states import RequestState
-from jobs.store.effort import RECENT_SECONDS, Pace
+from jobs.store.effort import Pace, late_since
 from jobs.store.reading import Counts
 from jobs.store.sample import Sampled, spread
 from producer.estimate import Estimate, estimate
@@ -111,7 +111,7 @@ class Timeline:
         in_flight = [each for each in mine if each.ended > seconds]
         until = min(seconds, max(each.ended for each in mine))
         worked = self._worked(min(each.began for each in mine), until)
-        since = seconds - RECENT_SECONDS
+        since = late_since(self.begin, seconds)
         return Pace(
             worker,
             worked,
@@ -186,6 +186,17 @@ def evened(timeline: Timeline, *, step_seconds: float = 0.05) -> Timeline:
         parts = [each.completion_tokens * (last - first) / (each.ended - each.began) for each in in_flight]
         new[last] = new[first] + step_seconds * (fmean(parts) if parts else 0.0)
     events = [replace(each, began=new[each.began], ended=new[each.ended]) for each in timeline.events]
+    return replace(timeline, events=events)
+
+
+def hastened(timeline: Timeline, *, until: float, times: float) -> Timeline:
+    """The same job on a machine that is so many times as slow until this part of it."""
+    turn = timeline.end * until
+
+    def at(seconds: float) -> float:
+        return seconds * times if seconds <= turn else turn * times + seconds - turn
+
+    events = [replace(each, began=at(each.began), ended=at(each.ended)) for each in timeline.events]
     return replace(timeline, events=events)
 
 

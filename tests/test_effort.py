@@ -54,7 +54,7 @@ class TestPaces:
             clock.seconds += 60 * minutes_later
         (pace,) = timed.effort.of(job_id).paces
         assert (pace.seconds, pace.completion_tokens) == (60.0, 24)
-        assert (pace.recent_seconds, pace.recent_tokens) == (20.0, pytest.approx(12.0))
+        assert (pace.late_seconds, pace.late_tokens) == (20.0, pytest.approx(12.0))
 
     def test_refused_prompts_are_no_throughput(self, timed: Store, clock: mill.Clock) -> None:
         job_id = mill.load(timed, 4)
@@ -66,6 +66,14 @@ class TestPaces:
         effort = timed.effort.of(job_id)
         assert (effort.recent_requests_per_second, effort.paces[0].prompt_tokens) == (0.0, 0)
         assert timed.reading.job(job_id).counts.prompt_tokens == 4
+
+    def test_a_job_that_was_cancelled_in_the_queue_waits_no_longer(self, timed: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(timed, 4)
+        clock.seconds += 5
+        assert timed.effort.of(job_id).queued_seconds == pytest.approx(5.0)
+        timed.closing.cancel(job_id)
+        clock.seconds += 60
+        assert timed.effort.of(job_id).queued_seconds == pytest.approx(5.0)
 
     def test_tokens_in_flight_are_gone_once_the_run_has_ended(self, timed: Store) -> None:
         job_id = mill.load(timed, 4)

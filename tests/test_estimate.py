@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from producer.estimate import Estimate, estimate
-from tests.replay import Moment, Timeline, looks, recorded, simulated
+from tests.replay import Moment, Timeline, hastened, looks, recorded, simulated
 
 Shape = Callable[[random.Random], int]
 UNIFORM: dict[str, Shape] = {
@@ -88,13 +88,21 @@ def test_hours_without_work_change_nothing() -> None:
     assert known(moment).seconds == pytest.approx(timeline.end - 7_260.0, rel=0.2)
 
 
-def test_the_range_is_of_the_whole_speed_and_of_the_last_minutes() -> None:
+def test_the_range_is_of_the_whole_speed_and_of_that_of_late() -> None:
     half = half_way(simulated(lengths(UNIFORM["50 to 150"], 600), step_seconds=0.5))
     before = known(half)
-    slower = replace(half, paces=tuple(replace(each, recent_tokens=each.recent_tokens / 4) for each in half.paces))
-    assert known(slower).seconds == before.seconds
+    slower = replace(half, paces=tuple(replace(each, late_tokens=each.late_tokens / 4) for each in half.paces))
+    assert known(slower).seconds == pytest.approx(4 * before.seconds)
     assert known(slower).high_seconds == pytest.approx(4 * before.high_seconds, rel=0.2)
-    assert known(slower).low_seconds == before.low_seconds
+    assert known(slower).low_seconds == pytest.approx(before.seconds, rel=0.2)
+
+
+def test_a_machine_that_gets_faster_is_believed() -> None:
+    """What a neighbour took for the first tenth of a job says nothing of the rest, once a third is done."""
+    timeline = hastened(simulated(lengths(UNIFORM["50 to 150"], 3_000), rows=64), until=0.1, times=3.0)
+    for each in looks(timeline, after=0.35):
+        assert each.off < 0.2
+        assert each.is_held
 
 
 def test_several_workers_are_as_fast_as_all_of_them_and_dead_ones_as_none() -> None:

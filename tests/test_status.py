@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from jobs.adapters import Adapter
+from jobs.memory import DeviceMemory
 from jobs.process import Process
 from jobs.schema import ErrorCode, JobOptions, SamplingParams
 from jobs.settings import load_settings
@@ -21,7 +22,7 @@ from jobs.spec import ModelSpec
 from jobs.states import WorkerState
 from jobs.store import Store
 from jobs.store.lease import Held, Seat
-from jobs.tables import workers
+from jobs.tables import jobs, runs, workers
 from producer.cli_jobs import COMMANDS
 from producer.estimate import Estimate
 from producer.here import seen_here
@@ -54,7 +55,13 @@ STATUS: dict[str, Any] = {
     },
     "devices": list,
     "energy_joules": (*NUMBER, type(None)),
-    "seconds": {"queued": NUMBER, "running": NUMBER, "model_load": NUMBER},
+    "seconds": {
+        "queued": NUMBER,
+        "running": NUMBER,
+        "model_load": NUMBER,
+        "queued_for_torch": NUMBER,
+        "queued_for_model": NUMBER,
+    },
     "eta_seconds": (*NUMBER, type(None)),
     "eta_low_seconds": (*NUMBER, type(None)),
     "eta_high_seconds": (*NUMBER, type(None)),
@@ -198,6 +205,46 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
     assert said(ago=7_500) == "loading torch 1 h 0 min, the model 1 h 5 min"
     mill.seat(store, name="ready", spec=spec)
     assert JobStatus.read(store, job_id).loading == ()
+
+
+def test_a_worker_whose_child_died_holds_nothing_and_is_waited_for(store: Store) -> None:
+    job_id = mill.load(store, 3)
+    who = mill.seat(store)
+    store.workers.measured(who.worker_id, who.generation, devices=[DeviceMemory("cpu", "cpu", cache_bytes=5)])
+    store.workers.child_died(who.worker_id, who.generation - 1)
+    assert store.workers.rows()[0].state is WorkerState.READY, "that was another child"
+    store.workers.child_died(who.worker_id, who.generation)
+    (row,) = store.workers.rows()
+    assert (row.weights_bytes, row.engine, row.devices, row.identity) == (0, None, (), None)
+    assert "weights" not in worker_line(row)
+    said = "  waiting    worker w is starting again, since its process died"
+    assert said in JobStatus.read(store, job_id).lines()
+    store.workers.new_generation(who.worker_id, child_pid=3)
+    assert said not in JobStatus.read(store, job_id).lines()
+    store.workers.enter(who.worker_id, WorkerState.DRAINING)
+    store.workers.child_died(who.worker_id, who.generation + 1)
+    assert store.workers.rows()[0].state is WorkerState.DRAINING, "none is started again"
+
+
+def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(store: Store) -> None:
+    spec = ModelSpec.parse("demo")
+    job_id = mill.load(store, 3, spec=spec)
+    who = mill.seat(store, spec=spec)
+    store.workers.imported(who.worker_id, who.generation, seconds=4.0)
+    mill.claim(store, who)
+
+    def said(*, began: float, queued: float) -> str:
+        """Where the load began, and the job was queued, so long before its first run."""
+        with store.database.write() as connection:
+            started = connection.scalar(select(runs.c.started_at)) or 0.0
+            connection.execute(update(workers).values(loading_since=started - began))
+            connection.execute(update(jobs).values(queued_at=started - queued))
+        return JobStatus.read(store, job_id).seconds_line
+
+    assert said(began=5, queued=6).startswith("6.0 queued, of which 4.0 importing torch, 0.5 loading the model; ")
+    assert said(began=5, queued=3).startswith("3.0 queued, of which 2.0 importing torch, 0.5 loading the model; ")
+    assert said(began=60, queued=3).startswith("3.0 queued; "), "the model was there before"
+    assert said(began=-9, queued=3).startswith("3.0 queued; "), "another child loads, since"
 
 
 class Clocked:
@@ -424,7 +471,7 @@ class TestUptime(Clocked):
 def test_a_worker_that_loads_has_no_limits_yet(store: Store) -> None:
     mill.seat(store, ready=False)
     (row,) = store.workers.rows()
-    assert "weights  up " in worker_line(row)
+    assert "cpu on host  up " in worker_line(row)
     said = worker_json(row)
     assert [said[key] for key in ("engine", "rows", "context_tokens", "cache_tokens")] == [None] * 4
 

@@ -252,6 +252,7 @@ class Keeper:
         generation = self._last.generation
         log.warning("the child died", worker=self._worker_id, pid=self._last.child_pid, state=self._last.state.value)
         self._settle(generation)
+        self._store.workers.child_died(self._worker_id, generation)
         loading = self._last.state is WorkerState.LOADING
         self._failed_loads = self._failed_loads + 1 if loading else 0
         if self._failed_loads >= _MAX_FAILED_LOADS:

@@ -19,14 +19,18 @@ from jobs.tables import jobs, runs, workers
 
 #: The window over which a job's present speed is taken.
 RECENT_SECONDS = 60.0
+#: An estimate goes by the last quarter of a job's time: long enough to be steady, and what the machine was like before
+#: is forgotten as the job goes on.
+LATE_PART = 0.25
+LEAST_LATE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
     """What one worker has done of a job in the seconds in which at least one of its runs was worked on.
 
-    The tokens are those of answered requests, `in_flight_tokens` those of answers on their way. `recent_tokens`: of
-    both, in the `recent_seconds` of the last minute that were worked, each run's spread evenly over its time.
+    The tokens are those of answered requests, `in_flight_tokens` those of answers on their way. `late_tokens`: of
+    both, in the `late_seconds` of the job's last quarter that were worked, each run's spread evenly over its time.
     """
 
     worker_id: int
@@ -35,14 +39,16 @@ class Pace:
     prompt_tokens: int
     completion_tokens: int
     in_flight_tokens: int = 0
-    recent_seconds: float = 0.0
-    recent_tokens: float = 0.0
+    late_seconds: float = 0.0
+    late_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
     """What a job's runs took. `running_seconds`: in which at least one run was worked on; rates come from these.
 
+    `torch_wait_seconds`, `model_wait_seconds`: those of the queued ones in which the worker that began the job imported
+    torch, and loaded the model; both are 0 where it was there before, or has loaded again since.
     `recent_requests_per_second`: answers of the last minute in the seconds of it that were worked, each run's spread
     evenly over its time. `memory`: its bytes are those of the run that held most, and its devices those of all runs.
     """
@@ -51,6 +57,8 @@ class Effort:
     queued_seconds: float = 0.0
     running_seconds: float = 0.0
     model_load_seconds: float = 0.0
+    torch_wait_seconds: float = 0.0
+    model_wait_seconds: float = 0.0
     recent_requests_per_second: float = 0.0
     memory: Memory = field(default_factory=Memory)
     model_commits: tuple[str, ...] = ()
@@ -73,16 +81,20 @@ class EffortReading:
             now = connection.scalar(select(self._database.now)) or 0.0
             busy = self._busy(connection, job_id, now)
             if not busy:
-                waiting = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id))
-                return Effort(queued_seconds=max(0.0, now - (waiting or now)))
+                ended = func.coalesce(jobs.c.finished_at, now)
+                waited = connection.scalar(select(ended - jobs.c.queued_at).where(jobs.c.id == job_id))
+                return Effort(queued_seconds=max(0.0, waited or 0.0))
             memory, load_seconds, commits = self._memory(connection, job_id, self._devices(connection, job_id))
             queued_at = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id)) or 0.0
+            torch_wait_seconds, model_wait_seconds = _waited_for(connection, job_id, queued_at)
         recent_seconds = sum(each.recent_seconds for each in busy)
         return Effort(
             runs=sum(each.runs for each in busy),
             queued_seconds=max(0.0, min(each.first for each in busy) - queued_at),
             running_seconds=sum(each.seconds for each in busy),
             model_load_seconds=load_seconds,
+            torch_wait_seconds=torch_wait_seconds,
+            model_wait_seconds=model_wait_seconds,
             recent_requests_per_second=sum(each.recent for each in busy) / recent_seconds if recent_seconds else 0.0,
             memory=memory,
             model_commits=commits,
@@ -97,6 +109,7 @@ class EffortReading:
         """
         larger = self._database.larger
         ended = self._ended(now)
+        began = connection.scalar(select(func.min(runs.c.started_at)).where(runs.c.job_id == job_id)) or now
         sums = ("succeeded", "prompt_tokens", "completion_tokens", "in_flight_tokens")
         each = (
             select(
@@ -113,8 +126,11 @@ class EffortReading:
         )
         begins, own_begins = (larger(each.c.began, covered) for covered in (each.c.covered, each.c.own_covered))
         tokens = each.c.completion_tokens + each.c.in_flight_tokens
-        since = now - RECENT_SECONDS
-        recent_part = self._past(each, larger(each.c.began, since)) / larger(each.c.ended - each.c.began, 0.001)
+        recent, late = now - RECENT_SECONDS, late_since(began, now)
+        recent_part, late_part = (
+            self._past(each, larger(each.c.began, since)) / larger(each.c.ended - each.c.began, 0.001)
+            for since in (recent, late)
+        )
         rows = connection.execute(
             select(
                 each.c.worker_id,
@@ -122,9 +138,9 @@ class EffortReading:
                 func.min(each.c.began).label("first"),
                 func.sum(self._past(each, begins)).label("seconds"),
                 func.sum(self._past(each, own_begins)).label("own_seconds"),
-                func.sum(self._past(each, larger(own_begins, since))).label("own_recent_seconds"),
-                func.sum(tokens * recent_part).label("recent_tokens"),
-                func.sum(self._past(each, larger(begins, since))).label("recent_seconds"),
+                func.sum(self._past(each, larger(own_begins, late))).label("late_seconds"),
+                func.sum(tokens * late_part).label("late_tokens"),
+                func.sum(self._past(each, larger(begins, recent))).label("recent_seconds"),
                 func.sum(each.c.succeeded * recent_part).label("recent"),
                 *(func.sum(each.c[name]).label(name) for name in sums),
             )
@@ -175,6 +191,28 @@ class EffortReading:
         return memory, row.load, tuple(sorted(commits))
 
 
+def late_since(began: float, now: float) -> float:
+    """The beginning of the last quarter of a job that began then."""
+    return now - max(LEAST_LATE_SECONDS, LATE_PART * (now - began))
+
+
+def _waited_for(connection: Connection, job_id: str, queued_at: float) -> tuple[float, float]:
+    """The seconds between a job's queueing and its first run in which the run's worker loaded torch, and the model."""
+    first = connection.execute(
+        select(runs.c.started_at, runs.c.model_load_seconds, workers.c.loading_since, workers.c.torch_load_seconds)
+        .join_from(runs, workers, workers.c.id == runs.c.worker_id)
+        .where(runs.c.job_id == job_id)
+        .order_by(runs.c.started_at, runs.c.id)
+        .limit(1)
+    ).one()
+    if first.loading_since is None or first.torch_load_seconds is None:
+        return 0.0, 0.0
+    imported = first.loading_since + first.torch_load_seconds
+    spans = ((first.loading_since, imported), (imported, imported + first.model_load_seconds))
+    torch, model = (max(0.0, min(end, first.started_at) - max(begin, queued_at)) for begin, end in spans)
+    return torch, model
+
+
 def _covered(ended: ColumnElement[float], *by: ColumnElement[Any]) -> ColumnElement[float]:
     """Until when runs had lasted that began before each."""
     before = func.max(ended).over(partition_by=by, order_by=(runs.c.started_at, runs.c.id), rows=(None, -1))
@@ -183,4 +221,4 @@ def _covered(ended: ColumnElement[float], *by: ColumnElement[Any]) -> ColumnElem
 
 def _pace(row: Row[Any]) -> Pace:
     tokens = (int(row.prompt_tokens), int(row.completion_tokens), int(row.in_flight_tokens))
-    return Pace(row.worker_id, row.own_seconds, int(row.succeeded), *tokens, row.own_recent_seconds, row.recent_tokens)
+    return Pace(row.worker_id, row.own_seconds, int(row.succeeded), *tokens, row.late_seconds, row.late_tokens)

@@ -28,6 +28,20 @@ _CLOCK_SLACK_SECONDS = 1.0
 GIVEN_UP = frozenset({WorkerState.FAILED, WorkerState.SICK})
 
 
+#: Of a worker whose child holds no model (yet).
+_NOTHING_HELD: dict[str, object] = {
+    "identity": None,
+    "torch_load_seconds": None,
+    "model_load_seconds": None,
+    "weights_bytes": 0,
+    "engine": None,
+    "engine_rows": None,
+    "context_tokens": None,
+    "cache_tokens": None,
+    "devices": None,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """What the parent reads back with each heartbeat: its child, and the state that the child wrote."""
@@ -195,6 +209,17 @@ class Workers:
         return Heartbeat(WorkerState(row.state), row.generation, row.child_pid, row.error, held or 0)
 
     @retried
+    def child_died(self, worker_id: int, generation: int) -> None:
+        """The child of this generation is gone, and with it what it held; the next one is being started."""
+        with self._database.write() as connection:
+            connection.execute(
+                update(workers)
+                .where(workers.c.id == worker_id, workers.c.generation == generation)
+                .where(workers.c.state.in_([WorkerState.LOADING.value, WorkerState.READY.value]))
+                .values(_NOTHING_HELD | {"state": WorkerState.STARTING.value, "child_pid": None})
+            )
+
+    @retried
     def new_generation(self, worker_id: int, *, child_pid: int) -> int:
         """A new child of this worker begins to load its model: the generation it is."""
         with self._database.write() as connection:
@@ -205,9 +230,8 @@ class Workers:
                     .values(
                         generation=workers.c.generation + 1,
                         child_pid=child_pid,
-                        identity=None,
                         loading_since=self._database.now,
-                        torch_load_seconds=None,
+                        **_NOTHING_HELD,
                         # A pool replaces the child that has given up; its worker has given up all the same.
                         state=case((workers.c.state.in_(GIVEN_UP), workers.c.state), else_=WorkerState.LOADING.value),
                     )
