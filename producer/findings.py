@@ -38,8 +38,8 @@ class Finding:
     stuck: bool = False
 
 
-def closed(job: Job) -> Finding:
-    """A job that has ended."""
+def closed(job: Job, retry: str) -> Finding:
+    """A job that has ended; `retry`: what a retry of it would do."""
     counts, finished = job.counts, finish_line(job)
     message = (
         f"{job.state.value} since {utc(job.finished_at or job.queued_at)}, {counts.succeeded:,} succeeded,"
@@ -47,10 +47,7 @@ def closed(job: Job) -> Finding:
     )
     if counts.succeeded == counts.total:
         return Finding("closed", message, f"`batchmill results {job.id}` writes its outputs")
-    remedy = (
-        f"`batchmill results {job.id} --only failed` shows what did not succeed, `batchmill retry {job.id}` runs what"
-    )
-    return Finding("closed", message, f"{remedy} another try can answer")
+    return Finding("closed", message, f"`batchmill results {job.id} --only failed` shows what did not succeed; {retry}")
 
 
 def open_findings(case: Case) -> list[Finding]:

@@ -83,7 +83,16 @@ class TestClosedAndMoving:
         mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.ENGINE_ERROR)
         reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
         assert "3 failed" in reason.message
-        assert f"batchmill retry {job_id}" in reason.remedy
+        assert reason.remedy.endswith(f"; `batchmill retry {job_id}` runs what another try can answer")
+
+    def test_a_retry_that_would_move_nothing_is_not_advised(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.EMPTY_PROMPT)
+        assert expect(place.diagnose(job_id), Verdict.CLOSED, "closed").remedy == (
+            f"`batchmill results {job_id} --only failed` shows what did not succeed; a retry leaves it alone"
+            f" (3 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too;"
+            " corrected lines are submitted as a file of their own"
+        )
 
     def test_answers_in_the_last_minute_are_moving_with_an_end(self, place: Place) -> None:
         who = mill.seat(place.store)
