@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +35,16 @@ class _Place(NamedTuple):
 
     boot_id: str
     namespace: int
+
+
+def end_of(exit_code: int) -> str:
+    """End of a process by its exit code, which is negative for a signal: `SIGKILL`, or `exit code 1`."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-exit_code}"
 
 
 @dataclass(frozen=True, slots=True)

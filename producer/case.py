@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobs.settings import Settings
-from jobs.states import JobState
-from jobs.store.holders import Around, Hold, Seen
+from jobs.states import JobState, WorkerState
+from jobs.store.holders import Around, Crashes, Hold, Seen
 from jobs.store.pending import NO_ADAPTER
 from jobs.store.reading import Job
+from jobs.store.workers import GIVEN_UP
 from producer.status import JobStatus, duration
 
 
@@ -89,6 +90,12 @@ class Case:
     def reaping_seconds(self) -> float:
         """Within so long after its end a lease is taken back: it is seen expired twice, half a lease apart."""
         return self.settings.lease_seconds / 2 + 2 * self.settings.reconcile_seconds
+
+    def outlived(self, crashes: Crashes) -> bool:
+        """Tells if a worker was heard of after the last of these, so that its log goes on."""
+        worker = crashes.worker
+        ended_itself = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
+        return worker.alive or ended_itself or self.around.now - worker.seen_seconds >= crashes.last_at
 
     def over_since(self, hold: Hold) -> float:
         """When a hold's first lease was or will be over; now, if it is further ahead than any can be."""

@@ -18,6 +18,7 @@ from migrations import open_store
 from producer.case import Case, QueueState
 from producer.findings import Finding, closed, open_findings
 from producer.here import around_here
+from producer.retries import retry_advice
 from producer.status import JobStatus
 
 
@@ -78,7 +79,7 @@ def examine_job(settings: Settings, written: str) -> Diagnosis:
 def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Settings) -> Diagnosis:
     """What the store and Redis say of a job, judged. A job that a live worker holds is moving, whatever else is."""
     if status.job.closed:
-        return Diagnosis(status.job, Verdict.CLOSED, (closed(status.job),))
+        return Diagnosis(status.job, Verdict.CLOSED, (closed(status.job, retry_advice(status.job, store)),))
     around = around_here(store.holders.around(status.job.id, lease_seconds=settings.lease_seconds))
     case = Case(status, around, queue, settings)
     findings = open_findings(case)

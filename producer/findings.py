@@ -13,7 +13,7 @@ from jobs.advice import mill_lives
 from jobs.broker import MAX_WAKEUPS
 from jobs.states import RunOutcome, WorkerState
 from jobs.store.effort import RECENT_SECONDS
-from jobs.store.holders import Hold, Seen
+from jobs.store.holders import Crashes, Hold, Seen
 from jobs.store.lacks import Lack
 from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP
@@ -38,8 +38,8 @@ class Finding:
     stuck: bool = False
 
 
-def closed(job: Job) -> Finding:
-    """A job that has ended."""
+def closed(job: Job, retry: str) -> Finding:
+    """A job that has ended; `retry`: what a retry of it would do."""
     counts, finished = job.counts, finish_line(job)
     message = (
         f"{job.state.value} since {utc(job.finished_at or job.queued_at)}, {counts.succeeded:,} succeeded,"
@@ -47,10 +47,7 @@ def closed(job: Job) -> Finding:
     )
     if counts.succeeded == counts.total:
         return Finding("closed", message, f"`batchmill results {job.id}` writes its outputs")
-    remedy = (
-        f"`batchmill results {job.id} --only failed` shows what did not succeed, `batchmill retry {job.id}` runs what"
-    )
-    return Finding("closed", message, f"{remedy} another try can answer")
+    return Finding("closed", message, f"`batchmill results {job.id} --only failed` shows what did not succeed; {retry}")
 
 
 def open_findings(case: Case) -> list[Finding]:
@@ -82,7 +79,7 @@ def _moving(case: Case) -> Finding:
         "at_work",
         f"it is in the hands of {_names([each.worker for each in case.at_work])}, {quiet}",
         f"wait: long answers take their time, and a worker that makes no token for {settings.stall_seconds:g} s is"
-        " ended and its batches are taken back; its log says more",
+        " ended and its batches are taken back; `batchmill logs --level error` on its machine then says where it hung",
     )
 
 
@@ -187,7 +184,7 @@ def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
         return Finding(
             "not_claimed",
             f"{message}, for {case.ago(since)}",
-            f"that is too long: look at the log of {idle[0].name} on {idle[0].host}, and start it again",
+            f"that is too long: look at {_log(idle[0])}, and start it again",
             stuck=True,
         )
     if wakeups < min(case.takeable_batches, MAX_WAKEUPS):
@@ -197,14 +194,21 @@ def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
 
 
 def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
-    first = loading[-1]
-    again = f", for the {first.generation}. time" if first.generation > 1 else ""
+    first = min(loading, key=_began_to_load)
+    since = _began_to_load(first)
+    which = "the first " if len(loading) > 1 else ""
+    again = f"for the {_ordinal(first.generation)} time, " if first.generation > 1 else ""
     return Finding(
         "loading_model",
-        f"the model is being loaded{again} by {_names(loading)}, started {utc(first.started_at)}"
-        f" ({case.ago(first.started_at)} ago)",
-        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; the worker's log says how far it is",
+        f"the model is being loaded by {_names(loading)}, {which}{again}since {utc(since)} ({case.ago(since)} ago)",
+        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; `batchmill workers` says how far it"
+        " is",
     )
+
+
+def _began_to_load(worker: Seen) -> float:
+    """The time at which a worker's newest child began to load, or the worker itself where it has no child yet."""
+    return worker.started_at if worker.loading_since is None else worker.loading_since
 
 
 def _nobody(case: Case) -> Iterator[Finding]:
@@ -284,7 +288,10 @@ def _lost(case: Case, hold: Hold) -> Finding:
         return Finding("nobody_reconciles", message, remedy, stuck=True)
     code = "lease_expired" if over_since <= now else "dead_holder"
     if now - over_since > case.reaping_seconds:
-        remedy = "that is too long for the live workers to have seen it; their logs say whether they reach the store"
+        remedy = (
+            "that is too long for the live workers to have seen it; `batchmill logs --level warning` on their machines"
+            " says whether they reach the store"
+        )
         return Finding(code, message, remedy, stuck=True)
     within = duration(case.reaping_seconds)
     return Finding(code, message, f"wait: within {within} of its end a live worker takes it back")
@@ -325,10 +332,27 @@ def _crashes(case: Case) -> Iterator[Finding]:
         died = "died" if each.outcome is RunOutcome.CRASHED else "let its lease run out"
         yield Finding(
             "crashed",
-            f"a process of {each.worker} on {each.host} {died} at this job, {_count(each.times, 'time')},"
+            f"a process of {each.worker.name} on {each.worker.host} {died} at this job, {_count(each.times, 'time')},"
             f" the last at {utc(each.last_at)}",
-            "its log says why",
+            _where_it_says(case, each),
         )
+
+
+def _where_it_says(case: Case, crashes: Crashes) -> str:
+    """The log that says how the last of these came about: a process that is killed cannot say it in its own."""
+    log = _log(crashes.worker)
+    if crashes.outcome is not RunOutcome.CRASHED:
+        return f"{log} has what it said then"
+    if case.outlived(crashes):
+        return f"{log} says how"
+    return (
+        f"the worker itself ended: {log} has its last words, and `batchmill logs supervisor` there says how it ended,"
+        " if `up`, `run` or `--devices` started it and outlived it"
+    )
+
+
+def _log(worker: Seen) -> str:
+    return f"`{shlex.join(['batchmill', 'logs', worker.name])}` on {worker.host}"
 
 
 def _who(worker: Seen) -> str:
@@ -344,6 +368,12 @@ def _names(workers: Sequence[Seen]) -> str:
 
 def _batches(holds: Sequence[Hold]) -> str:
     return _count(sum(each.batches for each in holds), "batch")
+
+
+def _ordinal(number: int) -> str:
+    """`1st`, `2nd`, `13th`."""
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else ends.get(number % 10, 'th')}"
 
 
 def _count(number: int, noun: str) -> str:

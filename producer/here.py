@@ -34,6 +34,7 @@ def around_here(around: Around) -> Around:
     return replace(
         around,
         holds=tuple(replace(each, worker=seen_here(each.worker)) for each in around.holds),
+        crashes=tuple(replace(each, worker=seen_here(each.worker)) for each in around.crashes),
         serving=tuple(map(seen_here, around.serving)),
         others=tuple(each for each in map(seen_here, around.others) if each.alive),
         live=tuple(each for each in around.live if not is_gone(each)),

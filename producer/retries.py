@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from math import inf
 
 from jobs.causes import Cause, Chances, cause_of
-from jobs.states import WorkerState
+from jobs.errors import JobStateError
+from jobs.states import JobState, WorkerState
 from jobs.store import Store
 from jobs.store.reading import Job
 from jobs.store.retrying import Left, Retried
@@ -15,7 +16,12 @@ from producer.status import JobStatus
 
 
 def chances_of(job: Job, *, everything: bool, store: Store) -> Chances:
-    """What of a job that has ended another try can end otherwise, by the workers that live now."""
+    """What of a job that has ended another try can end otherwise, by the workers that live now.
+
+    Raises JobStateError for an open one that does not end by itself, unless a retry of it was cut short.
+    """
+    if not job.closed:
+        _require_served(job, store)
     keeps_model = job.counts.succeeded > 0
     rows = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
     contexts = [
@@ -37,7 +43,7 @@ def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterat
     for code, left in sorted(retried.left.items()):
         yield f"left alone: {left.count:,} {code} ({_names(left)}): {_reason(code, left, chances)}"
     if retried.left:
-        yield f"`batchmill retry {job.id} --all` runs these too; corrected lines are submitted as a file of their own"
+        yield _all_of_it(job)
     if not retried.is_whole:
         yield (
             "a cancel or another retry of this job came in between, so that some may be left: once it has ended, "
@@ -45,6 +51,31 @@ def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterat
         )
     if retried.moved and not job.closed:
         yield from status.missing_lines() or [f"its workers take it up; `batchmill wait {job.id}` follows"]
+
+
+def retry_advice(job: Job, store: Store) -> str:
+    """Advice on a job that has ended: the retry, or why one moves nothing and what else there is to do."""
+    chances = chances_of(job, everything=False, store=store)
+    ended = store.retrying.unsuccessful(job.id)
+    if any(chances.are_there(code, prompt_tokens=each.shortest_tokens) for code, each in ended.items()):
+        return f"`batchmill retry {job.id}` runs what another try can answer"
+    reasons = [f"{each.count:,} {code}: {_reason(code, each, chances)}" for code, each in ended.items()]
+    return f"a retry leaves it alone ({'; '.join(reasons)}); {_all_of_it(job)}"
+
+
+def _require_served(job: Job, store: Store) -> None:
+    """Raises JobStateError, with what makes the job go on, where nobody works on it."""
+    if job.state is JobState.CANCELLING or store.retrying.is_cut_short(job.id):
+        return
+    missing = JobStatus.read(store, job.id).missing_lines()
+    if missing:
+        other = f", or at once after `batchmill cancel {job.id}`" if job.counts.failed else ""
+        when = f"retry it once it has ended{other}"
+        raise JobStateError(f"job {job.id} is {job.state.value}: {when}; {' '.join(missing)}")
+
+
+def _all_of_it(job: Job) -> str:
+    return f"`batchmill retry {job.id} --all` runs these too; corrected lines are submitted as a file of their own"
 
 
 def _reason(code: str, left: Left, chances: Chances) -> str:

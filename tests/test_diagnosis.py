@@ -83,7 +83,16 @@ class TestClosedAndMoving:
         mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.ENGINE_ERROR)
         reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
         assert "3 failed" in reason.message
-        assert f"batchmill retry {job_id}" in reason.remedy
+        assert reason.remedy.endswith(f"; `batchmill retry {job_id}` runs what another try can answer")
+
+    def test_a_retry_that_would_move_nothing_is_not_advised(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.EMPTY_PROMPT)
+        assert expect(place.diagnose(job_id), Verdict.CLOSED, "closed").remedy == (
+            f"`batchmill results {job_id} --only failed` shows what did not succeed; a retry leaves it alone"
+            f" (3 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too;"
+            " corrected lines are submitted as a file of their own"
+        )
 
     def test_answers_in_the_last_minute_are_moving_with_an_end(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -253,10 +262,32 @@ class TestNobodyServes:
         who = mill.seat(place.store, ready=False)
         place.later(90, who)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
-        assert "being loaded by worker w on host" in reason.message
-        assert "(1 min 30 s ago)" in reason.message
-        place.store.workers.new_generation(who.worker_id, child_pid=3)
-        assert "for the 2. time" in place.diagnose(job_id).findings[0].message
+        assert reason.message.startswith("the model is being loaded by worker w on host, since ")
+        assert reason.message.endswith("(1 min 30 s ago)")
+        assert reason.remedy.endswith("; `batchmill workers` says how far it is")
+
+    def test_a_load_is_counted_and_timed_from_its_own_beginning(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        who = mill.seat(place.store, ready=False)
+        for nth in ("2nd", "3rd", "4th"):
+            place.later(90, who)
+            place.store.workers.new_generation(who.worker_id, child_pid=3)
+            place.later(5, who)
+            message = place.diagnose(job_id).findings[0].message
+            assert message.startswith(f"the model is being loaded by worker w on host, for the {nth} time, since ")
+            assert message.endswith("(5 s ago)")
+        mill.seat(place.store, name="later", ready=False)
+        message = place.diagnose(job_id).findings[0].message
+        assert "w on host" in message
+        assert ", the first for the 4th time, since " in message
+
+    def test_a_worker_that_has_no_child_yet_is_timed_from_its_own_start(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        place.store.workers.register(
+            host="host", name="w", pid=1, spec=mill.ECHO_SPEC, device="cpu", only_job=None, beat=5.0
+        )
+        place.later(7)
+        assert "(7 s ago)" in expect(place.diagnose(job_id), Verdict.WAITING, "loading_model").message
 
     def test_workers_that_are_ending_take_nothing_new(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
@@ -298,7 +329,7 @@ class TestReadyWorkers:
         place.later(61, who)
         reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.STUCK, "not_claimed")
         assert "with 3 wake-ups in the queue, for 1 min 1 s" in reason.message
-        assert "the log of w on host" in reason.remedy
+        assert "look at `batchmill logs w` on host" in reason.remedy
 
     def test_an_older_job_goes_first(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -360,7 +391,9 @@ class TestLeases:
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(200, who)
-        assert "their logs" in expect(place.diagnose(job_id), Verdict.STUCK, "lease_expired").remedy
+        assert (
+            "`batchmill logs --level warning`" in expect(place.diagnose(job_id), Verdict.STUCK, "lease_expired").remedy
+        )
 
     def test_a_lease_of_a_clock_that_was_set_back_is_no_work_in_progress(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -378,7 +411,36 @@ class TestLeases:
         place.store.recovery.take_back(who.worker_id, generation=1)
         diagnosis = place.diagnose(job_id)
         assert "4 requests in 1 batch were in a worker when its process died" in finding(diagnosis, "suspects").message
-        assert "a process of w on host died at this job, 1 time, the last at" in finding(diagnosis, "crashed").message
+        crashed = finding(diagnosis, "crashed")
+        assert "a process of w on host died at this job, 1 time, the last at" in crashed.message
+        assert crashed.remedy == "`batchmill logs w` on host says how"
+
+    def test_a_worker_that_ended_itself_is_told_by_the_log_of_its_supervisor(self, place: Place) -> None:
+        live = Process.own()
+        assert live is not None
+        who = mill.seat(place.store, name="gpu 1", process=replace(live, start_ticks=live.start_ticks - 1))
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(3)
+        place.store.recovery.take_back(who.worker_id, generation=1)
+        assert finding(place.diagnose(job_id), "crashed").remedy == (
+            "the worker itself ended: `batchmill logs 'gpu 1'` on host has its last words, and `batchmill logs"
+            " supervisor` there says how it ended, if `up`, `run` or `--devices` started it and outlived it"
+        )
+
+    @pytest.mark.parametrize("then", ["lives on", "stops"])
+    def test_a_worker_that_outlived_its_process_says_itself_how_that_ended(self, place: Place, then: str) -> None:
+        who = mill.seat(place.store)
+        job_id = mill.load(place.store, 4)
+        mill.claim(place.store, who)
+        place.later(3)
+        place.store.recovery.take_back(who.worker_id, generation=1)
+        if then == "stops":
+            place.store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        else:
+            place.later(1, who)
+        place.later(600)
+        assert finding(place.diagnose(job_id), "crashed").remedy == "`batchmill logs w` on host says how"
 
     def test_a_lease_that_ran_out_is_no_death(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -386,7 +448,9 @@ class TestLeases:
         mill.claim(place.store, who)
         place.later(100, who)
         place.store.recovery.reap(place.store.recovery.expired(lease_seconds=mill.LEASE_SECONDS))
-        assert "let its lease run out" in finding(place.diagnose(job_id), "crashed").message
+        crashed = finding(place.diagnose(job_id), "crashed")
+        assert "let its lease run out" in crashed.message
+        assert crashed.remedy == "`batchmill logs w` on host has what it said then"
 
 
 class TestEnding:

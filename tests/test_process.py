@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs import process
-from jobs.process import Lives, Process
+from jobs.process import Lives, Process, end_of
 
 ROOT = Path(__file__).parent.parent
 TELL = "from jobs.process import Process; print(Process.own(), flush=True); input()"
@@ -53,6 +53,13 @@ def test_another_process_of_the_same_pid_is_another(other: subprocess.Popen[byte
     assert (before.lives(), before.is_of_this_boot) == (Lives.NO, False)
     assert replace(named, namespace=1).lives() is Lives.UNKNOWN
     assert named.is_of_this_boot
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "end"), [(0, "exit code 0"), (137, "exit code 137"), (-9, "SIGKILL"), (-40, "signal 40")]
+)
+def test_an_end_is_told_by_its_signal_or_its_exit_code(exit_code: int, end: str) -> None:
+    assert end_of(exit_code) == end
 
 
 def test_it_starts_when_the_kernel_says_whatever_the_clock_says(other: subprocess.Popen[bytes]) -> None:

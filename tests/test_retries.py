@@ -11,12 +11,13 @@ import pytest
 from sqlalchemy import select
 
 from jobs.causes import CAUSES, Cause, Chances, cause_of
+from jobs.errors import JobStateError
 from jobs.schema import ErrorCode
-from jobs.states import BatchState, JobState
+from jobs.states import BatchState, JobState, WorkerState
 from jobs.store import Store, retrying
 from jobs.store.lease import Held
 from jobs.tables import batches, jobs
-from producer.retries import chances_of
+from producer.retries import chances_of, retry_advice
 from tests import mill
 
 #: None: answered.
@@ -160,6 +161,67 @@ class TestTheModelOfAJob:
         mill.seat(store, name="of another job", identity="weights=7", only_job="another")
         mill.seat(store, name="not ready", identity="weights=7", ready=False)
         assert chances_of(job, everything=False, store=store).context_tokens == 0
+
+
+class TestOpenJobs:
+    def test_one_that_nobody_serves_names_what_makes_it_go_on(self, store: Store) -> None:
+        job_id = mill.load(store, 3)
+        with pytest.raises(JobStateError) as refused:
+            chances_of(store.reading.job(job_id), everything=False, store=store)
+        assert str(refused.value) == (
+            f"job {job_id} is queued: retry it once it has ended; no live worker has served echo (none) for 0 s;"
+            " start one: batchmill up -m echo"
+        )
+
+    def test_what_failed_of_it_can_be_retried_after_a_cancel(self, store: Store) -> None:
+        job_id = mill.load(store, 8)
+        who = mill.seat(store)
+        (claimed,) = mill.claim(store, who)
+        mill.save(store, who, [mill.answered(claimed, error=ErrorCode.POISON)])
+        store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        with pytest.raises(JobStateError, match=f"ended, or at once after `batchmill cancel {job_id}`; no live worker"):
+            chances_of(store.reading.job(job_id), everything=False, store=store)
+        store.closing.cancel(job_id)
+        chances = chances_of(store.reading.job(job_id), everything=False, store=store)
+        assert store.retrying.retry(job_id, chances).moved == 8
+
+    def test_one_that_somebody_serves_is_to_be_waited_for(self, store: Store) -> None:
+        job_id = mill.load(store, 3)
+        mill.seat(store)
+        chances = chances_of(store.reading.job(job_id), everything=False, store=store)
+        with pytest.raises(JobStateError, match=f"wait until it has ended .`batchmill wait {job_id}`"):
+            store.retrying.retry(job_id, chances)
+
+    def test_a_retry_of_it_that_was_cut_short_goes_on(self, store: Store) -> None:
+        job_id = ended(store, dict.fromkeys(range(4), ErrorCode.POISON))
+        store.retrying._begin_retry(job_id)
+        store.retrying._retry_page(job_id, [0, 1])
+        with store.database.write() as connection:
+            connection.exec_driver_sql("UPDATE workers SET alive_until = 0")
+        chances = chances_of(store.reading.job(job_id), everything=False, store=store)
+        assert store.retrying.retry(job_id, chances).moved == 2
+
+
+class TestAdvice:
+    def test_a_retry_is_advised_where_it_would_move_something(self, store: Store) -> None:
+        job_id = ended(store, {0: None, 1: ErrorCode.EMPTY_PROMPT, 2: ErrorCode.POISON})
+        advice = retry_advice(store.reading.job(job_id), store)
+        assert advice == f"`batchmill retry {job_id}` runs what another try can answer"
+
+    def test_else_the_reasons_are_named_and_what_there_is_to_do(self, store: Store) -> None:
+        ends = {0: None, 1: ErrorCode.EMPTY_PROMPT, 2: ErrorCode.CONTEXT_LENGTH_EXCEEDED, 3: ErrorCode.EMPTY_PROMPT}
+        job_id = ended(store, ends, tokens=700)
+        assert store.retrying.retry(job_id, some(context=128)).moved == 0
+        assert retry_advice(store.reading.job(job_id), store) == (
+            "a retry leaves it alone (1 context_length_exceeded: the shortest of these prompts has 700 tokens, and no"
+            " live worker takes more than 128 with the answer; a larger --context helps where its model has one;"
+            f" 2 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too; corrected"
+            " lines are submitted as a file of their own"
+        )
+
+    def test_a_worker_with_a_larger_context_makes_a_retry_worth_it(self, store: Store) -> None:
+        job_id = ended(store, {0: None, 1: ErrorCode.CONTEXT_LENGTH_EXCEEDED}, tokens=100)
+        assert "runs what another try can answer" in retry_advice(store.reading.job(job_id), store)
 
 
 def test_the_table_loads_no_database() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from jobs.logs import get_logger
+from jobs.states import RunOutcome
 from jobs.store.lease import Held, Turned
 
 log = get_logger(__name__)
@@ -31,3 +32,9 @@ def log_batches(held: Iterable[Held], turned: Turned, *, worker_id: int) -> None
             log.info(event, job=job_of.get(batch), batch=batch, worker=worker_id)
     for batch in sorted(turned.lost):
         log.warning("lost a batch: its lease was taken back", job=job_of.get(batch), batch=batch, worker=worker_id)
+
+
+def log_taken_back(held: Mapping[str, Sequence[int]], *, worker_id: int, outcome: RunOutcome) -> None:
+    """A line for each job of which a dead process of this worker held these batches."""
+    for job_id, batches in held.items():
+        log.warning("took back leases", job=job_id, batches=batches, worker=worker_id, outcome=outcome.value)

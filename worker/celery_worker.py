@@ -55,6 +55,16 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
 class _Processes(AsynPool):  # type: ignore[misc]
     """The processes of the pool. Of a child that died while Redis was away Celery may keep the queues for good."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: How each child ended, by its pid, also of those that Celery has replaced.
+        self.ends: dict[int, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    def _create_worker_process(self, i: int) -> Any:
+        process = super()._create_worker_process(i)
+        self.ends[process.pid] = process._popen  # it alone, since the process holds its queues open
+        return process
+
     def get_process_queues(self) -> Any:
         if all(owner is not None for owner in self._queues.values()):
             self._queues[self.create_process_queues()] = None

@@ -20,6 +20,7 @@ from jobs.adapters import Adapter
 from jobs.broker import Broker
 from jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
 from jobs.logs import get_logger
+from jobs.process import end_of
 from jobs.settings import Settings
 from jobs.spec import ModelSpec
 from jobs.states import RunOutcome, WorkerState
@@ -67,13 +68,22 @@ class Pool:
     celery_worker: Any
 
     def pids(self) -> list[int]:
-        pool = getattr(getattr(self.celery_worker, "pool", None), "_pool", None)
-        return [process.pid for process in getattr(pool, "_pool", ()) if process.pid]
+        return [process.pid for process in getattr(self._processes, "_pool", ()) if process.pid]
+
+    def ended_by(self, pid: int | None) -> str | None:
+        """Signal or exit code that ended a child, also one that was replaced; None where it is not known."""
+        end = getattr(self._processes, "ends", {}).get(pid)
+        code = None if end is None else end.poll()
+        return None if code is None else end_of(code)
 
     def signal(self, number: int) -> None:
         for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    @property
+    def _processes(self) -> Any:
+        return getattr(getattr(self.celery_worker, "pool", None), "_pool", None)
 
 
 @dataclass(slots=True)
@@ -231,11 +241,14 @@ class Keeper:
 
     def _beat(self) -> None:
         """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
-        self._last = self._store.workers.heartbeat(
+        beat = self._store.workers.heartbeat(
             self._worker_id,
             beat=self._settings.heartbeat_seconds,
             hindrance=self._hindrance if monotonic() < self._hindered_until else None,
         )
+        if self._settled < self._last.generation < beat.generation:
+            self._tell_death()
+        self._last = beat
         if self._last.state in GIVEN_UP:
             self.failure = self._last.error
         self._early.reported(self._last)
@@ -250,13 +263,26 @@ class Keeper:
         if not self._has_died():
             return  # the next child has reported already
         generation = self._last.generation
-        log.warning("the child died", worker=self._worker_id, pid=self._last.child_pid, state=self._last.state.value)
+        self._tell_death()
         self._settle(generation)
         self._store.workers.child_died(self._worker_id, generation)
         loading = self._last.state is WorkerState.LOADING
         self._failed_loads = self._failed_loads + 1 if loading else 0
         if self._failed_loads >= _MAX_FAILED_LOADS:
             self._give_up(f"{self._options.spec}: the process died {self._failed_loads} times while loading it")
+
+    def _tell_death(self) -> None:
+        """Logs how the last child ended, and at which jobs."""
+        child = self._last
+        held = self._store.recovery.held_by(self._worker_id, generation=child.generation)
+        log.warning(
+            "the child died",
+            worker=self._worker_id,
+            pid=child.child_pid,
+            state=child.state.value,
+            ended_by=self._pool.ended_by(child.child_pid),
+            jobs=list(held),
+        )
 
     def _on_early_death(self) -> None:
         self._beat()

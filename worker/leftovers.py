@@ -18,6 +18,7 @@ from jobs.store import Store
 from jobs.store.bounds import cut
 from jobs.store.lease import Held, Seat
 from jobs.store.recovery import Holder
+from worker.batch_lines import log_taken_back
 from worker.spool import NewerSpool, SpoolFile, Spools, abandoned, read
 
 log = get_logger(__name__)
@@ -45,9 +46,9 @@ class Leftovers:
         """
         for each in self._spools.left_by(worker_id, generation=generation):
             self._save(each)
+        held = self._store.recovery.held_by(worker_id, generation=generation)
         taken = self._store.recovery.take_back(worker_id, generation=generation, outcome=outcome)
-        if taken:
-            log.warning("took back leases", worker=worker_id, batches=taken, outcome=outcome.value)
+        log_taken_back(held, worker_id=worker_id, outcome=outcome)
         return taken
 
     def settle_orphans(self) -> int:

@@ -18,7 +18,7 @@ from time import monotonic
 from jobs.embedded import start_process, wait_or_kill
 from jobs.errors import BatchmillError, StoreError
 from jobs.logs import get_logger
-from jobs.process import Process
+from jobs.process import Process, end_of
 from jobs.settings import Settings, environment_of
 from jobs.states import WorkerState
 from jobs.store import Store
@@ -132,7 +132,7 @@ class Supervisor:
             return True
         if state is WorkerState.SICK:
             post.rest(_SICK_PAUSE_SECONDS)
-        log.warning("a worker ended and is started again", device=post.device, pid=pid, exit_code=code)
+        log.warning("a worker ended and is started again", device=post.device, pid=pid, ended_by=end_of(code))
         return False
 
     def _end_all(self) -> None:

@@ -31,7 +31,10 @@ _MOST_OTHERS = 500
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One worker as it was last seen; `batches` is how many it holds, of any job."""
+    """One worker as it was last seen; `batches` is how many it holds, of any job.
+
+    `loading_since`: when its newest child began to load the model; None before its first child.
+    """
 
     id: int
     name: str
@@ -46,6 +49,7 @@ class Seen:
     adapters: tuple[Adapter, ...]
     generation: int
     started_at: float
+    loading_since: float | None
     seen_seconds: float
     alive: bool
     batches: int
@@ -80,8 +84,7 @@ class Pending:
 class Crashes:
     """How often a worker's processes died, or let their lease expire, while they held batches of a job."""
 
-    worker: str
-    host: str
+    worker: Seen
     outcome: RunOutcome
     times: int
     last_at: float
@@ -190,6 +193,9 @@ class Holders:
         ).all()
         return tuple(_seen(row) for row in rows)
 
+    def _by_id(self, connection: Connection, ids: Sequence[int]) -> dict[int, Seen]:
+        return {each.id: each for each in self._seen(connection, workers.c.id.in_(ids))}
+
     def _holds(self, connection: Connection, job_id: str, lease_seconds: float) -> tuple[Hold, ...]:
         its_run = and_(runs.c.batch_id == batches.c.id, runs.c.fence == batches.c.fence)
         over = is_over(batches.c.lease_until, now=self._database.now, lease_seconds=lease_seconds)
@@ -207,10 +213,9 @@ class Holders:
             .group_by(batches.c.worker_id)
             .order_by(batches.c.worker_id)
         ).all()
-        who = self._seen(connection, workers.c.id.in_([row.worker_id for row in rows]))
-        by_id = {each.id: each for each in who}
+        who = self._by_id(connection, [row.worker_id for row in rows])
         return tuple(
-            Hold(by_id[row.worker_id], row.batches, row.since, row.lease_until, int(row.expired)) for row in rows
+            Hold(who[row.worker_id], row.batches, row.since, row.lease_until, int(row.expired)) for row in rows
         )
 
     def _crashes(self, connection: Connection, job_id: str) -> tuple[Crashes, ...]:
@@ -218,20 +223,19 @@ class Holders:
         last_at = func.max(runs.c.finished_at).label("last_at")
         rows = connection.execute(
             select(
-                workers.c.name,
-                workers.c.host,
+                runs.c.worker_id,
                 runs.c.outcome,
                 func.count(runs.c.worker_generation.distinct()).label("times"),
                 last_at,
             )
-            .select_from(runs.join(workers, workers.c.id == runs.c.worker_id))
             .where(runs.c.job_id == job_id, runs.c.finished_at > self._database.now - _NEWS_SECONDS)
             .where(runs.c.outcome.in_([RunOutcome.CRASHED.value, RunOutcome.EXPIRED.value]))
-            .group_by(workers.c.id, workers.c.name, workers.c.host, runs.c.outcome)
+            .group_by(runs.c.worker_id, runs.c.outcome)
             .order_by(last_at.desc())
             .limit(_MOST_CRASHES)
         ).all()
-        return tuple(Crashes(row.name, row.host, RunOutcome(row.outcome), row.times, row.last_at) for row in rows)
+        who = self._by_id(connection, [row.worker_id for row in rows])
+        return tuple(Crashes(who[row.worker_id], RunOutcome(row.outcome), row.times, row.last_at) for row in rows)
 
 
 def _pending(connection: Connection, job: Row[Any]) -> Pending:
@@ -301,6 +305,7 @@ def _seen(row: Row[Any]) -> Seen:
         adapters=from_json(row.adapters),
         generation=row.generation,
         started_at=row.started_at,
+        loading_since=row.loading_since,
         seen_seconds=row.seen_seconds,
         alive=bool(row.alive),
         batches=row.batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,14 +52,26 @@ class Recovery:
         self._closing = closing
         self._blaming = Blaming(database)
 
+    def held_by(self, worker_id: int, *, generation: int) -> dict[str, list[int]]:
+        """Batches that this worker's children up to a generation hold, by their jobs."""
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(batches.c.job_id, batches.c.id)
+                .where(_of_children(worker_id, generation), batches.c.state == BatchState.LEASED.value)
+                .order_by(batches.c.id)
+            ).all()
+        held: defaultdict[str, list[int]] = defaultdict(list)
+        for row in found:
+            held[row.job_id].append(row.id)
+        return held
+
     def take_back(self, worker_id: int, *, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
         """Takes back every lease of this worker's children up to a generation: how many there were.
 
         After a crash what was in flight is blamed (`jobs.store.blame`); what was released is not.
         """
-        whose = and_(batches.c.worker_id == worker_id, batches.c.worker_generation <= generation)
         taken = 0
-        while page := self._take_page(whose, outcome):
+        while page := self._take_page(_of_children(worker_id, generation), outcome):
             taken += page
         return taken
 
@@ -182,3 +195,8 @@ class Recovery:
                 self._closing.close_if_done(connection, job_id)
             failpoint("recovery.taken")
             return len(ids)
+
+
+def _of_children(worker_id: int, generation: int) -> ColumnElement[bool]:
+    """Batches of this worker's children up to a generation."""
+    return and_(batches.c.worker_id == worker_id, batches.c.worker_generation <= generation)

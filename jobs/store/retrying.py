@@ -82,6 +82,27 @@ class Retrying:
         found.is_whole = self._end_retry(job_id)
         return found
 
+    def is_cut_short(self, job_id: str) -> bool:
+        """Tells if a retry of this job was begun and not ended."""
+        with self._database.read() as connection:
+            began = connection.scalar(select(jobs.c.retry_started_at).where(jobs.c.id == job_id))
+        return began is not None
+
+    def unsuccessful(self, job_id: str) -> dict[str, Left]:
+        """Requests of a job that have ended without success, by the code of their error; none of them by its index."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(
+                    outputs.c.error_code,
+                    func.count().label("number"),
+                    func.min(outputs.c.prompt_tokens).label("shortest_tokens"),
+                )
+                .where(_is_unsuccessful(job_id))
+                .group_by(outputs.c.error_code)
+                .order_by(outputs.c.error_code)
+            ).all()
+        return {row.error_code: Left(row.number, shortest_tokens=row.shortest_tokens) for row in rows}
+
     @retried
     def _begin_retry(self, job_id: str) -> int:
         """Marks which outputs are meant: those that are there now. A retry cut short keeps its mark.
@@ -108,9 +129,7 @@ class Retrying:
 
     def _mark(self, job_id: str) -> ColumnElement[float]:
         """Now, or the time of the job's last output where the clock was set back since."""
-        last = select(func.max(outputs.c.finished_at)).where(
-            outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value
-        )
+        last = select(func.max(outputs.c.finished_at)).where(_is_unsuccessful(job_id))
         return self._database.larger(self._database.now, func.coalesce(last.scalar_subquery(), 0.0))
 
     def _chosen(self, job_id: str, chances: Chances, left: defaultdict[str, Left]) -> Iterator[int]:
@@ -226,8 +245,11 @@ class Retrying:
             connection.execute(update(batches).where(batches.c.id == batch_id).values(less))
 
 
+def _is_unsuccessful(job_id: str) -> ColumnElement[bool]:
+    return and_(outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value)
+
+
 def _is_marked(job_id: str) -> ColumnElement[bool]:
     """Outputs that a retry of this job means: those without success that were there when it began."""
     began = select(jobs.c.retry_started_at).where(jobs.c.id == job_id).scalar_subquery()
-    unsuccessful = and_(outputs.c.job_id == job_id, outputs.c.state != RequestState.SUCCEEDED.value)
-    return and_(unsuccessful, outputs.c.finished_at <= began)
+    return and_(_is_unsuccessful(job_id), outputs.c.finished_at <= began)

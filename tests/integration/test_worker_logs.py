@@ -83,15 +83,38 @@ def test_who_follows_sees_what_comes_until_ctrl_c(mill: Mill, tmp_path: Path) ->
     assert following.wait(PATIENCE_SECONDS) == 130
 
 
-def test_the_end_of_a_worker_that_was_killed_is_in_the_log_of_its_supervisor(mill: Mill) -> None:
-    mill.start("worker", "-m", "echo", "--devices", "cpu")
+def write_magic(path: Path, magic: str) -> Path:
+    path.write_text(json.dumps({"prompt": magic}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("magic", "end"), [("!kill9", "SIGKILL"), ("!sticky", "exit code 1")])
+def test_how_a_child_died_is_told_of_its_worker_and_of_its_job(
+    mill: Mill, tmp_path: Path, magic: str, end: str
+) -> None:
+    job_id = mill.command("submit", write_magic(tmp_path / "a.jsonl", magic), "-m", "echo").strip()
+    mill.command("worker", "-m", "echo", "--name", "a", "--exit-when-idle", "1", chaos=True, log_format="json")
+    said = [json.loads(line) for line in logs_of(mill, job_id, "--level", "warning").splitlines()]
+    died = next(each for each in said if each["event"] == "the child died")
+    assert (died["worker"], died["ended_by"], died["jobs"]) == (1, end, [job_id])
+    taken = next(each for each in said if each["event"] == "took back leases")
+    assert (taken["worker"], taken["job"], taken["batches"], taken["outcome"]) == (1, job_id, [1], "crashed")
+
+
+def test_the_end_of_a_worker_that_was_killed_is_in_the_log_of_its_supervisor(mill: Mill, tmp_path: Path) -> None:
+    job_id = mill.command("submit", write_magic(tmp_path / "a.jsonl", "!hang"), "-m", "echo").strip()
+    mill.start("worker", "-m", "echo", "--devices", "cpu", chaos=True, drain_seconds=1.0)
 
     def ready() -> list[Path]:
-        return [path for path in logs_folder(mill.home).glob("cpu-*.log") if "ready" in path.read_text()]
+        return [path for path in logs_folder(mill.home).glob("cpu-*.log") if "batch begins" in path.read_text()]
 
-    until(ready, "the worker has said that it is ready")
+    until(ready, "the worker has said that it is at work")
     pid = int(worker_of(ready()[0]).removeprefix("cpu-"))
     os.kill(pid, signal.SIGKILL)
     path = log_path(mill.home, "supervisor")
-    until(lambda: f"exit_code=-9 pid={pid}" in path.read_text(), "the supervisor says how it ended")
-    assert ready(), "and what it said is kept"
+    until(lambda: f"ended_by=SIGKILL pid={pid}" in path.read_text(), "the supervisor says how it ended")
+    until(lambda: "took back leases" in logs_of(mill, job_id, "--level", "warning"), "the next worker tells of the job")
+    found = json.loads(mill.command("doctor", job_id, "--json"))["findings"]
+    (remedy,) = [each["remedy"] for each in found if each["code"] == "crashed"]
+    assert f"`batchmill logs cpu-{pid}`" in remedy
+    assert "`batchmill logs supervisor`" in remedy

@@ -1,0 +1,56 @@
+"""The keeper's look after its child, without any process: what it says of one that died."""
+
+from __future__ import annotations
+
+import threading
+
+from structlog.testing import capture_logs
+
+from jobs.broker import Broker
+from jobs.settings import load_settings
+from jobs.store import Store
+from tests import mill
+from worker.keeper import Keeper, Pool, WorkerOptions
+from worker.namesakes import Namesakes
+
+
+class Ended:
+    """Stands in for a process that Celery started: killed, and replaced since."""
+
+    def poll(self) -> int:
+        return -9
+
+
+class CeleryWorker:
+    """Stands in for a Celery worker, its pool and the pool's processes."""
+
+    def __init__(self, ends: dict[int, Ended]) -> None:
+        self.pool, self._pool, self.ends = self, self, ends
+
+
+def test_the_end_of_a_child_is_told_also_where_the_next_one_reported_first(sqlite_url: str) -> None:
+    store, settings = Store(sqlite_url), load_settings(database_url=sqlite_url, broker_url="redis://127.0.0.1:1")
+    broker, who = Broker.of(settings), mill.seat(store)
+    keeper = Keeper(
+        store,
+        broker,
+        who.worker_id,
+        options=WorkerOptions(who.spec),
+        settings=settings,
+        pool=Pool(CeleryWorker({2: Ended()})),
+        asked_to_end=threading.Event(),
+        namesakes=Namesakes(store, broker, who.worker_id, name="w", process=None),
+    )
+    keeper._beat()
+    job_id = mill.load(store, 4)
+    (claimed,) = mill.claim(store, who)
+    store.workers.new_generation(who.worker_id, child_pid=3)
+    with capture_logs() as said:
+        keeper._beat()
+        keeper._beat()
+    told = {"log_level": "warning", "worker": who.worker_id}
+    assert said == [
+        told | {"event": "the child died", "pid": 2, "state": "ready", "ended_by": "SIGKILL", "jobs": [job_id]},
+        told | {"event": "took back leases", "job": job_id, "batches": [claimed.lease.batch_id], "outcome": "crashed"},
+    ]
+    store.close()
