@@ -37,4 +37,4 @@ def log_batches(held: Iterable[Held], turned: Turned, *, worker_id: int) -> None
 def log_taken_back(held: Mapping[str, Sequence[int]], *, worker_id: int, outcome: RunOutcome) -> None:
     """A line for each job of which a dead process of this worker held these batches."""
     for job_id, batches in held.items():
-        log.warning("took back leases", job=job_id, batches=batches, worker=worker_id, outcome=outcome.value)
+        log.warning("took back leases", job=job_id, batches=len(batches), worker=worker_id, outcome=outcome.value)

@@ -26,6 +26,8 @@ _LOST_WAIT_SECONDS = 0.1
 #: After Redis refused something it is asked again so much later.
 _REFUSED_SECONDS = 5.0
 _TICK_SECONDS = 0.25
+#: Of so many children it is remembered how they ended; the keeper asks within a heartbeat.
+_REMEMBERED_CHILDREN = 8
 
 
 def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
@@ -56,13 +58,15 @@ class _Processes(AsynPool):  # type: ignore[misc]
     """The processes of the pool. Of a child that died while Redis was away Celery may keep the queues for good."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        #: How each child ended, by its pid, also of those that Celery has replaced.
+        #: The end of each of the last children, by its pid, also of those that Celery has replaced.
         self.ends: dict[int, Any] = {}
         super().__init__(*args, **kwargs)
 
     def _create_worker_process(self, i: int) -> Any:
         process = super()._create_worker_process(i)
         self.ends[process.pid] = process._popen  # it alone, since the process holds its queues open
+        for pid in list(self.ends)[:-_REMEMBERED_CHILDREN]:
+            del self.ends[pid]
         return process
 
     def get_process_queues(self) -> Any:

@@ -34,6 +34,8 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _SICK_PAUSE_SECONDS = 600.0
 #: A worker that lived so long starts again with the first pause.
 _HEALTHY_SECONDS = 300.0
+#: So many processes in a row that end before they are in the store, in some fifteen seconds, are no accident.
+_MOST_UNKNOWN = 5
 #: Beyond its drain a worker gets so long before it is killed.
 _KILL_MARGIN_SECONDS = 4.0
 
@@ -51,6 +53,8 @@ class _Post:
         self.process: subprocess.Popen[bytes] | None = None
         #: What tells the process that was started last from others of its pid.
         self.identity: Process | None = None
+        #: So many processes in a row ended before they were in the store.
+        self.unknown = 0
         self.over = False
 
     def start_if_due(self) -> None:
@@ -127,13 +131,29 @@ class Supervisor:
         state = None
         with suppress(StoreError):  # which is away: the next process of the worker gives up again, if it has to
             state = self._store.workers.gave_up(host=socket.gethostname(), pid=pid, process=post.identity)
-        if state is WorkerState.FAILED:
+        if state is WorkerState.FAILED or (code != 0 and self._cannot_begin(post)):
             post.over = True
             return True
         if state is WorkerState.SICK:
             post.rest(_SICK_PAUSE_SECONDS)
-        log.warning("a worker ended and is started again", device=post.device, pid=pid, ended_by=end_of(code))
+        log.warning(
+            "a worker ended and is started again", device=post.device, pid=pid, exit_code=code, ended_by=end_of(code)
+        )
         return False
+
+    def _cannot_begin(self, post: _Post) -> bool:
+        """Tells if the last processes of a post all ended before the store knew them, as by an error of an import."""
+        if post.identity is None:
+            return False
+        try:
+            is_known = self._store.workers.knows(post.identity, within_seconds=_HEALTHY_SECONDS)
+        except StoreError:
+            return False
+        post.unknown = 0 if is_known else post.unknown + 1
+        if post.unknown < _MOST_UNKNOWN:
+            return False
+        log.error("a worker is not started again: it ends before it is in the store", device=post.device)
+        return True
 
     def _end_all(self) -> None:
         running = [post.process for post in self._posts if post.process is not None]

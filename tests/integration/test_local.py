@@ -346,6 +346,19 @@ def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(
     assert "no luck today" in str(row.error)
 
 
+def test_a_worker_that_cannot_even_begin_ends_the_run_with_its_last_lines(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif '--job' in sys.orig_argv and '--devices' not in sys.orig_argv:\n"
+        "    print('no luck today', file=sys.stderr, flush=True)\n    os._exit(3)\n"
+    )
+    file = write_prompts(tmp_path / "p.jsonl", 3)
+    done = home.run("run", file, "-m", "echo", code=1, PYTHONPATH=str(tmp_path))
+    assert "no luck today" in done.stderr
+    assert "it ends before it is in the store" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert home.rows() == []
+
+
 def a_stream(home: Home, lines: int, *words: str) -> subprocess.Popen[str]:
     """A `run` whose input goes on after so many lines."""
     process = home.start("run", "-", *words, stdin=subprocess.PIPE)

@@ -112,7 +112,7 @@ def test_the_end_of_a_worker_that_was_killed_is_in_the_log_of_its_supervisor(mil
     pid = int(worker_of(ready()[0]).removeprefix("cpu-"))
     os.kill(pid, signal.SIGKILL)
     path = log_path(mill.home, "supervisor")
-    until(lambda: f"ended_by=SIGKILL pid={pid}" in path.read_text(), "the supervisor says how it ended")
+    until(lambda: f"ended_by=SIGKILL exit_code=-9 pid={pid}" in path.read_text(), "the supervisor says how it ended")
     until(lambda: "took back leases" in logs_of(mill, job_id, "--level", "warning"), "the next worker tells of the job")
     found = json.loads(mill.command("doctor", job_id, "--json"))["findings"]
     (remedy,) = [each["remedy"] for each in found if each["code"] == "crashed"]

@@ -42,7 +42,8 @@ EMPTIED = Kind("Redis emptied: work is claimed again", 30.0, ("store", "redis", 
 FULL = Kind("Redis full: work is claimed again", 40.0, ("store", "redis", "own"))
 LOCKED_OUT = Kind("Redis with a new password: work is claimed again", 40.0, ("store", "redis", "own"))
 REDIS_BACK = Kind("Redis back, empty: work is claimed again", 30.0, ("store", "own"))
-STORE_BACK = Kind("store back: outputs are saved again", 30.0, ("own",))
+# By a child, say, that was stopped within a transaction.
+STORE_BACK = Kind("store back: outputs are saved again", 30.0, ("store",))
 KINDS = (
     READY,
     AGAIN,
