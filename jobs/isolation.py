@@ -39,6 +39,8 @@ _NAMES = frozenset(
         "USE_FAST_LOCALS",
     }
 )
+#: Of a process that was killed its tracker says that it tidies up after it, which is no fault.
+_EXPECTED_WARNINGS = "ignore:semaphore_tracker:UserWarning,ignore:resource_tracker:UserWarning"
 
 
 def isolate() -> None:
@@ -51,6 +53,8 @@ def isolate() -> None:
             os.environ[name] = os.pathsep.join(absolute)
     # For the interpreters that libraries start: billiard's spawn, say, runs `python -c`.
     os.environ["PYTHONSAFEPATH"] = "1"
+    if _EXPECTED_WARNINGS not in (written := os.environ.get("PYTHONWARNINGS", "")):
+        os.environ["PYTHONWARNINGS"] = f"{written},{_EXPECTED_WARNINGS}".removeprefix(",")
 
 
 def is_foreign(name: str) -> bool:

@@ -12,6 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from jobs.counted import counted
 from jobs.errors import UsageError
 
 #: How prompts are read, and how answers are written.
@@ -73,6 +74,8 @@ _COLUMN, _WORD = re.compile(r"[^\W\d][\w .:/()#-]{0,63}"), re.compile(r"[^\W\d]\
 #: What a column of prompts is likely called.
 _PROMPT_COLUMNS = ("prompt", "text", "question", "instruction", "input")
 _REQUEST_KEYS = frozenset({"prompt", "messages", "body"})
+#: A CSV as Python opens it.
+_OPENED = 'open(sys.argv[1], encoding="utf-8-sig", newline="")'
 #: So much of a line is looked at for columns.
 _LOOKED_AT_BYTES = 1 << 16
 
@@ -105,8 +108,8 @@ def foreign(begin: bytes) -> str | None:
 
 
 def needs_second(first: bytes) -> bool:
-    """Whether `mistaken` takes a second line beside this one: it may name the columns of a table."""
-    return _table(first, _COLUMN) is not None
+    """True where `mistaken` takes a second line beside this one: it may name the columns of a table, or be text."""
+    return _table(first, _COLUMN) is not None or _is_text(first)
 
 
 def mistaken(first: bytes, second: bytes, *, read_as: str, path: str) -> str | None:
@@ -141,8 +144,23 @@ def _no_lines(first: bytes, second: bytes, path: str) -> str | None:
     if table is not None and (not second.strip() or table.has_row(second)):
         return f"looks like {table}, and not JSON Lines; make each row one: {table.command(path)}"
     if _suffix(path) == ".csv" and not first.lstrip().startswith(b"{"):
-        return "looks like a CSV, and not JSON Lines; write a line for each row: " + '{"prompt": "..."}'
+        return _plain_csv(first, path)
+    if _is_text(first) and not second.lstrip().startswith(b"{"):
+        return "looks like plain text, and not JSON Lines; --format text takes each line as a prompt"
     return None
+
+
+def _plain_csv(first: bytes, path: str) -> str:
+    """The line about a CSV of one column, or one whose first line names no columns."""
+    values = _values(_decoded(first), ",")
+    if len(values) == 1 and _WORD.fullmatch(values[0]):
+        table = _Table(",", (values[0],))
+        return f"looks like {table}, and not JSON Lines; make each row one: {table.command(path)}"
+    rows = f"csv.reader({_OPENED})"
+    made = f'import csv, json, sys; [print(json.dumps({{"prompt": row[0]}})) for row in {rows} if row]'
+    other = " (with the number of another column for 0)" if len(values) > 1 else ""
+    as_it_is = "--format text takes each line as a prompt"
+    return f"looks like a CSV, and not JSON Lines; {as_it_is}, or make each row one: {_python(made, path)}{other}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +172,7 @@ class _Table:
 
     def __str__(self) -> str:
         kind = {"\t": "tab-separated values", ",": "a CSV"}.get(self.delimiter, f"a CSV with {self.delimiter!r}")
-        return f"{kind} of {len(self.columns)} columns"
+        return f"{kind} of {counted(len(self.columns), 'column')}"
 
     def has_row(self, line: bytes) -> bool:
         """Whether this is a row of it; one whose last value goes on in the next line may have fewer values."""
@@ -165,9 +183,10 @@ class _Table:
 
     def command(self, path: str) -> str:
         """A command that writes it as JSON Lines."""
-        column = next((each for each in _PROMPT_COLUMNS if each in self.columns), "COLUMN")
+        likely = self.columns if len(self.columns) == 1 else _PROMPT_COLUMNS
+        column = next((each for each in likely if each in self.columns), "COLUMN")
         delimiter = "" if self.delimiter == "," else f", delimiter={json.dumps(self.delimiter)}"
-        rows = f'csv.DictReader(open(sys.argv[1], encoding="utf-8-sig", newline=""){delimiter})'
+        rows = f"csv.DictReader({_OPENED}{delimiter})"
         made = f'import csv, json, sys; [print(json.dumps({{"prompt": row["{column}"]}})) for row in {rows}]'
         return _python(made, path) + (" (with the name of a column for COLUMN)" if column == "COLUMN" else "")
 
@@ -191,6 +210,18 @@ def _values(text: str, delimiter: str) -> list[str]:
 
 def _decoded(line: bytes) -> str:
     return line[:_LOOKED_AT_BYTES].decode(errors="replace").rstrip("\r\n")
+
+
+def _is_text(line: bytes) -> bool:
+    """True for a line that can be nothing but text: it neither is JSON nor begins as an object, a list or a string."""
+    text = _decoded(line).rstrip("\ufffd").strip()
+    if not text or text[0] in '{["' or "\ufffd" in text or not text.replace("\t", " ").isprintable():
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _is_request(line: bytes) -> bool:

@@ -11,7 +11,7 @@ from jobs.flags import ENGINE_FLAGS, PLACEMENT_FLAGS
 #: The names of parameters by the title above them.
 Groups = Mapping[str, tuple[str, ...]]
 
-MODEL: Groups = {"Model": ("model", "quantization", "revision", "remote_path", "adapter", "adapters")}
+MODEL: Groups = {"Model": ("model", "named", "quantization", "revision", "remote_path", "adapter", "adapters")}
 DEVICE: Groups = {"Device": ("device", "devices", "share_device", *(each.setting for each in PLACEMENT_FLAGS))}
 ENGINE: Groups = {"Engine": tuple(each.setting for each in ENGINE_FLAGS)}
 _OTHERS = "Options"

@@ -8,10 +8,13 @@ cut short, and never a prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 SHOWN_LENGTH = 40
+#: The share of letters in the same order from which two keys are alike.
+_ALIKE = 0.7
 
 #: Takes what one key holds, never null, and returns what is kept of it: None where it asks for nothing.
 Check = Callable[[Any], Any]
@@ -56,7 +59,8 @@ def take(value: Mapping[str, Any], checks: Mapping[str, Check], *needed: str) ->
     for key, each in value.items():
         check = checks.get(key)
         if check is None:
-            raise BadLine("is not supported here; remove it", shown(key))
+            meant = meant_key(key, checks.keys() - value.keys())
+            raise BadLine(f"is not supported here; {f'did you mean {meant}?' if meant else 'remove it'}", shown(key))
         if each is not None:
             try:
                 kept = check(each)
@@ -68,6 +72,15 @@ def take(value: Mapping[str, Any], checks: Mapping[str, Check], *needed: str) ->
         if key not in taken:
             raise BadLine("is missing or null", key)
     return taken
+
+
+def meant_key(written: str, known: Iterable[str]) -> str | None:
+    """The known key that this one is likely a slip of. Slips keep the first letter, so that few are compared."""
+    if len(written) > SHOWN_LENGTH:
+        return None
+    key = written.casefold()
+    found = get_close_matches(key, [each for each in known if each[:1] == key[:1]], n=1, cutoff=_ALIKE)
+    return found[0] if found else None
 
 
 def take_each(values: list[Any], check: Check) -> list[Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from jobs.counted import counted
 from jobs.kinds import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
 from producer.commands import Command
 from producer.completion import LAST, complete_job
@@ -46,9 +49,9 @@ def status(job: str, watch: bool, as_json: bool) -> None:
     tidy(settings)
     job_id = store.reading.find(job)
     if watch:
-        from producer.progress import follow
+        from producer.progress import wait_for
 
-        follow(store, job_id, settings=settings)
+        wait_for(store, job_id, settings=settings)
     found = JobStatus.read(store, job_id, settings)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
 
@@ -73,10 +76,11 @@ def jobs(most: int, as_json: bool) -> None:
         click.echo(json.dumps([job_json(each, estimates.get(each.id)) for each in found]))
         return
     if not found:
-        click.echo("no jobs yet; `batchmill submit` makes one", err=True)
+        click.echo("no jobs yet; `batchmill run` and `batchmill submit` make one", err=True)
         return
-    ends = {job_id: each.ends_in for job_id, each in at_work.items() if each.ends_in}
-    click.echo("\n".join(table(found, ends=ends, now=store.reading.now())))
+    notes = {job_id: f"ends in {each.ends_in}" if each.estimate else each.ends_in for job_id, each in at_work.items()}
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    click.echo("\n".join(table(found, notes=notes, now=store.reading.now(), width=width)))
 
 
 @click.command(cls=Command, epilog="Example: batchmill workers --all")
@@ -114,10 +118,10 @@ def workers(everyone: bool, as_json: bool) -> None:
 @_JSON
 def wait(job: str, timeout: float | None, as_json: bool) -> None:
     """Wait until JOB has ended. Exit code 5 when not every request succeeded."""
-    from producer.progress import follow, require_success, say_ended
+    from producer.progress import require_success, say_ended, wait_for
 
     settings, store = _open()
-    found = follow(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
+    found = wait_for(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     say_ended(found)
@@ -158,7 +162,7 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
     found = store.reading.job(store.reading.find(job))
     count = export(store, found, out=out, form=form, only=only)
     if out is not None:
-        click.echo(f"wrote {count:,} of {found.counts.total:,} outputs to {out}", err=True)
+        click.echo(f"wrote {count:,} of {counted(found.counts.total, 'output')} to {out}", err=True)
 
 
 @click.command(cls=Command, epilog="Example: batchmill cancel last")

@@ -131,7 +131,7 @@ def submit(wait: bool, **options: Any) -> None:
     from jobs.errors import BrokerUnavailable
     from jobs.files import check_target
     from migrations import open_store
-    from producer.progress import follow, require_success, say_ended
+    from producer.progress import require_success, say_ended, wait_for
     from producer.results import standard_output
     from producer.slips import refuse_slip
     from producer.status import JobStatus
@@ -162,7 +162,7 @@ def submit(wait: bool, **options: Any) -> None:
     for line in status.missing_lines():
         click.echo(line, err=True)
     if wait:
-        ended = follow(store, job_id, settings=settings)
+        ended = wait_for(store, job_id, settings=settings)
         say_ended(ended)
         require_success(ended)
 

@@ -95,6 +95,17 @@ class Commands(click.Group):
         found: click.Command = next(each for each in import_module(module).COMMANDS if each.name == cmd_name)
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        written = args[0]
+        if written in ENTRIES or written.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        from difflib import get_close_matches
+
+        near = get_close_matches(written, ENTRIES, n=1)
+        raise click.UsageError(f"No such command {written!r}." + (f" Did you mean {near[0]!r}?" if near else ""), ctx)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, section in SECTIONS.items():
             with formatter.section(title):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jobs.counted import counted
 from jobs.store.reading import Job
 
 
@@ -20,7 +21,8 @@ def finish_line(job: Job) -> str | None:
 
 def answered_line(job: Job) -> str:
     """`7 of 20 requests were answered`"""
-    return f"{job.counts.succeeded:,} of {job.counts.total:,} requests were answered"
+    succeeded, total = job.counts.succeeded, job.counts.total
+    return f"{succeeded:,} of {counted(total, 'request')} {'was' if 1 in (succeeded, total) else 'were'} answered"
 
 
 def _is_meant(job: Job) -> bool:

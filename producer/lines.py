@@ -22,6 +22,7 @@ from producer.checks import (
     Check,
     filled_text,
     kind,
+    meant_key,
     one_of,
     only,
     refused,
@@ -34,6 +35,8 @@ from producer.tools import tool_calls, tool_choice, tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
+#: The keys that tell the forms of a line apart.
+_ESSENTIAL = frozenset({"prompt", "messages", "body", "url"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -51,11 +54,18 @@ def json_request(line: Any, index: int, *, adapter_of: Callable[[str | None, str
     elif "body" in line or "url" in line:
         taken = _openai_batch(line)
     else:
-        raise BadLine("holds no prompt, no messages, and no url and body of an OpenAI Batch line")
+        raise BadLine(f"holds no prompt, no messages, and no url and body of an OpenAI Batch line{_guess(line)}")
     adapter = None
     if "model" in taken or "adapter" in taken:
         adapter = adapter_of(taken.pop("model", None), taken.pop("adapter", None))
     return _request(taken, index, adapter)
+
+
+def _guess(line: dict[str, Any]) -> str:
+    """The key that a line lacks, where one of its keys is likely a slip of it."""
+    absent = _ESSENTIAL - line.keys()
+    slips = ((key, meant) for key in line if (meant := meant_key(key, absent)) is not None)
+    return next((f"; did you mean {meant} by {shown(key)}?" for key, meant in slips), "")
 
 
 def text_request(line: str, index: int) -> Request:

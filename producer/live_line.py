@@ -27,7 +27,7 @@ class LiveLine:
     advice: tuple[str, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        count = f"{self.done:,}/{self.total:,} requests"
+        count = f"{self.done:,}/{self.total:,} ended"
         figures = f"{count}, {self.note}" if self.note else count
         room = options.max_width - cell_len(f"{self.title} {figures}")
         if room > _SHORTEST_BAR:

@@ -6,6 +6,7 @@ It starts processes and reads the store; what a worker does is the worker's own 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from typing import IO
 import click
 
 from jobs.adapters import Adapter
+from jobs.advice import start_words
 from jobs.broker import Broker
+from jobs.counted import counted
 from jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
 from jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
 from jobs.home import use_store
@@ -40,7 +43,7 @@ from producer.device_lines import memory_lines
 from producer.earlier import choose
 from producer.finish import finish_line
 from producer.here import seen_here
-from producer.progress import follow, require_success
+from producer.progress import follow, require_success, say_goes_on
 from producer.results import export
 from producer.slips import refuse_slip, warn_of_slip
 from producer.status import JobStatus
@@ -78,21 +81,21 @@ def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new
     spec = submission.spec(str(submission.model))
     with ExitStack() as stack:
         stack.enter_context(_ended_by_signal())
-        joined = False
+        other = None
         try:
             stack.enter_context(MillLock(settings.home))
         except AlreadyRunning as busy:
-            _require_served(submission, spec, worker, settings=settings, busy=busy)
-            joined = True
+            other = _worker_of_mill(submission, spec, worker, settings=settings, busy=busy)
         store = open_store(settings)
         refuse_slip(spec, store=store)
         job = None if new else _earlier_job(submission, spec, store=store, settings=settings)
-        if joined:
-            job = job or _new_job(submission, store=store, settings=settings)
-            if not job.closed:
-                _wait_for_mill(job, settings=settings, store=store)
-        elif job is None or not job.closed:
-            job = _work_off(submission, job, spec, worker, settings=settings, store=store)
+        if job is None or not job.closed:
+            if other is None:
+                job = _work_off(submission, job, spec, worker, new=new, settings=settings, store=store)
+            else:
+                click.echo(f"worker {other}, which holds {spec} here already, answers it", err=True)
+                job = job or _new_job(submission, store=store, settings=settings)
+                _wait_for_mill(job, again=_again(submission, new=new), settings=settings, store=store)
         _deliver(job.id, store, out, settings)
 
 
@@ -114,14 +117,14 @@ def _new_job(
     """A job of this file; `stored` is called after each page of it."""
     job_id, spec = load_job(submission, store=store, settings=settings, stored=stored)
     job = store.reading.job(job_id)
-    click.echo(f"job {job.id}: {job.counts.total:,} requests for {spec}", err=True)
+    click.echo(f"job {job.id}: {counted(job.counts.total, 'request')} for {spec}", err=True)
     return job
 
 
-def _require_served(
+def _worker_of_mill(
     submission: Submission, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, busy: AlreadyRunning
-) -> None:
-    """Raises what the lock said, unless a worker of the mill that is up may answer this file."""
+) -> str:
+    """The worker of the mill that is up that may answer this file; raises what the lock said where there is none."""
     store = open_store(settings)
     try:
         refuse_slip(spec, store=store)
@@ -137,7 +140,7 @@ def _require_served(
             f"{busy}; worker {able[0].name} there holds {spec}, and answers this file if you leave out the flags that "
             "say how a worker is to work (--device and those of its engine)"
         )
-    click.echo(f"worker {able[0].name}, which holds {spec} here already, answers it", err=True)
+    return able[0].name
 
 
 def _holds_all(held: Sequence[Adapter], wanted: Sequence[Adapter]) -> bool:
@@ -145,7 +148,14 @@ def _holds_all(held: Sequence[Adapter], wanted: Sequence[Adapter]) -> bool:
     return all(each.name in by_name and each.agrees_with(by_name[each.name]) for each in wanted)
 
 
-def _wait_for_mill(job: Job, *, settings: Settings, store: Store) -> None:
+def _again(submission: Submission, *, new: bool) -> str | None:
+    """The command that goes on with the job of this one, for people; None where a stream has been read."""
+    if submission.is_stream:
+        return None
+    return "the same command without --new" if new else "the same command"
+
+
+def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: Store) -> None:
     """Has the mill that is up work the job off, and waits."""
     try:
         send_wakeups(job.spec, store=store, broker=Broker.of(settings))
@@ -154,7 +164,7 @@ def _wait_for_mill(job: Job, *, settings: Settings, store: Store) -> None:
     try:
         follow(store, job.id, settings=settings)
     except KeyboardInterrupt:
-        click.echo(f"job {job.id} goes on without this command; the same one follows it again", err=True)
+        say_goes_on(job.id, again=again or f"`batchmill wait {job.id}`")
         raise
 
 
@@ -186,7 +196,14 @@ def _require_embedded(settings: Settings) -> None:
 
 
 def _work_off(
-    submission: Submission, job: Job | None, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, store: Store
+    submission: Submission,
+    job: Job | None,
+    spec: ModelSpec,
+    worker: OwnWorker,
+    *,
+    new: bool,
+    settings: Settings,
+    store: Store,
 ) -> Job:
     """Works this job off, or a new one of the file, whose worker loads the model while the file is being read."""
     log_path = settings.home / "worker.log"
@@ -210,7 +227,10 @@ def _work_off(
         try:
             follow(store, job.id, name_missing=False, check=partial(work_on, job.id), settings=settings)
         except KeyboardInterrupt:
-            click.echo("ending: what is finished is saved; the same command continues the job", err=True)
+            adapters = [str(each) for each in submission.adapters]
+            up = ["batchmill", "up", *start_words(spec, settings, adapters=adapters)[2:]]
+            again = _again(submission, new=new) or f"`{shlex.join(up)}`"
+            click.echo(f"ending: what is finished is saved; {again} continues job {job.id}", err=True)
             raise
     return job
 

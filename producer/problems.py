@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from jobs.counted import counted
+
 #: So many bad lines are named, and so many that have the same error.
 MAX_NAMED = 100
 MAX_NAMED_OF_ERROR = 5
@@ -58,5 +60,5 @@ class Problems:
         for number, what in sorted(self._named):
             said.append(f"{path}:{number}: {what}")
             if count := more.get(number):
-                said.append(f"... and {count:,} more {'line' if count == 1 else 'lines'} with this error")
+                said.append(f"... and {counted(count, 'more line')} with this error")
         return said

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from jobs.counted import counted
 from jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
 from jobs.settings import Settings
 from jobs.states import JobState
@@ -56,6 +57,22 @@ def follow(
                 raise WaitTimedOut(f"job {job_id} is {state} after {timeout_seconds:g} s")
             time.sleep(left)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def wait_for(
+    store: Store, job_id: str, *, timeout_seconds: float | None = None, settings: Settings | None = None
+) -> JobStatus:
+    """`follow` for a job that goes on without this command, which says so at Ctrl-C. Raises WaitTimedOut."""
+    try:
+        return follow(store, job_id, timeout_seconds=timeout_seconds, settings=settings)
+    except KeyboardInterrupt:
+        say_goes_on(job_id, again=f"`batchmill wait {job_id}`")
+        raise
+
+
+def say_goes_on(job_id: str, *, again: str) -> None:
+    """Says that a job outlives the command that followed it; `again`: the one that follows it again."""
+    click.echo(f"job {job_id} goes on; {again} waits again, `batchmill cancel {job_id}` ends it", err=True)
 
 
 def _answered(store: Store, job_id: str, shown: _Shown, settings: Settings | None) -> JobStatus | None:
@@ -110,14 +127,15 @@ class _Shown:
 
     def show(self, status: JobStatus) -> None:
         job = status.job
-        done = job.counts.total - job.counts.pending
+        ended = job.counts.total - job.counts.pending
         advice, note = self._advice(status), self._note(status)
         if self._live is not None:
-            shown = LiveLine(f"{job.id} {job.state.value}", done, job.counts.total, note, advice)
+            shown = LiveLine(f"{job.id} {job.state.value}", ended, job.counts.total, note, advice)
             self._live.update(shown, refresh=True)
             return
         note = note or " ".join(advice)
-        line = f"{job.id} {job.state.value}: {done:,}/{job.counts.total:,} requests{note and f', {note}'}"
+        count = f"{ended:,}/{counted(job.counts.total, 'request')} ended"
+        line = f"{job.id} {job.state.value}: {count}{note and f', {note}'}"
         phase = _phase(status)
         if line != self._last_line and (monotonic() >= self._next_line_at or job.closed or phase != self._last_phase):
             click.echo(line, err=True)

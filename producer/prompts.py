@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from jobs import kinds
+from jobs.counted import counted
 from jobs.errors import PromptFileError
 from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
 from producer.checks import BadLine, shown
@@ -121,7 +122,7 @@ class PromptFile:
         """Raises PromptFileError if any line was reported, in the order of the file."""
         count, unsaid = self._problems.count, self._problems.unsaid
         if count:
-            said = "1 bad line" if count == 1 else f"{count:,} bad lines"
+            said = counted(count, "bad line")
             if unsaid:
                 said += f", of which {unsaid:,} with still other errors are not named"
             if self._is_endless:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from jobs.errors import UsageError
+from jobs import names
+from jobs.names import meant_instead, slip_line
 from jobs.spec import ModelSpec
 from jobs.store import Store
-from producer.names import meant_instead, slip_line
 
 
 def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:
@@ -18,5 +18,4 @@ def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:
 
 def refuse_slip(spec: ModelSpec, *, store: Store) -> None:
     """Raises UsageError."""
-    if (meant := meant_instead(spec, served=store.workers.models())) is not None:
-        raise UsageError(slip_line(spec, meant))
+    names.refuse_slip(spec, served=store.workers.models())

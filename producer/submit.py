@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from jobs.broker import MAX_WAKEUPS, Broker
 from jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
 from jobs.failpoints import failpoint
 from jobs.logs import get_logger
+from jobs.model_folder import no_model
 from jobs.quantization import Kind
 from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
 from jobs.settings import Settings
@@ -109,6 +110,11 @@ class Submission:
         model = [] if self.model is None else [self.spec(self.model).folder]
         return [each for each in (*model, *(each.folder for each in self.adapters)) if each is not None]
 
+    @property
+    def is_stream(self) -> bool:
+        """True for what can be read once alone. Raises OSError."""
+        return self.path == "-" or not Path(self.path).is_file()
+
     def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:
         """Equal for the same file, model and request options: what `run` continues a job by."""
         parts = [file_sha256, spec.canonical, self.options.to_json()]
@@ -120,12 +126,11 @@ class Submission:
 
     def fingerprint_of_file(self, spec: ModelSpec) -> str | None:
         """The fingerprint, if the path is a file that can be read twice."""
-        path = Path(self.path)
         digest = hashlib.sha256()
         try:
-            if self.path == "-" or not path.is_file():
+            if self.is_stream:
                 return None
-            with path.open("rb") as file:
+            with Path(self.path).open("rb") as file:
                 while block := file.read(_HASH_BYTES):
                     digest.update(block)
         except OSError:
@@ -178,6 +183,7 @@ def load_job(
     """
     given = None if submission.model is None else submission.spec(submission.model)
     if given is not None:
+        _refuse_no_model(given)
         vet(given)
     prompts = PromptFile(
         submission.path,
@@ -206,6 +212,7 @@ def load_job(
                 log.warning("an adapter was declared, and no line of the file names it", adapter=name)
             spec = given or submission.spec(_model_of(prompts))
             if given is None:
+                _refuse_no_model(spec)
                 vet(spec)
             fingerprint = submission.fingerprint(spec, prompts.sha256)
             store.loading.open(
@@ -291,6 +298,14 @@ def _pages(prompts: PromptFile) -> Iterator[list[Line]]:
         size += line.size_bytes
     if page:
         yield page
+
+
+def _refuse_no_model(spec: ModelSpec) -> None:
+    """Raises UsageError for a folder here that holds no model."""
+    folder = spec.folder
+    with suppress(OSError):  # the workers may be allowed to read it, and say so if not
+        if folder is not None and folder.is_dir() and (why := no_model(folder)) is not None:
+            raise UsageError(why)
 
 
 def _refuse_chat_options(options: JobOptions, spec: ModelSpec) -> None:

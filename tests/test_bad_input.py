@@ -292,11 +292,11 @@ def test_a_file_may_have_any_name(store: Store, tmp_path: Path, name: bytes) -> 
     path.write_bytes(b'{"prompt":"a"}\n')
     job = store.reading.job(load(store, path))
     assert job.file_name.isprintable()
-    path.write_bytes(b"bad\n")
+    path.write_bytes(b"[bad\n")
     with pytest.raises(PromptFileError) as refused:
         load(store, path)
     assert refused.value.problems[0].isprintable()
-    assert refused.value.problems[0].endswith(f"{job.file_name}:1: not JSON: Expecting value at column 1")
+    assert refused.value.problems[0].endswith(f"{job.file_name}:1: not JSON: Expecting value at column 2")
 
 
 # --- any bytes ----------------------------------------------------------------------------------------------

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from celery.concurrency.asynpool import AsynPool
+import logging
+import signal
+from collections.abc import Iterator
 
-from worker.celery_worker import _Pool, _Processes
+import pytest
+from celery.concurrency.asynpool import AsynPool
+from celery.worker import state
+from celery.worker.consumer import Consumer
+from celery.worker.consumer.consumer import CONNECTION_RETRY
+
+from jobs.settings import Settings
+from worker.celery_worker import _Pool, _Processes, make_celery_worker
 
 
 def test_a_child_gets_queues_though_those_of_the_last_one_were_never_given_back() -> None:
@@ -16,3 +25,31 @@ def test_a_child_gets_queues_though_those_of_the_last_one_were_never_given_back(
     assert pool._queues[queues] is None
     assert len(pool._queues) == 2
     assert issubclass(_Pool.Pool, AsynPool)
+
+
+@pytest.fixture
+def signals_come_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}}
+    yield
+    for number, handler in before.items():
+        if handler is not None:
+            signal.signal(number, handler)
+    state.should_stop = state.should_terminate = None
+
+
+@pytest.mark.usefixtures("signals_come_back")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_end_prints_nothing(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    worker = make_celery_worker(Settings(broker_url="redis://mill.invalid/0"), queue="q", name="w")
+    worker.install_platform_tweaks(worker)
+    signal.raise_signal(number)
+    assert state.should_stop is not None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_of_a_lost_connection_celery_says_nothing_beside_us(caplog: pytest.LogCaptureFixture) -> None:
+    make_celery_worker(Settings(broker_url="redis://mill.invalid/0"), queue="q", name="w")
+    celery = logging.getLogger(Consumer.__module__)
+    celery.warning("%s (%r)", CONNECTION_RETRY, OSError("gone"))
+    celery.error("another error of %s", "Celery")
+    assert [each.getMessage() for each in caplog.records] == ["another error of Celery"]

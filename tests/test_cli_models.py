@@ -104,6 +104,7 @@ def test_a_pull_shows_how_far_it_is_to_a_terminal_alone(machine: Machine) -> Non
         (["echo"], "there is nothing to fetch: echo is part of batchmill"),
         (["."], "there is nothing to fetch: . is a folder of this machine"),
         (["./none"], "there is no folder './none' here"),
+        (["dmeo"], "'dmeo' is no folder here, no cached model and no org/name: did you mean demo?"),
         (["demo", "--revision", "x"], "--revision goes with a Hugging Face id"),
     ],
 )

@@ -148,8 +148,9 @@ def test_what_is_wrong_with_data_or_chart_is_one_line_before_the_work(tmp_path: 
         (["--data", "bad.jsonl"], "batchmill: bad.jsonl:2: is not JSON: Invalid control character at column 17\n"),
         (["--data", "good.txt", "-o", "c.pdf"], "batchmill: -o c.pdf: a chart is a .png or .svg file\n"),
     ):
-        done = evaluate("demo", *words, cwd=tmp_path)
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+        for model in (["demo"], ["-m", "demo"]):
+            done = evaluate(*model, *words, cwd=tmp_path)
+            assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 @pytest.fixture(scope="module")

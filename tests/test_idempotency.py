@@ -281,7 +281,7 @@ def test_a_failed_clean_up_does_not_hide_why_the_submit_failed(
     from jobs.errors import StoreFull
 
     path = tmp_path / "p.jsonl"
-    path.write_bytes(b"bad\n")
+    path.write_bytes(b"{bad\n")
 
     def full(_: str) -> None:
         raise StoreFull("no space left")

@@ -135,3 +135,15 @@ def test_a_checkout_that_was_never_installed_starts_its_workers(tmp_path: Path) 
     done = subprocess.run(line, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
+
+
+def test_what_a_tracker_tidies_up_is_no_warning_and_the_users_own_filters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "error::UserWarning,ignore::ResourceWarning")
+    isolate()
+    written = os.environ["PYTHONWARNINGS"]
+    isolate()
+    assert os.environ["PYTHONWARNINGS"] == written
+    assert written.startswith("error::UserWarning,ignore::ResourceWarning,")
+    warned = "import warnings; warnings.warn('{}: There appear to be 1 leaked semaphores to clean up at shutdown')"
+    for tracker, code in (("semaphore_tracker", 0), ("resource_tracker", 0), ("another", 1)):
+        assert subprocess.run([sys.executable, "-c", warned.format(tracker)], capture_output=True).returncode == code

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from jobs.quantization import Kind, Quantization
+from jobs.spec import ModelSpec
 from jobs.states import JobState
 from jobs.store import Store
 from jobs.store.reading import Job
@@ -21,7 +24,7 @@ def job(store: Store) -> Job:
 
 
 def cells(job: Job, *, now: float) -> list[str]:
-    header, row = table([job], ends={}, now=now)
+    header, row = table([job], notes={}, now=now)
     begins = [header.index(title) for title in header.split()]
     assert all(row[begin - 1] == " " for begin in begins[1:4])
     return [each for each in row.split("  ") if each]
@@ -58,6 +61,60 @@ def test_a_clock_that_was_set_back_makes_no_negative_time(job: Job) -> None:
 
 def test_ages_are_by_the_clock_of_the_store(store: Store, job: Job) -> None:
     assert 0 <= store.reading.now() - job.queued_at < 3_600
+
+
+class TestNarrow:
+    """What a terminal has no room for: the end of a name, the beginning of a model, and then seconds of times."""
+
+    NOTE = "ends in about 9 min 38 s (8 min 31 s to 13 min 18 s)"
+
+    def large(self, job: Job, **changes: Any) -> Job:
+        spec = ModelSpec("meta-llama/Llama-3.1-8B-Instruct", None, Quantization(Kind.NF4))
+        begun = replace(job, name="nightly-run-of-all-the-prompts", spec=spec, started_at=job.queued_at + 1)
+        return replace(begun, **changes)
+
+    def lines(self, job: Job, width: int | None, seconds: float = 80.0) -> list[str]:
+        return table([job], notes={job.id: self.NOTE}, now=job.queued_at + seconds, width=width)
+
+    def test_a_pipe_has_everything_in_full(self, job: Job) -> None:
+        _, row = self.lines(self.large(job), None)
+        assert row.endswith(f"meta-llama/Llama-3.1-8B-Instruct (nf4)  nightly-run-of-all-the-prompts  {self.NOTE}")
+
+    def test_a_wide_terminal_has_it_too(self, job: Job) -> None:
+        assert self.lines(self.large(job), 200) == self.lines(self.large(job), None)
+
+    def test_names_are_shortened_first_and_the_note_has_a_line_of_its_own(self, job: Job) -> None:
+        header, row, note = self.lines(self.large(job), 115)
+        assert len(row) <= 115
+        assert row.endswith("  meta-llama/Llama-3.1-8B-Instruct (nf4)  nightly-run-of…")
+        assert note == f"  {self.NOTE}"
+        assert header.index("NAME") == row.index("nightly")
+
+    def test_then_models_keep_their_end(self, job: Job) -> None:
+        _, row, _ = self.lines(self.large(job), 90)
+        assert len(row) == 90
+        assert "1 min 20 s" in row
+        assert row.endswith("  …-Instruct (nf4)  nightly-run…")
+
+    def test_then_times_lose_their_seconds(self, job: Job) -> None:
+        _, row, _ = self.lines(self.large(job), 80)
+        assert len(row) == 80
+        assert "1 min  1 min " in row
+        assert row.endswith("  …struct (nf4)  nightly-run…")
+
+    def test_a_million_requests_fit_into_80_columns(self, job: Job) -> None:
+        counts = replace(job.counts, total=1_000_000, succeeded=900_000)
+        header, row, _ = self.lines(self.large(job, counts=counts), 80, seconds=3_333)
+        assert len(row) <= 80, row
+        assert len(header) <= 80, header
+        assert "900,000/1,000,000" in row
+        assert "55 min  55 min" in row
+        assert row.endswith("…")
+
+    def test_the_rest_is_never_shortened(self, job: Job) -> None:
+        _, row, _ = self.lines(self.large(job), 20)
+        assert row.startswith(f"{job.id}  queued  1 min  1 min ")
+        assert row.endswith("0/4       0  …nf4)  nig…")
 
 
 def test_the_command_prints_a_header_and_the_newest_first(

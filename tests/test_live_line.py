@@ -36,15 +36,15 @@ def shown(line: LiveLine, width: int) -> list[str]:
 def test_a_wide_terminal_has_all_in_one_line() -> None:
     (line,) = shown(RUNNING, 120)
     assert BAR in line
-    assert line.rstrip().endswith("1,200/3,200 requests, 12.3 requests/s, ends in about 2 min 39 s")
+    assert line.rstrip().endswith("1,200/3,200 ended, 12.3 requests/s, ends in about 2 min 39 s")
 
 
 def test_a_narrower_one_drops_the_bar_first() -> None:
-    assert shown(RUNNING, 80) == ["5ht7666w running 1,200/3,200 requests, 12.3 requests/s, ends in about 2 min 39 s"]
+    assert shown(RUNNING, 80) == ["5ht7666w running 1,200/3,200 ended, 12.3 requests/s, ends in about 2 min 39 s"]
 
 
 def test_then_the_note_goes_to_a_line_of_its_own() -> None:
-    assert shown(RUNNING, 60) == ["5ht7666w running 1,200/3,200 requests", "12.3 requests/s, ends in about 2 min 39 s"]
+    assert shown(RUNNING, 60) == ["5ht7666w running 1,200/3,200 ended", "12.3 requests/s, ends in about 2 min 39 s"]
 
 
 def test_advice_has_lines_of_its_own_beside_any_bar() -> None:
@@ -68,7 +68,7 @@ def test_nothing_of_the_text_is_lost_at_any_width(width: int, line: LiveLine) ->
     lines = shown(line, width)
     assert all(cell_len(each) <= width for each in lines)
     text = " ".join(lines).replace(BAR, "").replace("╸", "").replace("╺", "").replace(",", "")
-    words = f"{line.title} {line.done}/{line.total} requests {line.note} {' '.join(line.advice)}".replace(",", "")
+    words = f"{line.title} {line.done}/{line.total} ended {line.note} {' '.join(line.advice)}".replace(",", "")
     assert text.split() == words.split()
 
 
@@ -100,6 +100,8 @@ def test_ctrl_c_gives_the_terminal_back_and_no_color_is_kept(job_id: str) -> Non
     with wait(job_id, NO_COLOR="1") as terminal:
         terminal.until("batchmill up -m echo")
         assert terminal.interrupt() == 130
+    goes_on = f"job {job_id} goes on; `batchmill wait {job_id}` waits again, `batchmill cancel {job_id}` ends it"
+    assert goes_on in terminal.shown
     assert "batchmill: interrupted" in terminal.shown
     assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l"), "the cursor is seen again"
     assert not re.search(r"\x1b\[[0-9;]*[34][0-9]", terminal.shown), "no color"

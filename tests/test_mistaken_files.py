@@ -110,7 +110,7 @@ def test_a_stream_is_recognized_too(monkeypatch: pytest.MonkeyPatch, case: str) 
 
 def test_a_csv_of_one_column_is_told_by_its_name(tmp_path: Path) -> None:
     said = refused(write(tmp_path, "p.csv", b"prompt\nSECRET\n"))
-    assert said == 'looks like a CSV, and not JSON Lines; write a line for each row: {"prompt": "..."}'
+    assert said.startswith("looks like a CSV of 1 column, and not JSON Lines; make each row one: python3 -c ")
     assert read(write(tmp_path, "lines.csv", REQUEST)) == ["SECRET"]
 
 
@@ -122,6 +122,8 @@ def test_a_csv_of_one_column_is_told_by_its_name(tmp_path: Path) -> None:
         ("p.txt", b"text\tn\na,\t1\n", ["a,"]),
         ("p.json", b'[{"prompt": "a"},\n {"prompt": "b"}]', ["a", "b"]),
         ("p", b'["a", "b"]', ["a", "b"]),
+        ("one.csv", b'ask\n"2 + 2,\n=?"\n\nb\n', ["2 + 2,\n=?", "b"]),
+        ("unnamed.csv", b'"How, then?"\nb\n', ["How, then?", "b"]),
     ],
 )
 def test_the_command_that_it_names_makes_json_lines(tmp_path: Path, name: str, data: bytes, prompts: list[str]) -> None:
@@ -140,7 +142,24 @@ def test_a_column_that_nothing_tells_of_is_left_to_be_named(tmp_path: Path) -> N
     assert said.endswith("(with the name of a column for COLUMN)")
 
 
-@pytest.mark.parametrize("data", [b"SECRET, this is\n", b"a,b\n{}\n", b"prompt\n", b"a,a\n1,2\n", b"[[]]\n", b"1,2\n"])
+def test_columns_without_names_are_counted(tmp_path: Path) -> None:
+    said = refused(write(tmp_path, "p.csv", b"1,SECRET?\n"))
+    assert said.startswith("looks like a CSV, and not JSON Lines; --format text takes each line as a prompt, or make")
+    assert said.endswith("(with the number of another column for 0)")
+
+
+@pytest.mark.parametrize(
+    "data", [b"SECRET, this is\n", b"prompt\nSECRET", b"a,a\n1,2\n", b"\n1,2\n", "caf\xe9".encode()]
+)
+def test_plain_text_is_told_how_to_be_read(tmp_path: Path, data: bytes) -> None:
+    said = refused(write(tmp_path, "p.jsonl", data))
+    assert said == "looks like plain text, and not JSON Lines; --format text takes each line as a prompt"
+    assert read(tmp_path / "p.jsonl", "text") == data.decode().strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    "data", [b"a,b\n{}\n", b"[[]]\n", b"12\n", b"null\n", b"SECRET\n" + REQUEST, b"caf\xe9 SECRET\n", b"\x01\x02\n"]
+)
 def test_what_looks_like_nothing_is_told_line_by_line(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(PromptFileError) as caught:
         read(write(tmp_path, "p.jsonl", data))

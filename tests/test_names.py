@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.advice import mill_lives, start_words
+from jobs.names import meant_instead
 from jobs.process import Lives, Process
 from jobs.quantization import Kind, Quantization
 from jobs.settings import Settings, load_settings
@@ -16,7 +17,6 @@ from jobs.store import Store
 from migrations import open_store
 from producer.cli_jobs import workers
 from producer.cli_submit import submit
-from producer.names import meant_instead
 from producer.slips import warn_of_slip
 from producer.status import JobStatus
 from tests import mill

@@ -261,7 +261,7 @@ BAD_JSON: list[tuple[bytes, str]] = [
     (b'{"prompt":"SECRET\t"}', "not JSON: Invalid control character at column 18"),
     (b'{"prompt":"SECRET', "not JSON: Unterminated string starting at column 11"),
     (b'{"prompt":"\\x SECRET"}', "not JSON: Invalid \\escape at column 12"),
-    (b"SECRET", "not JSON: Expecting value at column 1"),
+    (b"[SECRET", "not JSON: Expecting value at column 2"),
     (b'{"prompt":"SECRET"} {"prompt":"x"}', "not JSON: more text after the value, at column 20"),
     (b'{"prompt":"a"}\r{"prompt":"b"}', "not JSON: more text after the value, at column 15"),
     (b'[["SECRET"]]', "must be a JSON object, not a list"),
@@ -287,6 +287,13 @@ BAD_JSON: list[tuple[bytes, str]] = [
 
 BAD_LINES: list[tuple[dict[str, Any], str]] = [
     ({}, "holds no prompt, no messages, and no url and body"),
+    ({"promt": "SECRET"}, "and no url and body of an OpenAI Batch line; did you mean prompt by 'promt'?"),
+    ({"Messages": []}, "and no url and body of an OpenAI Batch line; did you mean messages by 'Messages'?"),
+    ({"prompt": None, "promt": "SECRET"}, "holds no prompt, no messages, and no url and body of an OpenAI Batch line"),
+    (X | {"temprature": 1}, "'temprature' is not supported here; did you mean temperature?"),
+    (X | {"maxTokens": 1}, "'maxTokens' is not supported here; did you mean max_tokens?"),
+    (M | {"tool_chioce": "none"}, "'tool_chioce' is not supported here; did you mean tool_choice?"),
+    (X | {"temperature": 1, "temprature": 1}, "'temprature' is not supported here; remove it"),
     ({"custom_id": "a"}, "holds no prompt"),
     ({"messages": None}, "holds no prompt"),
     (X | M, "messages and prompt exclude each other"),
@@ -450,10 +457,10 @@ def test_good_lines_are_yielded_though_a_bad_one_came_before(tmp_path: Path) -> 
 
 
 def test_equal_errors_are_counted_after_the_fifth(tmp_path: Path) -> None:
-    path = write(tmp_path, b"x\n" * 1_209 + GOOD + b'{"prompt":1}\n{"prompt":[]}\n')
+    path = write(tmp_path, GOOD + b"x\n" * 1_209 + b'{"prompt":1}\n{"prompt":[]}\n')
     caught = error(path)
     assert caught.problems == (
-        *(f"{path}:{number}: not JSON: Expecting value at column 1" for number in range(1, 6)),
+        *(f"{path}:{number}: not JSON: Expecting value at column 1" for number in range(2, 7)),
         "... and 1,204 more lines with this error",
         f"{path}:1211: prompt must be a string, not a number",
         f"{path}:1212: prompt must be a string, not a list",
@@ -763,8 +770,8 @@ def test_a_dash_reads_standard_input(from_stdin: Callable[[bytes], None]) -> Non
         assert [line.request.prompt for line in prompts] == ["fine", "b"]
         assert prompts.name == "stdin"
     assert not sys.stdin.closed
-    from_stdin(b"\nx")
-    assert error("-").problems == ("stdin:2: not JSON: Expecting value at column 1",)
+    from_stdin(b"\n{x")
+    assert error("-").problems == ("stdin:2: not JSON: Expecting property name enclosed in double quotes at column 2",)
     from_stdin(b"")
     assert str(error("-")) == "stdin: holds no prompts"
 

@@ -136,9 +136,26 @@ def test_the_files_one_model_is_used_without_a_flag(sqlite_store: Store, tmp_pat
     assert mill.rows(sqlite_store, "jobs") == 2
 
 
+def test_a_folder_that_holds_no_model_is_refused_before_anything_is_said_of_its_chat_template(
+    sqlite_store: Store, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    message = {"messages": [{"role": "user", "content": "x"}]}
+    chat, named = write(tmp_path / "chat.jsonl", message), write(tmp_path / "n.jsonl", message | {"model": str(model)})
+    for submission in (Submission(chat, str(model)), Submission(named)):
+        with pytest.raises(UsageError, match=r"model is no model: it holds no config\.json; name the folder"):
+            load_job(submission, store=sqlite_store, settings=SETTINGS)
+    (model / "adapter_config.json").touch()
+    with pytest.raises(UsageError, match="it is an adapter: serve it with --adapter"):
+        load_job(Submission(chat, str(model)), store=sqlite_store, settings=SETTINGS)
+    assert mill.rows(sqlite_store, "jobs") == 0
+
+
 def test_messages_for_a_folder_without_a_chat_template_are_refused(sqlite_store: Store, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
+    (model / "config.json").write_text("{}")
     (model / "tokenizer_config.json").write_text("{}")
     chat = write(tmp_path / "chat.jsonl", {"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]})
     plain = write(tmp_path / "plain.jsonl", {"prompt": "x"})

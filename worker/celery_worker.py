@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import warnings
 from collections.abc import Callable
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
+from celery.apps.worker import (
+    Worker,
+    install_worker_int_handler,
+    install_worker_term_handler,
+    install_worker_term_hard_handler,
+)
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import SecurityWarning
 from celery.worker.consumer import Consumer
+from celery.worker.consumer.consumer import CONNECTION_RETRY
 from celery.worker.state import maybe_shutdown
 from kombu import Queue
 from redis.exceptions import ResponseError
 
 from jobs.broker import make_app
+from jobs.logs import FILE_ONLY, get_logger
 from jobs.settings import Settings
 
+log = get_logger(__name__)
 #: Celery gives a child so much longer than the watchdog to load its model.
 _ALIVE_MARGIN_SECONDS = 60
 #: Celery gives no task to a new child while it waits for the dead one's result, of which there is none.
@@ -34,6 +45,7 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
     """A Celery worker that takes the wake-ups of one queue; the caller starts it."""
     # Celery's advice against root is about pickle; JSON alone is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
+    logging.getLogger(Consumer.__module__).addFilter(_is_not_told_by_us)
     app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
     app.conf.update(
         task_queues=[Queue(queue)],
@@ -43,7 +55,7 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
         worker_lost_wait=_LOST_WAIT_SECONDS,
         worker_proc_alive_timeout=settings.load_stall_seconds + _ALIVE_MARGIN_SECONDS,
     )
-    return app.Worker(
+    return app.subclass_with_self(_Worker)(
         hostname=f"{name}@{socket.gethostname()}",
         loglevel="WARNING",
         pool=_Pool,
@@ -52,6 +64,21 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
         without_heartbeat=True,
         quiet=True,
     )
+
+
+def _is_not_told_by_us(record: logging.LogRecord) -> bool:
+    """False for what Celery logs of a lost connection, which `_Consumer` tells in its own words."""
+    return CONNECTION_RETRY not in (record.args or ())
+
+
+class _Worker(Worker):  # type: ignore[misc]
+    """A worker whose signals print nothing: what Celery says of a shutdown reads as a fault."""
+
+    def install_platform_tweaks(self, worker: Any) -> None:
+        super().install_platform_tweaks(worker)
+        again = partial(install_worker_term_hard_handler, sig="SIGINT", verbose=False)
+        install_worker_term_handler(worker, verbose=False)
+        install_worker_int_handler(worker, callback=again, verbose=False)
 
 
 class _Processes(AsynPool):  # type: ignore[misc]
@@ -85,17 +112,20 @@ class _Pool(TaskPool):  # type: ignore[misc]
 
 
 class _Consumer(Consumer):  # type: ignore[misc]
-    """A consumer that replaces a child that died while it looks for Redis, which Celery leaves to its event loop."""
+    """A consumer that says itself when Redis is away, a line each time that it tries.
+
+    It replaces a child that died while it looks for Redis, which Celery leaves to its event loop.
+    """
 
     def ensure_connected(self, conn: Any) -> Any:
         ensure = conn.ensure_connection
 
-        def with_pool(errback: object, max_retries: object, *, callback: Callable[[], None]) -> Any:
+        def with_pool(_errback: object, max_retries: object, *, callback: Callable[[], None]) -> Any:
             def look() -> None:
                 callback()
                 self.pool.maintain_pool()
 
-            return ensure(errback, max_retries, callback=look)
+            return ensure(_tell_of_absence, max_retries, callback=look)
 
         conn.ensure_connection = with_pool
         try:
@@ -104,18 +134,24 @@ class _Consumer(Consumer):  # type: ignore[misc]
             del conn.ensure_connection
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        super().on_connection_error_before_connected(exc)
-        self._wait_if_refused(exc)
+        self._after_loss(exc)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         super().on_connection_error_after_connected(exc)
-        self._wait_if_refused(exc)
+        self._after_loss(exc)
 
-    def _wait_if_refused(self, exc: Exception) -> None:
+    def _after_loss(self, exc: Exception) -> None:
         """Waits a while where Redis answers and refuses, since it would refuse the next connection at once."""
-        if isinstance(exc, ResponseError) or isinstance(exc.__cause__, ResponseError):
-            end = monotonic() + _REFUSED_SECONDS
-            while monotonic() < end:
-                maybe_shutdown()
-                self.pool.maintain_pool()
-                sleep(_TICK_SECONDS)
+        if not (isinstance(exc, ResponseError) or isinstance(exc.__cause__, ResponseError)):
+            get_logger(FILE_ONLY).info("the connection to Redis was lost, and is made again", error=str(exc))
+            return
+        log.warning(f"Redis refuses this worker; it is tried again in {_REFUSED_SECONDS:g} s", error=str(exc))
+        end = monotonic() + _REFUSED_SECONDS
+        while monotonic() < end:
+            maybe_shutdown()
+            self.pool.maintain_pool()
+            sleep(_TICK_SECONDS)
+
+
+def _tell_of_absence(error: Exception, seconds: float) -> None:
+    log.warning(f"no connection to Redis; it is tried again in {seconds:g} s", error=str(error))

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.counted import counted
 from jobs.digests import Digests
 from jobs.errors import ModelError, NotAllSucceeded, StoreError
 from jobs.exits import one_line_errors
 from jobs.files import check_target
 from jobs.logs import configure_logs
+from jobs.names import refuse_slip
 from jobs.option_groups import DEVICE
 from jobs.settings import Settings, load_settings
 from jobs.store.evaluations import DataFile
 from migrations import open_store
-from worker.commands import Command, complete_model
+from worker.commands import Command, takes_model
 from worker.device_lock import DeviceLock
 from worker.devices import DeviceInfo, describe_devices, use_all_cores, visible_devices
 from worker.engine.options import EngineOptions
@@ -40,14 +42,14 @@ _SIZE = click.IntRange(min=2)
     name="evaluate",
     cls=Command,
     groups={
-        "Model": ("quantizations", "baseline", "revision"),
+        "Model": ("named", "quantizations", "baseline", "revision"),
         "Text": ("data", "tokens", "window_tokens", "stride_tokens", "divergence_places"),
         "Answers": ("continuations", "max_tokens", "match"),
         **DEVICE,
     },
     epilog="Example: batchmill evaluate demo -q nf4,int8,none --data held-out.jsonl",
 )
-@click.argument("model", shell_complete=complete_model)
+@takes_model
 @click.option(
     "-q",
     "--quantization",
@@ -118,6 +120,7 @@ def main(
     from worker.evaluate.lineup import Lineup
 
     lineup = Lineup.parse(model, quantizations or (settings.quantization,), baseline=baseline, revision=revision)
+    refuse_slip(lineup.baseline)
     keep = [data, *settings.files]
     check_target(None, keep=keep)
     if output is not None:
@@ -137,7 +140,8 @@ def main(
         draw(report, output)
         click.echo(f"the chart is in {output}", err=True)
     if report.failed:
-        raise NotAllSucceeded(f"{len(report.failed)} of {len(report.rows)} quantizations could not be measured")
+        rows = counted(len(report.rows), "quantization")
+        raise NotAllSucceeded(f"{len(report.failed)} of {rows} could not be measured")
 
 
 def _prepare_process(settings: Settings, device: str) -> None:

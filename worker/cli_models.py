@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.counted import counted
 from jobs.errors import ModelError, UsageError
 from jobs.exits import one_line_errors
+from jobs.names import refuse_slip
 from jobs.quantization import Kind
 from jobs.sizes import size
 from jobs.spec import DEMO, ECHO, ModelSpec
@@ -51,6 +53,7 @@ def pull(model: str, revision: str | None, as_json: bool) -> None:
     if spec.folder is not None or spec.model in (DEMO, ECHO):
         what = "a folder of this machine" if spec.folder is not None else "part of batchmill"
         raise UsageError(f"there is nothing to fetch: {model} is {what}; name a Hugging Face id such as org/name")
+    refuse_slip(spec)
     pulled = _pull(spec)
     if not pulled.asked:
         done = "the Hub could not be asked for a newer one; everything of this commit is here"
@@ -58,7 +61,7 @@ def pull(model: str, revision: str | None, as_json: bool) -> None:
         done = "fetched"
     else:
         done = "everything is here already"
-    click.echo(f"{model}: {done} ({len(pulled.files)} files, commit {pulled.commit})", err=True)
+    click.echo(f"{model}: {done} ({counted(len(pulled.files), 'file')}, commit {pulled.commit})", err=True)
     click.echo(json.dumps(_as_json(spec, pulled)) if as_json else pulled.folder)
 
 
@@ -70,7 +73,7 @@ def _pull(spec: ModelSpec) -> Pulled:
 
     def announce(files: int, bytes_: int) -> None:
         if sys.stderr.isatty():
-            click.echo(f"{spec.model}: {files} files to fetch, {size(bytes_)}", err=True)
+            click.echo(f"{spec.model}: {counted(files, 'file')} to fetch, {size(bytes_)}", err=True)
 
     return pull(spec.model, spec.revision, announce=announce)
 
@@ -102,6 +105,7 @@ def quantize(model: str, out: Path, quantization: str, revision: str | None, dev
     It takes a fraction of the disk, and loads without quantizing again: `-m OUT -q checkpoint`.
     """
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
+    refuse_slip(spec)
     from worker.devices import describe_devices, use_all_cores, visible_devices
 
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)

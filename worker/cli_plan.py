@@ -11,6 +11,7 @@ import click
 
 from jobs.errors import StoreError, UsageError
 from jobs.exits import one_line_errors
+from jobs.names import refuse_slip
 from jobs.option_groups import MODEL
 from jobs.settings import Settings, load_settings
 from jobs.sizes import bytes_of
@@ -18,7 +19,7 @@ from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.store import Store
 from jobs.store.speeds import Speed
 from jobs.tables import REVISION
-from worker.commands import Command, complete_model
+from worker.commands import Command, takes_model
 from worker.devices import CPU, use_all_cores
 from worker.placement import TOGETHER, each_worker
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     groups={**MODEL, "Device": ("devices", "gpu_memory"), "Requests": ("context", "rows")},
     epilog="Example: batchmill plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 24GiB --context 4096",
 )
-@click.argument("model", shell_complete=complete_model)
+@takes_model
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option(
     "--devices", help="Where: 0,1 or 0+1 (split over both) or all or cpu. Default: the GPUs here, or the CPU."
@@ -62,6 +63,7 @@ def main(
     spec = ModelSpec.parse(model, revision=revision)
     if spec.model == ECHO:
         raise UsageError(f"{ECHO} holds no weights, so there is nothing to plan; name a model, such as {DEMO}")
+    refuse_slip(spec)
     total_bytes = bytes_of(gpu_memory) if gpu_memory is not None else None
     for line in _planned(spec, settings, devices, total_bytes, as_json=as_json):
         click.echo(line)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -25,6 +26,19 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_example(self.epilog, formatter)
+
+
+def takes_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the model as an argument, or as the option that other commands have for it."""
+
+    @wraps(command)
+    def run(model: str | None, named: str | None, **others: Any) -> Any:
+        if (model is None) == (named is None):
+            raise click.UsageError("name one model: as MODEL, or by -m")
+        return command(model=model or named, **others)
+
+    option = click.option("-m", "--model", "named", shell_complete=complete_model, help="The same as MODEL.")
+    return click.argument("model", required=False, shell_complete=complete_model)(option(run))
 
 
 class Room(click.Group):

@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import socket
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -106,6 +107,7 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
         # A child inherits this: it would die of the signal, were it told to hand back before it can.
         signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
+        worker_shutting_down.connect(_tell_of_end, weak=False)
         log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
         keeper.start()
         Watchdog(pulse, pids=pool.pids).start()
@@ -116,6 +118,12 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
         raise ModelError(keeper.failure)
     if celery_worker.exitcode and not keeper.draining:
         raise BatchmillError("the worker ended by itself; the lines above say why")
+
+
+def _tell_of_end(**_: object) -> None:
+    """Logs it from a thread of its own: the signal may have come in the middle of another line."""
+    line = "ending: what is finished is saved, the rest goes back to the queue"
+    threading.Thread(target=log.info, args=[line]).start()
 
 
 def _order(options: WorkerOptions, placement: Placement, worker_id: int, pulse: Pulse, log_file: Path) -> ChildOrder:

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jobs.model_folder import ADAPTER_CONFIG, no_model
+
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: JSON files that are large and hold words of the model's, of which any may look like one of the keys below.
 #: Says of a quantized copy in which form it was saved; copies of before it said so have none.
 COPY = "batchmill.json"
@@ -50,10 +52,8 @@ def vet(folder: Path) -> None:
 
 def vet_configuration(folder: Path) -> None:
     """The same where no weights are read, and perhaps none are there. Raises Refusal."""
-    if not (folder / "config.json").is_file():
-        remedy = f"it is an adapter: serve it with --adapter NAME={folder} over its base"
-        named = remedy if (folder / ADAPTER_CONFIG).is_file() else "name the folder of a transformers model"
-        raise Refusal(f"{folder} holds no config.json; {named}")
+    if (why := no_model(folder)) is not None:
+        raise Refusal(why)
     if (folder / ADAPTER_CONFIG).exists():
         raise Refusal(
             f"{folder} holds {ADAPTER_CONFIG}: an adapter names another model to load, which nobody looked over; "

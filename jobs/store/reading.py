@@ -124,8 +124,9 @@ class Reading:
                 same = jobs.c.id.startswith(written.lower()[:_LONGEST_ID], autoescape=True)
                 found = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
         if not found:
-            what = "no job was submitted yet" if written == "last" else f"no job begins with {written!r}"
-            raise NotFound(f"{what}; `batchmill jobs` lists them")
+            if written == "last":
+                raise NotFound("no job was submitted yet; `batchmill run` and `batchmill submit` make one")
+            raise NotFound(f"no job begins with {written!r}; `batchmill jobs` lists them")
         if len(found) > 1 and written not in found:
             raise NotFound(f"several jobs begin with {written!r}: {', '.join(sorted(found))}; write more of it")
         return written if written in found else found[0]

@@ -167,7 +167,7 @@ def test_a_child_that_dies_while_redis_is_away_is_replaced(proxied_mill: Proxied
     mill = proxied_mill
     worker = mill.ready_worker(**SLOW)
     mill.server.kill()
-    until(lambda: "Cannot connect" in mill.log_of(worker), "the worker looks for Redis")
+    until(lambda: "no connection to Redis; it is tried again" in mill.log_of(worker), "the worker looks for Redis")
     for deaths in range(1, 4):
         os.kill(child_of(worker), signal.SIGKILL)
         until(lambda deaths=deaths: mill.log_of(worker).count("] ready ") > deaths, "another child is ready")

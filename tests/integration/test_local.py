@@ -178,7 +178,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home,
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, said
-    assert "continues" in said
+    assert "ending: what is finished is saved; the same command continues job " in said
     assert not out.exists()
     kept = home.succeeded()
     assert home.processes() == []
@@ -233,6 +233,9 @@ def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: H
     done = home.run("run", file, "-m", "echo", "-o", out)
     assert f"worker {home.workers()[0]['name']}, which holds echo (none) here already, answers it" in done.stderr
     assert texts(out) == [f"one two three {index}" for index in range(10)]
+    again = home.run("run", file, "-m", "echo", "-o", out).stderr
+    assert "has run this file before" in again
+    assert "answers it" not in again
     assert "leave out the flags" in home.run("run", file, "-m", "echo", "--device", "cpu", code=1).stderr
     assert "another `batchmill run` or `up`" in home.run("run", file, "-m", "demo", code=1).stderr
     asked = home.run("submit", file, "-m", "demo")
@@ -240,6 +243,8 @@ def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: H
     mill.send_signal(signal.SIGINT)
     _, said = mill.communicate(timeout=PATIENCE_SECONDS)
     assert mill.returncode == 0, said
+    assert "the rest goes back to the queue" in said
+    assert "Warm shutdown" not in said
     assert "batchmill up -m demo -q nf4" in home.run("status").stdout
     refused = home.run("worker", "-m", "demo", "-q", "nf4", code=1)
     assert "`batchmill up -m demo -q nf4` starts one" in refused.stderr

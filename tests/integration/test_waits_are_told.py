@@ -88,7 +88,7 @@ def test_whoever_waits_for_a_job_hears_what_its_worker_loads(mill: Mill, tmp_pat
         (row,) = mill.store.workers.rows()
         assert (row.state, row.torch_load_seconds is None) == (WorkerState.LOADING, False)
         loading = r"loading (torch [\d a-z]+, )?the model [\d a-z]+"
-        said(mill.start("wait", job_id), rf"queued: 0/2 requests, worker slow is {loading}$")
+        said(mill.start("wait", job_id), rf"queued: 0/2 requests ended, worker slow is {loading}$")
         assert re.search(loading, mill.command("workers"))
         assert re.search(rf"waiting    worker slow is {loading}", mill.command("status", job_id))
     mill.command("wait", job_id, "--timeout", "300")
