@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from jobs.advice import mill_lives
 from jobs.broker import MAX_WAKEUPS
+from jobs.counted import counted
 from jobs.states import RunOutcome, WorkerState
 from jobs.store.effort import RECENT_SECONDS
 from jobs.store.holders import Crashes, Hold, Seen
@@ -146,7 +147,7 @@ def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
     for job_id, batches in case.around.older:
         yield Finding(
             "older_job_first",
-            f"job {job_id} is older, of the same model, and has {_count(batches, 'batch')} pending, which go first",
+            f"job {job_id} is older, of the same model, and has {counted(batches, 'batch')} pending, which go first",
             f"wait, start another worker, or `batchmill cancel {job_id}`",
         )
     if idle and case.queue.error is None:
@@ -176,8 +177,8 @@ def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
 def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
     pending, wakeups = case.around.pending, case.queue.wakeups
     message = (
-        f"{_count(case.takeable_batches, 'batch')} pending beside idle {_names(idle)},"
-        f" with {_count(wakeups, 'wake-up')} in the queue"
+        f"{counted(case.takeable_batches, 'batch')} pending beside idle {_names(idle)},"
+        f" with {counted(wakeups, 'wake-up')} in the queue"
     )
     since = max([pending.waits_since or case.around.now, *(each.started_at for each in idle)])
     if case.around.now - since > max(_LONG_SECONDS, _PASSES * case.settings.reconcile_seconds):
@@ -277,7 +278,7 @@ def _lost(case: Case, hold: Hold) -> Finding:
             lease += ", which no lease does: the store's clock was set back, so it counts as expired"
     state = "lives but does not renew it" if worker.alive else "has ended or is cut off"
     message = (
-        f"{_who(worker)} holds {_count(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}) and"
+        f"{_who(worker)} holds {counted(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}) and"
         f" {state}, last seen {duration(worker.seen_seconds)} ago; the lease {lease}"
     )
     if not case.around.live_workers:
@@ -304,14 +305,14 @@ def _progress(case: Case) -> Finding:
     return Finding(
         "progress",
         f"{counts.total - counts.pending:,} of {counts.total:,} requests answered;"
-        f" {_count(pending.batches, 'batch')} pending{waits}, {held:,} held",
+        f" {counted(pending.batches, 'batch')} pending{waits}, {held:,} held",
     )
 
 
 def _held(case: Case, hold: Hold) -> Finding:
     return Finding(
         "held",
-        f"{_who(hold.worker)} holds {_count(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}),"
+        f"{_who(hold.worker)} holds {counted(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}),"
         f" lease until {utc(hold.lease_until)}",
     )
 
@@ -321,7 +322,7 @@ def _suspects(case: Case) -> Iterator[Finding]:
     if pending.suspects:
         yield Finding(
             "suspects",
-            f"{_count(pending.suspect_requests, 'request')} in {_count(pending.suspects, 'batch')} were in a worker"
+            f"{counted(pending.suspect_requests, 'request')} in {counted(pending.suspects, 'batch')} were in a worker"
             " when its process died; such a batch runs alone on a worker",
             "nothing to do: what kills its process again and again ends as the error `poison`",
         )
@@ -332,7 +333,7 @@ def _crashes(case: Case) -> Iterator[Finding]:
         died = "died" if each.outcome is RunOutcome.CRASHED else "let its lease run out"
         yield Finding(
             "crashed",
-            f"a process of {each.worker.name} on {each.worker.host} {died} at this job, {_count(each.times, 'time')},"
+            f"a process of {each.worker.name} on {each.worker.host} {died} at this job, {counted(each.times, 'time')},"
             f" the last at {utc(each.last_at)}",
             _where_it_says(case, each),
         )
@@ -367,15 +368,10 @@ def _names(workers: Sequence[Seen]) -> str:
 
 
 def _batches(holds: Sequence[Hold]) -> str:
-    return _count(sum(each.batches for each in holds), "batch")
+    return counted(sum(each.batches for each in holds), "batch")
 
 
 def _ordinal(number: int) -> str:
     """`1st`, `2nd`, `13th`."""
     ends = {1: "st", 2: "nd", 3: "rd"}
     return f"{number}{'th' if number % 100 in (11, 12, 13) else ends.get(number % 10, 'th')}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"

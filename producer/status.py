@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.adapters import Adapter
 from jobs.advice import start_words
+from jobs.counted import counted
 from jobs.identity import differences
 from jobs.memory import devices_json
 from jobs.process import Lives
@@ -274,7 +275,7 @@ def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRo
 
 def lack_line(lack: Lack) -> str:
     """The adapter that nobody holds, and who holds another one by its name."""
-    waiting = "1 batch waits" if lack.batches == 1 else f"{lack.batches:,} batches wait"
+    waiting = f"{counted(lack.batches, 'batch')} {'waits' if lack.batches == 1 else 'wait'}"
     line = f"{waiting} for the adapter {lack.name}, which no live worker holds"
     if lack.meant is None or not lack.held_otherwise:
         return line
@@ -324,7 +325,7 @@ def worker_line(worker: WorkerRow) -> str:
     ended = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
     silent = worker.process is not None and worker.process.lives() is Lives.YES
     state = worker.state.value if worker.alive or ended else "silent" if silent else "dead"
-    at = f", {worker.leases} batches" if worker.leases else ""
+    at = f", {counted(worker.leases, 'batch')}" if worker.leases else ""
     weights = f"  {size(worker.weights_bytes)} weights" if worker.weights_bytes else ""
     line = (
         f"{worker.name}  {state}{at}  {worker.spec}  {worker.device_name or worker.device} on {worker.host}"

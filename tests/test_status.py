@@ -408,8 +408,7 @@ def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> N
 
 def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store, job_id: str) -> None:
     assert worker_line(store.workers.rows()[0]).startswith(
-        "w  ready, 1 batches  echo (none)  cpu on host  100 B weights"
-        "  echo: 8 rows, 128 context, 1,024 cache tokens  up "
+        "w  ready, 1 batch  echo (none)  cpu on host  100 B weights  echo: 8 rows, 128 context, 1,024 cache tokens  up "
     )
     who = mill.seat(store, name="bad")
     store.workers.enter(who.worker_id, WorkerState.SICK, error="x" * 1_000)
