@@ -23,6 +23,7 @@ from jobs.embedded import find_server
 from jobs.errors import BatchmillError
 from jobs.exits import refusal
 from jobs.home import nearest_folder, try_home
+from jobs.names import meant_instead, slip_line
 from jobs.pid_file import PidFile
 from jobs.process import Lives
 from jobs.settings import Settings
@@ -30,7 +31,6 @@ from jobs.sizes import size
 from jobs.spec import DEMO, ECHO, ModelSpec
 from jobs.store import Store
 from jobs.tables import REVISION
-from producer.names import meant_instead, slip_line
 from producer.tidy import tidy
 
 _FREE_BYTES = 1024**3

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from jobs.advice import mill_lives
 from jobs.broker import MAX_WAKEUPS
 from jobs.counted import counted
+from jobs.names import slip_line
 from jobs.states import RunOutcome, WorkerState
 from jobs.store.effort import RECENT_SECONDS
 from jobs.store.holders import Crashes, Hold, Seen
@@ -20,7 +21,6 @@ from jobs.store.reading import Job
 from jobs.store.workers import GIVEN_UP
 from producer.case import Case
 from producer.finish import finish_line
-from producer.names import slip_line
 from producer.status import advice, duration, given_up_line, lack_line, one_line, other_line, other_remedy, utc
 
 _MOST_NAMES = 3
@@ -304,7 +304,7 @@ def _progress(case: Case) -> Finding:
     held = sum(each.batches for each in case.around.holds)
     return Finding(
         "progress",
-        f"{counts.total - counts.pending:,} of {counts.total:,} requests answered;"
+        f"{counts.total - counts.pending:,} of {counts.total:,} requests ended;"
         f" {counted(pending.batches, 'batch')} pending{waits}, {held:,} held",
     )
 

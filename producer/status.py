@@ -14,6 +14,7 @@ from jobs.advice import start_words
 from jobs.counted import counted
 from jobs.identity import differences
 from jobs.memory import devices_json
+from jobs.names import meant_instead, slip_line
 from jobs.process import Lives
 from jobs.settings import Settings, load_settings
 from jobs.sizes import size
@@ -31,7 +32,6 @@ from producer.estimate import Estimate, estimate
 from producer.evaluated import evaluated_line
 from producer.finish import answered_line, finish_line
 from producer.here import seen_here
-from producer.names import meant_instead, slip_line
 
 _MOST_REASONS = 3
 _LONGEST_REASON = 300
@@ -444,7 +444,7 @@ def estimated(found: Estimate) -> str:
     """When a job ends, for people: `about 40 s (30 s to 1 min 10 s)`."""
     low, likely, high = map(duration, (found.low_seconds, found.seconds, found.high_seconds))
     if found.high_seconds > _WIDE * found.low_seconds and low != high:
-        said = f"between {low} and {high}"
+        said = f"{low} to {high}"
     else:
         said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
     return f"{said}; the file looks sorted by length, which misleads this" if found.looks_sorted else said

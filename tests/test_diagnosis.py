@@ -107,7 +107,7 @@ class TestClosedAndMoving:
         diagnosis = place.diagnose(job_id, AWAY)
         assert "the last answer came 2 s ago; it ends in " in expect(diagnosis, Verdict.MOVING, "moving").message
         assert (
-            "12 of 20 requests answered; 1 batch pending (the next one for 42 s), 1 held"
+            "12 of 20 requests ended; 1 batch pending (the next one for 42 s), 1 held"
             in finding(diagnosis, "progress").message
         )
         assert "worker w on host (cpu) holds 1 batch since" in finding(diagnosis, "held").message
@@ -503,7 +503,7 @@ class TestWords:
         assert place.diagnose(job_id).lines() == [
             f"job {job_id} (nightly) is stuck: no live worker serves echo (none), for 4 s",
             f"  -> start one: {START}",
-            "  0 of 3 requests answered; 1 batch pending (the next one for 4 s), 0 held",
+            "  0 of 3 requests ended; 1 batch pending (the next one for 4 s), 0 held",
         ]
 
     def test_many_workers_are_counted_rather_than_named(self, place: Place) -> None:

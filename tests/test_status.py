@@ -328,7 +328,7 @@ class TestEnd(Clocked):
     [
         (Estimate(40.0, 30.0, 70.0, False), "about 40 s (30 s to 1 min 10 s)"),
         (Estimate(40.2, 40.1, 40.3, False), "about 40 s"),
-        (Estimate(5.0, 1.0, 60.0, False), "between 1 s and 1 min 0 s"),
+        (Estimate(5.0, 1.0, 60.0, False), "1 s to 1 min 0 s"),
         (
             Estimate(40.0, 30.0, 70.0, True),
             "about 40 s (30 s to 1 min 10 s); the file looks sorted by length, which misleads this",
