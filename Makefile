@@ -52,10 +52,10 @@ soak: $(VENV)/test.stamp  ## random faults with the real timers (MINUTES=60 SEED
 	$(BIN)/python -m tests.soak --failpoints
 
 demo-model: $(VENV)/run.stamp  ## train the bundled demo model again (under 30 minutes on 2 cores)
-	$(BIN)/python -m worker.demo.train
+	$(BIN)/python -m batchmill.worker.demo.train
 
 clean:  ## remove what make made
-	rm -rf $(VENV) $(DEMO_HOME) *.egg-info build dist
+	rm -rf $(VENV) $(DEMO_HOME) src/*.egg-info build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \

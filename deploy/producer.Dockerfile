@@ -7,6 +7,7 @@ COPY jobs ./jobs
 COPY producer ./producer
 COPY worker ./worker
 COPY migrations ./migrations
+COPY src ./src
 RUN pip install --no-cache-dir --constraint constraints.txt setuptools \
     && pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir /wheels .
 RUN python -m venv --without-pip /opt/batchmill \

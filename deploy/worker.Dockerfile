@@ -9,6 +9,7 @@ COPY jobs ./jobs
 COPY producer ./producer
 COPY worker ./worker
 COPY migrations ./migrations
+COPY src ./src
 RUN pip install --no-cache-dir --constraint constraints.txt setuptools \
     && pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir /wheels .
 RUN python -m venv --without-pip /opt/batchmill \
@@ -29,5 +30,5 @@ ENV PATH=/opt/batchmill/bin:$PATH \
 WORKDIR /var/lib/batchmill
 USER 10001:10001
 STOPSIGNAL SIGTERM
-# `batchmill worker` replaces itself by `python -m worker`, so signals reach the worker itself.
+# `batchmill worker` replaces itself by `python -m batchmill.worker`, so signals reach the worker itself.
 ENTRYPOINT ["batchmill"]

@@ -14,6 +14,6 @@ else:
 
         try:
             found = version("batchmill")
-        except PackageNotFoundError:  # a checkout that was never installed: `python -m producer` still works
+        except PackageNotFoundError:  # a checkout that was never installed: `python -m batchmill` still works
             found = "0+unknown"
         return globals().setdefault(name, found)

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import UsageError
-from jobs.spec import DEMO, ECHO, is_hub_id
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.spec import DEMO, ECHO, is_hub_id
 
 #: An adapter's name has 1 to this many characters.
 NAME_LENGTH = 64

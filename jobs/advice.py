@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.home import socket_path
-from jobs.pid_file import PidFile
-from jobs.process import Lives
-from jobs.settings import Settings
-from jobs.spec import ModelSpec
+from batchmill.jobs.home import socket_path
+from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.process import Lives
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.spec import ModelSpec
 
 
 def start_verb(settings: Settings) -> str:

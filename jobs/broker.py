@@ -22,11 +22,11 @@ from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 from redis.exceptions import RedisError
 
-from jobs.errors import BrokerUnavailable, SettingsError
-from jobs.failpoints import failpoint
-from jobs.gate import TRANSPORT, WAKE_TASK
-from jobs.settings import Settings
-from jobs.waiting import telling
+from batchmill.jobs.errors import BrokerUnavailable, SettingsError
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.gate import TRANSPORT, WAKE_TASK
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.waiting import telling
 
 #: A queue never holds more wake-ups than this.
 MAX_WAKEUPS = 1_000

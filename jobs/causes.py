@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
 
-from jobs.schema import ErrorCode
+from batchmill.jobs.schema import ErrorCode
 
 
 class Cause(StrEnum):

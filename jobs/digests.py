@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from jobs.errors import ModelError
-from jobs.locks import held_by
-from jobs.logs import get_logger
-from jobs.sizes import size
-from jobs.waiting import telling
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.locks import held_by
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.sizes import size
+from batchmill.jobs.waiting import telling
 
 log = get_logger(__name__)
 _FORMAT = 1

@@ -20,13 +20,13 @@ from typing import IO
 import redis
 from filelock import FileLock, Timeout
 
-from jobs.errors import AlreadyRunning, BatchmillError
-from jobs.exits import say
-from jobs.home import make_home, socket_path, try_home
-from jobs.parent_death import die_with_parent
-from jobs.pid_file import PidFile
-from jobs.signals import block_sigterm
-from jobs.waiting import telling
+from batchmill.jobs.errors import AlreadyRunning, BatchmillError
+from batchmill.jobs.exits import say
+from batchmill.jobs.home import make_home, socket_path, try_home
+from batchmill.jobs.parent_death import die_with_parent
+from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.signals import block_sigterm
+from batchmill.jobs.waiting import telling
 
 _SERVER_NAMES = ("redis-server", "valkey-server")
 _START_SECONDS = 10.0

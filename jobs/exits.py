@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jobs.errors import BatchmillError, Interrupted, PromptFileError
+from batchmill.jobs.errors import BatchmillError, Interrupted, PromptFileError
 
 #: The way out of what the machine refuses, by the system's own number of the fault.
 _ADVICE = {

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import SettingsError
+from batchmill.jobs.errors import SettingsError
 
 #: Every point there is, and what has just happened where it stands. A test visits each.
 POINTS = {

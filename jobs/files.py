@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.errors import UsageError, WriteFailed
-from jobs.failpoints import failpoint
+from batchmill.jobs.errors import UsageError, WriteFailed
+from batchmill.jobs.failpoints import failpoint
 
 #: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
 _NAME_LENGTH = 40

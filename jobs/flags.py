@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.errors import UsageError
+from batchmill.jobs.errors import UsageError
 
 _LONGEST_LABEL = 200
 

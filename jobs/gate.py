@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from kombu.transport import redis, virtual
 from redis.exceptions import ConnectionError, ResponseError
 
-from jobs.logs import get_logger
+from batchmill.jobs.logs import get_logger
 
 log = get_logger(__name__)
 #: The one task there is; its implementation lives in worker.app.

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.errors import SettingsError, StoreReplaced
-from jobs.exits import refusal
-from jobs.locks import held_by
-from jobs.waiting import telling
+from batchmill.jobs.errors import SettingsError, StoreReplaced
+from batchmill.jobs.exits import refusal
+from batchmill.jobs.locks import held_by
+from batchmill.jobs.waiting import telling
 
 #: So much is written to see that a disk has space for more than a name.
 _TRIAL_BYTES = 4096

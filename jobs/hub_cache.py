@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from jobs.spec import DEMO, ECHO
+from batchmill.jobs.spec import DEMO, ECHO
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DEFAULT_REVISION = "main"

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jobs.digests import Digests, Stamp
+    from batchmill.jobs.digests import Digests, Stamp
 
 _CONFIG, _TOKENIZER, _TEMPLATE, _GENERATION, _WEIGHTS = "config", "tokenizer", "template", "generation", "weights"
 _COMMIT, _BATCHMILL = "commit", "batchmill"
@@ -75,7 +75,7 @@ class Content:
 
 def of_echo() -> Content:
     """The engine without a model, which is a part of batchmill."""
-    from jobs import VERSION
+    from batchmill.jobs import VERSION
 
     return Content(f"{_BATCHMILL}={VERSION}")
 
@@ -141,7 +141,9 @@ def _is_beside(folder: Path, name: object) -> bool:
 
 
 def _stamp(file: Path) -> Stamp | None:
-    from jobs.digests import Stamp  # here, since it brings the log's library, and `status` only compares texts
+    from batchmill.jobs.digests import (
+        Stamp,  # here, since it brings the log's library, and `status` only compares texts
+    )
 
     try:
         return Stamp.of(file.stat())

@@ -12,8 +12,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from jobs.counted import counted
-from jobs.errors import UsageError
+from batchmill.jobs.counted import counted
+from batchmill.jobs.errors import UsageError
 
 #: How prompts are read, and how answers are written.
 PROMPTS = ("jsonl", "text")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock
 
-from jobs.waiting import telling
+from batchmill.jobs.waiting import telling
 
 _LOCKS = Path("/proc/locks")
 #: A lock that is held; one that is waited for has an arrow in front. Of an open file (OFD) no process is told.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import structlog
 
-from jobs.log_file import LogFile
-from jobs.settings import Settings
+from batchmill.jobs.log_file import LogFile
+from batchmill.jobs.settings import Settings
 
 #: Name of the logger of what the file alone is told, since the user is told it in other words.
-FILE_ONLY = "jobs.logs.file"
+FILE_ONLY = "batchmill.jobs.logs.file"
 
 #: Of what Celery and kombu tell of a Redis that is away, the error's own line says all.
 _CONNECTION_MODULES = ("redis", "kombu")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from jobs.errors import UsageError
-from jobs.hub_cache import cached_names
-from jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.hub_cache import cached_names
+from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
 
 #: The share of letters in the same order from which two names are alike: one letter of four may differ.
 _ALIKE = 0.7

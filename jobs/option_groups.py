@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from jobs.flags import ENGINE_FLAGS, PLACEMENT_FLAGS
+from batchmill.jobs.flags import ENGINE_FLAGS, PLACEMENT_FLAGS
 
 #: The names of parameters by the title above them.
 Groups = Mapping[str, tuple[str, ...]]

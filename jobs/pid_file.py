@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.process import Lives, Process
+from batchmill.jobs.process import Lives, Process
 
 _END_SECONDS = 5.0
 

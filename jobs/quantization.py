@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from jobs.errors import UsageError
+from batchmill.jobs.errors import UsageError
 
 #: LLM.int8()'s own threshold: columns of the input with larger values are computed in 16 bits.
 INT8_THRESHOLD = 6.0

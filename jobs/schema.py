@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from jobs.states import RequestState
+from batchmill.jobs.states import RequestState
 
 #: A request's custom_id has 1 to this many characters.
 CUSTOM_ID_LENGTH = 256

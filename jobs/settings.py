@@ -22,13 +22,13 @@ from pydantic_settings import (
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from jobs.errors import SettingsError, UsageError
-from jobs.exits import say
-from jobs.flags import FLAG_OF_SETTING
-from jobs.home import socket_path
-from jobs.quantization import Quantization
-from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES
-from jobs.settings_file import TOML_FILE, read_settings_file
+from batchmill.jobs.errors import SettingsError, UsageError
+from batchmill.jobs.exits import say
+from batchmill.jobs.flags import FLAG_OF_SETTING
+from batchmill.jobs.home import socket_path
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES
+from batchmill.jobs.settings_file import TOML_FILE, read_settings_file
 
 PREFIX = "BATCHMILL_"
 #: Settings that say where something is, or whom to believe that it is there.

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import SettingsError
+from batchmill.jobs.errors import SettingsError
 
 TOML_FILE = "batchmill.toml"
 #: It has some lines of text.

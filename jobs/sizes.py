@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jobs.errors import UsageError
+from batchmill.jobs.errors import UsageError
 
 _KIB = 1024.0
 _UNITS = {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from jobs.errors import UsageError
-from jobs.quantization import NF4, Kind, Quantization
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.quantization import NF4, Kind, Quantization
 
 #: Literal model names: the bundled model, and the engine without a model that answers with the prompt.
 DEMO, ECHO = "demo", "echo"

@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-from jobs.states import BatchState, JobState, RunOutcome, WorkerState
+from batchmill.jobs.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
 REVISION = "0010"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
-from jobs.exits import say
+from batchmill.jobs.exits import say
 
 #: Less is no news.
 FIRST_SECONDS = 2.0

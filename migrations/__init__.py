@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import make_url
 
-from jobs.disks import Disk, disk_of
-from jobs.errors import AlreadyRunning, SchemaMismatch, StoreError
-from jobs.exits import say
-from jobs.home import make_home, make_store
-from jobs.locks import acquire, held_by
-from jobs.settings import Settings
-from jobs.store import Store
-from jobs.tables import REVISION
+from batchmill.jobs.disks import Disk, disk_of
+from batchmill.jobs.errors import AlreadyRunning, SchemaMismatch, StoreError
+from batchmill.jobs.exits import say
+from batchmill.jobs.home import make_home, make_store
+from batchmill.jobs.locks import acquire, held_by
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.store import Store
+from batchmill.jobs.tables import REVISION
 
 if TYPE_CHECKING:
     from alembic.config import Config

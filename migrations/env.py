@@ -6,8 +6,8 @@ from alembic import context
 from sqlalchemy import create_engine, pool
 from sqlalchemy.engine import make_url
 
-from jobs.store.postgresql import postgresql_engine
-from jobs.tables import metadata
+from batchmill.jobs.store.postgresql import postgresql_engine
+from batchmill.jobs.tables import metadata
 
 _BUSY_SECONDS = 30.0
 

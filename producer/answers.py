@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from jobs.schema import ErrorCode
-from jobs.store.reading import Job, OutputRow
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.store.reading import Job, OutputRow
 
 PASSTHROUGH = ("user", "metadata", "store", "service_tier")
 TIMINGS = ("queued_seconds", "prefill_seconds", "decode_seconds")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.settings import Settings
-from jobs.states import JobState, WorkerState
-from jobs.store.holders import Around, Crashes, Hold, Seen
-from jobs.store.pending import NO_ADAPTER
-from jobs.store.reading import Job
-from jobs.store.workers import GIVEN_UP
-from producer.status import JobStatus, duration
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.states import JobState, WorkerState
+from batchmill.jobs.store.holders import Around, Crashes, Hold, Seen
+from batchmill.jobs.store.pending import NO_ADAPTER
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.producer.status import JobStatus, duration
 
 
 @dataclass(frozen=True, slots=True)

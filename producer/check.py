@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from jobs.exits import say
-from jobs.store import Store
+from batchmill.jobs.exits import say
+from batchmill.jobs.store import Store
 
 
 def report(store: Store, *, as_json: bool) -> int:

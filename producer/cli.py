@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from jobs.exits import one_line_errors
-from producer.commands import Commands
+from batchmill.jobs.exits import one_line_errors
+from batchmill.producer.commands import Commands
 
 
 def _show_version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
-        from jobs import VERSION
+        from batchmill.jobs import VERSION
 
         click.echo(f"batchmill, version {VERSION}")
         ctx.exit()

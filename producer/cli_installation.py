@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from producer.commands import Command
-from producer.completion import complete_job, complete_model
+from batchmill.producer.commands import Command
+from batchmill.producer.completion import complete_job, complete_model
 
 if TYPE_CHECKING:
-    from jobs.store import Store
+    from batchmill.jobs.store import Store
 
 
 @click.group(epilog="Example: batchmill db upgrade")
@@ -28,8 +28,8 @@ def db() -> None:
 )
 def upgrade() -> None:
     """Bring the store's tables to the revision that this batchmill works with."""
-    import migrations
-    from jobs.settings import load_settings
+    from batchmill import migrations
+    from batchmill.jobs.settings import load_settings
 
     settings = load_settings()
     if settings.embedded_store:
@@ -65,8 +65,8 @@ def new_id() -> None:
     A store that was restored in the place of the original keeps its id. Stop the copy's workers before, and start them
     again afterwards.
     """
-    import migrations
-    from jobs.settings import load_settings
+    from batchmill import migrations
+    from batchmill.jobs.settings import load_settings
 
     store = migrations.open_store(load_settings())
     try:
@@ -84,7 +84,7 @@ def check(as_json: bool) -> None:
 
     A line for each thing that is wrong, and exit code 1 if there is one. Workers may go on meanwhile.
     """
-    from producer.check import report
+    from batchmill.producer.check import report
 
     with _read_only_store() as store:
         store.check_revision()
@@ -92,7 +92,7 @@ def check(as_json: bool) -> None:
 
 
 def _revision() -> tuple[str | None, str]:
-    from jobs.tables import REVISION
+    from batchmill.jobs.tables import REVISION
 
     with _read_only_store() as store:
         return store.revision(), REVISION
@@ -100,9 +100,9 @@ def _revision() -> tuple[str | None, str]:
 
 @contextmanager
 def _read_only_store() -> Iterator[Store]:
-    from jobs.home import try_home
-    from jobs.settings import load_settings
-    from jobs.store import Store
+    from batchmill.jobs.home import try_home
+    from batchmill.jobs.settings import load_settings
+    from batchmill.jobs.store import Store
 
     settings = load_settings()
     if settings.embedded_store and not settings.database_file.exists():
@@ -124,18 +124,18 @@ def doctor(job: str | None, model: str | None, as_json: bool) -> None:
     Without JOB: a line for each need, with the fix; exit code 1 if a required one fails. With JOB (an id, the
     beginning of one, or `last`): exit code 1 if it is stuck until you act, 0 if it moves, waits or has ended.
     """
-    from jobs.settings import load_settings
+    from batchmill.jobs.settings import load_settings
 
     if job is not None and model is not None:
         raise click.UsageError("JOB says which model it wants: leave --model out")
     settings = load_settings()
     if job is None:
-        from producer.doctor import examine, report
+        from batchmill.producer.doctor import examine, report
 
         sys.exit(report(examine(settings, model=model), as_json=as_json))
     import json
 
-    from producer.diagnosis import examine_job
+    from batchmill.producer.diagnosis import examine_job
 
     found = examine_job(settings, job)
     click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.counted import counted
-from jobs.kinds import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
-from producer.commands import Command
-from producer.completion import LAST, complete_job
+from batchmill.jobs.counted import counted
+from batchmill.jobs.kinds import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
+from batchmill.producer.commands import Command
+from batchmill.producer.completion import LAST, complete_job
 
 if TYPE_CHECKING:
-    from jobs.settings import Settings
-    from jobs.store import Store
+    from batchmill.jobs.settings import Settings
+    from batchmill.jobs.store import Store
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 _MOST_JOBS = 20
@@ -26,8 +26,8 @@ _GIVEN_UP_SHOWN_SECONDS = 86_400
 
 
 def _open() -> tuple[Settings, Store]:
-    from jobs.settings import load_settings
-    from migrations import open_store
+    from batchmill.jobs.settings import load_settings
+    from batchmill.migrations import open_store
 
     settings = load_settings()
     return settings, open_store(settings)
@@ -42,14 +42,14 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
     JOB is an id, the beginning of one, or `last`.
     """
-    from producer.status import JobStatus
-    from producer.tidy import tidy
+    from batchmill.producer.status import JobStatus
+    from batchmill.producer.tidy import tidy
 
     settings, store = _open()
     tidy(settings)
     job_id = store.reading.find(job)
     if watch:
-        from producer.progress import wait_for
+        from batchmill.producer.progress import wait_for
 
         wait_for(store, job_id, settings=settings)
     found = JobStatus.read(store, job_id, settings)
@@ -64,9 +64,9 @@ def jobs(most: int, as_json: bool) -> None:
 
     DURATION goes from the first batch to the end of the job, or to now.
     """
-    from jobs.states import JobState
-    from producer.job_table import table
-    from producer.status import JobStatus, job_json
+    from batchmill.jobs.states import JobState
+    from batchmill.producer.job_table import table
+    from batchmill.producer.status import JobStatus, job_json
 
     settings, store = _open()
     found = store.reading.jobs(most=most)
@@ -88,11 +88,11 @@ def jobs(most: int, as_json: bool) -> None:
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
     """List the live workers: what each holds, on which device, and what it is at; and who gave up since yesterday."""
-    from jobs.advice import start_verb
-    from jobs.store.workers import GIVEN_UP
-    from producer.device_lines import device_line
-    from producer.here import seen_here
-    from producer.status import worker_json, worker_line
+    from batchmill.jobs.advice import start_verb
+    from batchmill.jobs.store.workers import GIVEN_UP
+    from batchmill.producer.device_lines import device_line
+    from batchmill.producer.here import seen_here
+    from batchmill.producer.status import worker_json, worker_line
 
     settings, store = _open()
     rows = [seen_here(each) for each in store.workers.rows(only_alive=False)]
@@ -118,7 +118,7 @@ def workers(everyone: bool, as_json: bool) -> None:
 @_JSON
 def wait(job: str, timeout: float | None, as_json: bool) -> None:
     """Wait until JOB has ended. Exit code 5 when not every request succeeded."""
-    from producer.progress import require_success, say_ended, wait_for
+    from batchmill.producer.progress import require_success, say_ended, wait_for
 
     settings, store = _open()
     found = wait_for(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
@@ -149,10 +149,10 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
 
     With --format openai and -o, errors go to a file beside, with .errors before the suffix.
     """
-    from jobs.failpoints import arm
-    from jobs.settings import load_settings
-    from migrations import open_store
-    from producer.results import check_out, export
+    from batchmill.jobs.failpoints import arm
+    from batchmill.jobs.settings import load_settings
+    from batchmill.migrations import open_store
+    from batchmill.producer.results import check_out, export
 
     settings = load_settings()
     arm(settings.failpoint, home=settings.home)
@@ -169,8 +169,8 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
 @click.argument("job", shell_complete=complete_job)
 def cancel(job: str) -> None:
     """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
-    from producer.finish import answered_line
-    from producer.tidy import tidy
+    from batchmill.producer.finish import answered_line
+    from batchmill.producer.tidy import tidy
 
     settings, store = _open()
     job_id = store.reading.find(job)
@@ -193,11 +193,11 @@ def retry(job: str, everything: bool) -> None:
     What depends on its line alone (a bad schema, an option that is not supported) is named and left alone, and so is a
     prompt that is too long for the context of every live worker.
     """
-    from jobs.broker import Broker
-    from jobs.errors import BrokerUnavailable
-    from producer.retries import chances_of, retry_lines
-    from producer.status import JobStatus
-    from producer.submit import send_wakeups
+    from batchmill.jobs.broker import Broker
+    from batchmill.jobs.errors import BrokerUnavailable
+    from batchmill.producer.retries import chances_of, retry_lines
+    from batchmill.producer.status import JobStatus
+    from batchmill.producer.submit import send_wakeups
 
     settings, store = _open()
     found = store.reading.job(store.reading.find(job))
@@ -227,8 +227,8 @@ def logs(which: str | None, follow: bool, level: str | None) -> None:
     WORKER is a name or an id of `batchmill workers`; JOB an id, the beginning of one, or `last`. The files are in
     BATCHMILL_HOME/logs, rotated at 10 MiB, and hold nothing of prompts and answers.
     """
-    from jobs.settings import load_settings
-    from producer.logs import choose, show
+    from batchmill.jobs.settings import load_settings
+    from batchmill.producer.logs import choose, show
 
     chosen = choose(which, level=level, settings=load_settings())
     show(chosen, follow=follow)

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.adapters import Adapter, check_all, check_name
-from jobs.errors import UsageError
-from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
-from jobs.kinds import FILE_HELP, OUT_HELP, PROMPTS, written_as
-from jobs.option_groups import DEVICE, ENGINE, MODEL, Groups
-from jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
-from producer.checks import OBJECT, BadLine
-from producer.commands import Command
-from producer.completion import complete_file, complete_model
-from producer.options import sampling_of_flags
-from producer.strict_json import json_value
-from producer.submit import Submission
+from batchmill.jobs.adapters import Adapter, check_all, check_name
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
+from batchmill.jobs.kinds import FILE_HELP, OUT_HELP, PROMPTS, written_as
+from batchmill.jobs.option_groups import DEVICE, ENGINE, MODEL, Groups
+from batchmill.jobs.schema import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
+from batchmill.producer.checks import OBJECT, BadLine
+from batchmill.producer.commands import Command
+from batchmill.producer.completion import complete_file, complete_model
+from batchmill.producer.options import sampling_of_flags
+from batchmill.producer.strict_json import json_value
+from batchmill.producer.submit import Submission
 
 if TYPE_CHECKING:
-    from jobs.settings import Settings
+    from batchmill.jobs.settings import Settings
 
 _Command = Callable[..., Any]
 
@@ -127,15 +127,15 @@ def submit(wait: bool, **options: Any) -> None:
 
     FILE is JSONL (OpenAI Batch lines, {"messages": [...]} or {"prompt": "..."}) or text with a prompt per line.
     """
-    from jobs.broker import Broker
-    from jobs.errors import BrokerUnavailable
-    from jobs.files import check_target
-    from migrations import open_store
-    from producer.progress import require_success, say_ended, wait_for
-    from producer.results import standard_output
-    from producer.slips import refuse_slip
-    from producer.status import JobStatus
-    from producer.submit import load_once, send_wakeups
+    from batchmill.jobs.broker import Broker
+    from batchmill.jobs.errors import BrokerUnavailable
+    from batchmill.jobs.files import check_target
+    from batchmill.migrations import open_store
+    from batchmill.producer.progress import require_success, say_ended, wait_for
+    from batchmill.producer.results import standard_output
+    from batchmill.producer.slips import refuse_slip
+    from batchmill.producer.status import JobStatus
+    from batchmill.producer.submit import load_once, send_wakeups
 
     settings = _settings()
     submission = _submission(options, settings)
@@ -191,9 +191,9 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     The same command continues a job that was interrupted, and exports one that has ended. Where an `up` of this home
     holds the model, its workers answer.
     """
-    from jobs.files import model_files
-    from producer.local import OwnWorker, run_file
-    from producer.results import check_out
+    from batchmill.jobs.files import model_files
+    from batchmill.producer.local import OwnWorker, run_file
+    from batchmill.producer.results import check_out
 
     engine = {each.setting: options.pop(each.setting) for each in ENGINE_FLAGS}
     settings = _settings(**engine)
@@ -226,8 +226,8 @@ def up(
     **flags: Any,
 ) -> None:
     """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
-    from jobs.spec import ModelSpec
-    from producer.local import run_mill
+    from batchmill.jobs.spec import ModelSpec
+    from batchmill.producer.local import run_mill
 
     words = _worker_words(flags, adapters=_adapters(adapter), share_device=share_device)
     settings = _settings(**flags)
@@ -248,9 +248,9 @@ def _worker_words(flags: dict[str, Any], *, adapters: Sequence[Adapter], share_d
 
 
 def _settings(**flags: Any) -> Settings:
-    from jobs.failpoints import arm
-    from jobs.logs import configure_logs
-    from jobs.settings import load_settings
+    from batchmill.jobs.failpoints import arm
+    from batchmill.jobs.logs import configure_logs
+    from batchmill.jobs.settings import load_settings
 
     settings = load_settings(**flags)
     configure_logs(settings)  # to stderr: stdout is for a job's id, or its answers

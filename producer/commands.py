@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 
-from jobs.exits import one_line_errors
-from jobs.option_groups import Groups, write_example, write_options
-from jobs.signals import block_sigterm
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.option_groups import Groups, write_example, write_options
+from batchmill.jobs.signals import block_sigterm
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -32,17 +32,17 @@ class Entry(NamedTuple):
 
 SECTIONS: dict[str, dict[str, Entry]] = {
     "Answer a file on this machine": {
-        "run": Entry("producer.cli_submit", "Answer the prompts of a file: all in one, nothing to set up."),
-        "up": Entry("producer.cli_submit", "Stay up for other terminals: Redis, store and workers."),
+        "run": Entry("batchmill.producer.cli_submit", "Answer the prompts of a file: all in one, nothing to set up."),
+        "up": Entry("batchmill.producer.cli_submit", "Stay up for other terminals: Redis, store and workers."),
     },
     "Jobs": {
-        "submit": Entry("producer.cli_submit", "Store a file as a job and wake its workers."),
-        "status": Entry("producer.cli_jobs", "Show how far a job is, who works on it, and when it ends."),
-        "wait": Entry("producer.cli_jobs", "Wait until a job has ended."),
-        "results": Entry("producer.cli_jobs", "Write the outputs of a job in file order."),
-        "jobs": Entry("producer.cli_jobs", "List the newest jobs."),
-        "cancel": Entry("producer.cli_jobs", "Cancel a job; what is finished is kept."),
-        "retry": Entry("producer.cli_jobs", "Run what failed or was cancelled again."),
+        "submit": Entry("batchmill.producer.cli_submit", "Store a file as a job and wake its workers."),
+        "status": Entry("batchmill.producer.cli_jobs", "Show how far a job is, who works on it, and when it ends."),
+        "wait": Entry("batchmill.producer.cli_jobs", "Wait until a job has ended."),
+        "results": Entry("batchmill.producer.cli_jobs", "Write the outputs of a job in file order."),
+        "jobs": Entry("batchmill.producer.cli_jobs", "List the newest jobs."),
+        "cancel": Entry("batchmill.producer.cli_jobs", "Cancel a job; what is finished is kept."),
+        "retry": Entry("batchmill.producer.cli_jobs", "Run what failed or was cancelled again."),
     },
     "Models": {
         "plan": Entry(_WORKERS_ROOM, "Show what a model takes in each quantization, and what fits, unloaded."),
@@ -51,12 +51,14 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Workers": {
         "worker": Entry(_WORKERS_ROOM, "Run a worker: one quantized model on one device."),
-        "workers": Entry("producer.cli_jobs", "List the live workers and what they hold."),
-        "logs": Entry("producer.cli_jobs", "Show what the workers of this machine said."),
+        "workers": Entry("batchmill.producer.cli_jobs", "List the live workers and what they hold."),
+        "logs": Entry("batchmill.producer.cli_jobs", "Show what the workers of this machine said."),
     },
     "This installation": {
-        "doctor": Entry("producer.cli_installation", "Check what batchmill needs, or say why a job does not move."),
-        "db": Entry("producer.cli_installation", "Look after the tables of the store: upgrade, check."),
+        "doctor": Entry(
+            "batchmill.producer.cli_installation", "Check what batchmill needs, or say why a job does not move."
+        ),
+        "db": Entry("batchmill.producer.cli_installation", "Look after the tables of the store: upgrade, check."),
     },
 }
 ENTRIES = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
@@ -146,4 +148,4 @@ def become_worker(words: list[str]) -> NoReturn:
     """Replaces this process by one of the worker's room, to which these words are its command line."""
     sys.stdout.flush()
     block_sigterm()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "worker", *words])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "batchmill.worker", *words])

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from jobs.errors import BatchmillError
+from batchmill.jobs.errors import BatchmillError
 
 if TYPE_CHECKING:
-    from jobs.store.reading import Job
+    from batchmill.jobs.store.reading import Job
 
 _MOST_JOBS = 50
 _BUSY_SECONDS = 0.5
@@ -32,7 +32,7 @@ def complete_job(_ctx: click.Context, _parameter: click.Parameter, incomplete: s
 
 def complete_model(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The models that are known here, else folders."""
-    from jobs.hub_cache import known_names
+    from batchmill.jobs.hub_cache import known_names
 
     return [*map(CompletionItem, known_names(incomplete))] or [CompletionItem(incomplete, type="dir")]
 
@@ -43,9 +43,9 @@ def complete_file(_ctx: click.Context, _parameter: click.Parameter, incomplete: 
 
 
 def _newest_jobs() -> list[Job]:
-    from jobs.settings import load_settings
-    from jobs.store import Store
-    from jobs.tables import REVISION
+    from batchmill.jobs.settings import load_settings
+    from batchmill.jobs.store import Store
+    from batchmill.jobs.tables import REVISION
 
     with redirect_stderr(io.StringIO()):
         try:

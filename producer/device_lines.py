@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.memory import DeviceMemory, Memory
-from jobs.sizes import size
+from batchmill.jobs.memory import DeviceMemory, Memory
+from batchmill.jobs.sizes import size
 
 _JOULES_PER_KWH = 3_600_000
 

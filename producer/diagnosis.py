@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from jobs.broker import Broker
-from jobs.errors import BrokerUnavailable
-from jobs.settings import Settings
-from jobs.store import Store
-from jobs.store.reading import Job
-from migrations import open_store
-from producer.case import Case, QueueState
-from producer.findings import Finding, closed, open_findings
-from producer.here import around_here
-from producer.retries import retry_advice
-from producer.status import JobStatus
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.errors import BrokerUnavailable
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import Job
+from batchmill.migrations import open_store
+from batchmill.producer.case import Case, QueueState
+from batchmill.producer.findings import Finding, closed, open_findings
+from batchmill.producer.here import around_here
+from batchmill.producer.retries import retry_advice
+from batchmill.producer.status import JobStatus
 
 
 class Verdict(StrEnum):

@@ -17,21 +17,21 @@ from pathlib import Path
 
 import click
 
-import migrations
-from jobs.broker import Broker
-from jobs.embedded import find_server
-from jobs.errors import BatchmillError
-from jobs.exits import refusal
-from jobs.home import nearest_folder, try_home
-from jobs.names import meant_instead, slip_line
-from jobs.pid_file import PidFile
-from jobs.process import Lives
-from jobs.settings import Settings
-from jobs.sizes import size
-from jobs.spec import DEMO, ECHO, ModelSpec
-from jobs.store import Store
-from jobs.tables import REVISION
-from producer.tidy import tidy
+from batchmill import migrations
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.embedded import find_server
+from batchmill.jobs.errors import BatchmillError
+from batchmill.jobs.exits import refusal
+from batchmill.jobs.home import nearest_folder, try_home
+from batchmill.jobs.names import meant_instead, slip_line
+from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.process import Lives
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.jobs.tables import REVISION
+from batchmill.producer.tidy import tidy
 
 _FREE_BYTES = 1024**3
 #: A queue that nobody has.

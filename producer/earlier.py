@@ -11,13 +11,13 @@ from pathlib import Path
 
 import click
 
-from jobs.adapters import Adapter
-from jobs.digests import Digests
-from jobs.errors import BatchmillError
-from jobs.hub_cache import cached_commit
-from jobs.identity import Content, differences, of_adapter, of_commit, of_echo, of_model
-from jobs.spec import DEMO, DEMO_FOLDER, ECHO, ModelSpec
-from jobs.store.reading import Job
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import BatchmillError
+from batchmill.jobs.hub_cache import cached_commit
+from batchmill.jobs.identity import Content, differences, of_adapter, of_commit, of_echo, of_model
+from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ECHO, ModelSpec
+from batchmill.jobs.store.reading import Job
 
 
 def choose(found: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *, home: Path) -> Job | None:

@@ -13,10 +13,10 @@ from math import sqrt
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
-from jobs.states import RequestState
-from jobs.store.effort import Pace
-from jobs.store.reading import Counts
-from jobs.store.sample import Sampled
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store.effort import Pace
+from batchmill.jobs.store.reading import Counts
+from batchmill.jobs.store.sample import Sampled
 
 #: So many answers, as many as are in flight, and so many seconds of work are waited for.
 _FEWEST_ANSWERS = 3

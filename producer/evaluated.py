@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.store.evaluations import EvaluationRow
+from batchmill.jobs.store.evaluations import EvaluationRow
 
 
 def evaluated_line(row: EvaluationRow) -> str:

@@ -9,19 +9,28 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jobs.advice import mill_lives
-from jobs.broker import MAX_WAKEUPS
-from jobs.counted import counted
-from jobs.names import slip_line
-from jobs.states import RunOutcome, WorkerState
-from jobs.store.effort import RECENT_SECONDS
-from jobs.store.holders import Crashes, Hold, Seen
-from jobs.store.lacks import Lack
-from jobs.store.reading import Job
-from jobs.store.workers import GIVEN_UP
-from producer.case import Case
-from producer.finish import finish_line
-from producer.status import advice, duration, given_up_line, lack_line, one_line, other_line, other_remedy, utc
+from batchmill.jobs.advice import mill_lives
+from batchmill.jobs.broker import MAX_WAKEUPS
+from batchmill.jobs.counted import counted
+from batchmill.jobs.names import slip_line
+from batchmill.jobs.states import RunOutcome, WorkerState
+from batchmill.jobs.store.effort import RECENT_SECONDS
+from batchmill.jobs.store.holders import Crashes, Hold, Seen
+from batchmill.jobs.store.lacks import Lack
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.producer.case import Case
+from batchmill.producer.finish import finish_line
+from batchmill.producer.status import (
+    advice,
+    duration,
+    given_up_line,
+    lack_line,
+    one_line,
+    other_line,
+    other_remedy,
+    utc,
+)
 
 _MOST_NAMES = 3
 #: A pending batch beside an idle worker is sent a wake-up in every pass of a reconciler; so many passes are too many.

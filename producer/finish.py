@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobs.counted import counted
-from jobs.store.reading import Job
+from batchmill.jobs.counted import counted
+from batchmill.jobs.store.reading import Job
 
 
 def finish_line(job: Job) -> str | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from jobs.process import Lives, Process
-from jobs.store.holders import Around, Seen
-from jobs.store.workers import WorkerRow
+from batchmill.jobs.process import Lives, Process
+from batchmill.jobs.store.holders import Around, Seen
+from batchmill.jobs.store.workers import WorkerRow
 
 _Worker = TypeVar("_Worker", WorkerRow, Seen)
 

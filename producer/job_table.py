@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jobs.store.reading import Job
-from producer.status import duration
+from batchmill.jobs.store.reading import Job
+from batchmill.producer.status import duration
 
 _HEADER = ("ID", "STATE", "AGE", "DURATION", "ANSWERED", "FAILED", "MODEL", "NAME")
 #: Columns of numbers, which end at the same place.

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from jobs.schema import CUSTOM_ID_LENGTH, NO_SAMPLING, Request
-from producer.checks import (
+from batchmill.jobs.schema import CUSTOM_ID_LENGTH, NO_SAMPLING, Request
+from batchmill.producer.checks import (
     BOOLEAN,
     OBJECT,
     STRING,
@@ -30,8 +30,8 @@ from producer.checks import (
     take,
     take_each,
 )
-from producer.options import CHAT_SAMPLING, PROMPT_SAMPLING, sampling_of
-from producer.tools import tool_calls, tool_choice, tools
+from batchmill.producer.options import CHAT_SAMPLING, PROMPT_SAMPLING, sampling_of
+from batchmill.producer.tools import tool_calls, tool_choice, tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 

@@ -21,33 +21,33 @@ from typing import IO
 
 import click
 
-from jobs.adapters import Adapter
-from jobs.advice import start_words
-from jobs.broker import Broker
-from jobs.counted import counted
-from jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
-from jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
-from jobs.home import use_store
-from jobs.kinds import written_as
-from jobs.log_file import rotate_if_large
-from jobs.pid_file import PidFile
-from jobs.settings import Settings, environment_of
-from jobs.sizes import size
-from jobs.spec import ModelSpec
-from jobs.states import WorkerState
-from jobs.store import Store
-from jobs.store.reading import Job
-from jobs.waiting import telling
-from migrations import open_store
-from producer.device_lines import memory_lines
-from producer.earlier import choose
-from producer.finish import finish_line
-from producer.here import seen_here
-from producer.progress import follow, require_success, say_goes_on
-from producer.results import export
-from producer.slips import refuse_slip, warn_of_slip
-from producer.status import JobStatus
-from producer.submit import Submission, load_job, send_wakeups
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.advice import start_words
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.counted import counted
+from batchmill.jobs.embedded import EmbeddedRedis, MillLock, start_process, stop_process
+from batchmill.jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
+from batchmill.jobs.home import use_store
+from batchmill.jobs.kinds import written_as
+from batchmill.jobs.log_file import rotate_if_large
+from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.settings import Settings, environment_of
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.waiting import telling
+from batchmill.migrations import open_store
+from batchmill.producer.device_lines import memory_lines
+from batchmill.producer.earlier import choose
+from batchmill.producer.finish import finish_line
+from batchmill.producer.here import seen_here
+from batchmill.producer.progress import follow, require_success, say_goes_on
+from batchmill.producer.results import export
+from batchmill.producer.slips import refuse_slip, warn_of_slip
+from batchmill.producer.status import JobStatus
+from batchmill.producer.submit import Submission, load_job, send_wakeups
 
 #: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
 _STOP_MARGIN_SECONDS = 6.0
@@ -277,7 +277,7 @@ class _Workers:
         self._pid_file.end_leftover(settings.home)
         arguments = [*spec.command_line()[2:], *words]
         self._process = start_process(
-            [sys.executable, "-P", "-m", "worker", *arguments, "--devices", ",".join(devices)],
+            [sys.executable, "-P", "-m", "batchmill.worker", *arguments, "--devices", ",".join(devices)],
             log=log,
             environ=os.environ | environment_of(settings),
             blocks_sigterm=True,

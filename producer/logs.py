@@ -15,9 +15,9 @@ from typing import BinaryIO, NamedTuple
 
 import click
 
-from jobs.errors import NotFound
-from jobs.log_file import log_path, logs_folder, older_files, worker_of
-from jobs.settings import Settings
+from batchmill.jobs.errors import NotFound
+from batchmill.jobs.log_file import log_path, logs_folder, older_files, worker_of
+from batchmill.jobs.settings import Settings
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 #: The beginning of a line of log_format=console.
@@ -66,7 +66,7 @@ def choose(which: str | None, *, level: str | None, settings: Settings) -> Chose
 
 
 def _by_store(which: str, folder: Path, *, level: str | None, settings: Settings) -> Chosen:
-    from migrations import open_store
+    from batchmill.migrations import open_store
 
     store = open_store(settings)
     try:

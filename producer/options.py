@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.schema import NO_SAMPLING, SamplingParams
-from producer.checks import (
+from batchmill.jobs.schema import NO_SAMPLING, SamplingParams
+from batchmill.producer.checks import (
     BOOLEAN,
     OBJECT,
     STRING,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from jobs.counted import counted
+from batchmill.jobs.counted import counted
 
 #: So many bad lines are named, and so many that have the same error.
 MAX_NAMED = 100

@@ -10,15 +10,15 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from jobs.counted import counted
-from jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
-from jobs.settings import Settings
-from jobs.states import JobState
-from jobs.store import Store
-from jobs.waiting import FIRST_SECONDS
-from producer.finish import answered_line, finish_line
-from producer.live_line import LiveLine
-from producer.status import JobStatus, loading_line
+from batchmill.jobs.counted import counted
+from batchmill.jobs.errors import NotAllSucceeded, StoreError, WaitTimedOut
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.jobs.waiting import FIRST_SECONDS
+from batchmill.producer.finish import answered_line, finish_line
+from batchmill.producer.live_line import LiveLine
+from batchmill.producer.status import JobStatus, loading_line
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0

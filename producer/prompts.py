@@ -20,14 +20,14 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, NoReturn
 
-from jobs import kinds
-from jobs.counted import counted
-from jobs.errors import PromptFileError
-from jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
-from producer.checks import BadLine, shown
-from producer.lines import json_request, text_request
-from producer.problems import Problems
-from producer.strict_json import json_value
+from batchmill.jobs import kinds
+from batchmill.jobs.counted import counted
+from batchmill.jobs.errors import PromptFileError
+from batchmill.jobs.schema import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
+from batchmill.producer.checks import BadLine, shown
+from batchmill.producer.lines import json_request, text_request
+from batchmill.producer.problems import Problems
+from batchmill.producer.strict_json import json_value
 
 #: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
 ENDLESS_BYTES = MAX_LINE_BYTES

@@ -16,13 +16,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.errors import BatchmillError, UsageError, WriteFailed
-from jobs.failpoints import failpoint
-from jobs.files import check_target, replaced, written
-from jobs.states import RequestState
-from jobs.store import Store
-from jobs.store.reading import Job, OutputRow
-from producer.answers import CSV_COLUMNS, csv_row, jsonl_line, openai_line, to_json
+from batchmill.jobs.errors import BatchmillError, UsageError, WriteFailed
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.files import check_target, replaced, written
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import Job, OutputRow
+from batchmill.producer.answers import CSV_COLUMNS, csv_row, jsonl_line, openai_line, to_json
 
 _PAGE = 2_000
 #: What `--only` takes, as the states that it lets through.

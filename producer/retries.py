@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf
 
-from jobs.causes import Cause, Chances, cause_of
-from jobs.errors import JobStateError
-from jobs.states import JobState, WorkerState
-from jobs.store import Store
-from jobs.store.reading import Job
-from jobs.store.retrying import Left, Retried
-from producer.here import seen_here
-from producer.status import JobStatus
+from batchmill.jobs.causes import Cause, Chances, cause_of
+from batchmill.jobs.errors import JobStateError
+from batchmill.jobs.states import JobState, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.store.retrying import Left, Retried
+from batchmill.producer.here import seen_here
+from batchmill.producer.status import JobStatus
 
 
 def chances_of(job: Job, *, everything: bool, store: Store) -> Chances:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from jobs import names
-from jobs.names import meant_instead, slip_line
-from jobs.spec import ModelSpec
-from jobs.store import Store
+from batchmill.jobs import names
+from batchmill.jobs.names import meant_instead, slip_line
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store import Store
 
 
 def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:

@@ -9,29 +9,29 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from jobs.adapters import Adapter
-from jobs.advice import start_words
-from jobs.counted import counted
-from jobs.identity import differences
-from jobs.memory import devices_json
-from jobs.names import meant_instead, slip_line
-from jobs.process import Lives
-from jobs.settings import Settings, load_settings
-from jobs.sizes import size
-from jobs.spec import ECHO
-from jobs.states import JobState, WorkerState
-from jobs.store import Store
-from jobs.store.effort import Effort
-from jobs.store.evaluations import EvaluationRow
-from jobs.store.holders import Seen
-from jobs.store.lacks import Lack
-from jobs.store.reading import Job
-from jobs.store.workers import GIVEN_UP, WorkerRow
-from producer.device_lines import memory_lines
-from producer.estimate import Estimate, estimate
-from producer.evaluated import evaluated_line
-from producer.finish import answered_line, finish_line
-from producer.here import seen_here
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.advice import start_words
+from batchmill.jobs.counted import counted
+from batchmill.jobs.identity import differences
+from batchmill.jobs.memory import devices_json
+from batchmill.jobs.names import meant_instead, slip_line
+from batchmill.jobs.process import Lives
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import ECHO
+from batchmill.jobs.states import JobState, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.effort import Effort
+from batchmill.jobs.store.evaluations import EvaluationRow
+from batchmill.jobs.store.holders import Seen
+from batchmill.jobs.store.lacks import Lack
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
+from batchmill.producer.device_lines import memory_lines
+from batchmill.producer.estimate import Estimate, estimate
+from batchmill.producer.evaluated import evaluated_line
+from batchmill.producer.finish import answered_line, finish_line
+from batchmill.producer.here import seen_here
 
 _MOST_REASONS = 3
 _LONGEST_REASON = 300

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from producer.checks import BadLine, shown
+from batchmill.producer.checks import BadLine, shown
 
 MAX_DEPTH = 64
 _BLANKS = " \t\r\n"

@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs import VERSION, kinds
-from jobs.adapters import Adapter
-from jobs.broker import MAX_WAKEUPS, Broker
-from jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
-from jobs.failpoints import failpoint
-from jobs.logs import get_logger
-from jobs.model_folder import no_model
-from jobs.quantization import Kind
-from jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
-from jobs.settings import Settings
-from jobs.spec import ModelSpec
-from jobs.store import Store
-from jobs.store.bounds import PAGE_BYTES
-from jobs.store.loading import MAX_REQUESTS
-from producer.prompts import Line, PromptFile
+from batchmill.jobs import VERSION, kinds
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.broker import MAX_WAKEUPS, Broker
+from batchmill.jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.model_folder import no_model
+from batchmill.jobs.quantization import Kind
+from batchmill.jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.bounds import PAGE_BYTES
+from batchmill.jobs.store.loading import MAX_REQUESTS
+from batchmill.producer.prompts import Line, PromptFile
 
 log = get_logger(__name__)
 #: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases

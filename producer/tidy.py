@@ -7,10 +7,10 @@ they may have ended though their holders live, who renew them with their next sa
 
 from __future__ import annotations
 
-from jobs.errors import StoreError
-from jobs.settings import Settings
-from jobs.states import JobState
-from jobs.store import Store
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
 
 #: How long a command waits for a locked store before it does without this pass.
 _BUSY_SECONDS = 0.2

@@ -9,7 +9,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from producer.checks import OBJECT, STRING, BadLine, Check, filled_text, kind, one_of, only, shown, take, take_each
+from batchmill.producer.checks import (
+    OBJECT,
+    STRING,
+    BadLine,
+    Check,
+    filled_text,
+    kind,
+    one_of,
+    only,
+    shown,
+    take,
+    take_each,
+)
 
 MAX_TOOLS = 128
 

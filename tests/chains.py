@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from batchmill.worker.loader import LoadedModel
 from tests.families import loaded
 from tests.tiny import CHAT_TEMPLATE
-from worker.loader import LoadedModel
 
 
 def sentencepiece(*words: str) -> PreTrainedTokenizerFast:

@@ -16,8 +16,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in the background so, and every process of a test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import migrations
-from jobs.store import Store
+from batchmill import migrations
+from batchmill.jobs.store import Store
 
 
 @pytest.fixture(autouse=True)

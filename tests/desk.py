@@ -14,19 +14,19 @@ from typing import Any
 
 from sqlalchemy import delete, event, text
 
-from jobs.adapters import Adapter
-from jobs.memory import Memory
-from jobs.schema import Request, RequestKey
-from jobs.states import BatchState
-from jobs.store import Store
-from jobs.store.lease import Lease, Seat
-from jobs.store.workers import Loaded
-from jobs.tables import metadata, stores
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import Request, RequestKey
+from batchmill.jobs.states import BatchState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Lease, Seat
+from batchmill.jobs.store.workers import Loaded
+from batchmill.jobs.tables import metadata, stores
+from batchmill.worker.holdings import Holdings
+from batchmill.worker.leftovers import Leftovers
+from batchmill.worker.reconciler import Reconciler
+from batchmill.worker.spool import Spool, Spools
 from tests import mill
-from worker.holdings import Holdings
-from worker.leftovers import Leftovers
-from worker.reconciler import Reconciler
-from worker.spool import Spool, Spools
 
 BEAT_SECONDS = 5.0
 Key = tuple[str, int]

@@ -22,12 +22,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from jobs.identity import Content
-from jobs.quantization import Kind, Quantization
-from jobs.schema import SamplingParams
-from jobs.spec import ModelSpec
+from batchmill.jobs.identity import Content
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.loader import LoadedModel
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
-from worker.loader import LoadedModel
 
 CONTEXT_TOKENS = 256
 WINDOW_TOKENS = 16

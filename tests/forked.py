@@ -2,7 +2,7 @@
 
 `python -m tests.forked` reads [["status"], ["doctor", "--json"]] from stdin, runs each as the installed script does, in
 its own folder, environment and limits, and prints a JSON list of {"code", "out", "err"}. The words may begin with
-`worker`, which runs `python -m worker` in the same way.
+`worker`, which runs `python -m batchmill.worker` in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PIPE_BYTES = 1024**2
 
 
 def main() -> None:
-    import worker.cli  # noqa: F401
+    import batchmill.worker.cli  # noqa: F401
 
     print(json.dumps([_run(words) for words in json.load(sys.stdin)]))  # noqa: T201
 
@@ -47,8 +47,8 @@ def _run(words: list[str]) -> dict[str, Any]:
 def _code(words: list[str]) -> int:
     """The exit code of a command, with the traceback that the interpreter would print."""
     signal.alarm(_SECONDS)
-    module = "worker" if words[0] == "worker" else "producer"
-    sys.argv = [module, *(words[1:] if module == "worker" else words)]
+    module = "batchmill.worker" if words[0] == "worker" else "batchmill"
+    sys.argv = [module, *(words[1:] if module == "batchmill.worker" else words)]
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=False)

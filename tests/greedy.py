@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.worker.engine import Engine
+from batchmill.worker.engine.continuous import ContinuousEngine
 from tests.tiny import build_tokenizer
-from worker.engine import Engine
-from worker.engine.continuous import ContinuousEngine
 
 PROMPTS = ("a", "one two three", "to be, or not", "x" * 30)
 ANSWER_TOKENS = 6

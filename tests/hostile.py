@@ -74,9 +74,9 @@ from {module} import {function}
 if __name__ == '__main__':
     sys.exit({function}())
 """
-#: The second part is what only other systems have, as `_winapi`.
+#: The script imports re, and `-m` runpy. The second part is what only other systems have, as `_winapi`.
 LOADED = """\
-import re, sys
+import re, runpy, sys
 loaded = {name.partition('.')[0] for name in sys.modules}
 from importlib.util import find_spec
 print(*loaded, *(name for name in sys.stdlib_module_names - loaded if find_spec(name) is None))
@@ -116,8 +116,8 @@ class HostileFolder:
         return self._finished([sys.executable, str(self._script), *map(str, words)], environ)
 
     def module(self, *words: str | Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """The same by `python -m producer`."""
-        return self._finished([sys.executable, "-m", "producer", *map(str, words)], environ)
+        """The same by `python -m batchmill`."""
+        return self._finished([sys.executable, "-m", "batchmill", *map(str, words)], environ)
 
     def start(self, *words: str | Path, environ: dict[str, str]) -> subprocess.Popen[str]:
         """Starts a command that goes on."""
@@ -136,7 +136,7 @@ class HostileFolder:
 def is_installed() -> bool:
     """Whether a script of this Python runs this checkout, without a PYTHONPATH that says so."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    line = [sys.executable, "-P", "-c", "import producer; print(producer.__file__)"]
+    line = [sys.executable, "-P", "-c", "import batchmill; print(batchmill.__file__)"]
     done = subprocess.run(line, env=environ, capture_output=True, text=True)
     return Path(done.stdout.strip()).is_relative_to(ROOT)
 
@@ -145,9 +145,9 @@ def is_installed() -> bool:
 def loaded_before_the_first_line() -> frozenset[str]:
     """What Python and the script load before a line of batchmill's runs, or look for in vain: no program keeps it out.
 
-    `producer` is batchmill itself; an editable installation loads more than an installed one.
+    An editable installation loads more than an installed one.
     """
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, "-P", "-c", LOADED]
     done = subprocess.run(line, env=environ, capture_output=True, text=True, check=True)
-    return frozenset(done.stdout.split()) | {"encodings", "producer", "sitecustomize", "usercustomize"}
+    return frozenset(done.stdout.split()) | {"encodings", "batchmill", "sitecustomize", "usercustomize"}

@@ -39,7 +39,7 @@ class Machine:
         )
 
     def models(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return self.run("-m", "worker", "models", *words, **variables)
+        return self.run("-m", "batchmill.worker", "models", *words, **variables)
 
     def pull(self, *words: str, **variables: str) -> dict[str, Any]:
         """A pull that succeeds, as JSON."""
@@ -63,8 +63,8 @@ class Machine:
 def found(machine: Machine, *, revision: str | None = None, what: str = "model", **variables: str) -> str:
     """The folder that a worker finds, or why not: a line. In the room of the loader, without its torch."""
     code = (
-        "from jobs.errors import ModelError\n"
-        f"from worker.repository import find_{what} as find\n"
+        "from batchmill.jobs.errors import ModelError\n"
+        f"from batchmill.worker.repository import find_{what} as find\n"
         "try:\n"
         f"    print(find({MODEL!r}, {revision!r}, announce=lambda files, bytes_: None).folder)\n"
         "except ModelError as error:\n"

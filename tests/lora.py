@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from jobs.spec import DEMO_FOLDER
-from worker.loader import LoadedModel
+from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.worker.loader import LoadedModel
 
 STEPS = 40
 ROWS = 8

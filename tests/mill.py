@@ -7,16 +7,16 @@ from dataclasses import replace
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
-from jobs.adapters import Adapter
-from jobs.memory import Memory
-from jobs.process import Process
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Choice, ErrorCode, JobOptions, Output, Provenance, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec
-from jobs.store import Store
-from jobs.store.lease import Claimed, Held, Seat, Turned
-from jobs.store.workers import Loaded
-from jobs.tables import metadata
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.process import Process
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Choice, ErrorCode, JobOptions, Output, Provenance, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Claimed, Held, Seat, Turned
+from batchmill.jobs.store.workers import Loaded
+from batchmill.jobs.tables import metadata
 
 ECHO_SPEC = ModelSpec("echo", None, Quantization(Kind.NONE))
 LEASE_SECONDS = 60.0

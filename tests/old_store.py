@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, MetaData, create_engine, func, insert, select
 from sqlalchemy.engine import make_url
 
-import migrations
-from jobs.states import JobState
+from batchmill import migrations
+from batchmill.jobs.states import JobState
 from tests.mill import ECHO_SPEC
 
 #: The adapter that the running job has used.

@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from jobs.states import RequestState
-from jobs.store import Store
-from jobs.store.bounds import text_bytes
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.bounds import text_bytes
 
 _PAGE = 1_000
 

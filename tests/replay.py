@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from jobs.states import RequestState
-from jobs.store.effort import Pace, late_since
-from jobs.store.reading import Counts
-from jobs.store.sample import Sampled, spread
-from producer.estimate import Estimate, estimate
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store.effort import Pace, late_since
+from batchmill.jobs.store.reading import Counts
+from batchmill.jobs.store.sample import Sampled, spread
+from batchmill.producer.estimate import Estimate, estimate
 
 
 @dataclass(frozen=True, slots=True)

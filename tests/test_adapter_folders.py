@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.adapters import Adapter
-from jobs.errors import ModelError
-from jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.worker.adapters.loading import with_adapters
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader import LoadedModel
+from batchmill.worker.vetting import Refusal, vet
 from tests.families import FAMILIES, loaded
 from tests.lora import alone, greedy, save_random_adapter
-from worker.adapters.loading import with_adapters
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel
-from worker.vetting import Refusal, vet
 
 PROMPT = "some prompt"
 TOKENS = 20

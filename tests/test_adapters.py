@@ -11,26 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.adapters import Adapter, check_all, from_json, to_json
-from jobs.quantization import Kind, Quantization
-from jobs.schema import ErrorCode, Output, Request, RequestKey, SamplingParams
-from jobs.spec import DEMO, ModelSpec
+from batchmill.jobs.adapters import Adapter, check_all, from_json, to_json
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.worker.adapters.loading import with_adapters
+from batchmill.worker.child import ORDER_VARIABLE, ChildOrder
+from batchmill.worker.cli import _arguments
+from batchmill.worker.engine import Engine
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
+from batchmill.worker.engine.echo import EchoEngine
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.engine.prefixes import BLOCK_TOKENS, Prefixes
+from batchmill.worker.engine.probe import cache_shape
+from batchmill.worker.engine.step import Row
+from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.placement import Placement
 from tests.families import FAMILIES, loaded
 from tests.lora import alone, greedy, save_random_adapter, save_trained_adapter, sum_question
-from worker.adapters.loading import with_adapters
-from worker.child import ORDER_VARIABLE, ChildOrder
-from worker.cli import _arguments
-from worker.engine import Engine
-from worker.engine.choice import choose
-from worker.engine.continuous import ContinuousEngine, Unsupported
-from worker.engine.echo import EchoEngine
-from worker.engine.generate import GenerateEngine
-from worker.engine.options import Dequantize, EngineOptions
-from worker.engine.prefixes import BLOCK_TOKENS, Prefixes
-from worker.engine.probe import cache_shape
-from worker.engine.step import Row
-from worker.loader import LoadedModel, load
-from worker.placement import Placement
 
 SHARED = "a beginning that many prompts have in common, "
 PROMPTS = [

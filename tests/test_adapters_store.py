@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from jobs.adapters import Adapter
-from jobs.errors import StoreBusy, UsageError
-from jobs.schema import ErrorCode, RequestKey
-from jobs.spec import ModelSpec
-from jobs.states import JobState, RequestState, RunOutcome, WorkerState
-from jobs.store import Store
-from jobs.store.lease import Claimed, Held, Seat
-from jobs.tables import batches, requests
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import StoreBusy, UsageError
+from batchmill.jobs.schema import ErrorCode, RequestKey
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Claimed, Held, Seat
+from batchmill.jobs.tables import batches, requests
 from tests import mill
 from tests.oracle import violations
 from tests.test_races import at_once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ ALLOWED = {
     "producer": {"jobs", "migrations"},
     "worker": {"jobs", "migrations"},
 }
+#: A module's name, with what of it is meant, and one that code in a string imports.
+_DOTTED = re.compile(r"([a-z_]+\.[a-z_]+)(?:\.\w+)*(?::\w+)?")
+_IMPORTED = re.compile(r"(?<!batchmill )\b(?:from|import) ([a-z_]+(?:\.[a-z_]+)*)")
 HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 
@@ -24,10 +28,10 @@ def imported_rooms(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
-    return names & set(ALLOWED)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {room for room in ALLOWED if any(f"{name}.".startswith(f"batchmill.{room}.") for name in names)}
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -40,26 +44,69 @@ def test_imports_point_one_way(room: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "producer.cli",
-        "producer.local",
-        "producer.submit",
-        "producer.results",
-        "producer.diagnosis",
-        "jobs.store",
-        "jobs.broker",
-        "jobs.embedded",
-        "migrations",
-        "worker.cli",
-        "worker.parent",
-        "worker.keeper",
-        "worker.app",
-        "worker.supervisor",
+        "batchmill.producer.cli",
+        "batchmill.producer.local",
+        "batchmill.producer.submit",
+        "batchmill.producer.results",
+        "batchmill.producer.diagnosis",
+        "batchmill.jobs.store",
+        "batchmill.jobs.broker",
+        "batchmill.jobs.embedded",
+        "batchmill.migrations",
+        "batchmill.worker.cli",
+        "batchmill.worker.parent",
+        "batchmill.worker.keeper",
+        "batchmill.worker.app",
+        "batchmill.worker.supervisor",
     ],
 )
 def test_these_load_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == ""
+
+
+def bare_names(code: str) -> list[str]:
+    """The places of a module that name a room without its package, by an import or in a string, as `line 3: jobs.x`."""
+    tree = ast.parse(code)
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings(tree):
+            dotted = _DOTTED.fullmatch(node.value)
+            names = [dotted[0]] if dotted and is_module(dotted[1]) else _IMPORTED.findall(node.value)
+        found += [f"line {node.lineno}: {name}" for name in names if name.split(".")[0] in ALLOWED]
+    return found
+
+
+def docstrings(tree: ast.Module) -> set[ast.expr]:
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    return {body[0].value for body in bodies if body and isinstance(body[0], ast.Expr)}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import jobs", "from worker.cli import main", 'a = "worker.app"', 'a = "jobs.gate:T"', "a = 'import worker.app'"],
+)
+def test_a_room_without_its_package_is_found(code: str) -> None:
+    assert len(bare_names(f'"""It says import jobs."""\nimport os\n{code}\nfrom batchmill.jobs import store\n')) == 1
+
+
+def test_no_room_is_named_without_its_package() -> None:
+    """It would be imported from a checkout a second time, under a second name."""
+    paths = [path for folder in (*ALLOWED, "src", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert len(paths) > 400
+    found = {path: bare_names(path.read_text()) for path in paths if path != Path(__file__)}
+    assert not {path: names for path, names in found.items() if names}
 
 
 def test_the_jobs_room_knows_no_click() -> None:

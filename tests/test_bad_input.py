@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
-from jobs.errors import PromptFileError, UsageError
-from jobs.schema import Choice, Output, RequestKey
-from jobs.settings import load_settings
-from jobs.store import Store
-from jobs.store.lease import Held
-from producer import prompts as prompts_module
-from producer.prompts import PromptFile
-from producer.results import errors_path, export
-from producer.submit import Submission, load_job
+from batchmill.jobs.errors import PromptFileError, UsageError
+from batchmill.jobs.schema import Choice, Output, RequestKey
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
+from batchmill.producer import prompts as prompts_module
+from batchmill.producer.prompts import PromptFile
+from batchmill.producer.results import errors_path, export
+from batchmill.producer.submit import Submission, load_job
 from tests import mill
 
 SETTINGS = load_settings()  # read before any test changes the environment
@@ -378,11 +378,11 @@ def test_many_texts_come_back_byte_for_byte_through_store_and_export(
 
 @pytest.fixture
 def environ(sqlite_url: str) -> dict[str, str]:
-    return os.environ | {"BATCHMILL_DATABASE_URL": sqlite_url, "PYTHONPATH": str(ROOT)}
+    return os.environ | {"BATCHMILL_DATABASE_URL": sqlite_url, "PYTHONPATH": str(ROOT / "src")}
 
 
 def command(environ: dict[str, str], *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "producer", *map(str, words)]
+    line = [sys.executable, "-m", "batchmill", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, env=environ, timeout=60, **more)
 
 
@@ -403,7 +403,7 @@ def test_the_command_says_a_line_for_each_problem_and_exits_with_2(environ: dict
 def test_an_id_that_cannot_be_printed_is_told_all_the_same(environ: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt":"a"}\n')
-    line = [sys.executable, "-m", "producer", "submit", str(path), "-m", "echo"]
+    line = [sys.executable, "-m", "batchmill", "submit", str(path), "-m", "echo"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env=environ, timeout=60)
     [job] = json.loads(command(environ, "jobs", "--json").stdout)
@@ -433,7 +433,7 @@ os._exit(0)
 
 def peak_of(environ: dict[str, str], *words: str | Path, stdin: int) -> tuple[int, int, float]:
     """Exit code, peak resident bytes and seconds of CPU of a command."""
-    line = [sys.executable, "-c", MEASURED, sys.executable, "-m", "producer", *map(str, words)]
+    line = [sys.executable, "-c", MEASURED, sys.executable, "-m", "batchmill", *map(str, words)]
     done = subprocess.run(line, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ, check=True)
     code, peak_kib, seconds = done.stdout.split()[-3:]
     return int(code), int(peak_kib) * 1024, float(seconds)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.quantization import Quantization
-from jobs.spec import DEMO_FOLDER
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.plan.hardware import Hardware, Rates
 from tests.bench import decode
 from tests.bench.contestant import Setup
 from tests.bench.decoders import EngineDecoder, GenerateDecoder
@@ -21,8 +23,6 @@ from tests.bench.models import SHAPES
 from tests.bench.score import Ground, Score, table
 from tests.bench.timeline import Timeline
 from tests.bench.turns import Plan
-from worker.engine.continuous import ContinuousEngine
-from worker.plan.hardware import Hardware, Rates
 
 PLAN = Plan(context_tokens=64, answer_tokens=8, rounds=1, threads=1)
 RATES = Rates(1e12, {torch.bfloat16: 1e14, torch.float32: 1e13}, "made up")
@@ -73,7 +73,7 @@ def test_what_is_left_of_a_run_is_not_shared_with_the_next() -> None:
 
 
 def test_the_floor_of_a_prompt_counts_the_blocks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    precision = import_module("worker.loader.precision")
+    precision = import_module("batchmill.worker.loader.precision")
     monkeypatch.setattr(precision, "has_avx512bf16", lambda: True)  # on whatever CPU
     shape = SHAPES["8b"]
     assert shape is not None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
-from jobs.schema import ErrorCode
-from jobs.states import JobState, RequestState, RunOutcome, WorkerState
-from jobs.store import Store
-from jobs.store.blame import SUSPECT_GROUPS
-from jobs.store.lease import Claimed, Seat
-from jobs.tables import batches
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.states import JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.blame import SUSPECT_GROUPS
+from batchmill.jobs.store.lease import Claimed, Seat
+from batchmill.jobs.tables import batches
 from tests import mill
 from tests.oracle import violations
 

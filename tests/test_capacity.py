@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.engine.capacity import CLEAN_STEPS, Capacity
+from batchmill.worker.engine.capacity import CLEAN_STEPS, Capacity
 
 
 def test_it_halves_down_to_one_and_says_what_it_found() -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from jobs.schema import ErrorCode, Request, SamplingParams
+from batchmill.jobs.schema import ErrorCode, Request, SamplingParams
+from batchmill.worker.engine.chat import KEPT_SHAPES, ChatTemplate
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.tokenization import Tokenization
 from tests.tiny import build_tokenizer
-from worker.engine.chat import KEPT_SHAPES, ChatTemplate
-from worker.engine.refused import Refused
-from worker.engine.tokenization import Tokenization
 
 #: Qwen's: it writes four roles and leaves out every other.
 QWEN = """\

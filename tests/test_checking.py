@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from jobs.errors import StoreError
-from jobs.states import JobState
-from jobs.store import Store
-from jobs.store.checking import MOST_OF_A_KIND
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.checking import MOST_OF_A_KIND
 from tests import old_store
 from tests.harm import sound, without_constraints
 from tests.mill import load
@@ -96,7 +96,7 @@ def test_a_read_only_store_writes_nothing(store: Store) -> None:
 
 def command(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environ = {"PATH": os.environ["PATH"], "BATCHMILL_HOME": str(home)}
-    return subprocess.run([sys.executable, "-m", "producer", *words], capture_output=True, text=True, env=environ)
+    return subprocess.run([sys.executable, "-m", "batchmill", *words], capture_output=True, text=True, env=environ)
 
 
 def test_the_command_tells_what_is_wrong_and_changes_no_byte(tmp_path: Path) -> None:

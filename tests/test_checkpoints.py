@@ -18,18 +18,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from jobs import VERSION
-from jobs.errors import ModelError, UsageError
-from jobs.quantization import Quantization
-from jobs.spec import ModelSpec
+from batchmill.jobs import VERSION
+from batchmill.jobs.errors import ModelError, UsageError
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader import LoadedModel, checkpoint, layers, load
+from batchmill.worker.loader.checkpoint import Checkpoint
+from batchmill.worker.loader.quantized_copy import save_quantized
+from batchmill.worker.vetting import Refusal
 from tests.checkpoints import save_bitsandbytes, save_compressed, save_fp8, save_shape, say
 from tests.greedy import ROUNDED, agree, answers, greedy
-from worker.engine.choice import choose
-from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel, checkpoint, layers, load
-from worker.loader.checkpoint import Checkpoint
-from worker.loader.quantized_copy import save_quantized
-from worker.vetting import Refusal
 
 CPU = torch.device("cpu")
 #: Formats of compressed-tensors, for layers whose names end so.

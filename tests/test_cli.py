@@ -13,9 +13,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from producer.cli import cli
-from producer.commands import ENTRIES
-from worker.__main__ import MODULES
+from batchmill.producer.cli import cli
+from batchmill.producer.commands import ENTRIES
+from batchmill.worker.__main__ import MODULES
 
 ROOT = Path(__file__).parent.parent
 READING = ["status", "jobs", "workers", "wait", "doctor", "db current", "db check"]
@@ -59,7 +59,7 @@ def test_an_example_is_one_line_in_any_terminal(words: str) -> None:
 @pytest.mark.parametrize("group", [["db"], ["models"], []])
 def test_every_group_of_commands_has_an_example_and_whole_summaries(group: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "producer", *group, "-h"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "batchmill", *group, "-h"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert re.search(r"^  Example: batchmill \w+", done.stdout, re.MULTILINE)
     assert done.stdout.count("...\n") == 1, "that of the usage line: no summary is cut short"
@@ -107,13 +107,13 @@ def test_every_command_stands_in_the_readme(words: str) -> None:
 
 
 def test_the_modules_work_without_the_installed_script() -> None:
-    for module, word in (("producer", "submit"), ("worker", "--device")):
+    for module, word in (("batchmill", "submit"), ("batchmill.worker", "--device")):
         command = [sys.executable, "-m", module, "--help"]
         assert word in subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
 
 def test_worker_help_comes_from_the_workers_room() -> None:
-    command = [sys.executable, "-m", "producer", "worker", "--help"]
+    command = [sys.executable, "-m", "batchmill", "worker", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--exit-when-idle" in done.stdout
 
@@ -146,7 +146,7 @@ def test_worker_help_comes_from_the_workers_room() -> None:
 )
 def test_bad_usage_is_exit_2_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt": "x"}\n')
-    command = [sys.executable, "-m", "producer", *words]
+    command = [sys.executable, "-m", "batchmill", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ(tmp_path))
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
@@ -166,7 +166,7 @@ def test_trouble_with_settings_and_store_is_one_line_without_secrets(
     name: str, value: str, code: int, tmp_path: Path
 ) -> None:
     for words in (["status"], ["doctor"], ["db", "upgrade"]):
-        command = [sys.executable, "-m", "producer", *words]
+        command = [sys.executable, "-m", "batchmill", *words]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=environ(tmp_path) | {name: value}
         )
@@ -186,24 +186,24 @@ def test_trouble_with_settings_and_store_is_one_line_without_secrets(
 def test_a_command_imports_only_what_it_needs(words: list[str], left_out: set[str], tmp_path: Path) -> None:
     prompts = tmp_path / "x.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
-    submit = [sys.executable, "-m", "producer", "submit", str(prompts), "-m", "echo"]
+    submit = [sys.executable, "-m", "batchmill", "submit", str(prompts), "-m", "echo"]
     subprocess.run(submit, env=environ(tmp_path), capture_output=True, check=True)
     code = (
         "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
-        f"sys.argv = ['batchmill', *{words}]; from producer.__main__ import main; main()"
+        f"sys.argv = ['batchmill', *{words}]; from batchmill.__main__ import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ(tmp_path), capture_output=True, text=True, check=True
     )
     assert done.stdout
-    assert "jobs" in done.stderr.split(), "the modules are listed"
+    assert "batchmill.jobs" in done.stderr.split(), "the modules are listed"
     assert left_out & set(done.stderr.split()) == set()
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_usage_lines_of_the_workers_room_name_batchmill(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "producer", name, "-h"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "batchmill", name, "-h"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.startswith(f"Usage: batchmill {name} ")
 
@@ -224,4 +224,4 @@ def test_every_command_of_the_producer_can_be_called() -> None:
 
 
 def environ(home: Path) -> dict[str, str]:
-    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "BATCHMILL_HOME": str(home / "home")}
+    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), "BATCHMILL_HOME": str(home / "home")}

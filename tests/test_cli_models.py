@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from batchmill.worker.cli_models import main
 from tests.hub_machine import MODEL, ROOT, Machine
 from tests.hub_server import Hub, Repository, serving
 from tests.tiny import save_tiny_model
-from worker.cli_models import main
 
 PIECE = 10 * 1024**2  # which the client writes at a time
 
@@ -45,7 +45,7 @@ def invoke(*words: str | Path) -> Result:
 
 
 def test_a_pull_loads_no_torch(machine: Machine) -> None:
-    code = "import sys, worker.cli_models, worker.repository; print('torch' in sys.modules)"
+    code = "import sys, batchmill.worker.cli_models, batchmill.worker.repository; print('torch' in sys.modules)"
     assert machine.run("-c", code).stdout == "False\n"
 
 
@@ -130,7 +130,7 @@ def test_a_quantized_copy_is_saved_and_used(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "copy" / "model.safetensors").stat().st_size < whole_bytes / 2
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello", "max_tokens": 4}\n')
     words = [*command.removeprefix("use it with: batchmill ").split(), "-o", "answers.jsonl", "--device", "cpu"]
-    run = subprocess.run([sys.executable, "-m", "producer", *words], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([sys.executable, "-m", "batchmill", *words], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "answers.jsonl").read_text())["index"] == 0
 

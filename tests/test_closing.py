@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
-from jobs.errors import JobStateError
-from jobs.schema import ErrorCode
-from jobs.states import JobState, RequestState
-from jobs.store import Store, retrying
-from jobs.store.lease import Held
-from jobs.tables import batches, outputs
+from batchmill.jobs.errors import JobStateError
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.states import JobState, RequestState
+from batchmill.jobs.store import Store, retrying
+from batchmill.jobs.store.lease import Held
+from batchmill.jobs.tables import batches, outputs
 from tests import mill
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
-from jobs.store import Store
-from producer.cli import cli
-from producer.commands import ENTRIES
-from producer.completion import complete_job
+from batchmill.jobs.store import Store
+from batchmill.producer.cli import cli
+from batchmill.producer.commands import ENTRIES
+from batchmill.producer.completion import complete_job
 from tests import mill
 from tests.terminal import Terminal
 
@@ -29,11 +29,11 @@ def environ(tmp_path: Path) -> dict[str, str]:
     """A home, and a `batchmill` on the path that is this checkout's."""
     command = tmp_path / "bin" / "batchmill"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m producer "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m batchmill "$@"\n')
     command.chmod(0o755)
     return {
         "PATH": f"{command.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "src"),
         "BATCHMILL_HOME": str(tmp_path / "home"),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
         "HOME": str(tmp_path),

@@ -11,11 +11,11 @@ from time import sleep
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
-import jobs.store
-from jobs.errors import StoreConflict
-from jobs.states import JobState
-from jobs.store import Store, conflicts, postgresql, saving
-from jobs.store.lease import Turned
+import batchmill.jobs.store
+from batchmill.jobs.errors import StoreConflict
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store, conflicts, postgresql, saving
+from batchmill.jobs.store.lease import Turned
 from tests import mill
 
 
@@ -141,7 +141,7 @@ def test_conflicts_without_end_are_told_of(postgresql_url: str, other: Engine, m
 def test_every_transaction_that_writes_is_begun_again() -> None:
     """A new method of the store that writes says `@retried`, too."""
     writing = []
-    for path in Path(jobs.store.__file__).parent.glob("*.py"):
+    for path in Path(batchmill.jobs.store.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and "self._database.write()" in ast.unparse(node):
                 writing.append(node.name)

@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig, MambaConfig, PreTrainedConfig
 
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import DEMO, ModelSpec
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.sampling.penalties import Penalties
+from batchmill.worker.loader import LoadedModel, load
 from tests.families import CONTEXT_TOKENS, VOCABULARY, load_alphabet, load_family, loaded
-from worker.engine.choice import choose
-from worker.engine.continuous import ContinuousEngine, Unsupported
-from worker.engine.generate import GenerateEngine
-from worker.engine.grammar import Grammars, Matcher
-from worker.engine.options import EngineOptions
-from worker.engine.sampling.penalties import Penalties
-from worker.loader import LoadedModel, load
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
 Make = Callable[..., ContinuousEngine]

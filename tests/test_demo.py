@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers")
 import jinja2  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from worker.demo import corpus, examples, packing, train  # noqa: E402
-from worker.demo.tokenizer import build_tokenizer  # noqa: E402
+from batchmill.worker.demo import corpus, examples, packing, train  # noqa: E402
+from batchmill.worker.demo.tokenizer import build_tokenizer  # noqa: E402
 
 Model = transformers.PreTrainedModel
 Tokenizer = transformers.PreTrainedTokenizerFast

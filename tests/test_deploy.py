@@ -17,9 +17,9 @@ import click
 import pytest
 import yaml
 
-from jobs.settings import PREFIX, Settings, load_settings
-from jobs.spec import ModelSpec
-from producer.cli import cli
+from batchmill.jobs.settings import PREFIX, Settings, load_settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.producer.cli import cli
 from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +145,7 @@ COMMAND_LINES = [*compose_commands(), *unit_commands(), *readme_commands(), *quo
 
 def parsed(arguments: list[str]) -> click.Context:
     """The context that batchmill makes of these arguments. Raises click's UsageError; runs nothing."""
-    from worker.cli import main as worker_main
+    from batchmill.worker.cli import main as worker_main
 
     command: click.Command | None = cli
     name, rest = "batchmill", arguments

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import AlreadyRunning
-from worker import device_lock
-from worker.device_lock import DeviceLock, DeviceLocks
+from batchmill.jobs.errors import AlreadyRunning
+from batchmill.worker import device_lock
+from batchmill.worker.device_lock import DeviceLock, DeviceLocks
 
 HOLD = """
 import sys, pathlib
-from worker.device_lock import DeviceLock
+from batchmill.worker.device_lock import DeviceLock
 lock = DeviceLock("GPU-1", folder=pathlib.Path(sys.argv[1]))
 lock.take()
 print("held", flush=True)

@@ -9,22 +9,22 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import update
 
-from jobs.adapters import Adapter
-from jobs.errors import NotFound
-from jobs.process import Process
-from jobs.quantization import Kind, Quantization
-from jobs.schema import ErrorCode
-from jobs.settings import Settings
-from jobs.spec import ModelSpec
-from jobs.states import RunOutcome, WorkerState
-from jobs.store import Store
-from jobs.store.lease import Held, Seat
-from jobs.tables import batches
-from producer.case import QueueState
-from producer.cli import cli
-from producer.diagnosis import Diagnosis, Verdict, diagnose
-from producer.findings import Finding
-from producer.status import JobStatus
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import NotFound
+from batchmill.jobs.process import Process
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import RunOutcome, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held, Seat
+from batchmill.jobs.tables import batches
+from batchmill.producer.case import QueueState
+from batchmill.producer.cli import cli
+from batchmill.producer.diagnosis import Diagnosis, Verdict, diagnose
+from batchmill.producer.findings import Finding
+from batchmill.producer.status import JobStatus
 from tests import mill
 
 LLAMA = ModelSpec("org/llama", None, Quantization(Kind.NF4))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.sampling.draws import BLOCK_TOKENS, drawn, key, numbers
+from batchmill.worker.engine.sampling.draws import BLOCK_TOKENS, drawn, key, numbers
 
 LAST = 1.0 - 2.0**-53
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from jobs.adapters import Adapter
-from jobs.digests import Digests
-from jobs.errors import BatchmillError
-from jobs.identity import of_adapter, of_model
-from jobs.quantization import Kind, Quantization
-from jobs.spec import DEMO_FOLDER, ModelSpec
-from jobs.store import Store
-from jobs.store.reading import Job
-from jobs.tables import jobs
-from producer.earlier import choose
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import BatchmillError
+from batchmill.jobs.identity import of_adapter, of_model
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.tables import jobs
+from batchmill.producer.earlier import choose
 from tests import mill
 
 HUB = ModelSpec("org/name", None, Quantization(Kind.NONE))

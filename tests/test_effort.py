@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from jobs.schema import ErrorCode
-from jobs.states import RequestState
-from jobs.store import Store
-from jobs.store.effort import Pace
-from jobs.store.lease import Held
-from jobs.store.sample import SAMPLED, Sampled, spread
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.effort import Pace
+from batchmill.jobs.store.lease import Held
+from batchmill.jobs.store.sample import SAMPLED, Sampled, spread
 from tests import mill
 
 

@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from jobs.store import Store
-from jobs.store.lease import Held
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +23,8 @@ TEXT = "\u00e9 \u4f60\u597d \U0001f600 \u2028 \x7f \uffff"
 
 
 def command(url: str, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"BATCHMILL_DATABASE_URL": url, "PYTHONPATH": str(ROOT)} | settings
-    line = [sys.executable, "-m", "producer", *words]
+    environ = os.environ | {"BATCHMILL_DATABASE_URL": url, "PYTHONPATH": str(ROOT / "src")} | settings
+    line = [sys.executable, "-m", "batchmill", *words]
     return subprocess.run(line, env=environ, capture_output=True, timeout=60, encoding="utf-8")
 
 

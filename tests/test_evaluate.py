@@ -19,23 +19,23 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from jobs.digests import Digests
-from jobs.errors import UsageError
-from jobs.identity import of_model
-from jobs.settings import load_settings
-from jobs.spec import DEMO_FOLDER, ModelSpec
-from migrations import open_store
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.identity import of_model
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
+from batchmill.migrations import open_store
+from batchmill.worker.demo import corpus
+from batchmill.worker.devices import CPU, DeviceInfo
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.evaluate.accuracy import Match
+from batchmill.worker.evaluate.corpus import Corpus
+from batchmill.worker.evaluate.evaluation import Asked, Evaluation
+from batchmill.worker.evaluate.lineup import Lineup
+from batchmill.worker.evaluate.measurement import Failure, Measurement, Method
+from batchmill.worker.evaluate.perplexity import PerplexityChange
+from batchmill.worker.evaluate.progress import Shown
 from tests.tiny import save_tiny_model
-from worker.demo import corpus
-from worker.devices import CPU, DeviceInfo
-from worker.engine.options import EngineOptions
-from worker.evaluate.accuracy import Match
-from worker.evaluate.corpus import Corpus
-from worker.evaluate.evaluation import Asked, Evaluation
-from worker.evaluate.lineup import Lineup
-from worker.evaluate.measurement import Failure, Measurement, Method
-from worker.evaluate.perplexity import PerplexityChange
-from worker.evaluate.progress import Shown
 
 ROOT = Path(__file__).parent.parent
 NUMBER = {"type": "number"}
@@ -95,7 +95,7 @@ SCHEMA = closed(
 
 
 def evaluate(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "BATCHMILL_HOME": str(cwd / "home")}
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), "BATCHMILL_HOME": str(cwd / "home")}
     environ |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
     command = [sys.executable, "-m", "worker", "evaluate", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environ)

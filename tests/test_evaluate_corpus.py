@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from tokenizers import processors
 
-from jobs.errors import UsageError
+from batchmill.jobs.errors import UsageError
+from batchmill.worker.evaluate.accuracy import Match, check_answers
+from batchmill.worker.evaluate.corpus import MAX_LINE_BYTES, Corpus
+from batchmill.worker.evaluate.passages import PROMPT_TOKENS, Passages
+from batchmill.worker.loader import LoadedModel
 from tests.families import load_family
-from worker.evaluate.accuracy import Match, check_answers
-from worker.evaluate.corpus import MAX_LINE_BYTES, Corpus
-from worker.evaluate.passages import PROMPT_TOKENS, Passages
-from worker.loader import LoadedModel
 
 BEGIN = 0
 

@@ -15,19 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import UsageError, WriteFailed
-from jobs.quantization import Quantization
-from jobs.spec import ModelSpec
-from worker.evaluate.accuracy import Accuracy, Match, accuracy
-from worker.evaluate.advice import advice
-from worker.evaluate.agreement import Agreement, agreement
-from worker.evaluate.chart import check, draw
-from worker.evaluate.divergence import Divergence
-from worker.evaluate.finding import ACCURACY, AGREEMENT, DIVERGENCE, DIVERGENCE_P99, PERPLEXITY
-from worker.evaluate.lineup import Lineup, split
-from worker.evaluate.measurement import Failure, Measurement, Method, Report
-from worker.evaluate.perplexity import PerplexityChange
-from worker.evaluate.report import lines, to_json
+from batchmill.jobs.errors import UsageError, WriteFailed
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.evaluate.accuracy import Accuracy, Match, accuracy
+from batchmill.worker.evaluate.advice import advice
+from batchmill.worker.evaluate.agreement import Agreement, agreement
+from batchmill.worker.evaluate.chart import check, draw
+from batchmill.worker.evaluate.divergence import Divergence
+from batchmill.worker.evaluate.finding import ACCURACY, AGREEMENT, DIVERGENCE, DIVERGENCE_P99, PERPLEXITY
+from batchmill.worker.evaluate.lineup import Lineup, split
+from batchmill.worker.evaluate.measurement import Failure, Measurement, Method, Report
+from batchmill.worker.evaluate.perplexity import PerplexityChange
+from batchmill.worker.evaluate.report import lines, to_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -334,7 +334,7 @@ def test_a_matplotlibrc_of_the_current_folder_draws_nothing(tmp_path: Path) -> N
         "own.draw(own.report(own.NONE), pathlib.Path('chart.png'))\n"
         "import matplotlib; print(matplotlib.rcParams['text.usetex'])"
     )
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path / "config")}
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MPLCONFIGDIR": str(tmp_path / "config")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.stdout == "True\n", f"matplotlib has read it: {done.stderr}"
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from batchmill.worker.evaluate import scoring
+from batchmill.worker.evaluate.divergence import Comparison, Distributions, divergence
+from batchmill.worker.evaluate.passages import Passage
+from batchmill.worker.evaluate.perplexity import Perplexity
+from batchmill.worker.evaluate.scoring import scored
+from batchmill.worker.evaluate.windows import Window, batches, windows
+from batchmill.worker.loader import LoadedModel
 from tests.families import END_TOKEN, VOCABULARY, load_family
-from worker.evaluate import scoring
-from worker.evaluate.divergence import Comparison, Distributions, divergence
-from worker.evaluate.passages import Passage
-from worker.evaluate.perplexity import Perplexity
-from worker.evaluate.scoring import scored
-from worker.evaluate.windows import Window, batches, windows
-from worker.loader import LoadedModel
 
 BEGIN = 0
 

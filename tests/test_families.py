@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Request, RequestKey, SamplingParams
-from jobs.spec import DEMO, ModelSpec
-from producer.lines import json_request
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.producer.lines import json_request
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.engine.probe import cache_shape
+from batchmill.worker.loader import LoadedModel, load
 from tests.families import FAMILIES, load_family
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.options import Dequantize, EngineOptions
-from worker.engine.probe import cache_shape
-from worker.loader import LoadedModel, load
 
 SHARED = "a beginning that many prompts have in common, "
 PROMPTS = [

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import BatchmillError, UsageError
-from jobs.files import check_target, replaced
-from jobs.store import Store
-from producer.results import errors_path, export
+from batchmill.jobs.errors import BatchmillError, UsageError
+from batchmill.jobs.files import check_target, replaced
+from batchmill.jobs.store import Store
+from batchmill.producer.results import errors_path, export
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +27,8 @@ PROMPTS = '{"prompt": "one"}\n{"prompt": "two"}\n'
 
 def batchmill(folder: Path, *words: str | Path, shell: str = 'exec "$@"', code: int = 2, **settings: str) -> str:
     """What the command says on stderr, in this folder, with a home in it."""
-    environ = os.environ | {"BATCHMILL_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)} | settings
-    line = ["sh", "-c", shell, "sh", sys.executable, "-m", "producer", *map(str, words)]
+    environ = os.environ | {"BATCHMILL_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT / "src")} | settings
+    line = ["sh", "-c", shell, "sh", sys.executable, "-m", "batchmill", *map(str, words)]
     done = subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr

@@ -8,18 +8,18 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import text
 
-from jobs.errors import NotAllSucceeded
-from jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams
-from jobs.settings import load_settings
-from jobs.states import JobState
-from jobs.store import Store
-from jobs.store.lease import Claimed, Held, Seat
-from jobs.store.reading import FinishReasons
-from migrations import open_store
-from producer import cli_jobs
-from producer.finish import answered_line, finish_line
-from producer.progress import require_success
-from producer.status import JobStatus, job_json
+from batchmill.jobs.errors import NotAllSucceeded
+from batchmill.jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Claimed, Held, Seat
+from batchmill.jobs.store.reading import FinishReasons
+from batchmill.migrations import open_store
+from batchmill.producer import cli_jobs
+from batchmill.producer.finish import answered_line, finish_line
+from batchmill.producer.progress import require_success
+from batchmill.producer.status import JobStatus, job_json
 from tests import mill
 
 

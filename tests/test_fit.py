@@ -11,23 +11,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from jobs.errors import ModelError
-from jobs.quantization import Quantization
-from jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.worker.engine import limits as engine_limits
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.loader import load
+from batchmill.worker.placement import Placement
+from batchmill.worker.plan.fit import Load, fit
+from batchmill.worker.plan.hardware import Hardware, joined, pretended_gpu
+from batchmill.worker.plan.model import PlannedModel
+from batchmill.worker.plan.refusal import refuse_beyond, refuse_too_large
+from batchmill.worker.plan.report import load_of
+from batchmill.worker.telemetry import MemoryReader
+from batchmill.worker.vetting import Refusal
 from tests.bench.models import checkpoint
-from worker.engine import limits as engine_limits
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.generate import GenerateEngine
-from worker.engine.options import Dequantize, EngineOptions
-from worker.loader import load
-from worker.placement import Placement
-from worker.plan.fit import Load, fit
-from worker.plan.hardware import Hardware, joined, pretended_gpu
-from worker.plan.model import PlannedModel
-from worker.plan.refusal import refuse_beyond, refuse_too_large
-from worker.plan.report import load_of
-from worker.telemetry import MemoryReader
-from worker.vetting import Refusal
 
 GIB = 1024**3
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """4-bit weights are multiplied in bfloat16, whichever CPU this is; on some it is float32, of twice the bytes."""
-    monkeypatch.setattr(import_module("worker.loader.precision"), "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(import_module("batchmill.worker.loader.precision"), "has_avx512bf16", lambda: True)
 
 
 def spec(folder: Path, quantization: str) -> ModelSpec:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from worker.engine import flash
-from worker.engine.attention import Attention
-from worker.engine.cache import Cache, CacheShape
-from worker.engine.flash import PAGE_TOKENS, FlashAttention
-from worker.engine.slots import Slots
-from worker.engine.step import Piece, Row
+from batchmill.worker.engine import flash
+from batchmill.worker.engine.attention import Attention
+from batchmill.worker.engine.cache import Cache, CacheShape
+from batchmill.worker.engine.flash import PAGE_TOKENS, FlashAttention
+from batchmill.worker.engine.slots import Slots
+from batchmill.worker.engine.step import Piece, Row
 
 CPU = torch.device("cpu")
 KV_HEADS = 2

@@ -14,9 +14,9 @@ import pytest
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES, virtual
 
-from jobs import gate
-from jobs.broker import make_app
-from jobs.gate import NoWakeUp, batch_id_of, made_anew
+from batchmill.jobs import gate
+from batchmill.jobs.broker import make_app
+from batchmill.jobs.gate import NoWakeUp, batch_id_of, made_anew
 
 
 def forged(**changes: Any) -> bytes:
@@ -110,13 +110,13 @@ def test_every_connection_goes_through_the_gate(url: str) -> None:
     app = make_app(url)
     with app.connection_for_read() as connection, connection.clone() as cloned:
         for each in (connection, cloned):
-            assert type(each.transport).__module__ == "jobs.gate"
-    assert {TRANSPORT_ALIASES[name] for name in ("redis", "rediss")} == {"jobs.gate:Transport"}
+            assert type(each.transport).__module__ == "batchmill.jobs.gate"
+    assert {TRANSPORT_ALIASES[name] for name in ("redis", "rediss")} == {"batchmill.jobs.gate:Transport"}
 
 
 def test_a_worker_has_no_task_but_its_own() -> None:
     code = (
-        "import worker.app; from jobs.broker import make_app; app = make_app('redis://h');"
+        "import batchmill.worker.app; from batchmill.jobs.broker import make_app; app = make_app('redis://h');"
         "app.loader.import_default_modules(); print(*app.tasks)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.loader import LoadedModel, load
 from tests.tiny import CONTEXT_TOKENS, build_tokenizer, save_tiny_model
-from worker.engine.generate import GenerateEngine
-from worker.loader import LoadedModel, load
 
 END, OTHER_END = 1, 3
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)

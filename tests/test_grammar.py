@@ -18,12 +18,12 @@ from structlog.testing import capture_logs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jobs.schema import ErrorCode
-from jobs.spec import DEMO_FOLDER
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.worker.engine.grammar import Grammars, Matcher, fill
+from batchmill.worker.engine.grammar.response_format import MAX_TEXT_LENGTH
+from batchmill.worker.engine.refused import Refused
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
-from worker.engine.grammar import Grammars, Matcher, fill
-from worker.engine.grammar.response_format import MAX_TEXT_LENGTH
-from worker.engine.refused import Refused
 
 END, OTHER_END = SPECIAL_TOKENS.index("</s>"), SPECIAL_TOKENS.index("<|end|>")
 BYTES = len(SPECIAL_TOKENS) + 256

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import select
 
-from jobs.process import Process
-from jobs.states import BatchState, WorkerState
-from jobs.store import Store
-from jobs.store.lease import Seat
-from jobs.tables import batches
+from batchmill.jobs.process import Process
+from batchmill.jobs.states import BatchState, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Seat
+from batchmill.jobs.tables import batches
 from tests import mill
 
 

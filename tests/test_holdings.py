@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jobs.memory import Memory
-from jobs.schema import Request, RequestKey
-from jobs.store.lease import Claimed, Lease, Turned
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import Request, RequestKey
+from batchmill.jobs.store.lease import Claimed, Lease, Turned
+from batchmill.worker.holdings import Holdings
 from tests.mill import output
-from worker.holdings import Holdings
 
 
 def claimed(batch_id: int = 1, *, first: int = 0, count: int = 3, in_flight: int = 0) -> Claimed:

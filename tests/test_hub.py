@@ -322,7 +322,7 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(
     code = (
         "import shutil, sys\n"
         "shutil.disk_usage = lambda _: type('Usage', (), {'free': 1000})\n"
-        "from worker.cli_models import main\n"
+        "from batchmill.worker.cli_models import main\n"
         f"sys.argv = ['models', 'pull', {MODEL!r}]\n"
         "main()\n"
     )
@@ -375,7 +375,7 @@ def test_a_repository_without_safetensors_is_no_adapter(machine: Machine, hub: H
 def test_headers_are_read_without_the_weights(machine: Machine, hub: Hub, files: dict[str, bytes]) -> None:
     code = (
         "import json\n"
-        "from worker.repository import fetch_configuration, fetch_headers\n"
+        "from batchmill.worker.repository import fetch_configuration, fetch_headers\n"
         f"headers = fetch_headers({MODEL!r}, None)\n"
         "found = {name: [each.dtype, each.shape, each.bytes] for name, each in headers.items()}\n"
         f"print(json.dumps([sorted(file.name for file in fetch_configuration({MODEL!r}, None).iterdir()), found]))\n"
@@ -395,8 +395,8 @@ def test_headers_are_read_without_the_weights(machine: Machine, hub: Hub, files:
 
 def test_doctor_says_whether_workers_can_start_offline(machine: Machine) -> None:
     code = (
-        "from jobs.settings import load_settings\n"
-        "from producer import doctor\n"
+        "from batchmill.jobs.settings import load_settings\n"
+        "from batchmill.producer import doctor\n"
         "doctor._cuda = lambda: doctor.Check('cuda', True, 'not looked for')\n"  # which takes torch's seconds
         f"found = next(each for each in doctor.examine(load_settings(), model={MODEL!r}) if each.name == 'model')\n"
         "print(found.ok, found.required, found.found, '->', found.fix)\n"
@@ -415,7 +415,7 @@ def test_a_whole_run_starts_offline_from_the_cache(machine: Machine, hub: Hub) -
     prompts = machine.home / "prompts.jsonl"
     prompts.write_text('{"prompt": "hello", "max_tokens": 4}\n{"prompt": "there", "max_tokens": 4}\n')
     words = ("run", str(prompts), "-m", MODEL, "-q", "none", "-o", str(machine.home / "answers.jsonl"))
-    done = machine.run("-m", "producer", *words, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    done = machine.run("-m", "batchmill", *words, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert len((machine.home / "answers.jsonl").read_text().splitlines()) == 2
     assert hub.asked == []

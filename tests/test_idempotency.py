@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from jobs.errors import KeyTaken, PromptFileError, UsageError
-from jobs.schema import JobOptions, SamplingParams
-from jobs.settings import load_settings
-from jobs.states import JobState
-from jobs.store import Store
-from jobs.tables import jobs
-from producer.prompts import PromptFile
-from producer.submit import Submission, Submitted, load_job, load_once
+from batchmill.jobs.errors import KeyTaken, PromptFileError, UsageError
+from batchmill.jobs.schema import JobOptions, SamplingParams
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.jobs.tables import jobs
+from batchmill.producer.prompts import PromptFile
+from batchmill.producer.submit import Submission, Submitted, load_job, load_once
 from tests import mill
 from tests.integration.conftest import TIMERS, Mill, until
 
@@ -99,7 +99,7 @@ def test_twenty_submits_at_once_make_one_job(
 def test_twenty_commands_at_once_print_one_id(
     store: Store, store_url: str, file: str, source: str, flags: list[str]
 ) -> None:
-    words = [sys.executable, "-m", "producer", "submit", file if source == "file" else "-", "-m", "echo", *flags]
+    words = [sys.executable, "-m", "batchmill", "submit", file if source == "file" else "-", "-m", "echo", *flags]
     environ = os.environ | {"BATCHMILL_DATABASE_URL": store_url, "PYTHONPATH": str(Path(mill.__file__).parents[1])}
     started = [
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
@@ -278,7 +278,7 @@ def test_the_loser_alone_deletes_its_rows(store: Store, file: str) -> None:
 def test_a_failed_clean_up_does_not_hide_why_the_submit_failed(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jobs.errors import StoreFull
+    from batchmill.jobs.errors import StoreFull
 
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"{bad\n")

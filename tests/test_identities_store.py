@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import update
 
-from jobs.adapters import Adapter
-from jobs.errors import StoreBusy
-from jobs.schema import ErrorCode
-from jobs.settings import Settings
-from jobs.states import JobState, RunOutcome, WorkerState
-from jobs.store import Store
-from jobs.store.lease import Claimed, Held, Seat
-from jobs.tables import jobs, workers
-from producer.case import QueueState
-from producer.diagnosis import Diagnosis, Verdict, diagnose
-from producer.status import JobStatus
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import StoreBusy
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.states import JobState, RunOutcome, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Claimed, Held, Seat
+from batchmill.jobs.tables import jobs, workers
+from batchmill.producer.case import QueueState
+from batchmill.producer.diagnosis import Diagnosis, Verdict, diagnose
+from batchmill.producer.status import JobStatus
 from tests import mill
 from tests.oracle import violations
 from tests.test_races import at_once

@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from jobs.broker import Loader, make_app
-from jobs.isolation import is_foreign, isolate
+from batchmill.jobs.broker import Loader, make_app
+from batchmill.jobs.isolation import is_foreign, isolate
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = Path(click.__file__).parent.parent
@@ -92,7 +92,7 @@ def test_lists_of_folders_keep_what_is_absolute(
 
 SHOW = f"""\
 import os, runpy, sys
-runpy.run_path({str(ROOT / "producer" / "__main__.py")!r})['_leave_current_folder']()
+runpy.run_path({str(ROOT / "src" / "batchmill" / "__main__.py")!r})['_leave_current_folder']()
 print(os.getcwd() in sys.path, os.path.abspath('relative') in sys.path, '' in sys.path, '/opt/mine' in sys.path)
 import click, json, tomllib
 """
@@ -109,7 +109,8 @@ def test_the_current_folder_leaves_the_path_and_what_is_named_stays(tmp_path: Pa
 
 def test_the_current_folder_stays_where_it_is_named_or_holds_python_or_batchmill(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for folder, path in ((tmp_path, f".:{tmp_path}"), (ROOT, ":"), (LIBRARIES, ":"), (Path(os.__file__).parent, ":")):
+    named, kept = (tmp_path, f".:{tmp_path}"), (ROOT / "src", LIBRARIES, Path(os.__file__).parent)
+    for folder, path in (named, *((each, ":") for each in kept)):
         line = [sys.executable, "-c", SHOW]
         said = subprocess.run(line, cwd=folder, env=environ | {"PYTHONPATH": path}, capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
@@ -118,17 +119,16 @@ def test_the_current_folder_stays_where_it_is_named_or_holds_python_or_batchmill
 
 NEVER_INSTALLED = """\
 import os, sys
-from producer.__main__ import _leave_current_folder
+from batchmill.__main__ import _leave_current_folder
 _leave_current_folder()
-from jobs.isolation import isolate
+from batchmill.jobs.isolation import isolate
 isolate()
-os.execv(sys.executable, [sys.executable, '-S', '-P', '-m', 'worker', 'plan', '--help'])
+os.execv(sys.executable, [sys.executable, '-S', '-P', '-m', 'batchmill.worker', 'plan', '--help'])
 """
 
 
 def test_a_checkout_that_was_never_installed_starts_its_workers(tmp_path: Path) -> None:
-    for room in ("jobs", "producer", "worker", "migrations"):
-        (tmp_path / room).symlink_to(ROOT / room)
+    (tmp_path / "batchmill").symlink_to(ROOT / "src" / "batchmill")
     # -S: the libraries come by name, and no editable installation does.
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": f":{LIBRARIES}"}
     line = [sys.executable, "-S", "-c", NEVER_INSTALLED]

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobs.quantization import Kind, Quantization
-from jobs.spec import ModelSpec
-from jobs.states import JobState
-from jobs.store import Store
-from jobs.store.reading import Job
-from producer.cli_jobs import jobs
-from producer.job_table import table
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import Job
+from batchmill.producer.cli_jobs import jobs
+from batchmill.producer.job_table import table
 from tests import mill
 
 

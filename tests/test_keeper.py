@@ -6,12 +6,12 @@ import threading
 
 from structlog.testing import capture_logs
 
-from jobs.broker import Broker
-from jobs.settings import load_settings
-from jobs.store import Store
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.store import Store
+from batchmill.worker.keeper import Keeper, Pool, WorkerOptions
+from batchmill.worker.namesakes import Namesakes
 from tests import mill
-from worker.keeper import Keeper, Pool, WorkerOptions
-from worker.namesakes import Namesakes
 
 
 class Ended:

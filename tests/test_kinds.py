@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import kinds
-from jobs.errors import UsageError
-from jobs.store import Store
-from producer.cli_jobs import results
-from producer.cli_submit import submit
+from batchmill.jobs import kinds
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.store import Store
+from batchmill.producer.cli_jobs import results
+from batchmill.producer.cli_submit import submit
 from tests import mill
 
 ROOT = Path(__file__).parent.parent

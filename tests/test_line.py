@@ -13,10 +13,10 @@ from time import monotonic, sleep
 import pytest
 from sqlalchemy import event
 
-from jobs.store import Store, closing, retrying
-from jobs.store.database import Database
-from jobs.store.line import Line
-from jobs.store.loading import MAX_REQUESTS
+from batchmill.jobs.store import Store, closing, retrying
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.line import Line
+from batchmill.jobs.store.loading import MAX_REQUESTS
 from tests import mill
 
 _PROCESSES = 6

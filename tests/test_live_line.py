@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from jobs.settings import environment_of, load_settings
-from migrations import open_store
-from producer.live_line import LiveLine
+from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.migrations import open_store
+from batchmill.producer.live_line import LiveLine
 from tests import mill
 from tests.terminal import Terminal
 
@@ -82,8 +82,8 @@ def job_id() -> str:
 
 
 def wait(job_id: str, *words: str, columns: int = 120, **environ: str) -> Terminal:
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environment_of(load_settings()), **environ}
-    return Terminal([sys.executable, "-P", "-m", "producer", "wait", job_id, *words], env=env, columns=columns)
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), **environment_of(load_settings()), **environ}
+    return Terminal([sys.executable, "-P", "-m", "batchmill", "wait", job_id, *words], env=env, columns=columns)
 
 
 @pytest.mark.parametrize(("columns", "has_bar"), [(120, True), (30, False)])

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.digests import Digests
-from jobs.errors import ModelError
-from jobs.identity import of_commit, of_model
-from jobs.quantization import Quantization
-from jobs.schema import Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.identity import of_commit, of_model
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker import loader
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.loader import load, loading, source
 from tests.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, save_tiny_model
-from worker import loader
-from worker.engine.generate import GenerateEngine
-from worker.loader import load, loading, source
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(copy: Path) -> None:
 def test_nothing_is_loaded_of_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(copy / "tokenizer_config.json", deeper={"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
     for name in ("configuration.AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.delattr(f"worker.loader.{name}")
+        monkeypatch.delattr(f"batchmill.worker.loader.{name}")
     assert "its tokenizer_config.json has auto_map" in refusal(spec(copy))
 
 

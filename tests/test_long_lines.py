@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, select
 
-from jobs.memory import Memory
-from jobs.schema import Request
-from jobs.settings import Settings
-from jobs.states import RequestState
-from jobs.store import Store, bounds
-from jobs.store.bounds import PAGE_BYTES, cut
-from jobs.store.database import Database
-from jobs.store.lease import Held, Turned
-from jobs.tables import batches, requests
-from producer.prompts import PromptFile
-from producer.submit import Submission, load_job
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import Request
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store import Store, bounds
+from batchmill.jobs.store.bounds import PAGE_BYTES, cut
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import Held, Turned
+from batchmill.jobs.tables import batches, requests
+from batchmill.producer.prompts import PromptFile
+from batchmill.producer.submit import Submission, load_job
+from batchmill.worker.holdings import Holdings
 from tests import mill
-from worker.holdings import Holdings
 
 MIB = 1024**2
 ALL = frozenset(RequestState)
@@ -158,7 +158,7 @@ def transactions(store: Store) -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("loading", "recovery", "retrying"):
-            patch.setattr(f"jobs.store.{module}.page_of", page_of)
+            patch.setattr(f"batchmill.jobs.store.{module}.page_of", page_of)
         yield found
 
 

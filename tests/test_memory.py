@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from jobs.memory import DeviceMemory, Memory, devices_from_text, devices_text, largest, largest_of_texts
-from jobs.schema import Request
-from jobs.store import Store
-from jobs.store.lease import Claimed, Held, Lease, Turned
-from producer.device_lines import device_line, memory_lines
-from producer.status import JobStatus
+from batchmill.jobs.memory import DeviceMemory, Memory, devices_from_text, devices_text, largest, largest_of_texts
+from batchmill.jobs.schema import Request
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Claimed, Held, Lease, Turned
+from batchmill.producer.device_lines import device_line, memory_lines
+from batchmill.producer.status import JobStatus
+from batchmill.worker.holdings import Holdings
 from tests import mill
-from worker.holdings import Holdings
 
 
 def gpu(number: int = 1, *, peak: int = 50, used: int = 60, weights: int = 10) -> DeviceMemory:

@@ -15,14 +15,14 @@ from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-import migrations
-from jobs.adapters import Adapter
-from jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
-from jobs.settings import load_settings
-from jobs.states import JobState, RequestState
-from jobs.store import Store
-from jobs.store.reading import FinishReasons
-from jobs.tables import REVISION, metadata
+from batchmill import migrations
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.states import JobState, RequestState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.reading import FinishReasons
+from batchmill.jobs.tables import REVISION, metadata
 from tests import mill, old_store
 from tests.oracle import violations
 from tests.wheel import build_wheel, copy_sources
@@ -218,7 +218,8 @@ def test_db_upgrade_works_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> Non
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "BATCHMILL_DATABASE_URL": f"sqlite:///{empty}/s.db"}
-    code = "import migrations; from producer.cli import main; print(migrations.__file__); main()"
+    code = "from batchmill import migrations; print(migrations.__file__);"
+    code += "from batchmill.producer.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "db", "upgrade"], cwd=empty, env=environ, capture_output=True, text=True
     )

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import kinds
-from jobs.errors import PromptFileError
-from producer.prompts import PromptFile
+from batchmill.jobs import kinds
+from batchmill.jobs.errors import PromptFileError
+from batchmill.producer.prompts import PromptFile
 
 REQUEST = b'{"prompt":"SECRET"}\n'
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs.advice import mill_lives, start_words
-from jobs.names import meant_instead
-from jobs.process import Lives, Process
-from jobs.quantization import Kind, Quantization
-from jobs.settings import Settings, load_settings
-from jobs.spec import ModelSpec
-from jobs.store import Store
-from migrations import open_store
-from producer.cli_jobs import workers
-from producer.cli_submit import submit
-from producer.slips import warn_of_slip
-from producer.status import JobStatus
+from batchmill.jobs.advice import mill_lives, start_words
+from batchmill.jobs.names import meant_instead
+from batchmill.jobs.process import Lives, Process
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.migrations import open_store
+from batchmill.producer.cli_jobs import workers
+from batchmill.producer.cli_submit import submit
+from batchmill.producer.slips import warn_of_slip
+from batchmill.producer.status import JobStatus
 from tests import mill
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from worker.engine.sampling.nucleus import SORTED_VOCABULARY, Limits, restrict
+from batchmill.worker.engine.sampling.nucleus import SORTED_VOCABULARY, Limits, restrict
 
 #: A trained model's, where few tokens matter, and one where most do.
 SCALES = (4.0, 0.1)

@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.errors import ModelError
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine import Engine
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.options import EngineKind, EngineOptions
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.logprobs import LEAST_LOGPROB
+from batchmill.worker.loader import LoadedModel, load
 from tests.families import load_alphabet, load_family
 from tests.tiny import build_tokenizer, save_tiny_model
-from worker.engine import Engine
-from worker.engine.choice import choose
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.generate import GenerateEngine
-from worker.engine.options import EngineKind, EngineOptions
-from worker.engine.sampling import Sampler
-from worker.engine.sampling.logprobs import LEAST_LOGPROB
-from worker.loader import LoadedModel, load
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
 NAN, INF = float("nan"), float("inf")

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import UsageError
-from jobs.schema import JobOptions, Request, SamplingParams
-from jobs.settings import Settings, load_settings
-from jobs.store import Store
-from producer.checks import BadLine
-from producer.cli_submit import _submission, submit
-from producer.lines import json_request
-from producer.submit import Submission, load_job
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.schema import JobOptions, Request, SamplingParams
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.store import Store
+from batchmill.producer.checks import BadLine
+from batchmill.producer.cli_submit import _submission, submit
+from batchmill.producer.lines import json_request
+from batchmill.producer.submit import Submission, load_job
 from tests import mill
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

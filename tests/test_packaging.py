@@ -6,22 +6,24 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from jobs import VERSION
-from jobs.embedded import find_server
+from batchmill.jobs import VERSION
+from batchmill.jobs.embedded import find_server
 from tests.wheel import ROOT, Installation, build_wheel, copy_sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 #: The rooms of a machine without a device, all of whose modules have to be importable with no extra at all.
 IMPORT_ALL = """\
-import pkgutil, jobs, migrations, producer
+import pkgutil
 from importlib import import_module
+from batchmill import jobs, migrations, producer
 for room in (jobs, migrations, producer):
     for each in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):
-        if not each.name.startswith(('migrations.env', 'producer.__main__')):
+        if not each.name.startswith('batchmill.migrations.env'):
             import_module(each.name)
 """
 
@@ -58,6 +60,11 @@ def check(installation: Installation, path: str) -> None:
         assert f"{name}=={version}" in pinned or name in ("batchmill", "pip", "setuptools"), f"{each} is not pinned"
 
 
+def test_a_wheel_holds_one_package(wheel: Path) -> None:
+    names = {name.split("/")[0] for name in ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"batchmill"}
+
+
 @pytest.fixture
 def redis_path(tmp_path: Path) -> str:
     """A folder for PATH that holds a Redis server, as a machine has where the extra `embedded` is not installed."""
@@ -86,6 +93,21 @@ def test_with_postgres_it_speaks_to_postgresql(
     check(installation, redis_path)
     said = installation.batchmill("db", "current", "--json", BATCHMILL_DATABASE_URL=postgresql_url)
     assert json.loads(said)["revision"] == json.loads(said)["works_with"]
+
+
+def test_other_code_may_have_the_names_of_its_rooms(wheel: Path, tmp_path: Path, redis_path: str) -> None:
+    """Another distribution beside it, and the user's own folders on PYTHONPATH."""
+    installation = Installation(tmp_path, wheel)
+    (libraries,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for folder in (libraries, tmp_path / "mine"):
+        for name in ("jobs", "producer", "worker", "migrations"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "__init__.py").write_text(f"raise SystemExit('the {name} of others ran')\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    mine = {"PYTHONPATH": str(tmp_path / "mine")}
+    done = installation.run("batchmill", "run", prompts, "-m", "echo", path=redis_path, **mine)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2), done.stderr
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.schema import SamplingParams
-from worker.engine.sampling.penalties import LEAST_PLACES, Penalties
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.sampling.penalties import LEAST_PLACES, Penalties
 
 CPU = torch.device("cpu")
 VOCABULARY = 9

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import redis
 
-from jobs.embedded import EmbeddedRedis
-from jobs.pid_file import PidFile
-from jobs.process import Lives, Process
+from batchmill.jobs.embedded import EmbeddedRedis
+from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.process import Lives, Process
 
 #: What a file may say of a process whose pid another one has had since, by what it names it by.
 STALE: dict[str, Callable[[Process], object]] = {
@@ -56,7 +56,7 @@ def server_of(home: Path) -> Process:
 
 def start(home: Path, *words: str) -> subprocess.Popen[bytes]:
     """A process that was started for this home, with the command line of a worker."""
-    command = [sys.executable, "-c", "import time; time.sleep(600)", "-m", "worker", *words]
+    command = [sys.executable, "-c", "import time; time.sleep(600)", "-m", "batchmill.worker", *words]
     return subprocess.Popen(command, env=os.environ | {"BATCHMILL_HOME": str(home)})
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import UsageError
-from worker.placement import Placement, each_worker, parse_each, parse_max_memory
+from batchmill.jobs.errors import UsageError
+from batchmill.worker.placement import Placement, each_worker, parse_each, parse_max_memory
 
 GIB = 2**30
 

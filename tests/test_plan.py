@@ -15,28 +15,28 @@ from click.testing import CliRunner
 from sqlalchemy import update
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
-import migrations
-from jobs.errors import UsageError
-from jobs.quantization import Quantization
-from jobs.sizes import bytes_of, size
-from jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
-from jobs.store import Store
-from jobs.store.speeds import Speed
-from jobs.tables import runs
+from batchmill import migrations
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.sizes import bytes_of, size
+from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.speeds import Speed
+from batchmill.jobs.tables import runs
+from batchmill.worker import cli_plan
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.probe import cache_shape
+from batchmill.worker.loader import load, read_model
+from batchmill.worker.plan.advice import advice
+from batchmill.worker.plan.hardware import Hardware, Rates, known_rates, pretended_gpu, this_cpu
+from batchmill.worker.plan.model import PlannedModel
+from batchmill.worker.plan.report import report
+from batchmill.worker.plan.speed import Work, tokens_per_second
+from batchmill.worker.plan.table import to_lines
 from tests import mill
 from tests.bench.models import checkpoint
 from tests.families import FAMILIES
 from tests.tiny import build_tokenizer
-from worker import cli_plan
-from worker.engine.options import EngineOptions
-from worker.engine.probe import cache_shape
-from worker.loader import load, read_model
-from worker.plan.advice import advice
-from worker.plan.hardware import Hardware, Rates, known_rates, pretended_gpu, this_cpu
-from worker.plan.model import PlannedModel
-from worker.plan.report import report
-from worker.plan.speed import Work, tokens_per_second
-from worker.plan.table import to_lines
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-import migrations
-from jobs.states import JobState
-from jobs.store import Store
+from batchmill import migrations
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
 from tests import mill
 
 _PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import PromptFileError
-from jobs.schema import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
-from jobs.schema import NO_SAMPLING, Request, SamplingParams
-from producer.lines import ROLES
-from producer.prompts import Line, PromptFile
+from batchmill.jobs.errors import PromptFileError
+from batchmill.jobs.schema import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
+from batchmill.jobs.schema import NO_SAMPLING, Request, SamplingParams
+from batchmill.producer.lines import ROLES
+from batchmill.producer.prompts import Line, PromptFile
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}

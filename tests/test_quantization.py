@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.errors import UsageError
-from jobs.quantization import Kind, Quantization
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.quantization import Kind, Quantization
 
 
 @pytest.mark.parametrize(

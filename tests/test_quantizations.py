@@ -31,20 +31,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from jobs.errors import ModelError
-from jobs.quantization import Kind, Quantization
-from jobs.spec import ModelSpec
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.options import EngineKind, EngineOptions
+from batchmill.worker.loader import load, loading, read_model
+from batchmill.worker.loader.precision import precision
 from tests.checkpoints import SHAPES, save_bitsandbytes, save_shape
 from tests.greedy import ANSWER_TOKENS, PROMPTS, ROUNDED, agree, answers, greedy
 from tests.tiny import build_tokenizer
-from worker.engine.choice import choose
-from worker.engine.options import EngineKind, EngineOptions
-from worker.loader import load, loading, read_model
-from worker.loader.precision import precision
 
 CPU = torch.device("cpu")
 #: The module, whose function has the same name.
-PRECISION = import_module("worker.loader.precision")
+PRECISION = import_module("batchmill.worker.loader.precision")
 #: In what 4-bit weights are multiplied here where nobody asks for anything.
 BEST = torch.bfloat16 if has_avx512bf16() else torch.float32
 #: The rows of the table: what transformers alone is asked for. `skip` stands for a layer of each shape.
@@ -190,7 +190,7 @@ def test_every_row_goes_through_the_whole_line(folders: dict[str, Path], tmp_pat
     words = ["run", file, "-m", folder, "-q", written(row, shape), "--device", "cpu", "-o", out]
     words += ["--temperature", "0", "--max-tokens", ANSWER_TOKENS]
     done = subprocess.run(
-        [sys.executable, "-m", "producer", *map(str, words)],
+        [sys.executable, "-m", "batchmill", *map(str, words)],
         capture_output=True,
         text=True,
         env=os.environ,

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
-from jobs.broker import Broker
-from jobs.settings import load_settings
-from jobs.states import RunOutcome
-from jobs.store import Store
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.states import RunOutcome
+from batchmill.jobs.store import Store
+from batchmill.worker.leftovers import Leftovers
+from batchmill.worker.reconciler import Reconciler
 from tests import mill
-from worker.leftovers import Leftovers
-from worker.reconciler import Reconciler
 
 LARGE = ("batches", "requests", "outputs", "runs")
 #: Partial indexes, of rows of which there are few at any time.

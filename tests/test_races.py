@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from jobs.errors import JobStateError, KeyTaken
-from jobs.states import JobState, RunOutcome
-from jobs.store import Store
-from jobs.store.lease import Held, Seat
-from jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.errors import JobStateError, KeyTaken
+from batchmill.jobs.states import JobState, RunOutcome
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held, Seat
+from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
 from tests import mill
 from tests.oracle import violations
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from jobs.errors import BrokerUnavailable
-from jobs.states import JobState
-from jobs.store import Store
-from jobs.store.lease import Held
+from batchmill.jobs.errors import BrokerUnavailable
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
+from batchmill.worker import reconciler as reconciler_module
+from batchmill.worker.reconciler import Reconciler
 from tests import mill
-from worker import reconciler as reconciler_module
-from worker.reconciler import Reconciler
 
 
 class QueueOfOne:

@@ -18,19 +18,19 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from jobs import tables
-from jobs.adapters import Adapter
-from jobs.errors import BatchmillError
-from jobs.failpoints import arm
-from jobs.files import replaced
-from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, Timings
-from jobs.states import RequestState
-from jobs.store import Store
-from jobs.store.lease import Held
-from jobs.store.reading import Job, OutputRow
-from producer import results
-from producer.answers import CSV_COLUMNS, openai_line
-from producer.results import errors_path, export
+from batchmill.jobs import tables
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import BatchmillError
+from batchmill.jobs.failpoints import arm
+from batchmill.jobs.files import replaced
+from batchmill.jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, Timings
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
+from batchmill.jobs.store.reading import Job, OutputRow
+from batchmill.producer import results
+from batchmill.producer.answers import CSV_COLUMNS, openai_line
+from batchmill.producer.results import errors_path, export
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -360,9 +360,9 @@ def armed(written: str, home: Path) -> Iterator[None]:
 
 
 def command(store: Store, *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"BATCHMILL_DATABASE_URL": str(store.database.url), "PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"BATCHMILL_DATABASE_URL": str(store.database.url), "PYTHONPATH": str(ROOT / "src")}
     environ |= more.pop("env", {})
-    line = [*more.pop("through", []), sys.executable, "-m", "producer", *map(str, words)]
+    line = [*more.pop("through", []), sys.executable, "-m", "batchmill", *map(str, words)]
     return subprocess.run(line, text=True, env=environ, timeout=60, stderr=subprocess.PIPE, **more)
 
 

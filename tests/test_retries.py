@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import select
 
-from jobs.causes import CAUSES, Cause, Chances, cause_of
-from jobs.errors import JobStateError
-from jobs.schema import ErrorCode
-from jobs.states import BatchState, JobState, WorkerState
-from jobs.store import Store, retrying
-from jobs.store.lease import Held
-from jobs.tables import batches, jobs
-from producer.retries import chances_of, retry_advice
+from batchmill.jobs.causes import CAUSES, Cause, Chances, cause_of
+from batchmill.jobs.errors import JobStateError
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.states import BatchState, JobState, WorkerState
+from batchmill.jobs.store import Store, retrying
+from batchmill.jobs.store.lease import Held
+from batchmill.jobs.tables import batches, jobs
+from batchmill.producer.retries import chances_of, retry_advice
 from tests import mill
 
 #: None: answered.
@@ -225,5 +225,5 @@ class TestAdvice:
 
 
 def test_the_table_loads_no_database() -> None:
-    code = "import sys, jobs.causes; print('sqlalchemy' in sys.modules)"
+    code = "import sys, batchmill.jobs.causes; print('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

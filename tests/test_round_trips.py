@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey
-from jobs.states import RequestState
-from jobs.store import Store
-from jobs.store.lease import Held
-from producer.answers import CSV_COLUMNS, PASSTHROUGH
-from producer.results import errors_path, export
+from batchmill.jobs.schema import Choice, ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
+from batchmill.producer.answers import CSV_COLUMNS, PASSTHROUGH
+from batchmill.producer.results import errors_path, export
 from tests import mill
 
 AWKWARD = "\0\r\n\t\x0b\x1c\x85\u2028\u2029\ufeff\ufffe\U0001f600\"',;= \\a"

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from batchmill.worker.rounds import Rounds
 from tests.integration.conftest import until
-from worker.rounds import Rounds
 
 
 class Engine:

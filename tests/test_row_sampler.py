@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from jobs.schema import SamplingParams
-from worker.engine.sampling import Sampler
-from worker.engine.sampling.row_sampler import RowSampler
-from worker.engine.tokenization import Prompt
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.row_sampler import RowSampler
+from batchmill.worker.engine.tokenization import Prompt
 
 CPU = torch.device("cpu")
 

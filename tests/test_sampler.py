@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.schema import SamplingParams
-from worker.engine.sampling import Sampled, Sampler
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.sampling import Sampled, Sampler
 
 CPU = torch.device("cpu")
 #: Searched whole, in blocks, and in blocks by rows.

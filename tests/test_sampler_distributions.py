@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from jobs.schema import SamplingParams
-from worker.engine.sampling import Sampler
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.sampling import Sampler
 
 CPU = torch.device("cpu")
 SAMPLES = 3_000

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import StoreUnavailable
-from jobs.memory import Memory
-from jobs.schema import RequestKey
-from jobs.states import JobState, RequestState, WorkerState
-from jobs.store import Store
-from jobs.store.lease import Turned
+from batchmill.jobs.errors import StoreUnavailable
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import RequestKey
+from batchmill.jobs.states import JobState, RequestState, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Turned
+from batchmill.worker import saver
+from batchmill.worker.engine.echo import EchoEngine
+from batchmill.worker.runner import Runner
+from batchmill.worker.saver import Saver
+from batchmill.worker.spool import Spool, read
 from tests import mill
 from tests.integration.conftest import until
 from tests.oracle import violations
-from worker import saver
-from worker.engine.echo import EchoEngine
-from worker.runner import Runner
-from worker.saver import Saver
-from worker.spool import Spool, read
 
 
 class Desk:

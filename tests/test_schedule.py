@@ -9,10 +9,10 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.engine.prefixes import BLOCK_TOKENS
-from worker.engine.schedule import PATIENCE, Schedule
-from worker.engine.slots import SMALLEST_TOKENS, Slots
-from worker.engine.step import Row, Step
+from batchmill.worker.engine.prefixes import BLOCK_TOKENS
+from batchmill.worker.engine.schedule import PATIENCE, Schedule
+from batchmill.worker.engine.slots import SMALLEST_TOKENS, Slots
+from batchmill.worker.engine.step import Row, Step
 
 LONGEST = 4 * SMALLEST_TOKENS
 

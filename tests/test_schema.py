@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from jobs.ids import new_job_id
-from jobs.schema import (
+from batchmill.jobs.ids import new_job_id
+from batchmill.jobs.schema import (
     NO_SAMPLING,
     Choice,
     ErrorCode,
@@ -19,7 +19,7 @@ from jobs.schema import (
     SamplingParams,
     Timings,
 )
-from jobs.states import RequestState
+from batchmill.jobs.states import RequestState
 
 
 def test_the_request_wins_over_the_job_over_the_model_over_the_fallback() -> None:

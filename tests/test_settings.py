@@ -7,11 +7,11 @@ from typing import get_args
 
 import pytest
 
-from jobs.errors import SettingsError
-from jobs.flags import ENGINE_FLAGS, FLAG_OF_SETTING
-from jobs.home import socket_path
-from jobs.settings import Settings, environment_of, load_settings
-from worker.engine.options import Dequantize, EngineKind
+from batchmill.jobs.errors import SettingsError
+from batchmill.jobs.flags import ENGINE_FLAGS, FLAG_OF_SETTING
+from batchmill.jobs.home import socket_path
+from batchmill.jobs.settings import Settings, environment_of, load_settings
+from batchmill.worker.engine.options import Dequantize, EngineKind
 
 
 def test_flags_win_over_environment_over_file_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

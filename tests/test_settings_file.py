@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.broker import Broker
-from jobs.errors import SettingsError
-from jobs.settings import environment_of, load_settings
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.errors import SettingsError
+from batchmill.jobs.settings import environment_of, load_settings
 
 NOBODYS = 54_321
 
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_read_is_one_line(toml: Path) -> None:
 
 def test_garbage_ends_a_command_without_a_traceback(toml: Path) -> None:
     toml.write_bytes(GARBAGE["deeply nested lists"])
-    done = subprocess.run([sys.executable, "-P", "-m", "producer", "jobs"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "batchmill", "jobs"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "batchmill: batchmill.toml: it is nested too deeply\n"
 

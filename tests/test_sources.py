@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from bitsandbytes.functional import has_avx512bf16
 
-from jobs.digests import Digests
-from jobs.errors import ModelError
-from jobs.identity import Content, of_commit, of_model
-from jobs.spec import ModelSpec
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.identity import Content, of_commit, of_model
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.loader import load
+from batchmill.worker.sources import Sources, read_on
 from tests.tiny import save_tiny_model
-from worker.loader import load
-from worker.sources import Sources, read_on
 
 
 @pytest.fixture(scope="module")

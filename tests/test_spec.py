@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.errors import UsageError
-from jobs.quantization import Kind, Quantization
-from jobs.spec import ModelSpec
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.spec import ModelSpec
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 

@@ -14,18 +14,18 @@ import pytest
 from sqlalchemy import URL, make_url, update
 from structlog.testing import capture_logs
 
-from jobs.process import Process
-from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
-from jobs.settings import Settings, load_settings
-from jobs.states import JobState, RunOutcome
-from jobs.store import Store
-from jobs.store.lease import Held, Lease
-from jobs.tables import workers
+from batchmill.jobs.process import Process
+from batchmill.jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.states import JobState, RunOutcome
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held, Lease
+from batchmill.jobs.tables import workers
+from batchmill.worker import leftovers, spool
+from batchmill.worker.leftovers import Leftovers
+from batchmill.worker.spool import NewerSpool, Spool, Spools, abandoned, read
 from tests import mill
 from tests.oracle import violations
-from worker import leftovers, spool
-from worker.leftovers import Leftovers
-from worker.spool import NewerSpool, Spool, Spools, abandoned, read
 
 LEASE = Lease(3, 1, 5, "job", apart=True)
 HOST = socket.gethostname()

@@ -33,21 +33,21 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from jobs.adapters import Adapter
-from jobs.causes import Chances
-from jobs.errors import JobStateError, LoadingLost, StoreUnavailable
-from jobs.memory import Memory
-from jobs.schema import ErrorCode, Output, Request, RequestKey
-from jobs.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
-from jobs.store import loading, retrying, saving
-from jobs.store.blame import SUSPECT_GROUPS
-from jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.causes import Chances
+from batchmill.jobs.errors import JobStateError, LoadingLost, StoreUnavailable
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store import loading, retrying, saving
+from batchmill.jobs.store.blame import SUSPECT_GROUPS
+from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.worker import leftovers
+from batchmill.worker import reconciler as reconciler_module
+from batchmill.worker.holdings import Said
 from tests import mill
 from tests.desk import BEAT_SECONDS, Bed, Child, Desk, Key, Killed, Queues, Seen
 from tests.oracle import violations
-from worker import leftovers
-from worker import reconciler as reconciler_module
-from worker.holdings import Said
 
 _WORKERS = 3
 _MOST_JOBS = 3

@@ -12,21 +12,21 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import select, update
 
-from jobs.adapters import Adapter
-from jobs.memory import DeviceMemory
-from jobs.process import Process
-from jobs.schema import ErrorCode, JobOptions, SamplingParams
-from jobs.settings import load_settings
-from jobs.sizes import size
-from jobs.spec import ModelSpec
-from jobs.states import WorkerState
-from jobs.store import Store
-from jobs.store.lease import Held, Seat
-from jobs.tables import jobs, runs, workers
-from producer.cli_jobs import COMMANDS
-from producer.estimate import Estimate
-from producer.here import seen_here
-from producer.status import JobStatus, duration, estimated, job_json, loading_line, worker_json, worker_line
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.memory import DeviceMemory
+from batchmill.jobs.process import Process
+from batchmill.jobs.schema import ErrorCode, JobOptions, SamplingParams
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held, Seat
+from batchmill.jobs.tables import jobs, runs, workers
+from batchmill.producer.cli_jobs import COMMANDS
+from batchmill.producer.estimate import Estimate
+from batchmill.producer.here import seen_here
+from batchmill.producer.status import JobStatus, duration, estimated, job_json, loading_line, worker_json, worker_line
 from tests import mill
 
 NUMBER = (int, float)
@@ -305,7 +305,7 @@ class TestEnd(Clocked):
         self, store: Store, who: Seat, clock: mill.Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.work(store, who, clock, batches=4)
-        monkeypatch.setattr("producer.cli_jobs._open", lambda: (load_settings(), store))
+        monkeypatch.setattr("batchmill.producer.cli_jobs._open", lambda: (load_settings(), store))
         run = CliRunner().invoke
         listed, status = run(COMMANDS[1], []), run(COMMANDS[0], [])
         waited = run(COMMANDS[3], ["--timeout", "0"])

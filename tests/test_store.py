@@ -7,14 +7,14 @@ from unittest.mock import patch
 import pytest
 from sqlalchemy import select, update
 
-from jobs.errors import LoadingLost, NotFound
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams, Timings
-from jobs.spec import ModelSpec
-from jobs.states import JobState, RequestState, RunOutcome, WorkerState
-from jobs.store import Store
-from jobs.store.lease import Held
-from jobs.tables import batches, jobs, runs
+from batchmill.jobs.errors import LoadingLost, NotFound
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams, Timings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
+from batchmill.jobs.tables import batches, jobs, runs
 from tests import mill
 
 ALL = frozenset({RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED})

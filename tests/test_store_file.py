@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import SchemaMismatch, StoreUnavailable
-from jobs.settings import load_settings
-from jobs.store import Store
-from migrations import upgrade
+from batchmill.jobs.errors import SchemaMismatch, StoreUnavailable
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.store import Store
+from batchmill.migrations import upgrade
 
 NAMES = ("plain", "a space", "50%20", "what?mode=memory", "hash#tag", "café ☕", "'quoted\"")
 
@@ -42,7 +42,7 @@ def test_a_store_is_found_under_any_name_and_never_made_by_opening_it(tmp_path: 
 
 def test_the_first_commands_of_a_home_make_its_store_together(tmp_path: Path) -> None:
     environ = os.environ | {"BATCHMILL_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "producer", "jobs"]
+    command = [sys.executable, "-m", "batchmill", "jobs"]
     started = [subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     said = [each.communicate()[1] for each in started]
     assert [each.returncode for each in started] == [0] * 4, said

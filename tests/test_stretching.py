@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
-from jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader import LoadedModel
 from tests.families import loaded
-from worker.engine.continuous import ContinuousEngine, Unsupported
-from worker.engine.generate import GenerateEngine
-from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel
 
 ORIGINAL_TOKENS = 64
 _SIZES = {

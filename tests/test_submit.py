@@ -14,15 +14,15 @@ from time import monotonic
 
 import pytest
 
-from jobs.adapters import Adapter
-from jobs.errors import LoadingLost, PromptFileError, UsageError
-from jobs.logs import configure_logs
-from jobs.schema import JobOptions, SamplingParams
-from jobs.settings import load_settings
-from jobs.states import JobState
-from jobs.store import Store
-from producer import submit as submit_module
-from producer.submit import Submission, load_job
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.errors import LoadingLost, PromptFileError, UsageError
+from batchmill.jobs.logs import configure_logs
+from batchmill.jobs.schema import JobOptions, SamplingParams
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.states import JobState
+from batchmill.jobs.store import Store
+from batchmill.producer import submit as submit_module
+from batchmill.producer.submit import Submission, load_job
 from tests import mill
 
 B = Adapter("sql", "/b")

@@ -8,11 +8,11 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.memory import DeviceMemory, Memory
-from worker import telemetry
-from worker.devices import DeviceInfo
-from worker.nvml import Nvml
-from worker.telemetry import MemoryMeter, MemoryReader, Reading
+from batchmill.jobs.memory import DeviceMemory, Memory
+from batchmill.worker import telemetry
+from batchmill.worker.devices import DeviceInfo
+from batchmill.worker.nvml import Nvml
+from batchmill.worker.telemetry import MemoryMeter, MemoryReader, Reading
 
 FIRST = DeviceInfo("GPU", "GPU-1", 1000, "cuda:0", "cuda:2")
 SECOND = DeviceInfo("GPU", "GPU-2", 2000, "cuda:1", "cuda:3")

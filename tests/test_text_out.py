@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
-from producer.answers import _completion_logprobs
+from batchmill.jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
+from batchmill.producer.answers import _completion_logprobs
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader import LoadedModel
 from tests.chains import load_chain, sentencepiece, wordpieces
 from tests.tiny import build_tokenizer
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel
 
 #: The bytes of a character of four, and the first two of another.
 FACE = ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
-from jobs.store import Store
-from jobs.store.lease import Held
-from producer.results import export
+from batchmill.jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Held
+from batchmill.producer.results import export
+from batchmill.worker.engine.decoding import Decoding
+from batchmill.worker.engine.tokenization import Tokenization
 from tests import mill
 from tests.test_chat import TOOL, USER
 from tests.tiny import build_tokenizer
-from worker.engine.decoding import Decoding
-from worker.engine.tokenization import Tokenization
 
 WRITES = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
 HERMES = WRITES + "within <tool_call></tool_call>"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.options import EngineKind, EngineOptions
+from batchmill.worker.loader import LoadedModel, load
 from tests.tiny import build_tokenizer, save_tiny_model
-from worker.engine.choice import choose
-from worker.engine.options import EngineKind, EngineOptions
-from worker.loader import LoadedModel, load
 
 SAMPLING = SamplingParams(max_tokens=2, temperature=0.0)
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import ModelError
-from jobs.quantization import Kind, Quantization
-from jobs.schema import ErrorCode, Request, RequestKey
-from jobs.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import ErrorCode, Request, RequestKey
+from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
+from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.loader import load
+from batchmill.worker.vetting import Refusal, vet, weights
 from tests.tiny import save_tiny_model
-from worker.engine.generate import GenerateEngine
-from worker.loader import load
-from worker.vetting import Refusal, vet, weights
 
 
 @pytest.fixture(scope="module")

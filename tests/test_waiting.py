@@ -15,16 +15,16 @@ from queue import Queue
 
 import pytest
 
-from jobs import waiting
-from jobs.digests import Digests
-from jobs.errors import StoreBusy
-from jobs.home import use_store
-from jobs.store import Store
-from jobs.store.database import WAL_SAFE_SINCE
-from jobs.waiting import telling
+from batchmill.jobs import waiting
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import StoreBusy
+from batchmill.jobs.home import use_store
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.database import WAL_SAFE_SINCE
+from batchmill.jobs.waiting import telling
+from batchmill.worker.device_lock import DeviceLock
 from tests import mill
 from tests.holding import file_lock, reader, transaction
-from worker.device_lock import DeviceLock
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no other system tells who holds a lock")
 
@@ -181,6 +181,6 @@ class TestFiles:
 
 
 def test_waits_cost_no_import_of_the_database() -> None:
-    code = "import sys, jobs.waiting; print('sqlalchemy' in sys.modules, 'click' in sys.modules)"
+    code = "import sys, batchmill.jobs.waiting; print('sqlalchemy' in sys.modules, 'click' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from jobs.errors import StoreUnavailable
-from worker.waker import Waker
+from batchmill.jobs.errors import StoreUnavailable
+from batchmill.worker.waker import Waker
 
 
 def test_who_asks_does_not_wait_and_many_requests_are_few_sendings() -> None:

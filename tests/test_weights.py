@@ -27,10 +27,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from worker.engine.options import Dequantize
-from worker.engine.products import CPU_COPY_ROWS, product_of
-from worker.engine.siblings import Siblings, find_siblings
-from worker.engine.weights import Prepared, prepare
+from batchmill.worker.engine.options import Dequantize
+from batchmill.worker.engine.products import CPU_COPY_ROWS, product_of
+from batchmill.worker.engine.siblings import Siblings, find_siblings
+from batchmill.worker.engine.weights import Prepared, prepare
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("jobs", "producer", "worker", "migrations")
 #: What is no Python module, or is told of as a whole.
 NOTES = {
+    "src/": "the import package: its command, and links to the four rooms",
     "worker/demo/model/": "the demo model's weights, tokenizer and chat template",
     "migrations/script.py.mako": "what a new migration looks like",
     "migrations/versions/": "the migrations, one file each",

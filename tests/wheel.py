@@ -19,7 +19,7 @@ UNREACHABLE = "connection broken by"
 def copy_sources(to: Path) -> Path:
     """The files of a checkout that a wheel is built from: building leaves files beside them."""
     ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "tests")
-    return Path(shutil.copytree(ROOT, to, ignore=ignore))
+    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=ignore))
 
 
 def build_wheel(source: Path, out: Path) -> Path:

@@ -1,17 +1,17 @@
-"""`python -m worker`: the command line of the rooms that hold a device. Without a command it is a worker."""
+"""`python -m batchmill.worker`: the command line of the rooms that hold a device. Without a command it is a worker."""
 
 import sys
 
-from jobs.isolation import isolate
-from jobs.signals import exit_on_sigterm, raise_on_sigterm
-from jobs.standard_files import hold_standard_files
+from batchmill.jobs.isolation import isolate
+from batchmill.jobs.signals import exit_on_sigterm, raise_on_sigterm
+from batchmill.jobs.standard_files import hold_standard_files
 
 #: The module whose `main` each command is.
 MODULES = {
-    "worker": "worker.cli",
-    "models": "worker.cli_models",
-    "plan": "worker.cli_plan",
-    "evaluate": "worker.cli_evaluate",
+    "worker": "batchmill.worker.cli",
+    "models": "batchmill.worker.cli_models",
+    "plan": "batchmill.worker.cli_plan",
+    "evaluate": "batchmill.worker.cli_evaluate",
 }
 
 if __name__ == "__main__":
@@ -21,6 +21,6 @@ if __name__ == "__main__":
     exit_on_sigterm() if words[0] == "worker" else raise_on_sigterm()  # before the imports, which take a second
     hold_standard_files()
     isolate()
-    from worker.commands import Room
+    from batchmill.worker.commands import Room
 
     Room(MODULES).main(words, prog_name="batchmill")

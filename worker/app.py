@@ -5,8 +5,8 @@ from __future__ import annotations
 from celery import shared_task
 from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
 
-from jobs.gate import WAKE_TASK
-from worker.child import Child, begin
+from batchmill.jobs.gate import WAKE_TASK
+from batchmill.worker.child import Child, begin
 
 _child: Child | None = None
 

@@ -25,9 +25,9 @@ from celery.worker.state import maybe_shutdown
 from kombu import Queue
 from redis.exceptions import ResponseError
 
-from jobs.broker import make_app
-from jobs.logs import FILE_ONLY, get_logger
-from jobs.settings import Settings
+from batchmill.jobs.broker import make_app
+from batchmill.jobs.logs import FILE_ONLY, get_logger
+from batchmill.jobs.settings import Settings
 
 log = get_logger(__name__)
 #: Celery gives a child so much longer than the watchdog to load its model.
@@ -49,7 +49,7 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
     app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
     app.conf.update(
         task_queues=[Queue(queue)],
-        include=["worker.app"],
+        include=["batchmill.worker.app"],
         broker_channel_error_retry=True,  # a Redis that refuses (a full one, say) is one that is away
         worker_consumer=_Consumer,
         worker_lost_wait=_LOST_WAIT_SECONDS,

@@ -18,39 +18,39 @@ from time import monotonic
 from types import FrameType
 from typing import NoReturn
 
-from jobs.adapters import from_json
-from jobs.broker import Broker
-from jobs.errors import AlreadyRunning, ModelError, NotFound, StoreError
-from jobs.failpoints import arm, failpoint
-from jobs.identity import differences
-from jobs.logs import configure_logs, get_logger
-from jobs.memory import Memory
-from jobs.parent_death import die_with_parent
-from jobs.settings import Settings, load_settings
-from jobs.spec import ModelSpec
-from jobs.states import WorkerState
-from jobs.store import Store
-from jobs.store.lease import Seat
-from jobs.store.reading import Job
-from jobs.store.workers import Loaded
-from jobs.waiting import tell_by
-from worker.device_lock import DeviceLocks
-from worker.devices import DeviceInfo, describe_devices, is_device_error
-from worker.held import Held, hold, import_libraries
-from worker.nvml import Nvml
-from worker.outage import outlast
-from worker.placement import TOGETHER, Placement
-from worker.pulse import Pulse
-from worker.reconciler import Reconciler
-from worker.rounds import Rounds
-from worker.runner import Runner
-from worker.saver import Saver
-from worker.sources import Sources
-from worker.spool import Spool, Spools
-from worker.telemetry import MemoryMeter
-from worker.versions import versions
-from worker.waker import Waker
-from worker.watchdog import tell_stacks_when_asked
+from batchmill.jobs.adapters import from_json
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.errors import AlreadyRunning, ModelError, NotFound, StoreError
+from batchmill.jobs.failpoints import arm, failpoint
+from batchmill.jobs.identity import differences
+from batchmill.jobs.logs import configure_logs, get_logger
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.parent_death import die_with_parent
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Seat
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.store.workers import Loaded
+from batchmill.jobs.waiting import tell_by
+from batchmill.worker.device_lock import DeviceLocks
+from batchmill.worker.devices import DeviceInfo, describe_devices, is_device_error
+from batchmill.worker.held import Held, hold, import_libraries
+from batchmill.worker.nvml import Nvml
+from batchmill.worker.outage import outlast
+from batchmill.worker.placement import TOGETHER, Placement
+from batchmill.worker.pulse import Pulse
+from batchmill.worker.reconciler import Reconciler
+from batchmill.worker.rounds import Rounds
+from batchmill.worker.runner import Runner
+from batchmill.worker.saver import Saver
+from batchmill.worker.sources import Sources
+from batchmill.worker.spool import Spool, Spools
+from batchmill.worker.telemetry import MemoryMeter
+from batchmill.worker.versions import versions
+from batchmill.worker.waker import Waker
+from batchmill.worker.watchdog import tell_stacks_when_asked
 
 log = get_logger(__name__)
 #: How a parent tells its child who it is; JSON of ChildOrder. Not a setting of the user's.

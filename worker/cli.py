@@ -7,25 +7,25 @@ from typing import Any
 
 import click
 
-from jobs.adapters import Adapter, check_all
-from jobs.errors import UsageError
-from jobs.exits import one_line_errors
-from jobs.failpoints import arm
-from jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
-from jobs.log_file import log_path
-from jobs.logs import configure_logs, get_logger
-from jobs.option_groups import DEVICE, ENGINE, MODEL
-from jobs.settings import load_settings
-from jobs.spec import DEMO, ECHO, ModelSpec
-from jobs.waiting import tell_by
-from migrations import open_store
-from worker.commands import Command, complete_model
-from worker.devices import AUTO, all_cuda_devices
-from worker.keeper import WorkerOptions
-from worker.own_log import make_place
-from worker.parent import run_worker
-from worker.placement import Placement, each_worker, parse_each
-from worker.supervisor import SUPERVISOR, Supervisor
+from batchmill.jobs.adapters import Adapter, check_all
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.failpoints import arm
+from batchmill.jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
+from batchmill.jobs.log_file import log_path
+from batchmill.jobs.logs import configure_logs, get_logger
+from batchmill.jobs.option_groups import DEVICE, ENGINE, MODEL
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.waiting import tell_by
+from batchmill.migrations import open_store
+from batchmill.worker.commands import Command, complete_model
+from batchmill.worker.devices import AUTO, all_cuda_devices
+from batchmill.worker.keeper import WorkerOptions
+from batchmill.worker.own_log import make_place
+from batchmill.worker.parent import run_worker
+from batchmill.worker.placement import Placement, each_worker, parse_each
+from batchmill.worker.supervisor import SUPERVISOR, Supervisor
 
 log = get_logger(__name__)
 

@@ -11,28 +11,28 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.counted import counted
-from jobs.digests import Digests
-from jobs.errors import ModelError, NotAllSucceeded, StoreError
-from jobs.exits import one_line_errors
-from jobs.files import check_target
-from jobs.logs import configure_logs
-from jobs.names import refuse_slip
-from jobs.option_groups import DEVICE
-from jobs.settings import Settings, load_settings
-from jobs.store.evaluations import DataFile
-from migrations import open_store
-from worker.commands import Command, takes_model
-from worker.device_lock import DeviceLock
-from worker.devices import DeviceInfo, describe_devices, use_all_cores, visible_devices
-from worker.engine.options import EngineOptions
-from worker.versions import versions
+from batchmill.jobs.counted import counted
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError, NotAllSucceeded, StoreError
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.files import check_target
+from batchmill.jobs.logs import configure_logs
+from batchmill.jobs.names import refuse_slip
+from batchmill.jobs.option_groups import DEVICE
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.store.evaluations import DataFile
+from batchmill.migrations import open_store
+from batchmill.worker.commands import Command, takes_model
+from batchmill.worker.device_lock import DeviceLock
+from batchmill.worker.devices import DeviceInfo, describe_devices, use_all_cores, visible_devices
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.versions import versions
 
 if TYPE_CHECKING:
-    from worker.evaluate.corpus import Corpus
-    from worker.evaluate.evaluation import Asked
-    from worker.evaluate.lineup import Lineup
-    from worker.evaluate.measurement import Measurement, Method, Report
+    from batchmill.worker.evaluate.corpus import Corpus
+    from batchmill.worker.evaluate.evaluation import Asked
+    from batchmill.worker.evaluate.lineup import Lineup
+    from batchmill.worker.evaluate.measurement import Measurement, Method, Report
 
 _COUNT = click.IntRange(min=0)
 _SIZE = click.IntRange(min=2)
@@ -114,10 +114,10 @@ def main(
     """
     settings = load_settings()
     _prepare_process(settings, device)
-    from worker.evaluate.accuracy import Match, check_answers
-    from worker.evaluate.chart import check, draw
-    from worker.evaluate.corpus import Corpus
-    from worker.evaluate.lineup import Lineup
+    from batchmill.worker.evaluate.accuracy import Match, check_answers
+    from batchmill.worker.evaluate.chart import check, draw
+    from batchmill.worker.evaluate.corpus import Corpus
+    from batchmill.worker.evaluate.lineup import Lineup
 
     lineup = Lineup.parse(model, quantizations or (settings.quantization,), baseline=baseline, revision=revision)
     refuse_slip(lineup.baseline)
@@ -129,8 +129,8 @@ def main(
     check_answers(corpus, Match(match))
     if find_spec("torch") is None:
         raise ModelError("torch is not installed here: pip install 'batchmill[worker]'")
-    from worker.evaluate.evaluation import Asked
-    from worker.evaluate.report import lines, to_json
+    from batchmill.worker.evaluate.evaluation import Asked
+    from batchmill.worker.evaluate.report import lines, to_json
 
     report = _report(lineup, corpus, Asked(match=Match(match), **numbers), _device(device, share_device), settings)
     click.echo(json.dumps(to_json(report)) if as_json else "\n".join(lines(report)))
@@ -162,9 +162,9 @@ def _device(written: str, share_device: bool) -> DeviceInfo:
 
 def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, settings: Settings) -> Report:
     """Measures, keeping each row in the store as soon as it is there."""
-    from worker.evaluate.evaluation import Evaluation
-    from worker.evaluate.measurement import Report
-    from worker.evaluate.progress import Shown
+    from batchmill.worker.evaluate.evaluation import Evaluation
+    from batchmill.worker.evaluate.measurement import Report
+    from batchmill.worker.evaluate.progress import Shown
 
     store, found = open_store(settings), versions()
 

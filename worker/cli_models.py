@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.counted import counted
-from jobs.errors import ModelError, UsageError
-from jobs.exits import one_line_errors
-from jobs.names import refuse_slip
-from jobs.quantization import Kind
-from jobs.sizes import size
-from jobs.spec import DEMO, ECHO, ModelSpec
-from worker.commands import Command, complete_model
+from batchmill.jobs.counted import counted
+from batchmill.jobs.errors import ModelError, UsageError
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.names import refuse_slip
+from batchmill.jobs.quantization import Kind
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.worker.commands import Command, complete_model
 
 if TYPE_CHECKING:
-    from worker.repository import Pulled
+    from batchmill.worker.repository import Pulled
 
 
 @click.group(name="models", epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct")
@@ -67,7 +67,7 @@ def pull(model: str, revision: str | None, as_json: bool) -> None:
 
 def _pull(spec: ModelSpec) -> Pulled:
     try:
-        from worker.repository import pull
+        from batchmill.worker.repository import pull
     except ImportError as error:
         raise _lacking(error) from error
 
@@ -106,13 +106,13 @@ def quantize(model: str, out: Path, quantization: str, revision: str | None, dev
     """
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
     refuse_slip(spec)
-    from worker.devices import describe_devices, use_all_cores, visible_devices
+    from batchmill.worker.devices import describe_devices, use_all_cores, visible_devices
 
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
     (found,) = describe_devices([device])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
     try:
-        from worker.loader.quantized_copy import save_quantized
+        from batchmill.worker.loader.quantized_copy import save_quantized
     except ImportError as error:
         raise _lacking(error) from error
     use_all_cores()

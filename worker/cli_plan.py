@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.errors import StoreError, UsageError
-from jobs.exits import one_line_errors
-from jobs.names import refuse_slip
-from jobs.option_groups import MODEL
-from jobs.settings import Settings, load_settings
-from jobs.sizes import bytes_of
-from jobs.spec import DEMO, ECHO, ModelSpec
-from jobs.store import Store
-from jobs.store.speeds import Speed
-from jobs.tables import REVISION
-from worker.commands import Command, takes_model
-from worker.devices import CPU, use_all_cores
-from worker.placement import TOGETHER, each_worker
+from batchmill.jobs.errors import StoreError, UsageError
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.names import refuse_slip
+from batchmill.jobs.option_groups import MODEL
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.sizes import bytes_of
+from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.speeds import Speed
+from batchmill.jobs.tables import REVISION
+from batchmill.worker.commands import Command, takes_model
+from batchmill.worker.devices import CPU, use_all_cores
+from batchmill.worker.placement import TOGETHER, each_worker
 
 if TYPE_CHECKING:
-    from worker.plan.hardware import Hardware
+    from batchmill.worker.plan.hardware import Hardware
 
 
 @click.command(
@@ -74,14 +74,14 @@ def _planned(
 ) -> list[str]:
     """The report as it is printed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
-    from worker.engine.options import EngineOptions
-    from worker.loader import loading
-    from worker.loader.source import configuration
-    from worker.plan.hardware import pretended_gpu
-    from worker.plan.model import PlannedModel
-    from worker.plan.report import report
-    from worker.plan.table import to_json, to_lines
-    from worker.vetting import vet_configuration
+    from batchmill.worker.engine.options import EngineOptions
+    from batchmill.worker.loader import loading
+    from batchmill.worker.loader.source import configuration
+    from batchmill.worker.plan.hardware import pretended_gpu
+    from batchmill.worker.plan.model import PlannedModel
+    from batchmill.worker.plan.report import report
+    from batchmill.worker.plan.table import to_json, to_lines
+    from batchmill.worker.vetting import vet_configuration
 
     found = [pretended_gpu(gpu_bytes)] if gpu_bytes is not None else _devices(devices)
     with loading(spec):
@@ -98,7 +98,7 @@ def _devices(written: str | None) -> list[Hardware]:
     """Those that are named, or all GPUs of this machine, or its CPU where it has none. Raises UsageError."""
     import torch
 
-    from worker.plan.hardware import joined, this_cpu, this_gpu
+    from batchmill.worker.plan.hardware import joined, this_cpu, this_gpu
 
     here = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if written in (None, "all"):

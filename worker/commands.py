@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from jobs.hub_cache import known_names
-from jobs.option_groups import Groups, write_example, write_options
+from batchmill.jobs.hub_cache import known_names
+from batchmill.jobs.option_groups import Groups, write_example, write_options
 
 
 class Command(click.Command):

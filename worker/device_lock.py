@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from jobs.errors import AlreadyRunning
-from jobs.locks import acquire
-from jobs.pid_file import PidFile
+from batchmill.jobs.errors import AlreadyRunning
+from batchmill.jobs.locks import acquire
+from batchmill.jobs.pid_file import PidFile
 
 _MACHINES_FOLDER = Path("/run/lock")
 #: A process that was just killed may take so long to let go of its device.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from jobs.errors import ModelError, UsageError
+from batchmill.jobs.errors import ModelError, UsageError
 
 AUTO, CPU = "auto", "cpu"
 _PROBE = "import torch; print(torch.cuda.device_count())"

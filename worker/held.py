@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from jobs.adapters import Adapter
-from jobs.digests import Digests
-from jobs.identity import Content, of_echo
-from jobs.settings import Settings
-from jobs.spec import ECHO, ModelSpec
-from worker.devices import DeviceInfo, use_all_cores
-from worker.engine import Progress
-from worker.engine.chaos import ChaosEngine
-from worker.engine.choice import Chosen, choose
-from worker.engine.echo import ECHO_ROWS, EchoEngine
-from worker.engine.options import EngineOptions
-from worker.placement import Placement
-from worker.sources import read_on
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.identity import Content, of_echo
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.worker.devices import DeviceInfo, use_all_cores
+from batchmill.worker.engine import Progress
+from batchmill.worker.engine.chaos import ChaosEngine
+from batchmill.worker.engine.choice import Chosen, choose
+from batchmill.worker.engine.echo import ECHO_ROWS, EchoEngine
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.placement import Placement
+from batchmill.worker.sources import read_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Held:
 def import_libraries(spec: ModelSpec) -> None:
     """Imports torch and its kin where the model needs them, which takes seconds, so that it can be told of alone."""
     if spec.model != ECHO:
-        for name in ("worker.loader", "worker.adapters.loading"):
+        for name in ("batchmill.worker.loader", "batchmill.worker.adapters.loading"):
             import_module(name)
 
 
@@ -71,8 +71,8 @@ def hold(
         engine = kind(rows=rows, progress=progress, seconds_per_step=pace, fits=fits, adapters=names)
         return Held(Chosen(engine, ECHO), of_echo().identity, tuple(adapters))
     # Imported here, so that the echo engine works where torch is not installed.
-    from worker.adapters.loading import with_adapters
-    from worker.loader import load
+    from batchmill.worker.adapters.loading import with_adapters
+    from batchmill.worker.loader import load
 
     use_all_cores()
     places = [each.torch_device for each in devices]

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from jobs.memory import Memory
-from jobs.schema import MAX_BATCH_SIZE, Output, Request, RequestKey
-from jobs.store.bounds import cut
-from jobs.store.lease import Claimed, Held, Lease, Turned
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import MAX_BATCH_SIZE, Output, Request, RequestKey
+from batchmill.jobs.store.bounds import cut
+from batchmill.jobs.store.lease import Claimed, Held, Lease, Turned
 
 
 @dataclass(slots=True)

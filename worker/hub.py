@@ -29,11 +29,11 @@ from huggingface_hub import (
 from huggingface_hub.errors import RevisionResolutionError, SafetensorsParsingError
 from huggingface_hub.file_download import repo_folder_name
 
-from jobs.errors import ModelError
-from jobs.locks import held_by
-from jobs.sizes import size
-from jobs.waiting import telling
-from worker.hub_reasons import pull_command, translated
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.locks import held_by
+from batchmill.jobs.sizes import size
+from batchmill.jobs.waiting import telling
+from batchmill.worker.hub_reasons import pull_command, translated
 
 #: A download writes all the time; one that has not for so long has no process any more, and nothing resumes it.
 _ABANDONED_SECONDS = 3600.0

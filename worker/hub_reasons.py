@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 from huggingface_hub import constants, errors, get_token
 
-from jobs.errors import ModelError
+from batchmill.jobs.errors import ModelError
 
 _TOKENS_PAGE = f"{constants.HUGGINGFACE_CO_URL_HOME}settings/tokens"
 _TOO_MANY, _FORBIDDEN, _UNAUTHORIZED = 429, 403, 401

@@ -16,23 +16,23 @@ from typing import Any
 
 import psutil
 
-from jobs.adapters import Adapter
-from jobs.broker import Broker
-from jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
-from jobs.logs import get_logger
-from jobs.process import end_of
-from jobs.settings import Settings
-from jobs.spec import ModelSpec
-from jobs.states import RunOutcome, WorkerState
-from jobs.store import Store
-from jobs.store.workers import GIVEN_UP, Heartbeat
-from worker.child import DRAIN_SIGNAL
-from worker.early_deaths import EarlyDeaths
-from worker.leftovers import Leftovers
-from worker.namesakes import Namesakes
-from worker.placement import Placement
-from worker.reconciler import Reconciler
-from worker.waker import Waker
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.process import end_of
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import RunOutcome, WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.workers import GIVEN_UP, Heartbeat
+from batchmill.worker.child import DRAIN_SIGNAL
+from batchmill.worker.early_deaths import EarlyDeaths
+from batchmill.worker.leftovers import Leftovers
+from batchmill.worker.namesakes import Namesakes
+from batchmill.worker.placement import Placement
+from batchmill.worker.reconciler import Reconciler
+from batchmill.worker.waker import Waker
 
 log = get_logger(__name__)
 #: How often the keeper looks after its child.

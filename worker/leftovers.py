@@ -9,17 +9,17 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jobs.logs import get_logger
-from jobs.process import Lives, Process
-from jobs.settings import Settings
-from jobs.spec import ECHO, ModelSpec
-from jobs.states import RunOutcome
-from jobs.store import Store
-from jobs.store.bounds import cut
-from jobs.store.lease import Held, Seat
-from jobs.store.recovery import Holder
-from worker.batch_lines import log_taken_back
-from worker.spool import NewerSpool, SpoolFile, Spools, abandoned, read
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.process import Lives, Process
+from batchmill.jobs.settings import Settings
+from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.jobs.states import RunOutcome
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.bounds import cut
+from batchmill.jobs.store.lease import Held, Seat
+from batchmill.jobs.store.recovery import Holder
+from batchmill.worker.batch_lines import log_taken_back
+from batchmill.worker.spool import NewerSpool, SpoolFile, Spools, abandoned, read
 
 log = get_logger(__name__)
 #: A worker of an earlier boot has to be silent for so many heartbeats, too, before it counts as dead: it may be one of

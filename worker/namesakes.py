@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jobs.broker import Broker
-from jobs.errors import BrokerUnavailable
-from jobs.logs import get_logger
-from jobs.process import Process
-from jobs.store import Store
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.errors import BrokerUnavailable
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.process import Process
+from batchmill.jobs.store import Store
 
 log = get_logger(__name__)
 _FORMAT = 1

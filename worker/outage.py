@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from jobs.errors import StoreError
-from jobs.logs import get_logger
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.logs import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")

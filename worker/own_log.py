@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.errors import SettingsError
-from jobs.exits import refusal
-from jobs.home import make_home
-from jobs.log_file import log_path, older_files
+from batchmill.jobs.errors import SettingsError
+from batchmill.jobs.exits import refusal
+from batchmill.jobs.home import make_home
+from batchmill.jobs.log_file import log_path, older_files
 
 #: Workers without a --name have a file per process, so the oldest files are removed.
 _MOST_WORKERS = 200

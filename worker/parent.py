@@ -16,29 +16,29 @@ from pathlib import Path
 
 from celery.signals import worker_shutting_down
 
-from jobs.adapters import to_json
-from jobs.advice import start_words
-from jobs.broker import Broker
-from jobs.errors import BatchmillError, ModelError, StoreBusy
-from jobs.home import use_store
-from jobs.log_file import log_path
-from jobs.logs import FILE_ONLY, configure_logs, get_logger
-from jobs.process import Process
-from jobs.settings import Settings, environment_of
-from jobs.signals import note_sigterm
-from jobs.spec import ECHO, ModelSpec
-from jobs.store import Store
-from migrations import open_store
-from worker.celery_worker import make_celery_worker
-from worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
-from worker.devices import CPU, visible_devices
-from worker.keeper import Keeper, Pool, WorkerOptions
-from worker.namesakes import Namesakes
-from worker.outage import outlast
-from worker.own_log import make_place
-from worker.placement import TOGETHER, Placement
-from worker.pulse import Pulse
-from worker.watchdog import Watchdog
+from batchmill.jobs.adapters import to_json
+from batchmill.jobs.advice import start_words
+from batchmill.jobs.broker import Broker
+from batchmill.jobs.errors import BatchmillError, ModelError, StoreBusy
+from batchmill.jobs.home import use_store
+from batchmill.jobs.log_file import log_path
+from batchmill.jobs.logs import FILE_ONLY, configure_logs, get_logger
+from batchmill.jobs.process import Process
+from batchmill.jobs.settings import Settings, environment_of
+from batchmill.jobs.signals import note_sigterm
+from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.migrations import open_store
+from batchmill.worker.celery_worker import make_celery_worker
+from batchmill.worker.child import DRAIN_SIGNAL, ORDER_VARIABLE, ChildOrder
+from batchmill.worker.devices import CPU, visible_devices
+from batchmill.worker.keeper import Keeper, Pool, WorkerOptions
+from batchmill.worker.namesakes import Namesakes
+from batchmill.worker.outage import outlast
+from batchmill.worker.own_log import make_place
+from batchmill.worker.placement import TOGETHER, Placement
+from batchmill.worker.pulse import Pulse
+from batchmill.worker.watchdog import Watchdog
 
 log = get_logger(__name__)
 

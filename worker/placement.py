@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jobs.errors import UsageError
-from jobs.sizes import bytes_of
-from worker.devices import AUTO, CPU, check_device
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.sizes import bytes_of
+from batchmill.worker.devices import AUTO, CPU, check_device
 
 #: Between the devices of one model; a comma is between workers.
 TOGETHER = "+"

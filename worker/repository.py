@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from jobs.errors import ModelError
-from jobs.model_folder import ADAPTER_CONFIG
-from worker import hub
-from worker.hub import Listing, TensorHeader
-from worker.hub_reasons import HubUnreachable
-from worker.vetting import ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, Refusal, shard_names, weights
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.model_folder import ADAPTER_CONFIG
+from batchmill.worker import hub
+from batchmill.worker.hub import Listing, TensorHeader
+from batchmill.worker.hub_reasons import HubUnreachable
+from batchmill.worker.vetting import ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, Refusal, shard_names, weights
 
 _CONFIG = "config.json"
 _FILES_OF_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
 
-from jobs.failpoints import failpoint
-from jobs.logs import get_logger
-from worker.engine import Engine
-from worker.saver import Saver
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.logs import get_logger
+from batchmill.worker.engine import Engine
+from batchmill.worker.saver import Saver
 
 log = get_logger(__name__)
 

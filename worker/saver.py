@@ -14,16 +14,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from jobs.errors import StoreError
-from jobs.failpoints import failpoint
-from jobs.logs import get_logger
-from jobs.memory import Memory
-from jobs.schema import Output, Request, RequestKey
-from jobs.store import Store
-from jobs.store.lease import Seat, Turned
-from worker.batch_lines import log_batches
-from worker.holdings import Holdings, Said
-from worker.spool import Spool
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import Output, Request, RequestKey
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Seat, Turned
+from batchmill.worker.batch_lines import log_batches
+from batchmill.worker.holdings import Holdings, Said
+from batchmill.worker.spool import Spool
 
 log = get_logger(__name__)
 _FIRST_PAUSE_SECONDS = 0.2

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jobs.errors import ModelError
-from jobs.identity import Content
-from jobs.logs import get_logger
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.identity import Content
+from batchmill.jobs.logs import get_logger
 
 log = get_logger(__name__)
 _MAPS = Path("/proc/self/maps")

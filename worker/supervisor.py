@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 
-from jobs.embedded import start_process, wait_or_kill
-from jobs.errors import BatchmillError, StoreError
-from jobs.logs import get_logger
-from jobs.process import Process, end_of
-from jobs.settings import Settings, environment_of
-from jobs.states import WorkerState
-from jobs.store import Store
-from worker.placement import Placement
+from batchmill.jobs.embedded import start_process, wait_or_kill
+from batchmill.jobs.errors import BatchmillError, StoreError
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.process import Process, end_of
+from batchmill.jobs.settings import Settings, environment_of
+from batchmill.jobs.states import WorkerState
+from batchmill.jobs.store import Store
+from batchmill.worker.placement import Placement
 
 log = get_logger(__name__)
 #: Name of the log file that says which workers ended, by what, and were started again.
@@ -83,7 +83,7 @@ class _Post:
 
 
 class Supervisor:
-    """Runs `python -m worker` once per placement until told to end, or until no worker is left."""
+    """Runs `python -m batchmill.worker` once per placement until told to end, or until no worker is left."""
 
     def __init__(
         self,
@@ -96,7 +96,11 @@ class Supervisor:
     ) -> None:
         environ = os.environ | environment_of(settings)
         self._posts = [
-            _Post(each.written, [sys.executable, "-P", "-m", "worker", *arguments, *each.command_line()], environ)
+            _Post(
+                each.written,
+                [sys.executable, "-P", "-m", "batchmill.worker", *arguments, *each.command_line()],
+                environ,
+            )
             for each in placements
         ]
         self._ends_when_idle = ends_when_idle

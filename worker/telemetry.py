@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import psutil
 
-from jobs.memory import DeviceMemory, Memory
-from worker.devices import CPU, DeviceInfo
-from worker.nvml import Nvml
+from batchmill.jobs.memory import DeviceMemory, Memory
+from batchmill.worker.devices import CPU, DeviceInfo
+from batchmill.worker.nvml import Nvml
 
 #: The driver is asked so often at most.
 _DRIVER_SECONDS = 1.0

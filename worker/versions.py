@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from jobs import VERSION
+from batchmill.jobs import VERSION
 
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 

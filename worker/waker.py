@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from jobs.errors import StoreError
-from jobs.logs import get_logger
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -16,8 +16,8 @@ from contextlib import suppress
 
 import psutil
 
-from jobs.logs import get_logger
-from worker.pulse import Pulse
+from batchmill.jobs.logs import get_logger
+from batchmill.worker.pulse import Pulse
 
 log = get_logger(__name__)
 _TICK_SECONDS = 0.25

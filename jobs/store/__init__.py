@@ -17,26 +17,26 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, inspect, text
 
-from jobs.errors import SchemaMismatch, StoreError
-from jobs.store.closing import Closing
-from jobs.store.database import Database
-from jobs.store.effort import EffortReading
-from jobs.store.evaluations import Evaluations
-from jobs.store.health import Health
-from jobs.store.holders import Holders
-from jobs.store.loading import Loading
-from jobs.store.own_id import OwnId
-from jobs.store.reading import Reading
-from jobs.store.recovery import Recovery
-from jobs.store.retrying import Retrying
-from jobs.store.sample import Sampling
-from jobs.store.saving import Saving
-from jobs.store.speeds import Speeds
-from jobs.store.workers import Workers
-from jobs.tables import REVISION, metadata
+from batchmill.jobs.errors import SchemaMismatch, StoreError
+from batchmill.jobs.store.closing import Closing
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.effort import EffortReading
+from batchmill.jobs.store.evaluations import Evaluations
+from batchmill.jobs.store.health import Health
+from batchmill.jobs.store.holders import Holders
+from batchmill.jobs.store.loading import Loading
+from batchmill.jobs.store.own_id import OwnId
+from batchmill.jobs.store.reading import Reading
+from batchmill.jobs.store.recovery import Recovery
+from batchmill.jobs.store.retrying import Retrying
+from batchmill.jobs.store.sample import Sampling
+from batchmill.jobs.store.saving import Saving
+from batchmill.jobs.store.speeds import Speeds
+from batchmill.jobs.store.workers import Workers
+from batchmill.jobs.tables import REVISION, metadata
 
 if TYPE_CHECKING:
-    from jobs.store.checking import Checking
+    from batchmill.jobs.store.checking import Checking
 
 _REVISION = re.compile(r"[0-9]{4}")
 _MOST_NAMES = 5
@@ -71,7 +71,7 @@ class Store:
 
     @cached_property
     def checking(self) -> Checking:
-        from jobs.store.checking import Checking  # here, since it builds all its questions as it is imported
+        from batchmill.jobs.store.checking import Checking  # here, since it builds all its questions as it is imported
 
         return Checking(self.database)
 

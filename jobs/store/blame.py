@@ -13,14 +13,14 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, select, update
 
-from jobs.schema import ErrorCode
-from jobs.states import BATCH_BEFORE, BatchState, RequestState
-from jobs.store.bounds import octets
-from jobs.store.closing import end_unanswered
-from jobs.store.database import Database
-from jobs.store.lease import NO_LEASE
-from jobs.store.moving import move
-from jobs.tables import batches, outputs, requests, runs
+from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.states import BATCH_BEFORE, BatchState, RequestState
+from batchmill.jobs.store.bounds import octets
+from batchmill.jobs.store.closing import end_unanswered
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import NO_LEASE
+from batchmill.jobs.store.moving import move
+from batchmill.jobs.tables import batches, outputs, requests, runs
 
 #: After its first crash, its second and so on, a suspect runs with at most so many others. One more crash is its last.
 SUSPECT_GROUPS = (16, 4, 1, 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, LargeBinary, Row, Select, cast, func, or_, select
 
-from jobs.store.database import Database
+from batchmill.jobs.store.database import Database
 
 #: What a batch holds at most, and what one transaction reads or writes at most: a tenth of a second or two.
 PAGE_BYTES = 8 * 1024 * 1024

@@ -15,17 +15,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, func, insert, select, update
 
-from jobs.adapters import from_json, to_json
-from jobs.errors import StoreBusy
-from jobs.identity import differences
-from jobs.schema import JobOptions, Request, SamplingParams
-from jobs.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
-from jobs.store.bounds import PAGE_BYTES, text_bytes
-from jobs.store.database import Database
-from jobs.store.lease import Claimed, Lease, Seat
-from jobs.store.pending import NO_ADAPTER, Among, Need, count_pending, heads, needs_met, waiting
-from jobs.store.workers import idle_workers
-from jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.adapters import from_json, to_json
+from batchmill.jobs.errors import StoreBusy
+from batchmill.jobs.identity import differences
+from batchmill.jobs.schema import JobOptions, Request, SamplingParams
+from batchmill.jobs.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
+from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import Claimed, Lease, Seat
+from batchmill.jobs.store.pending import NO_ADAPTER, Among, Need, count_pending, heads, needs_met, waiting
+from batchmill.jobs.store.workers import idle_workers
+from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
 
 #: How far pending batches are counted when they are compared with idle workers.
 _COUNT_LIMIT = 500

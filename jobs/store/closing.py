@@ -6,13 +6,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select, update
 
-from jobs.failpoints import failpoint
-from jobs.schema import MAX_BATCH_SIZE, ErrorCode
-from jobs.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.store.lease import NO_LEASE
-from jobs.tables import batches, jobs, outputs, requests
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.schema import MAX_BATCH_SIZE, ErrorCode
+from batchmill.jobs.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import NO_LEASE
+from batchmill.jobs.tables import batches, jobs, outputs, requests
 
 #: One transaction closes or moves at most this many requests; no batch holds more.
 PAGE_REQUESTS = MAX_BATCH_SIZE

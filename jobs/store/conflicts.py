@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from jobs.errors import StoreConflict
+from batchmill.jobs.errors import StoreConflict
 
 #: A transaction is begun so often at most: by then the store is too busy for it.
 MOST_TRIES = 6

@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError
 from sqlalchemy.schema import Table
 
-from jobs.errors import (
+from batchmill.jobs.errors import (
     SettingsError,
     StoreBusy,
     StoreConflict,
@@ -28,11 +28,11 @@ from jobs.errors import (
     StoreReplaced,
     StoreUnavailable,
 )
-from jobs.locks import sqlite_held_by
-from jobs.store.clock import StoreClock
-from jobs.store.line import Line
-from jobs.store.postgresql import crowded, postgresql_engine
-from jobs.waiting import Wait, telling
+from batchmill.jobs.locks import sqlite_held_by
+from batchmill.jobs.store.clock import StoreClock
+from batchmill.jobs.store.line import Line
+from batchmill.jobs.store.postgresql import crowded, postgresql_engine
+from batchmill.jobs.waiting import Wait, telling
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
 WAL_SAFE_SINCE = (3, 51, 3)

@@ -11,11 +11,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Subquery, case, func, literal, or_, select
 
-from jobs.memory import DeviceMemory, Memory, largest_of_texts
-from jobs.states import RunOutcome
-from jobs.store.database import Database
-from jobs.store.workers import MISSED_HEARTBEATS, alive
-from jobs.tables import jobs, runs, workers
+from batchmill.jobs.memory import DeviceMemory, Memory, largest_of_texts
+from batchmill.jobs.states import RunOutcome
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.workers import MISSED_HEARTBEATS, alive
+from batchmill.jobs.tables import jobs, runs, workers
 
 #: The window over which a job's present speed is taken.
 RECENT_SECONDS = 60.0

@@ -9,10 +9,10 @@ from typing import Any
 
 from sqlalchemy import insert, select
 
-from jobs.spec import ModelSpec
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.tables import evaluations
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.tables import evaluations
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, exists, or_, select, text, update
 
-from jobs.spec import ModelSpec
-from jobs.states import BatchState, RunOutcome, WorkerState
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.tables import batches, capacities, jobs, runs, workers
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import BatchState, RunOutcome, WorkerState
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.tables import batches, capacities, jobs, runs, workers
 
 #: So many crashes in a row, each of other requests, make a device suspect.
 CRASHES = 3

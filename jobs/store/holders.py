@@ -11,16 +11,16 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, or_, select
 
-from jobs.adapters import Adapter, from_json
-from jobs.errors import NotFound
-from jobs.process import Process
-from jobs.spec import ModelSpec
-from jobs.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
-from jobs.store.database import Database
-from jobs.store.lacks import Lack, lacks
-from jobs.store.lease import is_over
-from jobs.store.workers import GIVEN_UP, alive
-from jobs.tables import batches, jobs, outputs, requests, runs, workers
+from batchmill.jobs.adapters import Adapter, from_json
+from batchmill.jobs.errors import NotFound
+from batchmill.jobs.process import Process
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lacks import Lack, lacks
+from batchmill.jobs.store.lease import is_over
+from batchmill.jobs.store.workers import GIVEN_UP, alive
+from batchmill.jobs.tables import batches, jobs, outputs, requests, runs, workers
 
 #: Workers and crashes of longer ago are no news.
 _NEWS_SECONDS = 86_400.0

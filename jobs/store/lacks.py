@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
-from jobs.adapters import SOMEWHERE, Adapter, from_json
-from jobs.states import BatchState, WorkerState
-from jobs.store.pending import NO_ADAPTER
-from jobs.store.workers import alive
-from jobs.tables import batches, jobs, workers
+from batchmill.jobs.adapters import SOMEWHERE, Adapter, from_json
+from batchmill.jobs.states import BatchState, WorkerState
+from batchmill.jobs.store.pending import NO_ADAPTER
+from batchmill.jobs.store.workers import alive
+from batchmill.jobs.tables import batches, jobs, workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, or_, update
 
-from jobs.adapters import Adapter
-from jobs.memory import Memory
-from jobs.schema import Output, Request, SamplingParams
-from jobs.spec import ModelSpec
-from jobs.states import RunOutcome
-from jobs.tables import runs
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import Output, Request, SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import RunOutcome
+from batchmill.jobs.tables import runs
 
 #: The columns of a batch that nobody holds.
 NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}

@@ -15,18 +15,18 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from jobs.errors import KeyTaken, LoadingLost
-from jobs.ids import new_job_id
-from jobs.schema import JobOptions, Provenance, Request
-from jobs.spec import ModelSpec
-from jobs.states import JOB_BEFORE, BatchState, JobState
-from jobs.store.bounds import cut, octets, page_of, text_bytes
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.store.lease import is_over
-from jobs.store.moving import new_batches
-from jobs.store.pending import NO_ADAPTER
-from jobs.tables import batches, jobs, requests
+from batchmill.jobs.errors import KeyTaken, LoadingLost
+from batchmill.jobs.ids import new_job_id
+from batchmill.jobs.schema import JobOptions, Provenance, Request
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import JOB_BEFORE, BatchState, JobState
+from batchmill.jobs.store.bounds import cut, octets, page_of, text_bytes
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import is_over
+from batchmill.jobs.store.moving import new_batches
+from batchmill.jobs.store.pending import NO_ADAPTER
+from batchmill.jobs.tables import batches, jobs, requests
 
 #: A loading transaction holds at most this many requests, beside the bound of its bytes: others write too.
 MAX_REQUESTS = 4_000

@@ -7,9 +7,9 @@ from itertools import islice
 
 from sqlalchemy import Connection, insert, update
 
-from jobs.states import BatchState
-from jobs.store.bounds import cut
-from jobs.tables import batches, requests
+from batchmill.jobs.states import BatchState
+from batchmill.jobs.store.bounds import cut
+from batchmill.jobs.tables import batches, requests
 
 
 def new_batches(

@@ -9,11 +9,11 @@ import uuid
 
 from sqlalchemy import insert, select, update
 
-from jobs.errors import StoreError, UsageError
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.store.workers import alive
-from jobs.tables import stores, workers
+from batchmill.jobs.errors import StoreError, UsageError
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.workers import alive
+from batchmill.jobs.tables import stores, workers
 
 _PLACE = 1
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, literal_column, or_, select, union_all
 
-from jobs.adapters import Adapter, from_json
-from jobs.states import CLAIMABLE_JOB_STATES, BatchState
-from jobs.tables import batches, jobs
+from batchmill.jobs.adapters import Adapter, from_json
+from batchmill.jobs.states import CLAIMABLE_JOB_STATES, BatchState
+from batchmill.jobs.tables import batches, jobs
 
 #: What `batches.adapter` holds where the requests name none.
 NO_ADAPTER = ""

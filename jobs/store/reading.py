@@ -12,13 +12,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, case, func, select
 
-from jobs.adapters import Adapter, from_json
-from jobs.errors import NotFound
-from jobs.spec import ModelSpec
-from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
-from jobs.store.bounds import octets, page_of
-from jobs.store.database import Database
-from jobs.tables import batches, jobs, outputs, requests
+from batchmill.jobs.adapters import Adapter, from_json
+from batchmill.jobs.errors import NotFound
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import CLOSED_JOB_STATES, JobState, RequestState
+from batchmill.jobs.store.bounds import octets, page_of
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.tables import batches, jobs, outputs, requests
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, and_, func, select, update
 
-from jobs.adapters import from_json
-from jobs.failpoints import failpoint
-from jobs.process import Process
-from jobs.spec import ModelSpec
-from jobs.states import (
+from batchmill.jobs.adapters import from_json
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.process import Process
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import (
     BATCH_BEFORE,
     CLAIMABLE_JOB_STATES,
     HOLDING_JOB_STATES,
@@ -20,15 +20,15 @@ from jobs.states import (
     JobState,
     RunOutcome,
 )
-from jobs.store.blame import Blaming
-from jobs.store.bounds import octets, page_of
-from jobs.store.closing import Closing
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.store.lease import NO_LEASE, end_runs, is_over
-from jobs.store.pending import Among, needs_met, pending_batches
-from jobs.store.workers import alive
-from jobs.tables import batches, jobs, requests, runs, workers
+from batchmill.jobs.store.blame import Blaming
+from batchmill.jobs.store.bounds import octets, page_of
+from batchmill.jobs.store.closing import Closing
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import NO_LEASE, end_runs, is_over
+from batchmill.jobs.store.pending import Among, needs_met, pending_batches
+from batchmill.jobs.store.workers import alive
+from batchmill.jobs.tables import batches, jobs, requests, runs, workers
 
 #: How many batches one transaction takes back: to blame who was in flight takes ten queries for each.
 _PAGE = 50

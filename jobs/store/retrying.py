@@ -13,14 +13,14 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, or_, select, update
 
-from jobs.causes import Chances
-from jobs.errors import JobStateError
-from jobs.states import CLOSED_JOB_STATES, JobState, RequestState
-from jobs.store.bounds import octets, page_of
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.store.moving import move
-from jobs.tables import batches, jobs, outputs, requests
+from batchmill.jobs.causes import Chances
+from batchmill.jobs.errors import JobStateError
+from batchmill.jobs.states import CLOSED_JOB_STATES, JobState, RequestState
+from batchmill.jobs.store.bounds import octets, page_of
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.moving import move
+from batchmill.jobs.tables import batches, jobs, outputs, requests
 
 #: One transaction moves about this many requests in a tenth of a second, and always whole batches of the job's size.
 PAGE_REQUESTS = 1_000

@@ -11,10 +11,10 @@ from typing import Any
 
 from sqlalchemy import and_, select
 
-from jobs.states import RequestState
-from jobs.store.bounds import octets
-from jobs.store.database import Database
-from jobs.tables import outputs, requests
+from batchmill.jobs.states import RequestState
+from batchmill.jobs.store.bounds import octets
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.tables import outputs, requests
 
 #: So many requests of the whole file, and so many of its beginning.
 SAMPLED = 256

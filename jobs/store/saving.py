@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, case, func, select, update
 
-from jobs.failpoints import failpoint
-from jobs.memory import Memory, devices_text
-from jobs.schema import Output
-from jobs.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
-from jobs.store.claiming import Claiming
-from jobs.store.closing import Closing
-from jobs.store.conflicts import retried
-from jobs.store.database import Database
-from jobs.store.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
-from jobs.store.workers import GIVEN_UP
-from jobs.tables import batches, jobs, outputs, runs, workers
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.memory import Memory, devices_text
+from batchmill.jobs.schema import Output
+from batchmill.jobs.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store.claiming import Claiming
+from batchmill.jobs.store.closing import Closing
+from batchmill.jobs.store.conflicts import retried
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
+from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.jobs.tables import batches, jobs, outputs, runs, workers
 
 _ENDING = GIVEN_UP | {WorkerState.DRAINING, WorkerState.STOPPED}
 

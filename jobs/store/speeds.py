@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import func, select
 
-from jobs.quantization import Quantization
-from jobs.spec import ModelSpec
-from jobs.store.database import Database
-from jobs.tables import runs, workers
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.tables import runs, workers
 
 
 @dataclass(frozen=True, slots=True)

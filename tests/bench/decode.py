@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from jobs.errors import UsageError
-from jobs.quantization import Quantization
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.quantization import Quantization
+from batchmill.worker.devices import visible_devices
+from batchmill.worker.engine.flash import PAGE_TOKENS
+from batchmill.worker.plan.hardware import Hardware
 from tests.bench import report
 from tests.bench.contest import in_process
 from tests.bench.contestant import Contestant, ContestantError, Setup
@@ -25,9 +28,6 @@ from tests.bench.floor import Floor, floors, hardware_of, rates_text
 from tests.bench.lineup import root_folder, some_of
 from tests.bench.score import Ground, Score, table
 from tests.bench.turns import Clock, Plan, Turns
-from worker.devices import visible_devices
-from worker.engine.flash import PAGE_TOKENS
-from worker.plan.hardware import Hardware
 
 T = TypeVar("T")
 PEERS: dict[str, type[Contestant]] = {"generate": GenerateDecoder, "generate_batch": GenerateBatchDecoder}

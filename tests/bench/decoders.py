@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
-from jobs.quantization import Quantization
-from jobs.schema import RequestKey
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.schema import RequestKey
 from tests.bench.contestant import Answers
 from tests.bench.engines import ContinuousContestant
 from tests.bench.peers.transformers import GenerateBatch, Setting, SortedGenerate
@@ -25,8 +25,8 @@ _PROMPT_STEPS, _LEAST_STEP_TOKENS = 16, 512
 
 
 def _meter(device: str) -> Any:
-    from worker.devices import describe_devices
-    from worker.telemetry import MemoryMeter
+    from batchmill.worker.devices import describe_devices
+    from batchmill.worker.telemetry import MemoryMeter
 
     return MemoryMeter(describe_devices((device,)))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import ModelSpec
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import ModelSpec
 from tests.bench.contestant import Answers, Contestant
 from tests.bench.workloads import Ask, Workload
 
@@ -30,7 +30,7 @@ class _Ours(Contestant):
     def load(self, folder: Path, weights: str, threads: int) -> None:
         import torch
 
-        from worker.loader import load
+        from batchmill.worker.loader import load
 
         torch.set_num_threads(threads)
         loaded = load(ModelSpec.parse(str(folder), quantization=weights), self.setup.device)
@@ -85,8 +85,8 @@ class ContinuousContestant(_Ours):
         drive(self._engine, [Request(0, "forget", prompt="a", sampling=sampling)], AT_ONCE)
 
     def engine(self, loaded: Any) -> Any:
-        from worker.engine.continuous import ContinuousEngine
-        from worker.engine.options import Dequantize, EngineOptions
+        from batchmill.worker.engine.continuous import ContinuousEngine
+        from batchmill.worker.engine.options import Dequantize, EngineOptions
 
         options = EngineOptions(
             max_rows=self.setup.rows,
@@ -114,6 +114,6 @@ class GenerateContestant(_Ours):
     name: ClassVar[str] = "generate engine"
 
     def engine(self, loaded: Any) -> Any:
-        from worker.engine.generate import GenerateEngine
+        from batchmill.worker.engine.generate import GenerateEngine
 
         return GenerateEngine(loaded, rows=_ROWS)

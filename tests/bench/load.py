@@ -78,9 +78,9 @@ def _loaded(folder: Path, files: list[Path], quantization: str) -> float:
 
 def main() -> None:
     """What a worker does before its first request, its imports not counted."""
-    from jobs.quantization import Quantization
-    from jobs.spec import ModelSpec
-    from worker.loader import load as load_model
+    from batchmill.jobs.quantization import Quantization
+    from batchmill.jobs.spec import ModelSpec
+    from batchmill.worker.loader import load as load_model
 
     folder, quantization = sys.argv[1:]
     loaded = load_model(ModelSpec(folder, quantization=Quantization.parse(quantization)), "cpu")

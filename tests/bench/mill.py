@@ -15,12 +15,12 @@ from typing import IO
 
 import psutil
 
-from jobs.embedded import EmbeddedRedis
-from jobs.settings import environment_of, load_settings
-from jobs.states import WorkerState
-from jobs.store import Store
-from migrations import open_store
-from producer.status import JobStatus
+from batchmill.jobs.embedded import EmbeddedRedis
+from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.jobs.states import WorkerState
+from batchmill.jobs.store import Store
+from batchmill.migrations import open_store
+from batchmill.producer.status import JobStatus
 from tests.bench.table import Row
 
 _LINE_BYTES = 500
@@ -115,7 +115,7 @@ def _prompts(folder: Path, lines: int) -> Path:
 
 
 def _start(folder: Path, *words: str | Path, stdout: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "producer", *map(str, words)]
+    line = [sys.executable, "-m", "batchmill", *map(str, words)]
     environ = {**os.environ, **environment_of(load_settings(home=folder))}
     return subprocess.Popen(line, env=environ, stdout=stdout, stderr=subprocess.DEVNULL)
 

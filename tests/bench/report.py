@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
 
-from jobs import VERSION
+from batchmill.jobs import VERSION
 from tests.bench.contest import Entry
 from tests.bench.contestant import Measured
 from tests.bench.workloads import Workload

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from jobs.sizes import size
+from batchmill.jobs.sizes import size
+from batchmill.worker.plan.hardware import Hardware
 from tests.bench.floor import Floor
 from tests.bench.report import aligned, rate
 from tests.bench.timeline import Timeline
-from worker.plan.hardware import Hardware
 
 _UNKNOWN = "-"
 _HEAD = (

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.settings import environment_of, load_settings
+from batchmill.jobs.settings import environment_of, load_settings
 from tests.bench.mill import command, home
 from tests.bench.table import Row
 
@@ -31,7 +31,7 @@ def start(_lines: int) -> list[Row]:
 def _times(folder: Path, word: str, code: str) -> str:
     """The least of several rounds each, in turns, so that what else the machine does falls on both."""
     environ = {**os.environ, **environment_of(load_settings(home=folder))}
-    lines = (["-m", "producer", word], ["-c", code])
+    lines = (["-m", "batchmill", word], ["-c", code])
     rounds = [[_cpu_seconds([sys.executable, *line], environ) for line in lines] for _ in range(_ROUNDS)]
     ours, theirs = map(min, zip(*rounds, strict=True))
     return f"{ours / theirs:.2f} ({ours * 1e3:,.0f}/{theirs * 1e3:,.0f} ms)"

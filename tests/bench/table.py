@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from jobs import VERSION
+from batchmill.jobs import VERSION
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ import redis
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-import migrations
-from jobs.embedded import find_server, start_process
-from jobs.errors import StoreError
-from jobs.settings import Settings, load_settings
-from producer.results import export
+from batchmill import migrations
+from batchmill.jobs.embedded import find_server, start_process
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.producer.results import export
 from tests.faults.proxy import FaultProxy
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, Mill, until, write_prompts
 from tests.oracle import export_violations, violations
@@ -86,7 +86,7 @@ class FaultMill(Mill):
         log = self.logs_folder / f"{len(self._started)}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "producer", *map(str, words)],
+                [sys.executable, "-m", "batchmill", *map(str, words)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -14,9 +14,9 @@ from sqlalchemy import Engine, NullPool, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-import migrations
-from jobs.errors import StoreCrowded
-from jobs.store import Store
+from batchmill import migrations
+from batchmill.jobs.errors import StoreCrowded
+from batchmill.jobs.store import Store
 from tests.faults.conftest import SLOW, FaultMill, PostgresqlServer
 from tests.integration.conftest import until
 

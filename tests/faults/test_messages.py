@@ -10,12 +10,12 @@ import pytest
 from kombu import Queue
 from sqlalchemy import text
 
-from jobs.broker import Broker, make_app
-from jobs.gate import WAKE_TASK
-from jobs.store import Store
+from batchmill.jobs.broker import Broker, make_app
+from batchmill.jobs.gate import WAKE_TASK
+from batchmill.jobs.store import Store
+from batchmill.worker.reconciler import Reconciler
 from tests.faults.conftest import SLOW, FaultMill, ProxiedMill, sqlite_first
 from tests.integration.conftest import until
-from worker.reconciler import Reconciler
 
 
 def send(mill: FaultMill, batch_ids: list[int], *, copies: int) -> None:

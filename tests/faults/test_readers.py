@@ -19,7 +19,7 @@ REQUESTS = 3_000
 
 def results_into_a_pipe(mill: FaultMill, job_id: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "producer", "results", job_id], stdout=subprocess.PIPE, text=True, env=mill.environ()
+        [sys.executable, "-m", "batchmill", "results", job_id], stdout=subprocess.PIPE, text=True, env=mill.environ()
     )
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from sqlalchemy import select, text
 
-from jobs.tables import metadata
+from batchmill.jobs.tables import metadata
 from tests.faults.site import Site, site, site_mill  # noqa: F401
 from tests.integration.conftest import Mill, until
 
@@ -44,7 +44,7 @@ class Watched:
     def start(self, *words: str | Path, **settings: object) -> subprocess.Popen[str]:
         """A command that goes on, whose output goes to a file."""
         log = self._folder / f"said-{len(self._started)}.log"
-        command = [sys.executable, "-m", "producer", *map(str, words)]
+        command = [sys.executable, "-m", "batchmill", *map(str, words)]
         with log.open("w") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, text=True, env=self.mill.environ(**settings)

@@ -89,7 +89,8 @@ def prompts(tmp_path: Path) -> None:
 
 def all_of(commands: Sequence[Sequence[str]], home: Path | str, *, limit: str = "") -> list[dict[str, Any]]:
     """What each of these commands said, in this home; `limit`: what a shell does before."""
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "BATCHMILL_HOME": str(home)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "BATCHMILL_HOME": str(home)}
     done = subprocess.run(
         ["bash", "-c", f"{limit}\n exec {sys.executable} -m tests.forked"],
         input=json.dumps(commands),
@@ -264,9 +265,9 @@ def test_an_output_that_takes_nothing_is_one_line(words: str, tmp_path: Path) ->
 
 def ran(home: Path, words: str) -> tuple[int, str, str]:
     """The exit code, stdout (of answers their texts) and stderr of a command in a shell."""
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "BATCHMILL_HOME": str(home / "home")}
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), "BATCHMILL_HOME": str(home / "home")}
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m producer {words}"], capture_output=True, text=True, env=environ
+        ["bash", "-c", f"{sys.executable} -m batchmill {words}"], capture_output=True, text=True, env=environ
     )
     out = done.stdout
     return done.returncode, json.loads(out)["text"] if out.startswith("{") else out, done.stderr

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.adapters import Adapter
-from jobs.quantization import Kind, Quantization
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from jobs.spec import DEMO, ModelSpec
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.worker.adapters.loading import with_adapters
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.loader import LoadedModel, load
 from tests.gpu.test_continuous import PROMPTS, on_cuda
 from tests.lora import alone, greedy, save_random_adapter
-from worker.adapters.loading import with_adapters
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.options import Dequantize, EngineOptions
-from worker.loader import LoadedModel, load
 
 NAMES = [None, "wide", "narrow", "wide"]
 TOKENS = 20

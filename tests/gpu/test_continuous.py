@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.flash import FlashAttention
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader import LoadedModel
 from tests.families import loaded
-from worker.engine.continuous import ContinuousEngine
-from worker.engine.flash import FlashAttention
-from worker.engine.options import EngineOptions
-from worker.loader import LoadedModel
 
 PROMPTS = ["a", "some longer prompt of more words", "x" * 150, "medium length"]
 VOCABULARY = 260

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.quantization import Quantization
-from jobs.spec import ModelSpec
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.devices import describe_devices
+from batchmill.worker.loader import load
+from batchmill.worker.placement import Placement
 from tests.integration.conftest import Mill, until, write_prompts
 from tests.tiny import save_tiny_model
-from worker.devices import describe_devices
-from worker.loader import load
-from worker.placement import Placement
 
 SPEC = ("-m", "demo", "-q", "none")
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.quantization import Quantization
-from jobs.spec import ModelSpec
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine.choice import choose
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader import load
+from batchmill.worker.loader.quantized_copy import save_quantized
 from tests.checkpoints import save_compressed, save_shape
 from tests.greedy import ROUNDED, agree, answers, greedy
 from tests.tiny import build_tokenizer
-from worker.engine.choice import choose
-from worker.engine.options import EngineOptions
-from worker.loader import load
-from worker.loader.quantized_copy import save_quantized
 
 GIB = 2**30
 QUANTIZATIONS = (

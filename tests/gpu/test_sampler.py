@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jobs.schema import SamplingParams
-from worker.engine.sampling import Sampler
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.sampling import Sampler
 
 ROWS = 48
 

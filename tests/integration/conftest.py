@@ -16,10 +16,10 @@ import psutil
 import pytest
 import redis
 
-from jobs.embedded import EmbeddedRedis
-from jobs.settings import Settings, environment_of, load_settings
-from jobs.spec import ModelSpec
-from jobs.store import Store
+from batchmill.jobs.embedded import EmbeddedRedis
+from batchmill.jobs.settings import Settings, environment_of, load_settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store import Store
 
 #: How long tests wait for what has to come: no promise, since a busy machine may be slow. A soak measures promises.
 PATIENCE_SECONDS = 300
@@ -59,7 +59,7 @@ class Mill:
 
     def finished(self, *words: str | Path, stdin: str | None = None, **settings: object) -> Done:
         return subprocess.run(
-            [sys.executable, "-m", "producer", *map(str, words)],
+            [sys.executable, "-m", "batchmill", *map(str, words)],
             input=stdin,
             capture_output=True,
             text=True,
@@ -70,7 +70,7 @@ class Mill:
     def start(self, *words: str | Path, **settings: object) -> subprocess.Popen[str]:
         """Starts a command that goes on; it is ended with the test."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "producer", *map(str, words)],
+            [sys.executable, "-m", "batchmill", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

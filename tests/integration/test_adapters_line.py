@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs.spec import ModelSpec
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.loader import load
 from tests.integration.conftest import Mill, until
 from tests.lora import alone, greedy, save_trained_adapter, sum_question
-from worker.loader import load
 
 ANSWERS = {"words": "I do not count.", "zero": "0"}
 SUMS = [(18, 24), (17, 25), (60, 11), (33, 44)]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs.settings import environment_of, load_settings
+from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.worker.demo.corpus import held_out_additions
 from tests.integration.conftest import Mill
-from worker.demo.corpus import held_out_additions
 
 pytestmark = pytest.mark.xdist_group("demo model")
 ADDITIONS = 300
@@ -40,7 +40,7 @@ def share_right() -> dict[str, float]:
 def run_additions(folder: Path, file: Path, answers: list[str], quantization: str) -> tuple[float, dict[str, Any]]:
     """The share of right answers of `batchmill run`, and the status of its job."""
     environ = {**os.environ, **environment_of(load_settings(home=folder / "home"))}
-    command = [sys.executable, "-m", "producer"]
+    command = [sys.executable, "-m", "batchmill"]
     run = ["run", str(file), "-m", "demo", "-q", quantization, "--temperature", "0", "--device", "cpu"]
     done = subprocess.run([*command, *run], env=environ, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -15,9 +15,9 @@ import pytest
 import redis
 from kombu import Queue
 
-from jobs.broker import make_app
-from jobs.spec import ModelSpec
-from jobs.states import JobState, WorkerState
+from batchmill.jobs.broker import make_app
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import JobState, WorkerState
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until, write_prompts
 
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}
@@ -246,7 +246,7 @@ def test_a_job_that_is_not_there_is_exit_3(mill: Mill, words: list[str]) -> None
 def test_a_reader_that_goes_away_is_no_error(mill: Mill, tmp_path: Path) -> None:
     mill.start("worker", "-m", "echo")
     job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 5_000), "-m", "echo", "--wait").strip()
-    command = f"{sys.executable} -m producer results {job_id} | head -n 1"
+    command = f"{sys.executable} -m batchmill results {job_id} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=mill.environ())
     assert json.loads(done.stdout)["index"] == 0
     assert "Traceback" not in done.stderr

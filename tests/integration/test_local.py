@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.errors import StoreError
-from jobs.log_file import logs_folder
-from jobs.settings import environment_of, load_settings
-from jobs.states import WorkerState
-from jobs.store import Store
-from jobs.store.loading import MAX_REQUESTS
-from jobs.store.reading import Job
-from jobs.store.workers import WorkerRow
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.log_file import logs_folder
+from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.jobs.states import WorkerState
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.loading import MAX_REQUESTS
+from batchmill.jobs.store.reading import Job
+from batchmill.jobs.store.workers import WorkerRow
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, until, write_prompts
 
 SLOW = {"BATCHMILL_ECHO_STEP_SECONDS": "0.1", "BATCHMILL_ENGINE_ROWS": "10"}
@@ -42,7 +42,7 @@ class Home:
 
     def run(self, *words: str | Path, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "producer", *map(str, words)],
+            [sys.executable, "-m", "batchmill", *map(str, words)],
             capture_output=True,
             text=True,
             env=self.environ | settings,
@@ -53,7 +53,7 @@ class Home:
 
     def start(self, *words: str | Path, stdin: int | None = None, **settings: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "producer", *map(str, words)],
+            [sys.executable, "-m", "batchmill", *map(str, words)],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

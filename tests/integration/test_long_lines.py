@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.settings import load_settings
+from batchmill.jobs.settings import load_settings
 from tests.integration.conftest import Mill, child_of
 
 MIB = 1024**2
@@ -33,7 +33,7 @@ pytestmark = [
 
 def peak_bytes(mill: Mill, *words: str | Path) -> int:
     """The most memory that a command, or a process that it has started and waited for, has had."""
-    measured = [sys.executable, "-c", _MEASURED, sys.executable, "-m", "producer", *map(str, words)]
+    measured = [sys.executable, "-c", _MEASURED, sys.executable, "-m", "batchmill", *map(str, words)]
     done = subprocess.run(measured, capture_output=True, text=True, env=mill.environ())
     assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stderr}"
     return int(done.stdout.splitlines()[-1])

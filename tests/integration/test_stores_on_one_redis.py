@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import redis
 
-import migrations
-from jobs.settings import load_settings
-from jobs.spec import ModelSpec
-from jobs.states import JobState, WorkerState
+from batchmill import migrations
+from batchmill.jobs.settings import load_settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.states import JobState, WorkerState
 from tests.integration.conftest import TIMERS, Mill, until, write_prompts
 
 ECHO = ModelSpec.parse("echo")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from jobs.digests import Digests
-from jobs.home import socket_path
-from jobs.pid_file import PidFile
-from jobs.spec import DEMO_FOLDER
-from jobs.states import WorkerState
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.home import socket_path
+from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.jobs.states import WorkerState
 from tests.holding import file_lock, transaction
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 

@@ -19,7 +19,7 @@ from time import monotonic
 from tests.mutants.guards import MUTANTS, Edit, Mutant
 
 _CHECKOUT = Path(__file__).parents[2]
-_PARTS = ("jobs", "producer", "worker", "migrations", "tests", "pyproject.toml")
+_PARTS = ("jobs", "producer", "worker", "migrations", "src", "tests", "pyproject.toml")
 #: For each of the tests, on a busy machine; a mutant that hangs is told of as such.
 _TEST_SECONDS = 600
 _RED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -72,7 +72,7 @@ def _copy(to: Path) -> None:
     for part in _PARTS:
         source = _CHECKOUT / part
         if source.is_dir():
-            shutil.copytree(source, to / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, to / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, to / part)
 
@@ -105,7 +105,8 @@ def _run(copy: Path, tests: Sequence[str]) -> tuple[str | None, str]:
     """The first test that went red, if one did, and what pytest said."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.mutants.brief", "--numprocesses=0", "--exitfirst"]
     command += ["--quiet", "--durations=1", "-m", "not slow", *tests]
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join([str(copy), str(copy / "src")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     seconds = _TEST_SECONDS * len(tests)
     try:
         ended = subprocess.run(

@@ -15,10 +15,10 @@ from pathlib import Path
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from jobs.errors import BatchmillError
-from jobs.failpoints import POINTS
-from jobs.settings import load_settings
-from migrations import upgrade
+from batchmill.jobs.errors import BatchmillError
+from batchmill.jobs.failpoints import POINTS
+from batchmill.jobs.settings import load_settings
+from batchmill.migrations import upgrade
 from tests.bench.table import Row, show
 from tests.faults.conftest import PostgresqlServer
 from tests.faults.test_failpoints import Night, check

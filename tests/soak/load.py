@@ -17,9 +17,9 @@ from random import Random
 
 from sqlalchemy import text
 
-from jobs.errors import StoreError
-from jobs.states import JobState
-from producer.results import export
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.states import JobState
+from batchmill.producer.results import export
 from tests.oracle import export_violations
 from tests.soak.world import World
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import text
 
-from jobs.errors import StoreError
+from batchmill.jobs.errors import StoreError
 from tests.soak.posts import Row
 from tests.soak.world import World
 

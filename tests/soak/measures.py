@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
-from jobs.errors import StoreError
+from batchmill.jobs.errors import StoreError
 from tests.soak.world import World
 
 #: Who waits longer than this waits for ever.

@@ -15,8 +15,8 @@ from time import monotonic
 import psutil
 from sqlalchemy import text
 
-from jobs.embedded import start_process
-from jobs.errors import StoreError
+from batchmill.jobs.embedded import start_process
+from batchmill.jobs.errors import StoreError
 from tests.soak.worker import HOST_VARIABLE
 from tests.soak.world import World
 

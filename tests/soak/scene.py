@@ -8,7 +8,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from jobs.errors import StoreError
+from batchmill.jobs.errors import StoreError
 from tests.soak import looks, measures
 from tests.soak.measures import Measures
 from tests.soak.posts import Post, Row

@@ -8,7 +8,7 @@ from functools import partial
 
 from sqlalchemy import text
 
-from jobs.errors import StoreError
+from batchmill.jobs.errors import StoreError
 from tests.soak import looks, measures
 from tests.soak.scene import Scene, Steps
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.signals import exit_on_sigterm
+from batchmill.jobs.signals import exit_on_sigterm
 
 #: Where the counts go, and the host's name that the worker has. No settings of batchmill's.
 COUNTS_VARIABLE, HOST_VARIABLE = "SOAK_COUNTS", "SOAK_HOST"
@@ -56,7 +56,7 @@ class _Spy:
 
 
 def _watch_generation(spy: _Spy) -> None:
-    from jobs.store.workers import Workers
+    from batchmill.jobs.store.workers import Workers
 
     new_generation = Workers.new_generation
 
@@ -70,7 +70,7 @@ def _watch_generation(spy: _Spy) -> None:
 
 
 def _watch_engine(spy: _Spy) -> None:
-    from worker.engine.echo import EchoEngine
+    from batchmill.worker.engine.echo import EchoEngine
 
     answer = EchoEngine._answer
 
@@ -84,7 +84,7 @@ def _watch_engine(spy: _Spy) -> None:
 
 
 def _watch_holdings(spy: _Spy) -> None:
-    from worker.holdings import Holdings
+    from batchmill.worker.holdings import Holdings
 
     answer, absorb = Holdings.answer, Holdings.absorb
 
@@ -118,7 +118,7 @@ def spy_on_this_process() -> None:
 
 def let_echo_have_twins() -> None:
     """Lets `-m echo` take a quantization, which gives it a queue of its own."""
-    from jobs import spec
+    from batchmill.jobs import spec
 
     spec._quantization_of = lambda _model, written, _default: spec.Quantization.parse(written or "none")
 
@@ -129,10 +129,10 @@ def move_to_other_host() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()  # as `python -m worker` does, since the imports take a second
+    exit_on_sigterm()  # as `python -m batchmill.worker` does, since the imports take a second
     move_to_other_host()
     let_echo_have_twins()
-    from worker.cli import main
+    from batchmill.worker.cli import main
 
     main()
 elif __name__ == "__mp_main__":  # the child, which imports its parent's main module

@@ -19,10 +19,10 @@ from typing import Any
 from redis import Redis
 
 import tests
-from jobs.settings import Settings, environment_of, load_settings
-from jobs.spec import ModelSpec
-from jobs.store import Store
-from migrations import upgrade
+from batchmill.jobs.settings import Settings, environment_of, load_settings
+from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.store import Store
+from batchmill.migrations import upgrade
 from tests.faults.conftest import PostgresqlServer, RedisServer
 from tests.faults.proxy import FaultProxy
 from tests.soak.worker import COUNTS_VARIABLE
@@ -73,7 +73,7 @@ class World:
         )
 
     def environ(self) -> dict[str, str]:
-        own = {"PYTHONPATH": str(_ROOT), COUNTS_VARIABLE: str(self.counts)}
+        own = {"PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "src")]), COUNTS_VARIABLE: str(self.counts)}
         return {**os.environ, **environment_of(self.settings), **own}
 
     @property
@@ -99,7 +99,7 @@ class World:
     # --- commands -----------------------------------------------------------------------------------------------
 
     def command(
-        self, *words: str | Path, kill_after: float | None = None, module: str = "producer"
+        self, *words: str | Path, kill_after: float | None = None, module: str = "batchmill"
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end, or kills it after so many seconds. One that hangs or dies badly is a problem."""
         line = [sys.executable, "-m", module, *map(str, words)]

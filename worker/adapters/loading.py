@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jobs.adapters import Adapter
-from jobs.digests import Digests
-from jobs.errors import ModelError
-from jobs.identity import of_adapter, of_commit
-from jobs.logs import get_logger
-from worker.adapters.low_rank import LoadedAdapter, LowRank
-from worker.adapters.options import lora_options
-from worker.loader import LoadedModel, refuse_changed
-from worker.loader.reasons import reason
-from worker.loader.source import find_adapter
-from worker.vetting import ADAPTER_WEIGHTS, Refusal, vet_adapter
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.identity import of_adapter, of_commit
+from batchmill.jobs.logs import get_logger
+from batchmill.worker.adapters.low_rank import LoadedAdapter, LowRank
+from batchmill.worker.adapters.options import lora_options
+from batchmill.worker.loader import LoadedModel, refuse_changed
+from batchmill.worker.loader.reasons import reason
+from batchmill.worker.loader.source import find_adapter
+from batchmill.worker.vetting import ADAPTER_WEIGHTS, Refusal, vet_adapter
 
 log = get_logger(__name__)
 #: What peft writes in front of a module's name.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.adapters import Adapter
-from jobs.identity import Content
+from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.identity import Content
 
 
 @dataclass(frozen=True, slots=True)

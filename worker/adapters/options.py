@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from worker.vetting import Refusal
+from batchmill.worker.vetting import Refusal
 
 #: What says which layers are changed, and how their products are scaled.
 _SERVED = frozenset(

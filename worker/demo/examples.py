@@ -1,4 +1,4 @@
-"""Writes the example prompt files for the demo model: `python -m worker.demo.examples FOLDER`.
+"""Writes the example prompt files for the demo model: `python -m batchmill.worker.demo.examples FOLDER`.
 
 Owns which request shapes the examples show; the questions come from the corpus, held out where training has a
 held-out part, so that answers can be checked by eye. The same code always writes the same bytes.
@@ -9,7 +9,7 @@ import json
 import random
 from pathlib import Path
 
-from worker.demo import corpus
+from batchmill.worker.demo import corpus
 
 LINES = 320
 PLAIN_LINES = 24

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from worker.demo import corpus
-from worker.demo.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER
+from batchmill.worker.demo import corpus
+from batchmill.worker.demo.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER
 
 NOT_LEARNT = -100
 PLAIN_SHARE = 0.3

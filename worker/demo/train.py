@@ -1,4 +1,4 @@
-"""Trains the demo model from scratch: `python -m worker.demo.train [--seconds N] [--out FOLDER]`.
+"""Trains the demo model from scratch: `python -m batchmill.worker.demo.train [--seconds N] [--out FOLDER]`.
 
 Owns the model's shape, the training loop and what is written. The same seed on the same machine gives the
 same weights, as long as the time limit is not reached; a machine too slow for it gets a shorter training.
@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from worker.demo.packing import NOT_LEARNT, Rows, packed_rows
-from worker.demo.tokenizer import MAX_LENGTH_TOKENS, build_tokenizer
+from batchmill.worker.demo.packing import NOT_LEARNT, Rows, packed_rows
+from batchmill.worker.demo.tokenizer import MAX_LENGTH_TOKENS, build_tokenizer
 
 FOLDER = Path(__file__).parent / "model"
 DEFAULT_LIMIT_SECONDS = 1680.0

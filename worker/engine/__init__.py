@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from jobs.schema import Output, Request, RequestKey, SamplingParams
-from worker.engine.capacity import Capacity
+from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.worker.engine.capacity import Capacity
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from
 #: `step` as soon as it can, without what is unfinished.

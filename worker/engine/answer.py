@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
-from worker.engine import not_a_number
-from worker.engine.said import TokenLogprob, logprobs_of
-from worker.engine.step import Row
-from worker.engine.stopping import StopWatch
-from worker.engine.tokenization import Prompt, Tokenization
+from batchmill.jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.worker.engine import not_a_number
+from batchmill.worker.engine.said import TokenLogprob, logprobs_of
+from batchmill.worker.engine.step import Row
+from batchmill.worker.engine.stopping import StopWatch
+from batchmill.worker.engine.tokenization import Prompt, Tokenization
 
 if TYPE_CHECKING:
-    from worker.engine.grammar import Matcher
+    from batchmill.worker.engine.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)

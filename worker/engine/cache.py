@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from worker.engine.slots import Slot
-from worker.engine.step import Copy
+from batchmill.worker.engine.slots import Slot
+from batchmill.worker.engine.step import Copy
 
 
 @dataclass(frozen=True, slots=True)

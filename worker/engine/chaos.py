@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Mapping
 
-from jobs.schema import ErrorCode, Output, Request, RequestKey
-from worker.engine.echo import SLICE_SECONDS, EchoEngine, prompt_of
+from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey
+from batchmill.worker.engine.echo import SLICE_SECONDS, EchoEngine, prompt_of
 
 _OUT_OF_MEMORY = re.compile(r"!oom>(\d+)")
 _SLOW_STEPS = 20

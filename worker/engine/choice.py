@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from jobs.errors import ModelError
-from jobs.logs import get_logger
-from worker.engine import Engine, Progress
-from worker.engine.options import Dequantize, EngineKind, EngineOptions
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.logs import get_logger
+from batchmill.worker.engine import Engine, Progress
+from batchmill.worker.engine.options import Dequantize, EngineKind, EngineOptions
 
 if TYPE_CHECKING:
-    from worker.loader import LoadedModel
+    from batchmill.worker.loader import LoadedModel
 
 log = get_logger(__name__)
 
@@ -45,7 +45,7 @@ def choose(loaded: LoadedModel, *, options: EngineOptions, progress: Progress, f
         loaded, options = replace(loaded, context_tokens=most), replace(options, context_tokens=most)
     if options.kind is EngineKind.GENERATE:
         return _generate(loaded, options, progress, fits, reason="--engine generate was asked for")
-    from worker.engine.continuous import ContinuousEngine, Unsupported
+    from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
 
     try:
         engine = ContinuousEngine(loaded, options=options, progress=progress, fits=fits)
@@ -70,7 +70,7 @@ def _generate(
     """The generate engine; `reason` says why not the continuous one."""
     import torch
 
-    from worker.engine.generate import GENERATE_ROWS, GenerateEngine
+    from batchmill.worker.engine.generate import GENERATE_ROWS, GenerateEngine
 
     if options.deterministic:
         raise ModelError(

@@ -15,29 +15,29 @@ from time import monotonic, perf_counter
 
 import torch
 
-from jobs.schema import Output, Request, RequestKey
-from worker.devices import is_out_of_memory
-from worker.engine import Progress
-from worker.engine.answer import Answer, ChoiceRow
-from worker.engine.capacity import Capacity
-from worker.engine.decoder import Decoder
-from worker.engine.flash import PAGE_TOKENS, serves
-from worker.engine.flight import Flight, Launcher
-from worker.engine.grammar import Grammars, Matcher
-from worker.engine.grammar.matching import Matching
-from worker.engine.limits import Room, copy_bytes, limits
-from worker.engine.lora import Lora
-from worker.engine.options import EngineOptions
-from worker.engine.probe import Unsupported, cache_shape, refuse_outliers
-from worker.engine.refused import Refused
-from worker.engine.said import TokenLogprob
-from worker.engine.sampling import Sampler
-from worker.engine.schedule import Schedule
-from worker.engine.slots import SMALLEST_TOKENS, Slots
-from worker.engine.step import Step
-from worker.engine.tokenization import Prompt, Tokenization
-from worker.engine.weights import Prepared, prepare
-from worker.loader import LoadedModel
+from batchmill.jobs.schema import Output, Request, RequestKey
+from batchmill.worker.devices import is_out_of_memory
+from batchmill.worker.engine import Progress
+from batchmill.worker.engine.answer import Answer, ChoiceRow
+from batchmill.worker.engine.capacity import Capacity
+from batchmill.worker.engine.decoder import Decoder
+from batchmill.worker.engine.flash import PAGE_TOKENS, serves
+from batchmill.worker.engine.flight import Flight, Launcher
+from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.grammar.matching import Matching
+from batchmill.worker.engine.limits import Room, copy_bytes, limits
+from batchmill.worker.engine.lora import Lora
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.probe import Unsupported, cache_shape, refuse_outliers
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.said import TokenLogprob
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.schedule import Schedule
+from batchmill.worker.engine.slots import SMALLEST_TOKENS, Slots
+from batchmill.worker.engine.step import Step
+from batchmill.worker.engine.tokenization import Prompt, Tokenization
+from batchmill.worker.engine.weights import Prepared, prepare
+from batchmill.worker.loader import LoadedModel
 
 __all__ = ["ContinuousEngine", "Unsupported"]
 

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.quantization import Kind
-from worker.engine.attention import Attention
-from worker.engine.cache import Cache, CacheShape
-from worker.engine.flash import PAGE_TOKENS, FlashAttention, serves
-from worker.engine.graphs import DecodeGraphs
-from worker.engine.interface import attending, register
-from worker.engine.lora import BASE, Lora, OtherTokens
-from worker.engine.probe import Unsupported, finds_outliers
-from worker.engine.slots import Slots
-from worker.engine.step import Copy, Piece, Row
-from worker.engine.upload import upload
-from worker.loader import LoadedModel
-from worker.loader.trial import sound_tokens
+from batchmill.jobs.quantization import Kind
+from batchmill.worker.engine.attention import Attention
+from batchmill.worker.engine.cache import Cache, CacheShape
+from batchmill.worker.engine.flash import PAGE_TOKENS, FlashAttention, serves
+from batchmill.worker.engine.graphs import DecodeGraphs
+from batchmill.worker.engine.interface import attending, register
+from batchmill.worker.engine.lora import BASE, Lora, OtherTokens
+from batchmill.worker.engine.probe import Unsupported, finds_outliers
+from batchmill.worker.engine.slots import Slots
+from batchmill.worker.engine.step import Copy, Piece, Row
+from batchmill.worker.engine.upload import upload
+from batchmill.worker.loader import LoadedModel
+from batchmill.worker.loader.trial import sound_tokens
 
 _TRIAL_TOKENS = 12
 #: On a CPU steps in 16 bits have a multiple of so many tokens, from some more on, since oneDNN compiles a product for

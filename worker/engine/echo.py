@@ -9,9 +9,9 @@ import time
 from collections.abc import Collection, Mapping
 from itertools import islice
 
-from jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
-from worker.engine import Progress, not_held
-from worker.engine.capacity import Capacity
+from batchmill.jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
+from batchmill.worker.engine import Progress, not_held
+from batchmill.worker.engine.capacity import Capacity
 
 #: How many requests a step answers where nothing else is asked.
 ECHO_ROWS = 512

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from worker.engine.cache import Cache, CacheShape
-from worker.engine.step import Piece
+from batchmill.worker.engine.cache import Cache, CacheShape
+from batchmill.worker.engine.step import Piece
 
 #: The kernel reads the cache in pages of a multiple of this many tokens, so slots begin at one.
 PAGE_TOKENS = 256

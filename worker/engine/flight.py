@@ -15,15 +15,15 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from worker.devices import is_out_of_memory
-from worker.engine.answer import ChoiceRow
-from worker.engine.decoder import Decoder
-from worker.engine.grammar import fill
-from worker.engine.said import TokenLogprob
-from worker.engine.sampling import Sampler
-from worker.engine.sampling.logprobs import Logprobs
-from worker.engine.step import Step
-from worker.engine.upload import upload
+from batchmill.worker.devices import is_out_of_memory
+from batchmill.worker.engine.answer import ChoiceRow
+from batchmill.worker.engine.decoder import Decoder
+from batchmill.worker.engine.grammar import fill
+from batchmill.worker.engine.said import TokenLogprob
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.logprobs import Logprobs
+from batchmill.worker.engine.step import Step
+from batchmill.worker.engine.upload import upload
 
 _WORD_BITS = 32
 #: Comes back in place of a token where the logits were no numbers.

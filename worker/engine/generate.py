@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from jobs.schema import ErrorCode, Output, Request, RequestKey
-from worker.devices import is_out_of_memory
-from worker.engine import Progress, not_a_number
-from worker.engine.capacity import Capacity
-from worker.engine.lora import Lora
-from worker.engine.planning import Size, plan
-from worker.engine.refused import Refused
-from worker.engine.sampling.row_sampler import RowSampler
-from worker.engine.stopping import RowStopping
-from worker.engine.stretching import Turns
-from worker.engine.tokenization import Prompt, Tokenization
-from worker.loader import LoadedModel
-from worker.telemetry import MemoryReader
+from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey
+from batchmill.worker.devices import is_out_of_memory
+from batchmill.worker.engine import Progress, not_a_number
+from batchmill.worker.engine.capacity import Capacity
+from batchmill.worker.engine.lora import Lora
+from batchmill.worker.engine.planning import Size, plan
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.sampling.row_sampler import RowSampler
+from batchmill.worker.engine.stopping import RowStopping
+from batchmill.worker.engine.stretching import Turns
+from batchmill.worker.engine.tokenization import Prompt, Tokenization
+from batchmill.worker.loader import LoadedModel
+from batchmill.worker.telemetry import MemoryReader
 
 #: How many requests run together where nothing else is asked.
 GENERATE_ROWS = 64

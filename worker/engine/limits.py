@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from worker.engine.options import EngineOptions
-from worker.telemetry import MemoryReader
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.telemetry import MemoryReader
 
 if TYPE_CHECKING:
-    from worker.loader import LoadedModel
+    from batchmill.worker.loader import LoadedModel
 
 #: Rows where nothing else is asked, and tokens of one step: those of the rows that decode, and of prompts.
 CPU_ROWS, CPU_STEP_TOKENS = 256, 512

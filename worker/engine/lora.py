@@ -22,10 +22,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from jobs.schema import ErrorCode
-from worker.adapters.low_rank import LoadedAdapter, LowRank
-from worker.engine import not_held
-from worker.engine.refused import Refused
+from batchmill.jobs.schema import ErrorCode
+from batchmill.worker.adapters.low_rank import LoadedAdapter, LowRank
+from batchmill.worker.engine import not_held
+from batchmill.worker.engine.refused import Refused
 
 #: The number of the model without an adapter.
 BASE = 0

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.cache import CacheShape
-from worker.engine.interface import attending, register
-from worker.engine.stretching import stretched
-from worker.loader import LoadedModel
+from batchmill.worker.engine.cache import CacheShape
+from batchmill.worker.engine.interface import attending, register
+from batchmill.worker.engine.stretching import stretched
+from batchmill.worker.loader import LoadedModel
 
 #: What a layer may ask of attention, and what asks for nothing here.
 _UNDERSTOOD = {"scaling", "sliding_window", "softcap"}

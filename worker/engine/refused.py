@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.schema import ErrorCode
+from batchmill.jobs.schema import ErrorCode
 
 
 class Refused(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.engine.decoding import Decoding
+from batchmill.worker.engine.decoding import Decoding
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from bisect import insort
 from heapq import heappop, heappush
 from typing import Any, Generic
 
-from worker.engine.prefixes import Prefixes
-from worker.engine.slots import Slot, Slots
-from worker.engine.step import Copy, Piece, R, Row, Step
+from batchmill.worker.engine.prefixes import Prefixes
+from batchmill.worker.engine.slots import Slot, Slots
+from batchmill.worker.engine.step import Copy, Piece, R, Row, Step
 
 #: A row that waited while this many others per seat entered enters next.
 PATIENCE = 4

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worker.engine.products import Product
+from batchmill.worker.engine.products import Product
 
 
 def find_siblings(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Linear, ...]]:

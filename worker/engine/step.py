@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from worker.engine.prefixes import block_hashes
-from worker.engine.slots import Slot
+from batchmill.worker.engine.prefixes import block_hashes
+from batchmill.worker.engine.slots import Slot
 
 
 @dataclass(slots=True, eq=False)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from worker.engine import Progress
-from worker.engine.tokenization import Prompt, Tokenization
+from batchmill.worker.engine import Progress
+from batchmill.worker.engine.tokenization import Prompt, Tokenization
 
 #: A stop string is looked for in as many of the newest tokens as it has bytes, and these on top: each token writes
 #: a byte at least, but for special ones, and the first ones may read otherwise without those before them.

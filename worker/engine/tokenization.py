@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from jobs.schema import Choice, ErrorCode, Request, SamplingParams
-from worker.engine.chat import ChatTemplate
-from worker.engine.decoding import CONTEXT_TOKENS, Decoding
-from worker.engine.refused import Refused
-from worker.engine.tool_calls import Calls
+from batchmill.jobs.schema import Choice, ErrorCode, Request, SamplingParams
+from batchmill.worker.engine.chat import ChatTemplate
+from batchmill.worker.engine.decoding import CONTEXT_TOKENS, Decoding
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.tool_calls import Calls
 
 
 @dataclass(frozen=True, slots=True)

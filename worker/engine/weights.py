@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from worker.engine.options import Dequantize
-from worker.engine.products import Product, product_of
-from worker.engine.siblings import Siblings, find_siblings
+from batchmill.worker.engine.options import Dequantize
+from batchmill.worker.engine.products import Product, product_of
+from batchmill.worker.engine.siblings import Siblings, find_siblings
 
 #: One product of several layers must equal theirs for inputs of so many rows: one, few, a decode step, a prefill.
 _ROWS = (1, 3, 64, 200)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from jobs.errors import UsageError
-from worker.evaluate.corpus import Corpus
+from batchmill.jobs.errors import UsageError
+from batchmill.worker.evaluate.corpus import Corpus
 
 
 class Match(StrEnum):

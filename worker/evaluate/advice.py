@@ -7,9 +7,9 @@ a report; what is little stands in worker.evaluate.finding.
 
 from __future__ import annotations
 
-from jobs.sizes import size
-from worker.evaluate.finding import Finding, Verdict, findings, plural
-from worker.evaluate.measurement import Measurement, Report
+from batchmill.jobs.sizes import size
+from batchmill.worker.evaluate.finding import Finding, Verdict, findings, plural
+from batchmill.worker.evaluate.measurement import Measurement, Report
 
 #: Weights up to so many times as large are as small, so that quality decides.
 _AS_SMALL = 1.05

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
-from jobs.errors import ModelError
-from jobs.schema import Output, RequestKey, SamplingParams
-from worker.engine import Engine
-from worker.engine.choice import Chosen, choose
-from worker.engine.options import EngineOptions
-from worker.evaluate.passages import Question
-from worker.loader import LoadedModel
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.schema import Output, RequestKey, SamplingParams
+from batchmill.worker.engine import Engine
+from batchmill.worker.engine.choice import Chosen, choose
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.evaluate.passages import Question
+from batchmill.worker.loader import LoadedModel
 
 #: Requests that run at once, where nothing else is asked.
 ROWS = 64

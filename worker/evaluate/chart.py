@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.errors import UsageError
-from jobs.files import check_target, replaced
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.files import check_target, replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from worker.evaluate.measurement import Measurement, Report
+    from batchmill.worker.evaluate.measurement import Measurement, Report
 
 ENDINGS = (".png", ".svg")
 _MIB = 1024**2

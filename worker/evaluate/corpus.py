@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jobs import kinds
-from jobs.errors import UsageError
+from batchmill.jobs import kinds
+from batchmill.jobs.errors import UsageError
 
 #: No tokenizer makes fewer tokens of common text: so much is read for each token that is wanted.
 BYTES_PER_TOKEN = 16

@@ -16,8 +16,8 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from jobs.errors import BatchmillError
-from worker.evaluate.perplexity import standard_error
+from batchmill.jobs.errors import BatchmillError
+from batchmill.worker.evaluate.perplexity import standard_error
 
 _FLOAT32_BYTES = 4
 #: The file takes one part in so many of what the disk has left.

@@ -11,26 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jobs.digests import Digests
-from jobs.errors import BatchmillError, ModelError, UsageError
-from jobs.spec import ModelSpec
-from worker.devices import DeviceInfo
-from worker.engine.options import EngineOptions
-from worker.evaluate.accuracy import Match, accuracy
-from worker.evaluate.agreement import agreement
-from worker.evaluate.answers import Answers, answer
-from worker.evaluate.corpus import Corpus
-from worker.evaluate.divergence import Comparison, Distributions, Divergence
-from worker.evaluate.lineup import Lineup
-from worker.evaluate.measurement import Failure, Measurement, Method
-from worker.evaluate.memory import PeakMemory, give_back
-from worker.evaluate.passages import Passages, Question
-from worker.evaluate.perplexity import Perplexity, PerplexityChange
-from worker.evaluate.progress import Shown
-from worker.evaluate.scoring import scored
-from worker.evaluate.windows import Window, windows
-from worker.loader import LoadedModel, load
-from worker.loader.reasons import reason
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import BatchmillError, ModelError, UsageError
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.devices import DeviceInfo
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.evaluate.accuracy import Match, accuracy
+from batchmill.worker.evaluate.agreement import agreement
+from batchmill.worker.evaluate.answers import Answers, answer
+from batchmill.worker.evaluate.corpus import Corpus
+from batchmill.worker.evaluate.divergence import Comparison, Distributions, Divergence
+from batchmill.worker.evaluate.lineup import Lineup
+from batchmill.worker.evaluate.measurement import Failure, Measurement, Method
+from batchmill.worker.evaluate.memory import PeakMemory, give_back
+from batchmill.worker.evaluate.passages import Passages, Question
+from batchmill.worker.evaluate.perplexity import Perplexity, PerplexityChange
+from batchmill.worker.evaluate.progress import Shown
+from batchmill.worker.evaluate.scoring import scored
+from batchmill.worker.evaluate.windows import Window, windows
+from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.loader.reasons import reason
 
 #: The window where nothing else is asked and the model's context is longer; the stride is then half of it.
 WINDOW_TOKENS = 2_048

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from worker.evaluate.accuracy import Accuracy
-from worker.evaluate.certainty import Bounds, of_difference, of_mean, of_p99, of_share
-from worker.evaluate.measurement import Measurement
+from batchmill.worker.evaluate.accuracy import Accuracy
+from batchmill.worker.evaluate.certainty import Bounds, of_difference, of_mean, of_p99, of_share
+from batchmill.worker.evaluate.measurement import Measurement
 
 #: What counts as little: perplexity up to this part above the other's, a mean divergence and one of 99 in 100 tokens up
 #: to so many nats, up to this part of all answers fewer that are right, and of their tokens that are others.

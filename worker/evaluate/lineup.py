@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jobs.errors import UsageError
-from jobs.spec import ECHO, ModelSpec
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.spec import ECHO, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

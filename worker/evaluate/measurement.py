@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.spec import ModelSpec
-from worker.evaluate.accuracy import Accuracy
-from worker.evaluate.agreement import Agreement
-from worker.evaluate.divergence import Divergence
-from worker.evaluate.perplexity import PerplexityChange
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.evaluate.accuracy import Accuracy
+from batchmill.worker.evaluate.agreement import Agreement
+from batchmill.worker.evaluate.divergence import Divergence
+from batchmill.worker.evaluate.perplexity import PerplexityChange
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from worker.telemetry import MemoryReader
+from batchmill.worker.telemetry import MemoryReader
 
 _READ_SECONDS = 0.01
 

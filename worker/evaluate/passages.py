@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from jobs.errors import UsageError
-from jobs.schema import Request, SamplingParams
-from worker.engine.refused import Refused
-from worker.engine.tokenization import Prompt, Tokenization
-from worker.evaluate.corpus import Corpus, Example
-from worker.loader import LoadedModel
+from batchmill.jobs.errors import UsageError
+from batchmill.jobs.schema import Request, SamplingParams
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.tokenization import Prompt, Tokenization
+from batchmill.worker.evaluate.corpus import Corpus, Example
+from batchmill.worker.loader import LoadedModel
 
 #: Where the data asks nothing, so many tokens of a text are what a continuation begins with.
 PROMPT_TOKENS = 64

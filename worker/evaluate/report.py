@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.sizes import size
-from worker.evaluate.advice import advice
-from worker.evaluate.finding import LIMITS
-from worker.evaluate.measurement import Failure, Measurement, Report
+from batchmill.jobs.sizes import size
+from batchmill.worker.evaluate.advice import advice
+from batchmill.worker.evaluate.finding import LIMITS
+from batchmill.worker.evaluate.measurement import Failure, Measurement, Report
 
 _HEAD = (
     "quantization", "perplexity", "KL mean", "KL p99", "same tokens", "right", "weights", "peak", "tokens/s", "load",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.evaluate.windows import Window, batches
-from worker.loader import LoadedModel
+from batchmill.worker.evaluate.windows import Window, batches
+from batchmill.worker.loader import LoadedModel
 
 #: Tokens of one forward.
 CPU_TOKENS, CUDA_TOKENS = 2_048, 8_192

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from worker.evaluate.passages import Passage
+from batchmill.worker.evaluate.passages import Passage
 
 
 class Window(NamedTuple):

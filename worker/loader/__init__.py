@@ -25,29 +25,29 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from jobs.digests import Digests
-from jobs.errors import ModelError
-from jobs.identity import Content, of_commit, of_model
-from jobs.schema import SamplingParams
-from jobs.spec import ModelSpec
-from worker.engine.options import EngineOptions
-from worker.loader.cached import cache_token_bytes
-from worker.loader.checkpoint import announce
-from worker.loader.configuration import read_configuration
-from worker.loader.generation import defaults, end_token_ids, pad_token_id
-from worker.loader.layers import finish, refuse_ignored, refuse_missing
-from worker.loader.layout import WHOLE, Layout, lay_out, settle
-from worker.loader.offload_folder import own_folder
-from worker.loader.precision import precision
-from worker.loader.reasons import reason
-from worker.loader.source import find
-from worker.loader.trial import refuse_without_numbers
-from worker.loader.weights import bytes_by_device
-from worker.placement import Placement
-from worker.vetting import Refusal, vet
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.identity import Content, of_commit, of_model
+from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.loader.cached import cache_token_bytes
+from batchmill.worker.loader.checkpoint import announce
+from batchmill.worker.loader.configuration import read_configuration
+from batchmill.worker.loader.generation import defaults, end_token_ids, pad_token_id
+from batchmill.worker.loader.layers import finish, refuse_ignored, refuse_missing
+from batchmill.worker.loader.layout import WHOLE, Layout, lay_out, settle
+from batchmill.worker.loader.offload_folder import own_folder
+from batchmill.worker.loader.precision import precision
+from batchmill.worker.loader.reasons import reason
+from batchmill.worker.loader.source import find
+from batchmill.worker.loader.trial import refuse_without_numbers
+from batchmill.worker.loader.weights import bytes_by_device
+from batchmill.worker.placement import Placement
+from batchmill.worker.vetting import Refusal, vet
 
 if TYPE_CHECKING:
-    from worker.adapters.low_rank import LoadedAdapter
+    from batchmill.worker.adapters.low_rank import LoadedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def refuse_changed(content: Content) -> None:
 
 def _refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions) -> None:
     # Imported here, since what is planned is counted with parts of this package.
-    from worker.plan.refusal import refuse_too_large
+    from batchmill.worker.plan.refusal import refuse_too_large
 
     refuse_too_large(spec, folder, device, options)
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from jobs.logs import get_logger
-from worker.vetting import Refusal, weights
+from batchmill.jobs.logs import get_logger
+from batchmill.worker.vetting import Refusal, weights
 
 log = get_logger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from worker.vetting import Refusal
+from batchmill.worker.vetting import Refusal
 
 #: What bitsandbytes' fused kernel on a CPU takes: so many outputs, so many inputs, or a multiple.
 _FUSED_OUTPUTS = 32

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 from transformers.quantizers.auto import get_hf_quantizer
 
-from jobs.logs import get_logger
-from jobs.quantization import Kind, Quantization
-from jobs.sizes import size
-from worker.devices import CPU
-from worker.placement import DISK, OFFLOADS, Placement
-from worker.telemetry import MemoryReader
-from worker.vetting import Refusal
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.sizes import size
+from batchmill.worker.devices import CPU
+from batchmill.worker.placement import DISK, OFFLOADS, Placement
+from batchmill.worker.telemetry import MemoryReader
+from batchmill.worker.vetting import Refusal
 
 log = get_logger(__name__)
 #: Weights may take this part of what is free: all of it leaves no room to load them, nor for cache and steps.

@@ -10,8 +10,8 @@ import shutil
 import socket
 from pathlib import Path
 
-from jobs.errors import ModelError
-from jobs.process import Lives, Process
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.process import Lives, Process
 
 
 def own_folder(folder: Path | None) -> str | None:

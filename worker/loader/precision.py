@@ -12,11 +12,11 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from transformers import BitsAndBytesConfig
 
-from jobs.quantization import Kind, Quantization
-from jobs.spec import ModelSpec
-from worker.loader.checkpoint import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, Checkpoint
-from worker.loader.layers import kept
-from worker.vetting import Refusal
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.loader.checkpoint import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, Checkpoint
+from batchmill.worker.loader.layers import kept
+from batchmill.worker.vetting import Refusal
 
 
 def precision(

@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
-from jobs import VERSION
-from jobs.errors import ModelError, UsageError
-from jobs.process import Process
-from jobs.quantization import Kind
-from jobs.spec import ECHO, ModelSpec
-from worker.loader import loading, read_model
-from worker.loader.source import find
-from worker.vetting import COPY, COPY_FORMAT, WEIGHTS_INDEX, vet
+from batchmill.jobs import VERSION
+from batchmill.jobs.errors import ModelError, UsageError
+from batchmill.jobs.process import Process
+from batchmill.jobs.quantization import Kind
+from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.worker.loader import loading, read_model
+from batchmill.worker.loader.source import find
+from batchmill.worker.vetting import COPY, COPY_FORMAT, WEIGHTS_INDEX, vet
 
 _KINDS = (Kind.NF4, Kind.FP4, Kind.INT8)
 #: What lies beside the weights and is copied as it is: the tokenizer, its templates, the way to generate, the terms.

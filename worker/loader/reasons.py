@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from worker.devices import is_out_of_memory
+from batchmill.worker.devices import is_out_of_memory
 
 #: A foreign error is told in so many characters of its first line.
 _ERROR_LENGTH = 300

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jobs.errors import ModelError
-from jobs.logs import get_logger
-from jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
-from worker import repository
-from worker.hub import TensorHeader, local_headers
-from worker.vetting import Refusal, weights
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.worker import repository
+from batchmill.worker.hub import TensorHeader, local_headers
+from batchmill.worker.vetting import Refusal, weights
 
 log = get_logger(__name__)
 

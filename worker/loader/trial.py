@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from worker.vetting import Refusal
+from batchmill.worker.vetting import Refusal
 
 #: So many tokens are tried, spread over the vocabulary: a model may be without numbers for tokens that nobody trained.
 _TRIED_TOKENS = 16

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 
-from jobs.sizes import size
-from worker.plan.hardware import Hardware
-from worker.plan.report import Line, Report
+from batchmill.jobs.sizes import size
+from batchmill.worker.plan.hardware import Hardware
+from batchmill.worker.plan.report import Line, Report
 
 #: A more precise quantization is worth so many times the time.
 _WORTH = 1.5

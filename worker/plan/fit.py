@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from worker.engine.flash import PAGE_TOKENS
-from worker.engine.generate import GENERATE_ROWS, MEMORY_PARTS
-from worker.engine.limits import CPU_PARTS, MEMORY_FRACTION, Room, copy_bytes, limits
-from worker.engine.options import Dequantize, EngineKind, EngineOptions
-from worker.engine.slots import SMALLEST_TOKENS, Slots
-from worker.plan.hardware import Hardware
+from batchmill.worker.engine.flash import PAGE_TOKENS
+from batchmill.worker.engine.generate import GENERATE_ROWS, MEMORY_PARTS
+from batchmill.worker.engine.limits import CPU_PARTS, MEMORY_FRACTION, Room, copy_bytes, limits
+from batchmill.worker.engine.options import Dequantize, EngineKind, EngineOptions
+from batchmill.worker.engine.slots import SMALLEST_TOKENS, Slots
+from batchmill.worker.plan.hardware import Hardware
 
 #: Weights that are split get this part of what is free, as worker.loader.layout has it.
 SPLIT_PART = 0.9

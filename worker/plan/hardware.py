@@ -18,8 +18,8 @@ import psutil
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from jobs.sizes import size
-from worker.devices import CPU
+from batchmill.jobs.sizes import size
+from batchmill.worker.devices import CPU
 
 #: Beginnings of names as torch tells them, the longer first; bytes and operations per second.
 _GPUS: tuple[tuple[str, float, float], ...] = (

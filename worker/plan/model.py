@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from jobs.quantization import Quantization
-from jobs.spec import ModelSpec
-from worker.hub import TensorHeader
-from worker.loader.checkpoint import Checkpoint
-from worker.loader.configuration import read_configuration
-from worker.loader.precision import precision
-from worker.loader.source import headers
-from worker.plan.footprint import Footprint, footprint
-from worker.plan.shape import TokenCost, skeleton, token_cost
+from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.hub import TensorHeader
+from batchmill.worker.loader.checkpoint import Checkpoint
+from batchmill.worker.loader.configuration import read_configuration
+from batchmill.worker.loader.precision import precision
+from batchmill.worker.loader.source import headers
+from batchmill.worker.plan.footprint import Footprint, footprint
+from batchmill.worker.plan.shape import TokenCost, skeleton, token_cost
 
 #: How a safetensors header spells the dtypes of plain weights.
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

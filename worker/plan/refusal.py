@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-from jobs.quantization import Kind, Quantization
-from jobs.sizes import size
-from jobs.spec import ModelSpec
-from worker.devices import CPU
-from worker.engine.limits import ROW_TOKENS
-from worker.engine.options import Dequantize, EngineOptions
-from worker.plan.choices import choices
-from worker.plan.fit import SPLIT_PART, Fit, fit
-from worker.plan.hardware import Hardware
-from worker.plan.model import PlannedModel
-from worker.plan.report import load_of
-from worker.telemetry import MemoryReader
-from worker.vetting import Refusal, weights
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.devices import CPU
+from batchmill.worker.engine.limits import ROW_TOKENS
+from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.plan.choices import choices
+from batchmill.worker.plan.fit import SPLIT_PART, Fit, fit
+from batchmill.worker.plan.hardware import Hardware
+from batchmill.worker.plan.model import PlannedModel
+from batchmill.worker.plan.report import load_of
+from batchmill.worker.telemetry import MemoryReader
+from batchmill.worker.vetting import Refusal, weights
 
 _MOST_CHOICES = 3
 #: No layout here makes more of a file's bytes: 4 bits that are turned into float32. And a row's cache is less.

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from worker.engine.products import CPU_COPY_ROWS
-from worker.plan.footprint import Footprint
-from worker.plan.hardware import Hardware
+from batchmill.worker.engine.products import CPU_COPY_ROWS
+from batchmill.worker.plan.footprint import Footprint
+from batchmill.worker.plan.hardware import Hardware
 
 #: Up to about so many rows bitsandbytes 0.50 multiplies with packed weights on a GPU, by its heuristic for shapes of
 #: 8 billion parameters on Hopper; it ends between 5 and 32 there, and between 8 and 128 on Ada.

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jobs.sizes import size
-from worker.plan.advice import advice, choose, command
-from worker.plan.hardware import Hardware, Rates
-from worker.plan.report import Line, Report
+from batchmill.jobs.sizes import size
+from batchmill.worker.plan.advice import advice, choose, command
+from batchmill.worker.plan.hardware import Hardware, Rates
+from batchmill.worker.plan.report import Line, Report
 
 _UNKNOWN = "-"
 _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tokens/s", "recorded")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from jobs.spec import ModelSpec
+from batchmill.jobs.spec import ModelSpec
 from tests.bench.contestant import EXACT, Answers, Contestant, longest_first
 from tests.bench.workloads import Workload
 
@@ -21,7 +21,7 @@ class _Transformers(Contestant):
     def load(self, folder: Path, weights: str, threads: int) -> None:
         import torch
 
-        from worker.loader import load
+        from batchmill.worker.loader import load
 
         torch.set_num_threads(threads)
         loaded = load(ModelSpec.parse(str(folder), quantization=weights), self.setup.device)

@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from jobs.schema import ErrorCode, Request
-from worker.engine.chat.form import Form, forms
-from worker.engine.chat.marks import Marked, shape_of
-from worker.engine.refused import Refused
+from batchmill.jobs.schema import ErrorCode, Request
+from batchmill.worker.engine.chat.form import Form, forms
+from batchmill.worker.engine.chat.marks import Marked, shape_of
+from batchmill.worker.engine.refused import Refused
 
 #: What `apply_chat_template` takes besides the template's own variables, and a request may not set.
 RESERVED = frozenset(

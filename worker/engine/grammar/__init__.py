@@ -16,11 +16,11 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from jobs.schema import ErrorCode
-from worker.engine.grammar.response_format import grammar_text
-from worker.engine.grammar.schema import probes
-from worker.engine.grammar.trial import NOT_ALLOWED, Trial, compiled
-from worker.engine.refused import Refused
+from batchmill.jobs.schema import ErrorCode
+from batchmill.worker.engine.grammar.response_format import grammar_text
+from batchmill.worker.engine.grammar.schema import probes
+from batchmill.worker.engine.grammar.trial import NOT_ALLOWED, Trial, compiled
+from batchmill.worker.engine.refused import Refused
 
 #: So many grammars are kept compiled, and the refusals of those that cannot be.
 KEPT_GRAMMARS = 16

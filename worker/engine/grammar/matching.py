@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from jobs.schema import RequestKey
-from worker.engine.grammar import Grammars, Matcher
-from worker.engine.tokenization import Prompt
+from batchmill.jobs.schema import RequestKey
+from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.tokenization import Prompt
 
 Matchers = Future[list[Matcher]]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from jobs.logs import get_logger
-from jobs.schema import ErrorCode
-from worker.engine.grammar.schema import exact
-from worker.engine.refused import Refused
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.schema import ErrorCode
+from batchmill.worker.engine.grammar.schema import exact
+from batchmill.worker.engine.refused import Refused
 
 log = get_logger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 from llguidance import LLMatcher
 
-from jobs.schema import ErrorCode
-from worker.engine.refused import Refused
+from batchmill.jobs.schema import ErrorCode
+from batchmill.worker.engine.refused import Refused
 
 #: Keywords whose values are data, and those whose values are schemas by name.
 _DATA = frozenset({"const", "enum", "default", "examples"})

@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.schema import SamplingParams
-from worker.engine.sampling import draws, nucleus
-from worker.engine.sampling.biases import Biases, asks_for_biases
-from worker.engine.sampling.bitmask import Bitmask
-from worker.engine.sampling.logprobs import Logprobs, RawLogprobs
-from worker.engine.sampling.penalties import Penalties, asks_for_penalties
-from worker.engine.upload import upload
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.sampling import draws, nucleus
+from batchmill.worker.engine.sampling.biases import Biases, asks_for_biases
+from batchmill.worker.engine.sampling.bitmask import Bitmask
+from batchmill.worker.engine.sampling.logprobs import Logprobs, RawLogprobs
+from batchmill.worker.engine.sampling.penalties import Penalties, asks_for_penalties
+from batchmill.worker.engine.upload import upload
 
 #: Temperatures below this are greedy: dividing by one of them leaves nothing but the largest logit.
 GREEDY_BELOW = 1e-5

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.schema import SamplingParams
-from worker.engine.upload import upload
+from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.upload import upload
 
 #: A list has places for at least this many tokens.
 LEAST_PLACES = 256

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from worker.engine.sampling import Sampler
-from worker.engine.tokenization import Prompt
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.tokenization import Prompt
 
 
 class RowSampler:

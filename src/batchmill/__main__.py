@@ -1,4 +1,4 @@
-"""The batchmill command: the entry point of its script, and of `python -m producer` where that is not installed.
+"""The batchmill command: the entry point of its script, and of `python -m batchmill` where that is not installed.
 
 It imports nothing before the current folder has left the import path: a file of the user's named `jobs.py` or
 `json.py` must not run in place of the real one.
@@ -17,16 +17,16 @@ def main() -> None:
     """Runs one command."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     _leave_current_folder()
-    from jobs.signals import exit_on_sigterm
+    from batchmill.jobs.signals import exit_on_sigterm
 
     if sys.argv[1:2] in (["worker"], ["up"]):
         exit_on_sigterm()  # what these do is never finished, so to end it early is no failure
-    from jobs.isolation import isolate
-    from jobs.standard_files import hold_standard_files
+    from batchmill.jobs.isolation import isolate
+    from batchmill.jobs.standard_files import hold_standard_files
 
     hold_standard_files()
     isolate()
-    from producer import cli
+    from batchmill.producer import cli
 
     cli.main()
 
