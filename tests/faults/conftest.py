@@ -32,6 +32,7 @@ from tests.oracle import export_violations, violations
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}
 #: What `write_prompts` writes, and so what the echo engine answers.
 PROMPT = "one two three"
+_POSTGRESQL_STARTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +243,11 @@ class PostgresqlServer:
         self._control("stop", "-m", "immediate")
 
     def start(self) -> None:
+        """Is more patient than its library, which gives up after ten seconds, as a busy machine may take."""
+        for _ in range(_POSTGRESQL_STARTS - 1):
+            with suppress(subprocess.SubprocessError):
+                self._server.ensure_postgres_running()
+                return
         self._server.ensure_postgres_running()
 
     def end(self) -> None:
