@@ -22,6 +22,7 @@ from batchmill.jobs.store.workers import GIVEN_UP
 from batchmill.producer.case import Case
 from batchmill.producer.finish import finish_line
 from batchmill.producer.status import (
+    IF_NOT_OF_UP,
     advice,
     duration,
     given_up_line,
@@ -29,6 +30,7 @@ from batchmill.producer.status import (
     one_line,
     other_line,
     other_remedy,
+    restarting_line,
     utc,
 )
 
@@ -231,6 +233,9 @@ def _nobody(case: Case) -> Iterator[Finding]:
     elif gone and gone[0].state in GIVEN_UP:
         yield _given_up(case, gone[0], all_of_them=True)
         gone = gone[1:]
+    elif case.status.restarting is not None:
+        message = restarting_line(case.status.restarting)
+        yield Finding("worker_restarts", message, f"wait; {IF_NOT_OF_UP}: {case.start}")
     elif case.status.meant is not None:
         message = slip_line(case.job.spec, case.status.meant)
         yield Finding("likely_slip", message, f"{case.status.slip_remedy}: {case.start}", stuck=True)

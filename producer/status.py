@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.advice import start_words
+from batchmill.jobs.advice import mill_lives, start_words
 from batchmill.jobs.counted import counted
 from batchmill.jobs.identity import differences
 from batchmill.jobs.memory import devices_json
@@ -33,6 +33,7 @@ from batchmill.producer.evaluated import evaluated_line
 from batchmill.producer.finish import answered_line, finish_line
 from batchmill.producer.here import seen_here
 
+IF_NOT_OF_UP = "if neither `up` nor `run` had started it, start it again"
 _MOST_REASONS = 3
 _LONGEST_REASON = 300
 #: Where the most is so many times the least, what lies between says nothing.
@@ -46,7 +47,8 @@ class JobStatus:
     `others`: live workers of its ModelSpec that hold another model than it was begun with, where there are no more.
     `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
     pending batches that nobody holds. `meant`: the known model that its name resembles, where that is likely a slip.
-    `loading`: who could take it, where they are all still loading.
+    `loading`: who could take it, where they are all still loading. `restarting`: where nobody serves it, the worker of
+    a mill here whose process has just ended, which the mill starts again.
     `evaluation`: what its ModelSpec was last measured to cost, on any text. `estimate`: when it ends, None where nobody
     works on it, or nothing tells yet.
     """
@@ -63,13 +65,15 @@ class JobStatus:
     settings: Settings = field(default_factory=Settings)
     meant: str | None = None
     loading: tuple[WorkerRow, ...] = ()
+    restarting: WorkerRow | None = None
 
     @classmethod
     def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
         """`settings`: those that a worker here would be started with, by default those of the process."""
         job = store.reading.job(job_id)
-        serving = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
-        serving = [each for each in serving if each.alive and each.only_job in (None, job.id)]
+        seen = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
+        mine_too = [each for each in seen if each.only_job in (None, job.id)]
+        serving = [each for each in mine_too if each.alive]
         at_work = [] if job.closed else [seen_here(each) for each in store.workers.rows(job_id=job.id)]
         at_work = [each for each in at_work if each.alive]
         missing = None
@@ -85,8 +89,21 @@ class JobStatus:
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
         loading = () if job.closed or not all(map(is_loading, serving)) else tuple(serving)
+        gone = mine_too if missing is not None and mill_lives(mine.home) else []
         return cls(
-            job, effort, tuple(at_work), missing, given_up, lacks, evaluation, ends, others, mine, meant, loading
+            job,
+            effort,
+            tuple(at_work),
+            missing,
+            given_up,
+            lacks,
+            evaluation,
+            ends,
+            others,
+            mine,
+            meant,
+            loading,
+            restarting=gone[0] if gone else None,
         )
 
     @property
@@ -252,6 +269,8 @@ class JobStatus:
             return [f"{other_line(self.job, first.name, first.host, first.identity)};", other_remedy(self.job)]
         if self.missing_seconds is None:
             return self._lacking_lines(start) if self.lacks else []
+        if self.restarting is not None:
+            return [f"{restarting_line(self.restarting)};", f"{IF_NOT_OF_UP}: {start}"]
         missing = f"no live worker has served {self.job.spec} for {duration(self.missing_seconds)}"
         if self.meant is not None:
             return [f"{missing}: {slip_line(self.job.spec, self.meant)}", f"{self.slip_remedy}:", start]
@@ -271,6 +290,11 @@ def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRo
     begun = min(job.counts.total, job.counts.total - job.counts.pending + sum(rows.values()))
     sample = store.sampling.of(job.id, total=job.counts.total, begun=begun)
     return estimate(job.counts, effort.paces, sample, rows=rows, max_tokens=choices * (sampling.get("max_tokens") or 1))
+
+
+def restarting_line(worker: WorkerRow) -> str:
+    """The worker whose process has just ended, and what becomes of it."""
+    return f"worker {worker.name} has ended, and the mill here starts it again within a minute"
 
 
 def lack_line(lack: Lack) -> str:

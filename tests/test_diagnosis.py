@@ -310,6 +310,18 @@ class TestReadyWorkers:
         embedded = place.diagnose(job_id, AWAY, external=False)
         assert embedded.findings[0].remedy == "wait: the mill that is up starts it again"
 
+    def test_a_worker_whose_process_has_ended_is_started_again_by_the_mill(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        live = Process.own()
+        assert live is not None
+        mill.seat(place.store, process=replace(live, start_ticks=live.start_ticks - 1))
+        expect(place.diagnose(job_id), Verdict.STUCK, "no_worker")
+        home = Settings().home
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "mill.pid").write_text(f"{live}\n")
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "worker_restarts")
+        assert reason.message == "worker w has ended, and the mill here starts it again within a minute"
+
     def test_missing_wakeups_follow_with_the_next_pass(self, place: Place) -> None:
         job_id = mill.load(place.store, 10)
         mill.seat(place.store)

@@ -433,6 +433,13 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     store.workers.enter(rows["lives"].id, WorkerState.STOPPED)
     store.workers.enter(rows["contained"].id, WorkerState.STOPPED)
     assert JobStatus.read(store, job_id).missing_seconds is not None
+    assert JobStatus.read(store, job_id).restarting is None
+    home = load_settings().home
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "mill.pid").write_text(f"{live}\n")
+    lines = JobStatus.read(store, job_id).lines()
+    assert "  waiting    worker ended has ended, and the mill here starts it again within a minute;" in lines
+    assert "  waiting    if neither `up` nor `run` had started it, start it again: batchmill worker -m echo" in lines
 
 
 class TestUptime(Clocked):
