@@ -21,6 +21,8 @@ _GROWTH = 4
 _LOOK_SECONDS = 0.5
 #: So many looks without anything to wait for end the looking, until something is waited for again.
 _IDLE_LOOKS = 20
+#: A wait that was given up goes on where the same is waited for again so soon.
+_AGAIN_SECONDS = 15.0
 
 _speak: Callable[[str], object] = say
 
@@ -34,6 +36,17 @@ class Wait:
         self._is_certain = is_certain
         self._began = time.monotonic()
         self._due = self._began + FIRST_SECONDS
+        self._ended = 0.0
+
+    def is_vain(self) -> bool:
+        """True at the end of a wait that was long and got nothing."""
+        self._ended = time.monotonic()
+        return self._is_certain and self._ended - self._began >= FIRST_SECONDS
+
+    def continue_from(self, earlier: Wait) -> None:
+        """Takes over the beginning of a wait in vain for the same, unless that was long ago."""
+        if self._began - earlier._ended < _AGAIN_SECONDS:
+            self._began, self._due = earlier._began, earlier._due
 
     def works(self) -> None:
         """The block no longer waits for sure: from now on it is told of only where somebody is in its way."""
@@ -61,9 +74,15 @@ def telling(what: str, *, holder: Callable[[], str | None] = lambda: None, is_ce
     the block does nothing but wait; else it is told only if there is a holder.
     """
     wait = Wait(what, holder, is_certain=is_certain)
+    if (earlier := _vain.pop(what, None)) is not None:
+        wait.continue_from(earlier)
     _watch.add(wait)
     try:
         yield wait
+    except Exception:
+        if wait.is_vain():
+            _vain[what] = wait
+        raise
     finally:
         _watch.remove(wait)
 
@@ -116,6 +135,8 @@ class _Watch:
 
 
 _watch = _Watch()
+#: The last waits in vain, by what they were for.
+_vain: dict[str, Wait] = {}
 
 
 def _begin_anew() -> None:

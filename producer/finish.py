@@ -7,7 +7,7 @@ from batchmill.jobs.store.reading import Job
 
 
 def finish_line(job: Job) -> str | None:
-    """`704 stop, 1,296 length (65 %): raise --max-tokens`; None where no answer is there, or nobody counted them."""
+    """`704 stop, 1,296 length (65 %): raise ...`; None where no answer is there, or nobody counted them."""
     reasons = job.counts.finish_reasons
     if reasons is None or not reasons.stop + reasons.length:
         return None
@@ -16,7 +16,7 @@ def finish_line(job: Job) -> str | None:
     share = 100 * reasons.length / (reasons.stop + reasons.length)
     shown = f"{share:.0f} %" if share >= 1 else "under 1 %"
     line = f"{reasons.stop:,} stop, {reasons.length:,} length ({shown})"
-    return line if _is_meant(job) else f"{line}: raise --max-tokens"
+    return line if _is_meant(job) else f"{line}: raise --max-tokens, or that of the lines"
 
 
 def answered_line(job: Job) -> str:

@@ -39,7 +39,8 @@ class Chosen:
         who = "no worker of this machine has" if self.file is None else f"worker {worker_of(self.file)} has not"
         level = "" if self.level is None else f" of level {self.level} or above"
         about = "" if self.job_id is None else f" about job {self.job_id}"
-        return f"{who} said anything{level}{about}"
+        rest = "" if self.job_id is None else "; `batchmill logs` has what they said of themselves"
+        return f"{who} said anything{level}{about}{rest}"
 
     def paths(self) -> list[Path]:
         return sorted(self.folder.glob("*.log")) if self.file is None else [self.file]

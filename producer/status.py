@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from socket import gethostname
 from typing import Any
 
 from batchmill.jobs.adapters import Adapter
@@ -34,6 +35,8 @@ from batchmill.producer.finish import answered_line, finish_line
 from batchmill.producer.here import seen_here
 
 IF_NOT_OF_UP = "if neither `up` nor `run` had started it, start it again"
+#: A mill starts a worker again within a minute.
+_RESTART_SECONDS = 75.0
 _MOST_REASONS = 3
 _LONGEST_REASON = 300
 #: Where the most is so many times the least, what lies between says nothing.
@@ -71,9 +74,8 @@ class JobStatus:
     def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
         """`settings`: those that a worker here would be started with, by default those of the process."""
         job = store.reading.job(job_id)
-        seen = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
-        mine_too = [each for each in seen if each.only_job in (None, job.id)]
-        serving = [each for each in mine_too if each.alive]
+        serving = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
+        serving = [each for each in serving if each.alive and each.only_job in (None, job.id)]
         at_work = [] if job.closed else [seen_here(each) for each in store.workers.rows(job_id=job.id)]
         at_work = [each for each in at_work if each.alive]
         missing = None
@@ -89,7 +91,7 @@ class JobStatus:
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
         loading = () if job.closed or not all(map(is_loading, serving)) else tuple(serving)
-        gone = mine_too if missing is not None and mill_lives(mine.home) else []
+        restarting = _restarting(store, job, mine) if missing is not None else None
         return cls(
             job,
             effort,
@@ -103,7 +105,7 @@ class JobStatus:
             mine,
             meant,
             loading,
-            restarting=gone[0] if gone else None,
+            restarting=restarting,
         )
 
     @property
@@ -259,7 +261,7 @@ class JobStatus:
     def slip_remedy(self) -> str:
         """What to do about a model's name that is likely a slip, up to the command that starts a worker for it."""
         again = f"`batchmill cancel {self.job.id}`, and submit it again with -m {shlex.quote(self.meant or '')}"
-        return f"{again}; if it is none, start a worker"
+        return f"{again}; if {self.job.spec.model} is what you mean, start a worker"
 
     def missing_lines(self) -> list[str]:
         """Who is missing, for how long, why if it is known, and the command that helps; nothing if nobody is."""
@@ -278,6 +280,16 @@ class JobStatus:
             return [f"{missing}; start one:", start]
         reasons = [f"{given_up_line(each)};" for each in self.given_up[:_MOST_REASONS]]
         return [f"{missing}:", *reasons, f"{advice(self.given_up[0].state)}{start}"]
+
+
+def _restarting(store: Store, job: Job, settings: Settings) -> WorkerRow | None:
+    """The newest worker for a job that has ended on this machine while a mill lives here, unless it gave up."""
+    if not mill_lives(settings.home):
+        return None
+    rows = store.workers.rows(only_alive=False, spec=job.spec, seen_within_seconds=_RESTART_SECONDS)
+    ended = (each for each in reversed(rows) if each.only_job in (None, job.id) and each.host == gethostname())
+    newest = next(ended, None)
+    return None if newest is None or newest.state in GIVEN_UP else newest
 
 
 def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRow]) -> Estimate | None:

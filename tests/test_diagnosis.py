@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from socket import gethostname
 
 import pytest
 from click.testing import CliRunner
@@ -139,7 +140,7 @@ class TestNames:
         reason = expect(place.diagnose(job_id), Verdict.STUCK, "likely_slip")
         assert reason.message == "'dmeo' is no folder here, no cached model and no org/name: did you mean demo?"
         assert reason.remedy == (
-            f"`batchmill cancel {job_id}`, and submit it again with -m demo; if it is none, start a worker:"
+            f"`batchmill cancel {job_id}`, and submit it again with -m demo; if dmeo is what you mean, start a worker:"
             " batchmill worker -m dmeo -q nf4"
         )
 
@@ -314,7 +315,7 @@ class TestReadyWorkers:
         job_id = mill.load(place.store, 3)
         live = Process.own()
         assert live is not None
-        mill.seat(place.store, process=replace(live, start_ticks=live.start_ticks - 1))
+        mill.seat(place.store, process=replace(live, start_ticks=live.start_ticks - 1), host=gethostname())
         expect(place.diagnose(job_id), Verdict.STUCK, "no_worker")
         home = Settings().home
         home.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from batchmill.producer.progress import require_success
 from batchmill.producer.status import JobStatus, job_json
 from tests import mill
 
+RAISE = "raise --max-tokens, or that of the lines"
+
 
 def ended(claimed: Claimed, *reasons: str) -> Held:
     """The batch's first requests answered, each by choices that ended so: `"stop length"` is two."""
@@ -83,8 +85,11 @@ def test_a_job_with_answers_that_nobody_counted_says_nothing(store: Store) -> No
     ("given", "line"),
     [
         (["stop"], "1 stop"),
-        (["stop", "length", "length length"], "1 stop, 3 length (75 %): raise --max-tokens"),
-        (["stop " * 127, "stop " * 127, "length"], "254 stop, 1 length (under 1 %): raise --max-tokens"),
+        (["stop", "length", "length length"], f"1 stop, 3 length (75 %): {RAISE}"),
+        (
+            ["stop " * 127, "stop " * 127, "length"],
+            f"254 stop, 1 length (under 1 %): {RAISE}",
+        ),
     ],
 )
 def test_the_line_names_the_share_that_was_cut_short_and_the_remedy(store: Store, given: list[str], line: str) -> None:
@@ -135,6 +140,6 @@ def test_the_commands_say_both() -> None:
     again = invoke("cancel", job_id)
     assert again.stderr == f"job {job_id} has ended already: cancelled, 4 of 5 requests were answered\n"
     waited = invoke("wait", job_id, "--json")
-    assert f"{job_id} finished: 3 stop, 1 length (25 %): raise --max-tokens" in waited.stderr
+    assert f"{job_id} finished: 3 stop, 1 length (25 %): {RAISE}" in waited.stderr
     assert json.loads(waited.stdout)["finish_reasons"] == {"stop": 3, "length": 1}
     store.close()

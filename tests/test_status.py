@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -422,8 +423,8 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     assert live is not None
     ended = replace(live, start_ticks=live.start_ticks - 1)
     job_id = mill.load(store, 3)
-    for name, process in (("ended", ended), ("lives", live), ("contained", replace(ended, namespace=1))):
-        mill.seat(store, name=name, process=process)
+    for name, process in (("lives", live), ("contained", replace(ended, namespace=1)), ("ended", ended)):
+        mill.seat(store, name=name, process=process, host=gethostname())
     rows = {each.name: seen_here(each) for each in store.workers.rows()}
     assert {name: each.alive for name, each in rows.items()} == {"ended": False, "lives": True, "contained": True}
     assert worker_line(rows["ended"]).startswith("ended  dead  ")

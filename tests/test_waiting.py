@@ -57,6 +57,26 @@ def test_a_wait_is_told_of_more_and_more_seldom(told: Queue[str]) -> None:
     assert len(since) <= 2, "rounding apart, it is one time"
 
 
+def test_a_wait_in_vain_goes_on_with_the_next_for_the_same(told: Queue[str]) -> None:
+    begun = []
+
+    def in_vain(what: str, *, seen: bool) -> None:
+        with telling(what):
+            begun.extend([told.get(timeout=300)] if seen else [])
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        in_vain("Godot", seen=True)
+    assert "Godot" in waiting._vain
+    with telling("Godot") as wait:
+        assert told.get(timeout=300).split()[:3] == begun[0].split()[:3], "since the same time"
+        wait.works()
+    assert "Godot" not in waiting._vain
+    with pytest.raises(TimeoutError):
+        in_vain("nobody", seen=False)
+    assert not waiting._vain
+
+
 def test_one_that_is_over_in_time_is_not(told: Queue[str]) -> None:
     for _ in range(1_000):
         with telling("nothing much"):

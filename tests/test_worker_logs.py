@@ -193,11 +193,15 @@ def test_who_has_no_log_is_told(tmp_path: Path) -> None:
 def test_that_there_is_no_such_line_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "a.log"
     path.write_text(CONSOLE)
+    rest = "; `batchmill logs` has what they said of themselves\n"
     for chosen, told in (
-        (Chosen(folder, job_id="yyyyyyyy"), "no worker of this machine has said anything about job yyyyyyyy\n"),
+        (
+            Chosen(folder, job_id="yyyyyyyy"),
+            f"no worker of this machine has said anything about job yyyyyyyy{rest}",
+        ),
         (
             Chosen(folder, job_id="abcdefgh", level="error"),
-            "no worker of this machine has said anything of level error or above about job abcdefgh\n",
+            f"no worker of this machine has said anything of level error or above about job abcdefgh{rest}",
         ),
         (Chosen(folder, file=path, level="error"), ""),
         (Chosen(folder, file=folder / "b.log"), "worker b has not said anything\n"),

@@ -15,6 +15,8 @@ import httpx2
 from huggingface_hub import constants, errors, get_token
 
 from batchmill.jobs.errors import ModelError
+from batchmill.jobs.names import meant_instead, slip_line
+from batchmill.jobs.spec import ModelSpec
 
 _TOKENS_PAGE = f"{constants.HUGGINGFACE_CO_URL_HOME}settings/tokens"
 _TOO_MANY, _FORBIDDEN, _UNAUTHORIZED = 429, 403, 401
@@ -75,6 +77,8 @@ def _offline(_error: BaseException, name: str, revision: str | None) -> str:
 
 
 def _unreachable(error: BaseException, name: str, revision: str | None) -> str:
+    if (meant := meant_instead(ModelSpec(name))) is not None:
+        return slip_line(ModelSpec(name), meant)
     return (
         f"it is not whole in the cache of this machine ({constants.HF_HUB_CACHE}), and the Hugging Face Hub cannot be "
         f"reached at {_endpoint()} ({type(error).__name__}); run `{pull_command(name, revision)}` when there is a "

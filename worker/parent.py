@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from celery.signals import worker_shutting_down
@@ -107,7 +108,7 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
         # A child inherits this: it would die of the signal, were it told to hand back before it can.
         signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
-        worker_shutting_down.connect(_tell_of_end, weak=False)
+        worker_shutting_down.connect(partial(_tell_of_end, keeper), weak=False)
         log.info("worker starts", worker=worker_id, name=name, model=str(options.spec), device=device)
         keeper.start()
         Watchdog(pulse, pids=pool.pids).start()
@@ -120,8 +121,10 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
         raise BatchmillError("the worker ended by itself; the lines above say why")
 
 
-def _tell_of_end(**_: object) -> None:
+def _tell_of_end(keeper: Keeper, **_: object) -> None:
     """Logs it from a thread of its own: the signal may have come in the middle of another line."""
+    if keeper.failure is not None:
+        return  # which says itself why the worker ends
     line = "ending: what is finished is saved, the rest goes back to the queue"
     threading.Thread(target=log.info, args=[line]).start()
 

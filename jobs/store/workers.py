@@ -348,9 +348,14 @@ class Workers:
         return max(0.0, found or 0.0)
 
     def rows(
-        self, *, only_alive: bool = True, spec: ModelSpec | None = None, job_id: str | None = None
+        self,
+        *,
+        only_alive: bool = True,
+        spec: ModelSpec | None = None,
+        job_id: str | None = None,
+        seen_within_seconds: float | None = None,
     ) -> list[WorkerRow]:
-        """Workers: all or the live ones, of one spec, or those that hold a batch of one job."""
+        """Workers: all or the live ones, of one spec, that hold a batch of one job, or were seen so lately."""
         now = self._database.now
         held = (
             select(func.count())
@@ -372,6 +377,8 @@ class Workers:
             chosen = chosen.where(alive(now))
         if spec is not None:
             chosen = chosen.where(workers.c.spec == spec.canonical)
+        if seen_within_seconds is not None:
+            chosen = chosen.where(workers.c.heartbeat_at > now - seen_within_seconds)
         if job_id is not None:
             holding = select(batches.c.worker_id).where(
                 batches.c.job_id == job_id, batches.c.state == BatchState.LEASED.value
