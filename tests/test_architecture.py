@@ -95,7 +95,13 @@ def is_module(name: str) -> bool:
 
 @pytest.mark.parametrize(
     "code",
-    ["import jobs", "from worker.cli import main", 'a = "worker.app"', 'a = "jobs.gate:T"', "a = 'import worker.app'"],
+    [
+        "import jobs",
+        "from worker.cli import main",
+        'a = "worker.engine"',
+        'a = "jobs.gate:T"',
+        "a = 'import worker.engine'",
+    ],
 )
 def test_a_room_without_its_package_is_found(code: str) -> None:
     assert len(bare_names(f'"""It says import jobs."""\nimport os\n{code}\nfrom batchmill.jobs import store\n')) == 1

@@ -500,7 +500,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "the current folder leaves the import path",
-        (Edit("producer/__main__.py", "not in relative - kept]", "not in kept - kept]"),),
+        (Edit("src/batchmill/__main__.py", "not in relative - kept]", "not in kept - kept]"),),
         ("tests/test_isolation.py",),
     ),
     Mutant(

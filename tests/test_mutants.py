@@ -1,0 +1,19 @@
+"""The mutants of tests/mutants fit the code: each text that they replace stands in its file exactly once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.guards import MUTANTS, Mutant
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.guard)
+def test_its_texts_and_its_tests_are_there(mutant: Mutant) -> None:
+    for edit in mutant.edits:
+        assert (ROOT / edit.file).read_text().count(edit.old) == 1, edit.file
+    for test in mutant.tests:
+        assert (ROOT / test.partition("::")[0]).exists()
