@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,10 @@ def bare_names(code: str) -> list[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings(tree):
             dotted = _DOTTED.fullmatch(node.value)
             names = [dotted[0]] if dotted and is_module(dotted[1]) else _IMPORTED.findall(node.value)
+        elif isinstance(node, ast.List):
+            words = [each.value if isinstance(each, ast.Constant) else None for each in node.elts]
+            python = "sys.executable" in map(ast.unparse, node.elts)
+            names = [str(word) for option, word in pairwise(words) if python and option == "-m"][:1]
         found += [f"line {node.lineno}: {name}" for name in names if name.split(".")[0] in ALLOWED]
     return found
 
@@ -101,6 +106,7 @@ def is_module(name: str) -> bool:
         'a = "worker.engine"',
         'a = "jobs.gate:T"',
         "a = 'import worker.engine'",
+        'a = [sys.executable, "-m", "worker", "-m", "echo"]',
     ],
 )
 def test_a_room_without_its_package_is_found(code: str) -> None:

@@ -54,7 +54,7 @@ def test_a_pull_that_is_ended_ends_at_once_and_leaves_nothing_half(
     machine: Machine, hub: Hub, number: signal.Signals, code: int
 ) -> None:
     hub.stalls_after_bytes = PIECE + 1
-    words = [sys.executable, "-m", "worker", "models", "pull", MODEL]
+    words = [sys.executable, "-m", "batchmill.worker", "models", "pull", MODEL]
     process = subprocess.Popen(
         words, env=machine.environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -80,7 +80,7 @@ def test_a_pull_that_is_ended_ends_at_once_and_leaves_nothing_half(
 def test_a_pull_shows_how_far_it_is_to_a_terminal_alone(machine: Machine) -> None:
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, 100))
-    words = [sys.executable, "-m", "worker", "models", "pull", MODEL]
+    words = [sys.executable, "-m", "batchmill.worker", "models", "pull", MODEL]
     done = subprocess.run(
         words, env=machine.environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=slave, timeout=60, check=True
     )

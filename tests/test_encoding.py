@@ -100,6 +100,7 @@ def test_a_sqlite_database_of_another_encoding_is_refused_since_it_changes_texts
 
 def test_a_chat_template_of_any_text_is_seen_whatever_the_locale(sqlite_url: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_bytes('{"chat_template": "\u4f60 {{ messages }}"}'.encode())
     (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')

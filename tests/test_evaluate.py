@@ -97,7 +97,7 @@ SCHEMA = closed(
 def evaluate(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "src"), "BATCHMILL_HOME": str(cwd / "home")}
     environ |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
-    command = [sys.executable, "-m", "worker", "evaluate", *words]
+    command = [sys.executable, "-m", "batchmill.worker", "evaluate", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environ)
 
 

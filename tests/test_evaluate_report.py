@@ -334,7 +334,7 @@ def test_a_matplotlibrc_of_the_current_folder_draws_nothing(tmp_path: Path) -> N
         "own.draw(own.report(own.NONE), pathlib.Path('chart.png'))\n"
         "import matplotlib; print(matplotlib.rcParams['text.usetex'])"
     )
-    environ = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MPLCONFIGDIR": str(tmp_path / "config")}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MPLCONFIGDIR": str(tmp_path / "config")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.stdout == "True\n", f"matplotlib has read it: {done.stderr}"
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -85,7 +85,7 @@ def test_who_else_fetches_a_file_is_named(machine: Machine) -> None:
     blob.unlink()
     lock = machine.cache / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "worker", "models", "pull", MODEL]
+    words = [sys.executable, "-m", "batchmill.worker", "models", "pull", MODEL]
     with file_lock(lock) as pid:
         pulling = subprocess.Popen(words, env=machine.environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert pulling.stderr is not None

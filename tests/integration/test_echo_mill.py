@@ -240,7 +240,7 @@ def test_a_job_that_is_not_there_is_exit_3(mill: Mill, words: list[str]) -> None
     done = mill.finished(*words)
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
-    assert "batchmill jobs" in done.stderr
+    assert ("`batchmill submit` make one" if words == ["status"] else "batchmill jobs") in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(mill: Mill, tmp_path: Path) -> None:

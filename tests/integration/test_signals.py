@@ -43,7 +43,7 @@ def test_sigterm_right_after_the_start(mill: Mill) -> None:
 
 def test_sigterm_in_the_very_first_moment(mill: Mill) -> None:
     """A worker that a supervisor starts has not run one instruction of Python yet."""
-    words = [sys.executable, "-P", "-m", "worker", "-m", "echo"]
+    words = [sys.executable, "-P", "-m", "batchmill.worker", "-m", "echo"]
     for _ in range(3):
         worker = start_process(words, log=sys.stderr.buffer, environ=mill.environ(), blocks_sigterm=True)
         worker.terminate()

@@ -98,7 +98,7 @@ def test_how_a_child_died_is_told_of_its_worker_and_of_its_job(
     died = next(each for each in said if each["event"] == "the child died")
     assert (died["worker"], died["ended_by"], died["jobs"]) == (1, end, [job_id])
     taken = next(each for each in said if each["event"] == "took back leases")
-    assert (taken["worker"], taken["job"], taken["batches"], taken["outcome"]) == (1, job_id, [1], "crashed")
+    assert (taken["worker"], taken["job"], taken["batches"], taken["outcome"]) == (1, job_id, 1, "crashed")
 
 
 def test_the_end_of_a_worker_that_was_killed_is_in_the_log_of_its_supervisor(mill: Mill, tmp_path: Path) -> None:
