@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from billiard.util import LOGGER_NAME
 from celery.concurrency.asynpool import AsynPool
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -53,3 +54,16 @@ def test_of_a_lost_connection_celery_says_nothing_beside_us(caplog: pytest.LogCa
     celery.warning("%s (%r)", CONNECTION_RETRY, OSError("gone"))
     celery.error("another error of %s", "Celery")
     assert [each.getMessage() for each in caplog.records] == ["another error of Celery"]
+
+
+def test_of_the_end_of_a_child_the_pool_says_nothing_beside_the_keeper() -> None:
+    make_celery_worker(Settings(broker_url="redis://mill.invalid/0"), queue="q", name="w")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    pool = logging.getLogger(LOGGER_NAME)
+    pool.addHandler(handler)
+    pool.error("Process %r pid:%r exited with %r", "a child", 7, "signal 9 (SIGKILL)")
+    pool.error("another error of %s", "the pool")
+    pool.removeHandler(handler)
+    assert [each.getMessage() for each in records] == ["another error of the pool"]

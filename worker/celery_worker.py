@@ -10,6 +10,7 @@ from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
+from billiard.util import LOGGER_NAME
 from celery.apps.worker import (
     Worker,
     install_worker_int_handler,
@@ -46,6 +47,7 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
     # Celery's advice against root is about pickle; JSON alone is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     logging.getLogger(Consumer.__module__).addFilter(_is_not_told_by_us)
+    logging.getLogger(LOGGER_NAME).addFilter(_is_no_end_of_a_child)
     app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
     app.conf.update(
         task_queues=[Queue(queue)],
@@ -69,6 +71,11 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
 def _is_not_told_by_us(record: logging.LogRecord) -> bool:
     """False for what Celery logs of a lost connection, which `_Consumer` tells in its own words."""
     return CONNECTION_RETRY not in (record.args or ())
+
+
+def _is_no_end_of_a_child(record: logging.LogRecord) -> bool:
+    """False for what the pool logs of a child's end, which the keeper tells with its jobs."""
+    return "exited with" not in str(record.msg)
 
 
 class _Worker(Worker):  # type: ignore[misc]
