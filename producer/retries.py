@@ -16,7 +16,7 @@ from batchmill.producer.status import JobStatus
 
 
 def chances_of(job: Job, *, everything: bool, store: Store) -> Chances:
-    """What of a job that has ended another try can end otherwise, by the workers that live now.
+    """Chances of another try of a job that has ended, by the workers that live now.
 
     Raises JobStateError for an open one that does not end by itself, unless a retry of it was cut short.
     """

@@ -135,7 +135,7 @@ class JobStatus:
 
     @property
     def seconds_line(self) -> str:
-        """What a job's time went to: `4.5 queued, of which 3.9 importing torch, 0.1 loading the model; 0.5 running`."""
+        """The seconds of a job: `4.5 queued, of which 3.9 importing torch, 0.1 loading the model; 0.5 running`."""
         effort = self.effort
         waits = ((effort.torch_wait_seconds, "importing torch"), (effort.model_wait_seconds, "loading the model"))
         waited = ", ".join(f"{seconds:.1f} {what}" for seconds, what in waits if round(seconds, 1))

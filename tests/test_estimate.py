@@ -98,7 +98,7 @@ def test_the_range_is_of_the_whole_speed_and_of_that_of_late() -> None:
 
 
 def test_a_machine_that_gets_faster_is_believed() -> None:
-    """What a neighbour took for the first tenth of a job says nothing of the rest, once a third is done."""
+    """The core that a neighbour took for the first tenth of a job says nothing of the rest, once a third is done."""
     timeline = hastened(simulated(lengths(UNIFORM["50 to 150"], 3_000), rows=64), until=0.1, times=3.0)
     for each in looks(timeline, after=0.35):
         assert each.off < 0.2

@@ -64,7 +64,7 @@ def test_ages_are_by_the_clock_of_the_store(store: Store, job: Job) -> None:
 
 
 class TestNarrow:
-    """What a terminal has no room for: the end of a name, the beginning of a model, and then seconds of times."""
+    """Parts that a terminal has no room for: the end of a name, the beginning of a model, and then seconds of times."""
 
     NOTE = "ends in about 9 min 38 s (8 min 31 s to 13 min 18 s)"
 

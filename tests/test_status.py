@@ -235,7 +235,7 @@ def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(s
     mill.claim(store, who)
 
     def said(*, began: float, queued: float) -> str:
-        """Where the load began, and the job was queued, so long before its first run."""
+        """The line where the load began, and the job was queued, so long before its first run."""
         with store.database.write() as connection:
             started = connection.scalar(select(runs.c.started_at)) or 0.0
             connection.execute(update(workers).values(loading_since=started - began))
