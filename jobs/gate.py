@@ -21,7 +21,7 @@ from redis.exceptions import ConnectionError, ResponseError
 from batchmill.jobs.logs import get_logger
 
 log = get_logger(__name__)
-#: The one task there is; its implementation lives in worker.app.
+#: The one task there is; its implementation lives in worker.process.app.
 WAKE_TASK = "batchmill.wake"
 #: The class below as kombu's table of transports names it.
 TRANSPORT = f"{__name__}:Transport"

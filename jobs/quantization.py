@@ -1,7 +1,7 @@
 """Quantization: how the weights of a model are held, parsed from `-q` into one canonical spelling.
 
 Owns the kinds, the options that each takes, and what contradicts what. It knows no device: whether one honours an
-option is worker.loader's to say.
+option is worker.models.load's to say.
 """
 
 from __future__ import annotations

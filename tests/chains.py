@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.models.load import LoadedModel
 from tests.families import loaded
 from tests.tiny import CHAT_TEMPLATE
 

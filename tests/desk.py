@@ -22,10 +22,10 @@ from batchmill.jobs.store import Store
 from batchmill.jobs.store.lease import Lease, Seat
 from batchmill.jobs.store.workers import Loaded
 from batchmill.jobs.tables import metadata, stores
-from batchmill.worker.holdings import Holdings
-from batchmill.worker.leftovers import Leftovers
-from batchmill.worker.reconciler import Reconciler
-from batchmill.worker.spool import Spool, Spools
+from batchmill.worker.loop.holdings import Holdings
+from batchmill.worker.loop.spool import Spool, Spools
+from batchmill.worker.process.maintenance.leftovers import Leftovers
+from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests import mill
 
 BEAT_SECONDS = 5.0

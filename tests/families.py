@@ -26,7 +26,7 @@ from batchmill.jobs.identity import Content
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import SamplingParams
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.models.load import LoadedModel
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 
 CONTEXT_TOKENS = 256

@@ -21,7 +21,7 @@ _PIPE_BYTES = 1024**2
 
 
 def main() -> None:
-    import batchmill.worker.cli  # noqa: F401
+    import batchmill.worker.cli.worker  # noqa: F401
 
     print(json.dumps([_run(words) for words in json.load(sys.stdin)]))  # noqa: T201
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from batchmill.jobs.schema import Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Engine
-from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from tests.tiny import build_tokenizer
 
 PROMPTS = ("a", "one two three", "to be, or not", "x" * 30)

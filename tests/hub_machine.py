@@ -64,7 +64,7 @@ def found(machine: Machine, *, revision: str | None = None, what: str = "model",
     """The folder that a worker finds, or why not: a line. In the room of the loader, without its torch."""
     code = (
         "from batchmill.jobs.errors import ModelError\n"
-        f"from batchmill.worker.repository import find_{what} as find\n"
+        f"from batchmill.worker.models.hub.repository import find_{what} as find\n"
         "try:\n"
         f"    print(find({MODEL!r}, {revision!r}, announce=lambda files, bytes_: None).folder)\n"
         "except ModelError as error:\n"

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from batchmill.jobs.spec import DEMO_FOLDER
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.models.load import LoadedModel
 
 STEPS = 40
 ROWS = 8

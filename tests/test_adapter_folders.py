@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from batchmill.jobs.adapters import Adapter
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.schema import Request, RequestKey, SamplingParams
-from batchmill.worker.adapters.loading import with_adapters
-from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import LoadedModel
-from batchmill.worker.vetting import Refusal, vet
+from batchmill.worker.models.adapters.loading import with_adapters
+from batchmill.worker.models.load import LoadedModel
+from batchmill.worker.models.vetting import Refusal, vet
 from tests.families import FAMILIES, loaded
 from tests.lora import alone, greedy, save_random_adapter
 

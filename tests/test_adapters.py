@@ -15,20 +15,20 @@ from batchmill.jobs.adapters import Adapter, check_all, from_json, to_json
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import DEMO, ModelSpec
-from batchmill.worker.adapters.loading import with_adapters
-from batchmill.worker.child import ORDER_VARIABLE, ChildOrder
-from batchmill.worker.cli import _arguments
+from batchmill.worker.cli.worker import _arguments
+from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine import Engine
-from batchmill.worker.engine.choice import choose
-from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
-from batchmill.worker.engine.echo import EchoEngine
-from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
+from batchmill.worker.engine.continuous.probe import cache_shape
+from batchmill.worker.engine.continuous.scheduling.prefixes import BLOCK_TOKENS, Prefixes
+from batchmill.worker.engine.continuous.scheduling.step import Row
+from batchmill.worker.engine.echo.engine import EchoEngine
+from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.engine.prefixes import BLOCK_TOKENS, Prefixes
-from batchmill.worker.engine.probe import cache_shape
-from batchmill.worker.engine.step import Row
-from batchmill.worker.loader import LoadedModel, load
-from batchmill.worker.placement import Placement
+from batchmill.worker.engine.registry import choose
+from batchmill.worker.models.adapters.loading import with_adapters
+from batchmill.worker.models.load import LoadedModel, load
+from batchmill.worker.process.child import ORDER_VARIABLE, ChildOrder
 from tests.families import FAMILIES, loaded
 from tests.lora import alone, greedy, save_random_adapter, save_trained_adapter, sum_question
 

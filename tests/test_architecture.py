@@ -54,11 +54,11 @@ def test_imports_point_one_way(room: str) -> None:
         "batchmill.jobs.broker",
         "batchmill.jobs.embedded",
         "batchmill.migrations",
-        "batchmill.worker.cli",
-        "batchmill.worker.parent",
-        "batchmill.worker.keeper",
-        "batchmill.worker.app",
-        "batchmill.worker.supervisor",
+        "batchmill.worker.cli.worker",
+        "batchmill.worker.process.parent",
+        "batchmill.worker.process.maintenance.keeper",
+        "batchmill.worker.process.app",
+        "batchmill.worker.process.supervisor",
     ],
 )
 def test_these_load_no_torch(module: str) -> None:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.worker.engine import attention
-from batchmill.worker.engine.attention import Attention
-from batchmill.worker.engine.cache import Cache, CacheShape
-from batchmill.worker.engine.slots import Slots
-from batchmill.worker.engine.step import Piece, Row
+from batchmill.worker.engine.continuous.execution import attention
+from batchmill.worker.engine.continuous.execution.attention import Attention
+from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
+from batchmill.worker.engine.continuous.scheduling.slots import Slots
+from batchmill.worker.engine.continuous.scheduling.step import Piece, Row
 
 CPU = torch.device("cpu")
 HEADS, SIZE, VALUE_SIZE = 2, 4, 3

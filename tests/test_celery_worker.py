@@ -14,7 +14,7 @@ from celery.worker.consumer import Consumer
 from celery.worker.consumer.consumer import CONNECTION_RETRY
 
 from batchmill.jobs.settings import Settings
-from batchmill.worker.celery_worker import _Pool, _Processes, make_celery_worker
+from batchmill.worker.process.celery_worker import _Pool, _Processes, make_celery_worker
 
 
 def test_a_child_gets_queues_though_those_of_the_last_one_were_never_given_back() -> None:

@@ -9,7 +9,7 @@ import pytest
 from batchmill.jobs.schema import ErrorCode, Request, SamplingParams
 from batchmill.worker.engine.chat import KEPT_SHAPES, ChatTemplate
 from batchmill.worker.engine.refused import Refused
-from batchmill.worker.engine.tokenization import Tokenization
+from batchmill.worker.engine.text.tokenization import Tokenization
 from tests.tiny import build_tokenizer
 
 #: Qwen's: it writes four roles and leaves out every other.

@@ -22,12 +22,13 @@ from batchmill.jobs import VERSION
 from batchmill.jobs.errors import ModelError, UsageError
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.engine.choice import choose
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import LoadedModel, checkpoint, layers, load
-from batchmill.worker.loader.checkpoint import Checkpoint
-from batchmill.worker.loader.quantized_copy import save_quantized
-from batchmill.worker.vetting import Refusal
+from batchmill.worker.engine.registry import choose
+from batchmill.worker.models.load import LoadedModel, load
+from batchmill.worker.models.quantization import checkpoint, layers
+from batchmill.worker.models.quantization.checkpoint import Checkpoint
+from batchmill.worker.models.quantization.quantized_copy import save_quantized
+from batchmill.worker.models.vetting import Refusal
 from tests.checkpoints import save_bitsandbytes, save_compressed, save_fp8, save_shape, say
 from tests.greedy import ROUNDED, agree, answers, greedy
 

@@ -20,16 +20,18 @@ from batchmill.jobs.identity import Content, of_model
 from batchmill.jobs.states import WorkerState
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.reading import Job
-from batchmill.worker import child, device_lock, outage
-from batchmill.worker.child import Child, ChildOrder
-from batchmill.worker.device_lock import DeviceLock
-from batchmill.worker.devices import DeviceInfo
-from batchmill.worker.engine.choice import Chosen
-from batchmill.worker.engine.echo import EchoEngine
-from batchmill.worker.held import Held
-from batchmill.worker.placement import Placement
-from batchmill.worker.pulse import Pulse
-from batchmill.worker.sources import Sources
+from batchmill.worker.devices import lock as device_lock
+from batchmill.worker.devices.lock import DeviceLock
+from batchmill.worker.devices.placement import Placement
+from batchmill.worker.devices.selection import DeviceInfo
+from batchmill.worker.engine.echo.engine import EchoEngine
+from batchmill.worker.engine.registry import Chosen
+from batchmill.worker.loop import outage
+from batchmill.worker.models.sources import Sources
+from batchmill.worker.process import child
+from batchmill.worker.process.child import Child, ChildOrder
+from batchmill.worker.process.held import Held
+from batchmill.worker.process.pulse import Pulse
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +165,7 @@ class TestBeginning:
     def test_whose_parent_is_gone_by_then_ends_at_once(self, worker_id: tuple[Store, int]) -> None:
         """It would hang without anybody to see to it, and send its signals to whoever has become its parent."""
         before = worker_id[0].workers.heartbeat(worker_id[1], beat=5.0)
-        begin = f"{sys.executable} -c 'from batchmill.worker.child import begin; begin()'; exit $?"
+        begin = f"{sys.executable} -c 'from batchmill.worker.process.child import begin; begin()'; exit $?"
         done = subprocess.run(["bash", "-c", begin], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 128 + signal.SIGKILL, done.stderr
         assert worker_id[0].workers.heartbeat(worker_id[1], beat=5.0) == before

@@ -14,10 +14,10 @@ from batchmill.jobs.errors import ModelError
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.spec import ModelSpec
 from batchmill.worker.engine import Progress
-from batchmill.worker.engine.choice import Chosen, choose
-from batchmill.worker.engine.generate import GENERATE_ROWS, GenerateEngine
+from batchmill.worker.engine.generate.engine import GENERATE_ROWS, GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineKind, EngineOptions
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.engine.registry import Chosen, choose
+from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import CONTEXT_TOKENS, save_tiny_model
 
 REASON = "it keeps a state instead of a cache"
@@ -48,7 +48,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stands_in(monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Any], unsupported: type[Exception]) -> None:
-    module = ModuleType("batchmill.worker.engine.continuous")
+    module = ModuleType("batchmill.worker.engine.continuous.engine")
     module.ContinuousEngine, module.Unsupported = engine, unsupported  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from batchmill.worker.cli_models import main
+from batchmill.worker.cli.models import main
 from tests.hub_machine import MODEL, ROOT, Machine
 from tests.hub_server import Hub, Repository, serving
 from tests.tiny import save_tiny_model
@@ -45,7 +45,9 @@ def invoke(*words: str | Path) -> Result:
 
 
 def test_a_pull_loads_no_torch(machine: Machine) -> None:
-    code = "import sys, batchmill.worker.cli_models, batchmill.worker.repository; print('torch' in sys.modules)"
+    code = (
+        "import sys, batchmill.worker.cli.models, batchmill.worker.models.hub.repository; print('torch' in sys.modules)"
+    )
     assert machine.run("-c", code).stdout == "False\n"
 
 

@@ -17,13 +17,13 @@ from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig,
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import DEMO, ModelSpec
-from batchmill.worker.engine.choice import choose
-from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
-from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
+from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.grammar import Grammars, Matcher
 from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.registry import choose
 from batchmill.worker.engine.sampling.penalties import Penalties
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.models.load import LoadedModel, load
 from tests.families import CONTEXT_TOKENS, VOCABULARY, load_alphabet, load_family, loaded
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0)

@@ -145,7 +145,7 @@ COMMAND_LINES = [*compose_commands(), *unit_commands(), *readme_commands(), *quo
 
 def parsed(arguments: list[str]) -> click.Context:
     """The context that batchmill makes of these arguments. Raises click's UsageError; runs nothing."""
-    from batchmill.worker.cli import main as worker_main
+    from batchmill.worker.cli.worker import main as worker_main
 
     command: click.Command | None = cli
     name, rest = "batchmill", arguments

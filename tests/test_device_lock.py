@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from batchmill.jobs.errors import AlreadyRunning
-from batchmill.worker import device_lock
-from batchmill.worker.device_lock import DeviceLock, DeviceLocks
+from batchmill.worker.devices import lock as device_lock
+from batchmill.worker.devices.lock import DeviceLock, DeviceLocks
 
 HOLD = """
 import sys, pathlib

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from batchmill.jobs.errors import ModelError, UsageError
-from batchmill.worker import devices
-from batchmill.worker.devices import all_cuda_devices, describe_devices, is_out_of_memory, visible_devices
+from batchmill.worker.devices import selection as devices
+from batchmill.worker.devices.selection import all_cuda_devices, describe_devices, is_out_of_memory, visible_devices
 
 MASKED = {"CUDA_VISIBLE_DEVICES": "2,GPU-5f1d, 7"}
 
@@ -54,8 +54,8 @@ def test_other_spellings_are_refused(device: str) -> None:
 
 def test_cpu_is_described_without_torch() -> None:
     script = (
-        "import sys; from batchmill.worker.devices import describe_devices;"
-        "from batchmill.worker.telemetry import MemoryMeter;"
+        "import sys; from batchmill.worker.devices.selection import describe_devices;"
+        "from batchmill.worker.devices.memory import MemoryMeter;"
         "(device,) = describe_devices(('cpu',)); meter = MemoryMeter([device]); meter.observe(); meter.take();"
         "print(device.name, device.uuid, device.torch_device, device.total_bytes > 2**20, 'torch' in sys.modules)"
     )

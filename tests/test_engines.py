@@ -11,11 +11,11 @@ from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import ModelSpec
 from batchmill.worker.engine import Engine, Progress
-from batchmill.worker.engine.continuous import ContinuousEngine
-from batchmill.worker.engine.echo import EchoEngine
-from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.echo.engine import EchoEngine
+from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import save_tiny_model
 
 Make = Callable[..., Engine]
@@ -218,8 +218,8 @@ def test_a_slow_echo_reports_while_it_sleeps(monkeypatch: pytest.MonkeyPatch) ->
         now[0] += seconds
         slept.append(seconds)
 
-    monkeypatch.setattr("batchmill.worker.engine.echo.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("batchmill.worker.engine.echo.time.sleep", sleep)
+    monkeypatch.setattr("batchmill.worker.engine.echo.engine.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("batchmill.worker.engine.echo.engine.time.sleep", sleep)
     engine = EchoEngine(seconds_per_step=0.12)
     engine.add(key(0), request(0))
     assert indices(engine.step()) == [0]
@@ -233,7 +233,8 @@ def test_echo_needs_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    script = "import sys, batchmill.worker.engine.echo, batchmill.worker.engine.planning; print('torch' in sys.modules)"
+    modules = "batchmill.worker.engine.echo.engine, batchmill.worker.engine.generate.batching"
+    script = f"import sys, {modules}; print('torch' in sys.modules)"
     root = Path(__file__).parent.parent
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
     assert said.stdout.strip() == "False"

@@ -26,14 +26,14 @@ from batchmill.jobs.settings import load_settings
 from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
 from batchmill.migrations import open_store
 from batchmill.worker.demo import corpus
-from batchmill.worker.devices import CPU, DeviceInfo
+from batchmill.worker.devices.selection import CPU, DeviceInfo
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.evaluate.accuracy import Match
-from batchmill.worker.evaluate.corpus import Corpus
+from batchmill.worker.evaluate.data.corpus import Corpus
 from batchmill.worker.evaluate.evaluation import Asked, Evaluation
 from batchmill.worker.evaluate.lineup import Lineup
-from batchmill.worker.evaluate.measurement import Failure, Measurement, Method
-from batchmill.worker.evaluate.perplexity import PerplexityChange
+from batchmill.worker.evaluate.measures.accuracy import Match
+from batchmill.worker.evaluate.measures.measurement import Failure, Measurement, Method
+from batchmill.worker.evaluate.measures.perplexity import PerplexityChange
 from batchmill.worker.evaluate.progress import Shown
 from tests.tiny import save_tiny_model
 

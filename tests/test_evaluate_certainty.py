@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.worker.evaluate.certainty import of_difference, of_mean, of_p99, of_share
+from batchmill.worker.evaluate.measures.certainty import of_difference, of_mean, of_p99, of_share
 
 
 @pytest.mark.parametrize(("count", "true"), [(8, 0.5), (8, 0.9), (64, 0.5), (64, 0.9), (64, 0.98), (200, 0.98)])

@@ -10,10 +10,10 @@ import pytest
 from tokenizers import processors
 
 from batchmill.jobs.errors import UsageError
-from batchmill.worker.evaluate.accuracy import Match, check_answers
-from batchmill.worker.evaluate.corpus import MAX_LINE_BYTES, Corpus
-from batchmill.worker.evaluate.passages import PROMPT_TOKENS, Passages
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.evaluate.data.corpus import MAX_LINE_BYTES, Corpus
+from batchmill.worker.evaluate.data.passages import PROMPT_TOKENS, Passages
+from batchmill.worker.evaluate.measures.accuracy import Match, check_answers
+from batchmill.worker.models.load import LoadedModel
 from tests.families import load_family
 
 BEGIN = 0

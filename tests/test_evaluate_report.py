@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from batchmill.jobs.errors import UsageError, WriteFailed
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.evaluate.accuracy import Accuracy, Match, accuracy
-from batchmill.worker.evaluate.advice import advice
-from batchmill.worker.evaluate.agreement import Agreement, agreement
-from batchmill.worker.evaluate.chart import check, draw
-from batchmill.worker.evaluate.divergence import Divergence
-from batchmill.worker.evaluate.finding import ACCURACY, AGREEMENT, DIVERGENCE, DIVERGENCE_P99, PERPLEXITY
 from batchmill.worker.evaluate.lineup import Lineup, split
-from batchmill.worker.evaluate.measurement import Failure, Measurement, Method, Report
-from batchmill.worker.evaluate.perplexity import PerplexityChange
-from batchmill.worker.evaluate.report import lines, to_json
+from batchmill.worker.evaluate.measures.accuracy import Accuracy, Match, accuracy
+from batchmill.worker.evaluate.measures.agreement import Agreement, agreement
+from batchmill.worker.evaluate.measures.divergence import Divergence
+from batchmill.worker.evaluate.measures.measurement import Failure, Measurement, Method, Report
+from batchmill.worker.evaluate.measures.perplexity import PerplexityChange
+from batchmill.worker.evaluate.report.advice import advice
+from batchmill.worker.evaluate.report.chart import check, draw
+from batchmill.worker.evaluate.report.finding import ACCURACY, AGREEMENT, DIVERGENCE, DIVERGENCE_P99, PERPLEXITY
+from batchmill.worker.evaluate.report.report import lines, to_json
 
 ROOT = Path(__file__).parent.parent
 

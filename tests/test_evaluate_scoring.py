@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from batchmill.worker.evaluate import scoring
-from batchmill.worker.evaluate.divergence import Comparison, Distributions, divergence
-from batchmill.worker.evaluate.passages import Passage
-from batchmill.worker.evaluate.perplexity import Perplexity
-from batchmill.worker.evaluate.scoring import scored
-from batchmill.worker.evaluate.windows import Window, batches, windows
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.evaluate.data.passages import Passage
+from batchmill.worker.evaluate.data.windows import Window, batches, windows
+from batchmill.worker.evaluate.measures import scoring
+from batchmill.worker.evaluate.measures.divergence import Comparison, Distributions, divergence
+from batchmill.worker.evaluate.measures.perplexity import Perplexity
+from batchmill.worker.evaluate.measures.scoring import scored
+from batchmill.worker.models.load import LoadedModel
 from tests.families import END_TOKEN, VOCABULARY, load_family
 
 BEGIN = 0

@@ -17,10 +17,10 @@ from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import DEMO, ModelSpec
 from batchmill.producer.lines import json_request
-from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.engine.probe import cache_shape
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.models.load import LoadedModel, load
 from tests.families import FAMILIES, load_family
 
 SHARED = "a beginning that many prompts have in common, "

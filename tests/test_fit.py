@@ -14,19 +14,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
-from batchmill.worker.engine import limits as engine_limits
-from batchmill.worker.engine.continuous import ContinuousEngine
-from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.devices.memory import MemoryReader
+from batchmill.worker.devices.placement import Placement
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.continuous.scheduling import limits as engine_limits
+from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.loader import load
-from batchmill.worker.placement import Placement
+from batchmill.worker.models.load import load
+from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.fit import Load, fit
 from batchmill.worker.plan.hardware import Hardware, joined, pretended_gpu
 from batchmill.worker.plan.model import PlannedModel
 from batchmill.worker.plan.refusal import refuse_beyond, refuse_too_large
 from batchmill.worker.plan.report import load_of
-from batchmill.worker.telemetry import MemoryReader
-from batchmill.worker.vetting import Refusal
 from tests.bench.models import checkpoint
 
 GIB = 1024**3
@@ -49,7 +49,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """4-bit weights are multiplied in bfloat16, whichever CPU this is; on some it is float32, of twice the bytes."""
-    monkeypatch.setattr(import_module("batchmill.worker.loader.precision"), "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(import_module("batchmill.worker.models.quantization.precision"), "has_avx512bf16", lambda: True)
 
 
 def spec(folder: Path, quantization: str) -> ModelSpec:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from batchmill.worker.engine import flash
-from batchmill.worker.engine.attention import Attention
-from batchmill.worker.engine.cache import Cache, CacheShape
-from batchmill.worker.engine.flash import PAGE_TOKENS, FlashAttention
-from batchmill.worker.engine.slots import Slots
-from batchmill.worker.engine.step import Piece, Row
+from batchmill.worker.engine.continuous.execution import flash
+from batchmill.worker.engine.continuous.execution.attention import Attention
+from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
+from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, FlashAttention
+from batchmill.worker.engine.continuous.scheduling.slots import Slots
+from batchmill.worker.engine.continuous.scheduling.step import Piece, Row
 
 CPU = torch.device("cpu")
 KV_HEADS = 2

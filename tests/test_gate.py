@@ -116,7 +116,7 @@ def test_every_connection_goes_through_the_gate(url: str) -> None:
 
 def test_a_worker_has_no_task_but_its_own() -> None:
     code = (
-        "import batchmill.worker.app; from batchmill.jobs.broker import make_app; app = make_app('redis://h');"
+        "import batchmill.worker.process.app; from batchmill.jobs.broker import make_app; app = make_app('redis://h');"
         "app.loader.import_default_modules(); print(*app.tasks)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

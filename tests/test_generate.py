@@ -15,8 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.engine.generate import GenerateEngine
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.engine.generate.engine import GenerateEngine
+from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import CONTEXT_TOKENS, build_tokenizer, save_tiny_model
 
 END, OTHER_END = 1, 3

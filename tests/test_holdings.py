@@ -5,7 +5,7 @@ from __future__ import annotations
 from batchmill.jobs.memory import Memory
 from batchmill.jobs.schema import Request, RequestKey
 from batchmill.jobs.store.lease import Claimed, Lease, Turned
-from batchmill.worker.holdings import Holdings
+from batchmill.worker.loop.holdings import Holdings
 from tests.mill import output
 
 

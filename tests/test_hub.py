@@ -322,7 +322,7 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(
     code = (
         "import shutil, sys\n"
         "shutil.disk_usage = lambda _: type('Usage', (), {'free': 1000})\n"
-        "from batchmill.worker.cli_models import main\n"
+        "from batchmill.worker.cli.models import main\n"
         f"sys.argv = ['models', 'pull', {MODEL!r}]\n"
         "main()\n"
     )
@@ -375,7 +375,7 @@ def test_a_repository_without_safetensors_is_no_adapter(machine: Machine, hub: H
 def test_headers_are_read_without_the_weights(machine: Machine, hub: Hub, files: dict[str, bytes]) -> None:
     code = (
         "import json\n"
-        "from batchmill.worker.repository import fetch_configuration, fetch_headers\n"
+        "from batchmill.worker.models.hub.repository import fetch_configuration, fetch_headers\n"
         f"headers = fetch_headers({MODEL!r}, None)\n"
         "found = {name: [each.dtype, each.shape, each.bytes] for name, each in headers.items()}\n"
         f"print(json.dumps([sorted(file.name for file in fetch_configuration({MODEL!r}, None).iterdir()), found]))\n"

@@ -9,8 +9,8 @@ from structlog.testing import capture_logs
 from batchmill.jobs.broker import Broker
 from batchmill.jobs.settings import load_settings
 from batchmill.jobs.store import Store
-from batchmill.worker.keeper import Keeper, Pool, WorkerOptions
-from batchmill.worker.namesakes import Namesakes
+from batchmill.worker.process.maintenance.keeper import Keeper, Pool, WorkerOptions
+from batchmill.worker.process.maintenance.namesakes import Namesakes
 from tests import mill
 
 

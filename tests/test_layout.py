@@ -16,11 +16,11 @@ from batchmill.jobs.process import Process
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.schema import Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.engine.choice import choose
+from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.loader import LoadedModel, load
-from batchmill.worker.loader.layout import Layout
-from batchmill.worker.placement import Placement
+from batchmill.worker.engine.registry import choose
+from batchmill.worker.models.layout import Layout
+from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import save_tiny_model
 
 OFFLOADED_INT8 = "int8:fp32_cpu_offload=true"
@@ -109,7 +109,7 @@ def test_a_quantization_that_cannot_be_offloaded_is_refused_before_loading(
     def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("batchmill.worker.loader.AutoModelForCausalLM.from_pretrained", loads)
+    monkeypatch.setattr("batchmill.worker.models.load.AutoModelForCausalLM.from_pretrained", loads)
     with pytest.raises(ModelError, match=f"-q {quantization} cannot be offloaded; choose -q int8:fp32_cpu_offload"):
         load(spec(folder, quantization), "cpu", placement=on_disk(room, tmp_path))
 

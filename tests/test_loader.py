@@ -18,9 +18,10 @@ from batchmill.jobs.identity import of_commit, of_model
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.schema import Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker import loader
-from batchmill.worker.engine.generate import GenerateEngine
-from batchmill.worker.loader import load, loading, source
+from batchmill.worker.engine.generate.engine import GenerateEngine
+from batchmill.worker.models import load as loader
+from batchmill.worker.models import source
+from batchmill.worker.models.load import load, loading
 from tests.tiny import CONTEXT_TOKENS, SPECIAL_TOKENS, save_tiny_model
 
 
@@ -197,7 +198,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(copy: Path) -> None:
 def test_nothing_is_loaded_of_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(copy / "tokenizer_config.json", deeper={"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
     for name in ("configuration.AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.delattr(f"batchmill.worker.loader.{name}")
+        monkeypatch.delattr(f"batchmill.worker.models.load.{name}")
     assert "its tokenizer_config.json has auto_map" in refusal(spec(copy))
 
 

@@ -21,7 +21,7 @@ from batchmill.jobs.store.lease import Held, Turned
 from batchmill.jobs.tables import batches, requests
 from batchmill.producer.prompts import PromptFile
 from batchmill.producer.submit import Submission, load_job
-from batchmill.worker.holdings import Holdings
+from batchmill.worker.loop.holdings import Holdings
 from tests import mill
 
 MIB = 1024**2

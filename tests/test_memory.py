@@ -8,7 +8,7 @@ from batchmill.jobs.store import Store
 from batchmill.jobs.store.lease import Claimed, Held, Lease, Turned
 from batchmill.producer.device_lines import device_line, memory_lines
 from batchmill.producer.status import JobStatus
-from batchmill.worker.holdings import Holdings
+from batchmill.worker.loop.holdings import Holdings
 from tests import mill
 
 

@@ -18,13 +18,13 @@ from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import ModelSpec
 from batchmill.worker.engine import Engine
-from batchmill.worker.engine.choice import choose
-from batchmill.worker.engine.continuous import ContinuousEngine
-from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineKind, EngineOptions
+from batchmill.worker.engine.registry import choose
 from batchmill.worker.engine.sampling import Sampler
 from batchmill.worker.engine.sampling.logprobs import LEAST_LOGPROB
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.models.load import LoadedModel, load
 from tests.families import load_alphabet, load_family
 from tests.tiny import build_tokenizer, save_tiny_model
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batchmill.jobs.errors import UsageError
-from batchmill.worker.placement import Placement, each_worker, parse_each, parse_max_memory
+from batchmill.worker.devices.placement import Placement, each_worker, parse_each, parse_max_memory
 
 GIB = 2**30
 

@@ -23,10 +23,10 @@ from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.speeds import Speed
 from batchmill.jobs.tables import runs
-from batchmill.worker import cli_plan
+from batchmill.worker.cli import plan as cli_plan
+from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.probe import cache_shape
-from batchmill.worker.loader import load, read_model
+from batchmill.worker.models.load import load, read_model
 from batchmill.worker.plan.advice import advice
 from batchmill.worker.plan.hardware import Hardware, Rates, known_rates, pretended_gpu, this_cpu
 from batchmill.worker.plan.model import PlannedModel

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchmill.worker.engine.planning import IDLING, PADDING, SHORT_ANSWER_TOKENS, SHORT_PROMPT_TOKENS, Size, plan
+from batchmill.worker.engine.generate.batching import (
+    IDLING,
+    PADDING,
+    SHORT_ANSWER_TOKENS,
+    SHORT_PROMPT_TOKENS,
+    Size,
+    plan,
+)
 
 PLENTY = 10**9
 sizes = st.builds(Size, st.integers(1, 4000), st.integers(1, 4000))

@@ -34,17 +34,17 @@ from transformers import (
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.engine.choice import choose
 from batchmill.worker.engine.options import EngineKind, EngineOptions
-from batchmill.worker.loader import load, loading, read_model
-from batchmill.worker.loader.precision import precision
+from batchmill.worker.engine.registry import choose
+from batchmill.worker.models.load import load, loading, read_model
+from batchmill.worker.models.quantization.precision import precision
 from tests.checkpoints import SHAPES, save_bitsandbytes, save_shape
 from tests.greedy import ANSWER_TOKENS, PROMPTS, ROUNDED, agree, answers, greedy
 from tests.tiny import build_tokenizer
 
 CPU = torch.device("cpu")
 #: The module, whose function has the same name.
-PRECISION = import_module("batchmill.worker.loader.precision")
+PRECISION = import_module("batchmill.worker.models.quantization.precision")
 #: In what 4-bit weights are multiplied here where nobody asks for anything.
 BEST = torch.bfloat16 if has_avx512bf16() else torch.float32
 #: The rows of the table: what transformers alone is asked for. `skip` stands for a layer of each shape.

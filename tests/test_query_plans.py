@@ -15,8 +15,8 @@ from batchmill.jobs.broker import Broker
 from batchmill.jobs.settings import load_settings
 from batchmill.jobs.states import RunOutcome
 from batchmill.jobs.store import Store
-from batchmill.worker.leftovers import Leftovers
-from batchmill.worker.reconciler import Reconciler
+from batchmill.worker.process.maintenance.leftovers import Leftovers
+from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests import mill
 
 LARGE = ("batches", "requests", "outputs", "runs")

@@ -10,8 +10,8 @@ from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.states import JobState
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.lease import Held
-from batchmill.worker import reconciler as reconciler_module
-from batchmill.worker.reconciler import Reconciler
+from batchmill.worker.process.maintenance import reconciler as reconciler_module
+from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests import mill
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from batchmill.worker.rounds import Rounds
+from batchmill.worker.loop.rounds import Rounds
 from tests.integration.conftest import until
 
 

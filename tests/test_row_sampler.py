@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from batchmill.jobs.schema import SamplingParams
+from batchmill.worker.engine.generate.row_sampler import RowSampler
 from batchmill.worker.engine.sampling import Sampler
-from batchmill.worker.engine.sampling.row_sampler import RowSampler
-from batchmill.worker.engine.tokenization import Prompt
+from batchmill.worker.engine.text.tokenization import Prompt
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from batchmill.jobs.schema import RequestKey
 from batchmill.jobs.states import JobState, RequestState, WorkerState
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.lease import Turned
-from batchmill.worker import saver
-from batchmill.worker.engine.echo import EchoEngine
-from batchmill.worker.runner import Runner
-from batchmill.worker.saver import Saver
-from batchmill.worker.spool import Spool, read
+from batchmill.worker.engine.echo.engine import EchoEngine
+from batchmill.worker.loop import saver
+from batchmill.worker.loop.runner import Runner
+from batchmill.worker.loop.saver import Saver
+from batchmill.worker.loop.spool import Spool, read
 from tests import mill
 from tests.integration.conftest import until
 from tests.oracle import violations

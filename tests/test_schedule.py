@@ -9,10 +9,10 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.worker.engine.prefixes import BLOCK_TOKENS
-from batchmill.worker.engine.schedule import PATIENCE, Schedule
-from batchmill.worker.engine.slots import SMALLEST_TOKENS, Slots
-from batchmill.worker.engine.step import Row, Step
+from batchmill.worker.engine.continuous.scheduling.prefixes import BLOCK_TOKENS
+from batchmill.worker.engine.continuous.scheduling.schedule import PATIENCE, Schedule
+from batchmill.worker.engine.continuous.scheduling.slots import SMALLEST_TOKENS, Slots
+from batchmill.worker.engine.continuous.scheduling.step import Row, Step
 
 LONGEST = 4 * SMALLEST_TOKENS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.worker.engine.slots import CHUNK_TOKENS, SMALLEST_TOKENS, Slot, Slots
+from batchmill.worker.engine.continuous.scheduling.slots import CHUNK_TOKENS, SMALLEST_TOKENS, Slot, Slots
 
 
 @settings(max_examples=150, deadline=None)

@@ -14,8 +14,8 @@ from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.identity import Content, of_commit, of_model
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.loader import load
-from batchmill.worker.sources import Sources, read_on
+from batchmill.worker.models.load import load
+from batchmill.worker.models.sources import Sources, read_on
 from tests.tiny import save_tiny_model
 
 

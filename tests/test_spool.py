@@ -21,9 +21,10 @@ from batchmill.jobs.states import JobState, RunOutcome
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.lease import Held, Lease
 from batchmill.jobs.tables import workers
-from batchmill.worker import leftovers, spool
-from batchmill.worker.leftovers import Leftovers
-from batchmill.worker.spool import NewerSpool, Spool, Spools, abandoned, read
+from batchmill.worker.loop import spool
+from batchmill.worker.loop.spool import NewerSpool, Spool, Spools, abandoned, read
+from batchmill.worker.process.maintenance import leftovers
+from batchmill.worker.process.maintenance.leftovers import Leftovers
 from tests import mill
 from tests.oracle import violations
 

@@ -42,9 +42,9 @@ from batchmill.jobs.states import CLOSED_JOB_STATES, BatchState, RequestState, R
 from batchmill.jobs.store import loading, retrying, saving
 from batchmill.jobs.store.blame import SUSPECT_GROUPS
 from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
-from batchmill.worker import leftovers
-from batchmill.worker import reconciler as reconciler_module
-from batchmill.worker.holdings import Said
+from batchmill.worker.loop.holdings import Said
+from batchmill.worker.process.maintenance import leftovers
+from batchmill.worker.process.maintenance import reconciler as reconciler_module
 from tests import mill
 from tests.desk import BEAT_SECONDS, Bed, Child, Desk, Key, Killed, Queues, Seen
 from tests.oracle import violations

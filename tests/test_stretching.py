@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.worker.engine.continuous import ContinuousEngine, Unsupported
-from batchmill.worker.engine.generate import GenerateEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
+from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.models.load import LoadedModel
 from tests.families import loaded
 
 ORIGINAL_TOKENS = 64

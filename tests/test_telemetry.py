@@ -9,10 +9,10 @@ import psutil
 import pytest
 
 from batchmill.jobs.memory import DeviceMemory, Memory
-from batchmill.worker import telemetry
-from batchmill.worker.devices import DeviceInfo
-from batchmill.worker.nvml import Nvml
-from batchmill.worker.telemetry import MemoryMeter, MemoryReader, Reading
+from batchmill.worker.devices import memory as telemetry
+from batchmill.worker.devices.memory import MemoryMeter, MemoryReader, Reading
+from batchmill.worker.devices.nvml import Nvml
+from batchmill.worker.devices.selection import DeviceInfo
 
 FIRST = DeviceInfo("GPU", "GPU-1", 1000, "cuda:0", "cuda:2")
 SECOND = DeviceInfo("GPU", "GPU-2", 2000, "cuda:1", "cuda:3")

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from batchmill.jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
 from batchmill.producer.answers import _completion_logprobs
-from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.models.load import LoadedModel
 from tests.chains import load_chain, sentencepiece, wordpieces
 from tests.tiny import build_tokenizer
 

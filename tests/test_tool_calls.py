@@ -13,8 +13,8 @@ from batchmill.jobs.schema import Choice, Output, Request, RequestKey, SamplingP
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.lease import Held
 from batchmill.producer.results import export
-from batchmill.worker.engine.decoding import Decoding
-from batchmill.worker.engine.tokenization import Tokenization
+from batchmill.worker.engine.text.decoding import Decoding
+from batchmill.worker.engine.text.tokenization import Tokenization
 from tests import mill
 from tests.test_chat import TOOL, USER
 from tests.tiny import build_tokenizer

@@ -9,9 +9,9 @@ import pytest
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.engine.choice import choose
 from batchmill.worker.engine.options import EngineKind, EngineOptions
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.engine.registry import choose
+from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import build_tokenizer, save_tiny_model
 
 SAMPLING = SamplingParams(max_tokens=2, temperature=0.0)

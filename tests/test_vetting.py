@@ -16,9 +16,9 @@ from batchmill.jobs.errors import ModelError
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import ErrorCode, Request, RequestKey
 from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
-from batchmill.worker.engine.generate import GenerateEngine
-from batchmill.worker.loader import load
-from batchmill.worker.vetting import Refusal, vet, weights
+from batchmill.worker.engine.generate.engine import GenerateEngine
+from batchmill.worker.models.load import load
+from batchmill.worker.models.vetting import Refusal, vet, weights
 from tests.tiny import save_tiny_model
 
 

@@ -22,7 +22,7 @@ from batchmill.jobs.home import use_store
 from batchmill.jobs.store import Store
 from batchmill.jobs.store.database import WAL_SAFE_SINCE
 from batchmill.jobs.waiting import telling
-from batchmill.worker.device_lock import DeviceLock
+from batchmill.worker.devices.lock import DeviceLock
 from tests import mill
 from tests.holding import file_lock, reader, transaction
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from batchmill.jobs.errors import StoreUnavailable
-from batchmill.worker.waker import Waker
+from batchmill.worker.process.maintenance.waker import Waker
 
 
 def test_who_asks_does_not_wait_and_many_requests_are_few_sendings() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from batchmill.worker import watchdog
-from batchmill.worker.pulse import Pulse
-from batchmill.worker.watchdog import Watchdog
+from batchmill.worker.process import watchdog
+from batchmill.worker.process.pulse import Pulse
+from batchmill.worker.process.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 BEGIN = """\

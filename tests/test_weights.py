@@ -27,10 +27,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
+from batchmill.worker.engine.continuous.weights.products import CPU_COPY_ROWS, product_of
+from batchmill.worker.engine.continuous.weights.siblings import Siblings, find_siblings
 from batchmill.worker.engine.options import Dequantize
-from batchmill.worker.engine.products import CPU_COPY_ROWS, product_of
-from batchmill.worker.engine.siblings import Siblings, find_siblings
-from batchmill.worker.engine.weights import Prepared, prepare
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -73,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def loaded(folder: Path, quantization: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model as worker.loader leaves it: quantized, on the CPU, warm."""
+    """A model as worker.models.load leaves it: quantized, on the CPU, warm."""
     asked: dict[str, Any] = {}
     if quantization == "int8":
         asked = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

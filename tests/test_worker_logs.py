@@ -18,7 +18,7 @@ from batchmill.jobs.errors import NotFound
 from batchmill.jobs.log_file import LogFile, log_path, logs_folder, rotate_if_large, worker_of
 from batchmill.jobs.settings import load_settings
 from batchmill.producer.logs import Chosen, WorkerLog, choose, show
-from batchmill.worker.own_log import make_place
+from batchmill.worker.process.own_log import make_place
 
 ROOT = Path(__file__).parent.parent
 CONSOLE = (

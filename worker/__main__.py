@@ -8,10 +8,10 @@ from batchmill.jobs.standard_files import hold_standard_files
 
 #: The module whose `main` each command is.
 MODULES = {
-    "worker": "batchmill.worker.cli",
-    "models": "batchmill.worker.cli_models",
-    "plan": "batchmill.worker.cli_plan",
-    "evaluate": "batchmill.worker.cli_evaluate",
+    "worker": "batchmill.worker.cli.worker",
+    "models": "batchmill.worker.cli.models",
+    "plan": "batchmill.worker.cli.plan",
+    "evaluate": "batchmill.worker.cli.evaluate",
 }
 
 if __name__ == "__main__":
@@ -21,6 +21,6 @@ if __name__ == "__main__":
     exit_on_sigterm() if words[0] == "worker" else raise_on_sigterm()  # before the imports, which take a second
     hold_standard_files()
     isolate()
-    from batchmill.worker.commands import Room
+    from batchmill.worker.cli.commands import Room
 
     Room(MODULES).main(words, prog_name="batchmill")

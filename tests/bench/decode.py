@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.quantization import Quantization
-from batchmill.worker.devices import visible_devices
-from batchmill.worker.engine.flash import PAGE_TOKENS
+from batchmill.worker.devices.selection import visible_devices
+from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS
 from batchmill.worker.plan.hardware import Hardware
 from tests.bench import report
 from tests.bench.contest import in_process

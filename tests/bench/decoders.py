@@ -25,8 +25,8 @@ _PROMPT_STEPS, _LEAST_STEP_TOKENS = 16, 512
 
 
 def _meter(device: str) -> Any:
-    from batchmill.worker.devices import describe_devices
-    from batchmill.worker.telemetry import MemoryMeter
+    from batchmill.worker.devices.memory import MemoryMeter
+    from batchmill.worker.devices.selection import describe_devices
 
     return MemoryMeter(describe_devices((device,)))
 

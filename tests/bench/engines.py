@@ -30,7 +30,7 @@ class _Ours(Contestant):
     def load(self, folder: Path, weights: str, threads: int) -> None:
         import torch
 
-        from batchmill.worker.loader import load
+        from batchmill.worker.models.load import load
 
         torch.set_num_threads(threads)
         loaded = load(ModelSpec.parse(str(folder), quantization=weights), self.setup.device)
@@ -85,7 +85,7 @@ class ContinuousContestant(_Ours):
         drive(self._engine, [Request(0, "forget", prompt="a", sampling=sampling)], AT_ONCE)
 
     def engine(self, loaded: Any) -> Any:
-        from batchmill.worker.engine.continuous import ContinuousEngine
+        from batchmill.worker.engine.continuous.engine import ContinuousEngine
         from batchmill.worker.engine.options import Dequantize, EngineOptions
 
         options = EngineOptions(
@@ -114,6 +114,6 @@ class GenerateContestant(_Ours):
     name: ClassVar[str] = "generate engine"
 
     def engine(self, loaded: Any) -> Any:
-        from batchmill.worker.engine.generate import GenerateEngine
+        from batchmill.worker.engine.generate.engine import GenerateEngine
 
         return GenerateEngine(loaded, rows=_ROWS)

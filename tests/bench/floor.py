@@ -14,10 +14,10 @@ import torch
 
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.hardware import Hardware, Rates, this_cpu, this_gpu
 from batchmill.worker.plan.model import PlannedModel
 from batchmill.worker.plan.speed import Work, expert_part, tokens_per_second
-from batchmill.worker.vetting import Refusal
 
 _COPY_BYTES = 2**30
 _PRODUCT_SIZE = 8192

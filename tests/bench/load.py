@@ -80,7 +80,7 @@ def main() -> None:
     """What a worker does before its first request, its imports not counted."""
     from batchmill.jobs.quantization import Quantization
     from batchmill.jobs.spec import ModelSpec
-    from batchmill.worker.loader import load as load_model
+    from batchmill.worker.models.load import load as load_model
 
     folder, quantization = sys.argv[1:]
     loaded = load_model(ModelSpec(folder, quantization=Quantization.parse(quantization)), "cpu")

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from batchmill.jobs.broker import Broker, make_app
 from batchmill.jobs.gate import WAKE_TASK
 from batchmill.jobs.store import Store
-from batchmill.worker.reconciler import Reconciler
+from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests.faults.conftest import SLOW, FaultMill, ProxiedMill, sqlite_first
 from tests.integration.conftest import until
 

@@ -15,10 +15,10 @@ from batchmill.jobs.adapters import Adapter
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
 from batchmill.jobs.spec import DEMO, ModelSpec
-from batchmill.worker.adapters.loading import with_adapters
-from batchmill.worker.engine.continuous import ContinuousEngine
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.loader import LoadedModel, load
+from batchmill.worker.models.adapters.loading import with_adapters
+from batchmill.worker.models.load import LoadedModel, load
 from tests.gpu.test_continuous import PROMPTS, on_cuda
 from tests.lora import alone, greedy, save_random_adapter
 

@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig
 
 from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.worker.engine.continuous import ContinuousEngine
-from batchmill.worker.engine.flash import FlashAttention
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.continuous.execution.flash import FlashAttention
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import LoadedModel
+from batchmill.worker.models.load import LoadedModel
 from tests.families import loaded
 
 PROMPTS = ["a", "some longer prompt of more words", "x" * 150, "medium length"]

@@ -11,9 +11,9 @@ import torch
 
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.devices import describe_devices
-from batchmill.worker.loader import load
-from batchmill.worker.placement import Placement
+from batchmill.worker.devices.placement import Placement
+from batchmill.worker.devices.selection import describe_devices
+from batchmill.worker.models.load import load
 from tests.integration.conftest import Mill, until, write_prompts
 from tests.tiny import save_tiny_model
 

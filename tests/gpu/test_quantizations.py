@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.engine.choice import choose
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.loader import load
-from batchmill.worker.loader.quantized_copy import save_quantized
+from batchmill.worker.engine.registry import choose
+from batchmill.worker.models.load import load
+from batchmill.worker.models.quantization.quantized_copy import save_quantized
 from tests.checkpoints import save_compressed, save_shape
 from tests.greedy import ROUNDED, agree, answers, greedy
 from tests.tiny import build_tokenizer

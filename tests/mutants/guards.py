@@ -208,7 +208,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "the reconciler takes expired leases back",
         (
             Edit(
-                "worker/reconciler.py",
+                "worker/process/maintenance/reconciler.py",
                 "return self._store.recovery.reap(due) if due else 0",
                 "return 0",
             ),
@@ -217,7 +217,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "two sightings before a lease is taken back",
-        (Edit("worker/reconciler.py", " if now - since >= self._apart_seconds}", "}"),),
+        (Edit("worker/process/maintenance/reconciler.py", " if now - since >= self._apart_seconds}", "}"),),
         ("tests/test_reconciler.py",),
     ),
     Mutant(
@@ -270,7 +270,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "spools are named by the store's own id",
-        (Edit("worker/spool.py", 'f"{self._store_id}-{worker_id}', 'f"{self._older}-{worker_id}'),),
+        (Edit("worker/loop/spool.py", 'f"{self._store_id}-{worker_id}', 'f"{self._older}-{worker_id}'),),
         ("tests/test_spool.py",),
     ),
     Mutant(
@@ -292,7 +292,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "the parent takes back what its child held",
         (
             Edit(
-                "worker/keeper.py",
+                "worker/process/maintenance/keeper.py",
                 "taken = self._leftovers.settle(self._worker_id, generation, outcome=outcome)",
                 "taken = 0",
             ),
@@ -301,12 +301,16 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a child that is stopped is not silent",
-        (Edit("worker/watchdog.py", "elif not _is_paused(beat.pid):", "else:"),),
+        (Edit("worker/process/watchdog.py", "elif not _is_paused(beat.pid):", "else:"),),
         ("tests/test_watchdog.py::test_a_process_that_was_stopped_is_not_ended",),
     ),
     Mutant(
         "a pause of the parent is no silence of its child",
-        (Edit("worker/watchdog.py", "self._look(min(now - before, _MOST_SECONDS))", "self._look(now - before)"),),
+        (
+            Edit(
+                "worker/process/watchdog.py", "self._look(min(now - before, _MOST_SECONDS))", "self._look(now - before)"
+            ),
+        ),
         ("tests/test_watchdog.py::test_a_look_that_comes_late_counts_no_more_than_two_ticks",),
     ),
     Mutant(
@@ -329,7 +333,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "the spool is saved before leases are taken back",
         (
             Edit(
-                "worker/leftovers.py",
+                "worker/process/maintenance/leftovers.py",
                 "in self._spools.left_by(worker_id, generation=generation):",
                 "in ():",
             ),
@@ -436,41 +440,53 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "logits that are no numbers are no answer (continuous)",
-        (Edit("worker/engine/flight.py", ".masked_fill(~sampled.sound, _NO_TOKEN)", ""),),
+        (Edit("worker/engine/continuous/execution/flight.py", ".masked_fill(~sampled.sound, _NO_TOKEN)", ""),),
         (_NUMBERS,),
     ),
     Mutant(
         "logits that are no numbers are no answer (generate)",
-        (Edit("worker/engine/stopping.py", "(self.counts == 0) & ~self._sound", "(self.counts == 0) & self.failed"),),
+        (
+            Edit(
+                "worker/engine/text/stopping.py",
+                "(self.counts == 0) & ~self._sound",
+                "(self.counts == 0) & self.failed",
+            ),
+        ),
         (_NUMBERS,),
     ),
     Mutant(
         "a longrope model's rows run with their like alone",
-        (Edit("worker/engine/generate.py", "if self._company(self._waiting[key]) == company", "if True"),),
+        (Edit("worker/engine/generate/engine.py", "if self._company(self._waiting[key]) == company", "if True"),),
         ("tests/test_stretching.py",),
     ),
     Mutant(
         "code of a model that transformers does not know is refused",
         (
             Edit(
-                "worker/vetting.py", "    if known and isinstance(content, dict):", "    if isinstance(content, dict):"
+                "worker/models/vetting.py",
+                "    if known and isinstance(content, dict):",
+                "    if isinstance(content, dict):",
             ),
         ),
         ("tests/test_vetting.py",),
     ),
     Mutant(
         "a place of the cache is clean for the next row",
-        (Edit("worker/engine/cache.py", "self._slot(each, target)[:, :, tokens:].zero_()", "pass"),),
+        (
+            Edit(
+                "worker/engine/continuous/execution/cache.py", "self._slot(each, target)[:, :, tokens:].zero_()", "pass"
+            ),
+        ),
         (_NUMBERS,),
     ),
     Mutant(
         "a beginning is copied from a row that was answered by numbers alone",
-        (Edit("worker/engine/schedule.py", " or not found.proven", ""),),
+        (Edit("worker/engine/continuous/scheduling/schedule.py", " or not found.proven", ""),),
         (_NUMBERS,),
     ),
     Mutant(
         "one worker on a GPU",
-        (Edit("worker/device_lock.py", 'acquire(self._lock, f"the device {self._uuid}")', "pass"),),
+        (Edit("worker/devices/lock.py", 'acquire(self._lock, f"the device {self._uuid}")', "pass"),),
         ("tests/test_device_lock.py",),
     ),
     Mutant(
@@ -530,12 +546,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "what changes while it is loaded is refused",
-        (Edit("worker/loader/__init__.py", "    refuse_changed(content)\n", ""),),
+        (Edit("worker/models/load.py", "    refuse_changed(content)\n", ""),),
         ("tests/test_loader.py::test_a_file_that_is_written_while_it_is_loaded_is_refused",),
     ),
     Mutant(
         "what a model computes whose files were written is not saved",
-        (Edit("worker/runner.py", "if outputs and not self._is_whole():", "if False:"),),
+        (Edit("worker/loop/runner.py", "if outputs and not self._is_whole():", "if False:"),),
         ("tests/test_saver_and_runner.py::test_what_a_model_that_is_no_more_the_same_computed_is_not_saved",),
     ),
 )

@@ -70,7 +70,7 @@ def _watch_generation(spy: _Spy) -> None:
 
 
 def _watch_engine(spy: _Spy) -> None:
-    from batchmill.worker.engine.echo import EchoEngine
+    from batchmill.worker.engine.echo.engine import EchoEngine
 
     answer = EchoEngine._answer
 
@@ -84,7 +84,7 @@ def _watch_engine(spy: _Spy) -> None:
 
 
 def _watch_holdings(spy: _Spy) -> None:
-    from batchmill.worker.holdings import Holdings
+    from batchmill.worker.loop.holdings import Holdings
 
     answer, absorb = Holdings.answer, Holdings.absorb
 
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     exit_on_sigterm()  # as `python -m batchmill.worker` does, since the imports take a second
     move_to_other_host()
     let_echo_have_twins()
-    from batchmill.worker.cli import main
+    from batchmill.worker.cli.worker import main
 
     main()
 elif __name__ == "__mp_main__":  # the child, which imports its parent's main module

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from batchmill.jobs.schema import ErrorCode
-from batchmill.worker.adapters.low_rank import LoadedAdapter, LowRank
 from batchmill.worker.engine import not_held
 from batchmill.worker.engine.refused import Refused
+from batchmill.worker.models.adapters.low_rank import LoadedAdapter, LowRank
 
 #: The number of the model without an adapter.
 BASE = 0

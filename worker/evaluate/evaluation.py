@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import BatchmillError, ModelError, UsageError
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.devices import DeviceInfo
+from batchmill.worker.devices.selection import DeviceInfo
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.evaluate.accuracy import Match, accuracy
-from batchmill.worker.evaluate.agreement import agreement
-from batchmill.worker.evaluate.answers import Answers, answer
-from batchmill.worker.evaluate.corpus import Corpus
-from batchmill.worker.evaluate.divergence import Comparison, Distributions, Divergence
+from batchmill.worker.evaluate.data.corpus import Corpus
+from batchmill.worker.evaluate.data.passages import Passages, Question
+from batchmill.worker.evaluate.data.windows import Window, windows
 from batchmill.worker.evaluate.lineup import Lineup
-from batchmill.worker.evaluate.measurement import Failure, Measurement, Method
-from batchmill.worker.evaluate.memory import PeakMemory, give_back
-from batchmill.worker.evaluate.passages import Passages, Question
-from batchmill.worker.evaluate.perplexity import Perplexity, PerplexityChange
+from batchmill.worker.evaluate.measures.accuracy import Match, accuracy
+from batchmill.worker.evaluate.measures.agreement import agreement
+from batchmill.worker.evaluate.measures.answers import Answers, answer
+from batchmill.worker.evaluate.measures.divergence import Comparison, Distributions, Divergence
+from batchmill.worker.evaluate.measures.measurement import Failure, Measurement, Method
+from batchmill.worker.evaluate.measures.memory import PeakMemory, give_back
+from batchmill.worker.evaluate.measures.perplexity import Perplexity, PerplexityChange
+from batchmill.worker.evaluate.measures.scoring import scored
 from batchmill.worker.evaluate.progress import Shown
-from batchmill.worker.evaluate.scoring import scored
-from batchmill.worker.evaluate.windows import Window, windows
-from batchmill.worker.loader import LoadedModel, load
-from batchmill.worker.loader.reasons import reason
+from batchmill.worker.models.load import LoadedModel, load
+from batchmill.worker.models.reasons import reason
 
 #: The window where nothing else is asked and the model's context is longer; the stride is then half of it.
 WINDOW_TOKENS = 2_048

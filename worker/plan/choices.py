@@ -8,7 +8,7 @@ text of one's own is for `batchmill evaluate` to say.
 from __future__ import annotations
 
 from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.worker.loader.checkpoint import Checkpoint
+from batchmill.worker.models.quantization.checkpoint import Checkpoint
 
 _OF_PLAIN_WEIGHTS = tuple(
     Quantization.parse(each) for each in ("none", "none:dtype=bfloat16", "int8", "nf4:double_quant=false", "nf4", "fp4")

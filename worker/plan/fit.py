@@ -1,6 +1,6 @@
 """What of a model fits on a device: rows of a context, beside the weights, as the engine that serves it counts.
 
-The arithmetic is the engines' own (worker.engine.limits, worker.engine.slots), so that a plan and a worker say the
+The arithmetic is the engines' own (their scheduling), so that a plan and a worker say the
 same. It knows no model and no quantization: bytes go in.
 """
 
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from batchmill.worker.engine.flash import PAGE_TOKENS
-from batchmill.worker.engine.generate import GENERATE_ROWS, MEMORY_PARTS
-from batchmill.worker.engine.limits import CPU_PARTS, MEMORY_FRACTION, Room, copy_bytes, limits
+from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS
+from batchmill.worker.engine.continuous.scheduling.limits import CPU_PARTS, MEMORY_FRACTION, Room, copy_bytes, limits
+from batchmill.worker.engine.continuous.scheduling.slots import SMALLEST_TOKENS, Slots
+from batchmill.worker.engine.generate.engine import GENERATE_ROWS, MEMORY_PARTS
 from batchmill.worker.engine.options import Dequantize, EngineKind, EngineOptions
-from batchmill.worker.engine.slots import SMALLEST_TOKENS, Slots
 from batchmill.worker.plan.hardware import Hardware
 
-#: Weights that are split get this part of what is free, as worker.loader.layout has it.
+#: Weights that are split get this part of what is free, as worker.models.layout has it.
 SPLIT_PART = 0.9
 
 

@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from batchmill.worker.hub import TensorHeader
+from batchmill.worker.models.hub.client import TensorHeader
 
 #: bitsandbytes' 4-bit format: weights in blocks of 64, whose scales are themselves quantized in blocks of 256.
 _BLOCK, _NESTED_BLOCK = 64, 256

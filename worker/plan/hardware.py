@@ -19,7 +19,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from batchmill.jobs.sizes import size
-from batchmill.worker.devices import CPU
+from batchmill.worker.devices.selection import CPU
 
 #: Beginnings of names as torch tells them, the longer first; bytes and operations per second.
 _GPUS: tuple[tuple[str, float, float], ...] = (

@@ -18,11 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from batchmill.jobs.quantization import Quantization
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.hub import TensorHeader
-from batchmill.worker.loader.checkpoint import Checkpoint
-from batchmill.worker.loader.configuration import read_configuration
-from batchmill.worker.loader.precision import precision
-from batchmill.worker.loader.source import headers
+from batchmill.worker.models.configuration import read_configuration
+from batchmill.worker.models.hub.client import TensorHeader
+from batchmill.worker.models.quantization.checkpoint import Checkpoint
+from batchmill.worker.models.quantization.precision import precision
+from batchmill.worker.models.source import headers
 from batchmill.worker.plan.footprint import Footprint, footprint
 from batchmill.worker.plan.shape import TokenCost, skeleton, token_cost
 

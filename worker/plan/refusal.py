@@ -2,7 +2,7 @@
 
 Owns what counts as not fitting: that the engine could not hold one row beside the weights. That row is of the context
 that was asked for, or else of the few tokens that an engine plans with at least. It knows no split and no offloading
-but as advice: how much of those fits is worker.loader.layout's to say.
+but as advice: how much of those fits is worker.models.layout's to say.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.sizes import size
 from batchmill.jobs.spec import ModelSpec
-from batchmill.worker.devices import CPU
-from batchmill.worker.engine.limits import ROW_TOKENS
+from batchmill.worker.devices.memory import MemoryReader
+from batchmill.worker.devices.selection import CPU
+from batchmill.worker.engine.continuous.scheduling.limits import ROW_TOKENS
 from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.models.vetting import Refusal, weights
 from batchmill.worker.plan.choices import choices
 from batchmill.worker.plan.fit import SPLIT_PART, Fit, fit
 from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.model import PlannedModel
 from batchmill.worker.plan.report import load_of
-from batchmill.worker.telemetry import MemoryReader
-from batchmill.worker.vetting import Refusal, weights
 
 _MOST_CHOICES = 3
 #: No layout here makes more of a file's bytes: 4 bits that are turned into float32. And a row's cache is less.

@@ -13,14 +13,14 @@ import torch
 from batchmill.jobs.quantization import Kind, Quantization
 from batchmill.jobs.spec import ModelSpec
 from batchmill.jobs.store.speeds import Speed
-from batchmill.worker.engine.limits import CONTEXT_TOKENS, MEMORY_FRACTION
+from batchmill.worker.engine.continuous.scheduling.limits import CONTEXT_TOKENS, MEMORY_FRACTION
 from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.choices import choices
 from batchmill.worker.plan.fit import Fit, Load, fit
 from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.model import Holding, PlannedModel
 from batchmill.worker.plan.speed import Work, expert_part, tokens_per_second
-from batchmill.worker.vetting import Refusal
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from batchmill.worker.engine.probe import Unsupported, seen_shape
-from batchmill.worker.loader.cached import cache_token_bytes
+from batchmill.worker.engine.continuous.probe import Unsupported, seen_shape
+from batchmill.worker.models.loaded.cached import cache_token_bytes
 
 META = torch.device("meta")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from batchmill.worker.engine.products import CPU_COPY_ROWS
+from batchmill.worker.engine.continuous.weights.products import CPU_COPY_ROWS
 from batchmill.worker.plan.footprint import Footprint
 from batchmill.worker.plan.hardware import Hardware
 

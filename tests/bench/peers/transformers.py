@@ -21,7 +21,7 @@ class _Transformers(Contestant):
     def load(self, folder: Path, weights: str, threads: int) -> None:
         import torch
 
-        from batchmill.worker.loader import load
+        from batchmill.worker.models.load import load
 
         torch.set_num_threads(threads)
         loaded = load(ModelSpec.parse(str(folder), quantization=weights), self.setup.device)

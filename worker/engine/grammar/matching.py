@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from batchmill.jobs.schema import RequestKey
 from batchmill.worker.engine.grammar import Grammars, Matcher
-from batchmill.worker.engine.tokenization import Prompt
+from batchmill.worker.engine.text.tokenization import Prompt
 
 Matchers = Future[list[Matcher]]
 

@@ -1,0 +1,196 @@
+"""The `evaluate` command: what quantization costs on the user's own text, in figures and in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batchmill.jobs.counted import counted
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError, NotAllSucceeded, StoreError
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.files import check_target
+from batchmill.jobs.logs import configure_logs
+from batchmill.jobs.names import refuse_slip
+from batchmill.jobs.option_groups import DEVICE
+from batchmill.jobs.settings import Settings, load_settings
+from batchmill.jobs.store.evaluations import DataFile
+from batchmill.migrations import open_store
+from batchmill.worker.cli.commands import Command, takes_model
+from batchmill.worker.devices.lock import DeviceLock
+from batchmill.worker.devices.selection import DeviceInfo, describe_devices, use_all_cores, visible_devices
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.process.versions import versions
+
+if TYPE_CHECKING:
+    from batchmill.worker.evaluate.data.corpus import Corpus
+    from batchmill.worker.evaluate.evaluation import Asked
+    from batchmill.worker.evaluate.lineup import Lineup
+    from batchmill.worker.evaluate.measures.measurement import Measurement, Method, Report
+
+_COUNT = click.IntRange(min=0)
+_SIZE = click.IntRange(min=2)
+
+
+@click.command(
+    name="evaluate",
+    cls=Command,
+    groups={
+        "Model": ("named", "quantizations", "baseline", "revision"),
+        "Text": ("data", "tokens", "window_tokens", "stride_tokens", "divergence_places"),
+        "Answers": ("continuations", "max_tokens", "match"),
+        **DEVICE,
+    },
+    epilog="Example: batchmill evaluate demo -q nf4,int8,none --data held-out.jsonl",
+)
+@takes_model
+@click.option(
+    "-q",
+    "--quantization",
+    "quantizations",
+    multiple=True,
+    metavar="LIST",
+    help="nf4,int8:threshold=0,none and such, with their options (default: the setting); repeatable.",
+)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help='.txt: running text; else JSONL of {"text"}, {"prompt", "answer"} or {"messages", "answer"}.',
+)
+@click.option("--baseline", default="none", show_default=True, help="The quantization that others are compared with.")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--share-device", is_flag=True, help="Work on a GPU that a worker holds, too.")
+@click.option("--tokens", type=_SIZE, default=100_000, show_default=True, help="Tokens of the text to score at most.")
+@click.option("--context", "window_tokens", type=_SIZE, help="Tokens of a window: the model's context, at most 2,048.")
+@click.option("--stride", "stride_tokens", type=click.IntRange(min=1), help="Between two windows: half of a window.")
+@click.option("--continuations", type=_COUNT, default=64, show_default=True, help="Greedy answers to compare.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens of an answer at most."
+)
+@click.option(
+    "--kl-places",
+    "divergence_places",
+    type=_COUNT,
+    default=10_000,
+    show_default=True,
+    help="Tokens at which distributions are compared; each takes 4 bytes a token of the vocabulary under TMPDIR.",
+)
+@click.option(
+    "--match",
+    type=click.Choice(["exact", "regex"]),
+    default="exact",
+    show_default=True,
+    help="When an answer is right: equal, or found by the regex that the data's answer is.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CHART", help="A chart, .png or .svg.")
+@one_line_errors()
+def main(
+    model: str,
+    quantizations: tuple[str, ...],
+    data: Path,
+    baseline: str,
+    revision: str | None,
+    device: str,
+    share_device: bool,
+    as_json: bool,
+    output: Path | None,
+    match: str,
+    **numbers: int,
+) -> None:
+    """Measure what quantization costs on your own text: quality, memory and speed of each, and which to take.
+
+    Perplexity, the distance of next-token distributions from the baseline's, greedy answers that stay the same, right
+    answers where the data has answers, memory, and tokens per second by batchmill's own engine. One model is in
+    memory at a time. Exit code 5 if some could not be measured, 1 if none could.
+    """
+    settings = load_settings()
+    _prepare_process(settings, device)
+    from batchmill.worker.evaluate.data.corpus import Corpus
+    from batchmill.worker.evaluate.lineup import Lineup
+    from batchmill.worker.evaluate.measures.accuracy import Match, check_answers
+    from batchmill.worker.evaluate.report.chart import check, draw
+
+    lineup = Lineup.parse(model, quantizations or (settings.quantization,), baseline=baseline, revision=revision)
+    refuse_slip(lineup.baseline)
+    keep = [data, *settings.files]
+    check_target(None, keep=keep)
+    if output is not None:
+        check(output, keep=keep)
+    corpus = Corpus.read(data, tokens=numbers["tokens"])
+    check_answers(corpus, Match(match))
+    if find_spec("torch") is None:
+        raise ModelError("torch is not installed here: pip install 'batchmill[worker]'")
+    from batchmill.worker.evaluate.evaluation import Asked
+    from batchmill.worker.evaluate.report.report import lines, to_json
+
+    report = _report(lineup, corpus, Asked(match=Match(match), **numbers), _device(device, share_device), settings)
+    click.echo(json.dumps(to_json(report)) if as_json else "\n".join(lines(report)))
+    if not report.measured:
+        raise ModelError("nothing could be measured; the lines above say why")
+    if output is not None:
+        draw(report, output)
+        click.echo(f"the chart is in {output}", err=True)
+    if report.failed:
+        rows = counted(len(report.rows), "quantization")
+        raise NotAllSucceeded(f"{len(report.failed)} of {rows} could not be measured")
+
+
+def _prepare_process(settings: Settings, device: str) -> None:
+    """What has to stand before torch is loaded; progress is shown, so that logs tell of trouble alone."""
+    level = "warning" if settings.log_level == "info" else settings.log_level
+    configure_logs(settings.model_copy(update={"log_level": level}))
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a worker
+
+
+def _device(written: str, share_device: bool) -> DeviceInfo:
+    (found,) = describe_devices([written])
+    if found.uuid is not None and not share_device:
+        DeviceLock(found.uuid).take()
+    use_all_cores()
+    return found
+
+
+def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, settings: Settings) -> Report:
+    """Measures, keeping each row in the store as soon as it is there."""
+    from batchmill.worker.evaluate.evaluation import Evaluation
+    from batchmill.worker.evaluate.measures.measurement import Report
+    from batchmill.worker.evaluate.progress import Shown
+
+    store, found = open_store(settings), versions()
+
+    def keep(row: Measurement, method: Method, reference: Measurement | None) -> None:
+        try:
+            store.evaluations.add(
+                row.spec,
+                identity=row.identity,
+                baseline=None if reference is None else reference.spec,
+                data=DataFile(corpus.name, corpus.sha256),
+                device_name=device.name,
+                measured={
+                    **row.to_json(),
+                    "baseline_perplexity": None if reference is None else reference.perplexity,
+                    "method": method.to_json(),
+                },
+                versions=found,
+            )
+        except StoreError as error:
+            shown.say(f"what was measured of {row.spec} is not kept: {error}")
+
+    with closing(store), Shown(len(lineup.specs)) as shown:
+        options = EngineOptions.of(settings)
+        digests = Digests(settings.home)
+        evaluation = Evaluation(
+            lineup, corpus, asked, device=device, options=options, digests=digests, shown=shown, keep=keep
+        )
+        rows = evaluation.run()
+    return Report(lineup.baseline, corpus.name, corpus.sha256, device.name, evaluation.method, rows, found)

@@ -1,0 +1,133 @@
+"""The `models` commands: bring a model to this machine, and save a quantized copy of one.
+
+What a command needs is imported when it runs: `pull` loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batchmill.jobs.counted import counted
+from batchmill.jobs.errors import ModelError, UsageError
+from batchmill.jobs.exits import one_line_errors
+from batchmill.jobs.names import refuse_slip
+from batchmill.jobs.quantization import Kind
+from batchmill.jobs.sizes import size
+from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.worker.cli.commands import Command, complete_model
+
+if TYPE_CHECKING:
+    from batchmill.worker.models.hub.repository import Pulled
+
+
+@click.group(name="models", epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct")
+def main() -> None:
+    """Fetch a model, or save a quantized copy of one."""
+
+
+@main.command(
+    cls=Command,
+    short_help="Fetch a model or an adapter, so that workers start offline.",
+    epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct",
+)
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit; without it the repository's main branch.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@one_line_errors()
+def pull(model: str, revision: str | None, as_json: bool) -> None:
+    """Fetch a Hugging Face model, or an adapter, so that workers start offline; prints the folder that holds it.
+
+    Only what is needed comes: safetensors in one form, configuration, vocabularies, chat templates. Where all of it
+    is here already, nothing is fetched. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere.
+    """
+    spec = ModelSpec.parse(model, revision=revision)
+    if spec.folder is not None or spec.model in (DEMO, ECHO):
+        what = "a folder of this machine" if spec.folder is not None else "part of batchmill"
+        raise UsageError(f"there is nothing to fetch: {model} is {what}; name a Hugging Face id such as org/name")
+    refuse_slip(spec)
+    pulled = _pull(spec)
+    if not pulled.asked:
+        done = "the Hub could not be asked for a newer one; everything of this commit is here"
+    elif pulled.fetched_bytes:
+        done = "fetched"
+    else:
+        done = "everything is here already"
+    click.echo(f"{model}: {done} ({counted(len(pulled.files), 'file')}, commit {pulled.commit})", err=True)
+    click.echo(json.dumps(_as_json(spec, pulled)) if as_json else pulled.folder)
+
+
+def _pull(spec: ModelSpec) -> Pulled:
+    try:
+        from batchmill.worker.models.hub.repository import pull
+    except ImportError as error:
+        raise _lacking(error) from error
+
+    def announce(files: int, bytes_: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"{spec.model}: {counted(files, 'file')} to fetch, {size(bytes_)}", err=True)
+
+    return pull(spec.model, spec.revision, announce=announce)
+
+
+def _lacking(error: ImportError) -> ModelError:
+    return ModelError(f"{error.name} is not installed here: pip install 'batchmill[worker]'")
+
+
+def _as_json(spec: ModelSpec, pulled: Pulled) -> dict[str, object]:
+    found = {"model": spec.model, "revision": spec.revision, **asdict(pulled)}
+    return found | {"folder": str(pulled.folder)}
+
+
+@main.command(
+    cls=Command,
+    short_help="Save a quantized copy of a model in a new folder.",
+    epilog="Example: batchmill models quantize meta-llama/Llama-3.1-8B-Instruct llama-nf4 -q nf4",
+)
+@click.argument("model", shell_complete=complete_model)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("-q", "--quantization", required=True, help="nf4, fp4 or int8, with options: nf4:double_quant=false.")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--device", default="auto", help="auto (default), cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@one_line_errors()
+def quantize(model: str, out: Path, quantization: str, revision: str | None, device: str, as_json: bool) -> None:
+    """Save a quantized copy of MODEL in the folder OUT, which must be new or empty.
+
+    It takes a fraction of the disk, and loads without quantizing again: `-m OUT -q checkpoint`.
+    """
+    spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
+    refuse_slip(spec)
+    from batchmill.worker.devices.selection import describe_devices, use_all_cores, visible_devices
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
+    (found,) = describe_devices([device])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
+    try:
+        from batchmill.worker.models.quantization.quantized_copy import save_quantized
+    except ImportError as error:
+        raise _lacking(error) from error
+    use_all_cores()
+    if sys.stderr.isatty():
+        click.echo(f"{spec}: loading on {found.name}, then saving to {out}", err=True)
+    copy = save_quantized(spec, out, found.torch_device)
+    if as_json:
+        written = {"model": spec.model, "revision": spec.revision, "quantization": spec.quantization.canonical}
+        figures = {"folder": str(out.resolve()), "weights_bytes": copy.weights_bytes, "seconds": round(copy.seconds, 3)}
+        click.echo(json.dumps(written | figures))
+        return
+    click.echo(f"{out}: {size(copy.weights_bytes)} of weights in {spec.quantization}, {copy.seconds:.0f} s")
+    click.echo(f"use it with: batchmill run prompts.jsonl -m {shlex.quote(_as_path(out))} -q {Kind.CHECKPOINT}")
+
+
+def _as_path(out: Path) -> str:
+    """As a folder that cannot be taken for a Hugging Face id."""
+    return str(out) if out.is_absolute() or str(out).startswith(".") else f"./{out}"

@@ -1,0 +1,1 @@
+"""The continuous engine: requests enter and leave at every token step."""

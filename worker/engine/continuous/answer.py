@@ -1,0 +1,149 @@
+"""One request on its way through the continuous engine: its rows, what they said so far, and the Output at the end.
+
+Owns the end of each row and the times. It knows no cache and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from batchmill.jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.worker.engine import not_a_number
+from batchmill.worker.engine.continuous.scheduling.step import Row
+from batchmill.worker.engine.text.said import TokenLogprob, logprobs_of
+from batchmill.worker.engine.text.stopping import StopWatch
+from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
+
+if TYPE_CHECKING:
+    from batchmill.worker.engine.grammar import Matcher
+
+
+@dataclass(slots=True, eq=False)
+class ChoiceRow(Row):
+    """The row of one choice of an answer. `logprobs`: one entry a token, where they are asked for.
+
+    `ended`: it has left the engine, complete or cancelled.
+    """
+
+    prompt: Prompt = field(kw_only=True)
+    answer: Answer = field(kw_only=True)
+    choice: int = field(kw_only=True)
+    watch: StopWatch | None = field(kw_only=True)
+    matcher: Matcher | None = field(kw_only=True)
+    ended: bool = field(default=False, kw_only=True)
+    logprobs: list[TokenLogprob] = field(default_factory=list, kw_only=True)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    def take(self, token: int) -> bool:
+        """Appends the row's next token; whether it was the last one."""
+        self.tokens.append(token)
+        if self.matcher is not None:
+            if not self.matcher.ended:
+                self.matcher.advance(token)
+            if self.matcher.ended:
+                return True
+        stopped = token in self.prompt.end_token_ids if self.watch is None else self.watch.ended_by(token)
+        return stopped or len(self.tokens) == self.most_tokens
+
+
+class Answer:
+    """All choices of one request; `adapter`: the number of the one that computes them, 0 for none."""
+
+    def __init__(
+        self,
+        key: RequestKey,
+        prompt: Prompt,
+        tokenization: Tokenization,
+        *,
+        matchers: Sequence[Matcher] = (),
+        share: bool = True,
+        adapter: int = 0,
+    ) -> None:
+        self.key = key
+        self.prompt = prompt
+        self._adapter = adapter
+        self._tokenization = tokenization
+        self._added = monotonic()
+        self._began: float | None = None
+        self._answered: float | None = None
+        self._open = prompt.sampling.n or 1
+        self.rows = [self._row(choice, matchers[choice] if matchers else None, share) for choice in range(self._open)]
+
+    def _row(self, choice: int, matcher: Matcher | None, share: bool) -> ChoiceRow:
+        prompt = self.prompt
+        watch = StopWatch(prompt, self._tokenization) if prompt.stop else None
+        return ChoiceRow(
+            list(prompt.tokens),
+            len(prompt.tokens) + prompt.max_tokens,
+            share,
+            self._adapter,
+            prompt=prompt,
+            answer=self,
+            choice=choice,
+            watch=watch,
+            matcher=matcher,
+        )
+
+    def began(self) -> None:
+        """A row has entered the device."""
+        if self._began is None:
+            self._began = monotonic()
+
+    def token_came(self) -> None:
+        """A row has its first token."""
+        if self._answered is None:
+            self._answered = monotonic()
+
+    def row_ended(self) -> bool:
+        """Whether it was the last one."""
+        self._open -= 1
+        return self._open == 0
+
+    def output(self, ended: float) -> Output:
+        """What all rows say together, once each has ended; `ended` is the time of that."""
+        failure = next((row.matcher.failure for row in self.rows if row.matcher and row.matcher.failure), None)
+        if failure is not None:
+            return self._failed(ErrorCode.INVALID_RESPONSE_FORMAT, failure)
+        assert self._began is not None, "rows that ended had begun"
+        assert self._answered is not None, "rows that ended had a token"
+        return Output(
+            self.key,
+            tuple(self._choice(row) for row in self.rows),
+            len(self.prompt.tokens),
+            sum(len(row.generated) for row in self.rows),
+            timings=Timings(
+                round(self._began - self._added, 6),
+                round(self._answered - self._began, 6),
+                round(ended - self._answered, 6),
+            ),
+        )
+
+    def too_large(self) -> Output:
+        """The device has not enough memory for one token of it."""
+        remedy = "choose a smaller --max-rows or --context for its worker"
+        return self._failed(ErrorCode.OUT_OF_MEMORY, f"the device has not enough memory for it alone: {remedy}")
+
+    def not_a_number(self, row: ChoiceRow) -> Output:
+        """The model's logits for the next token of one of its rows are no numbers."""
+        return self._failed(ErrorCode.NOT_A_NUMBER, not_a_number(len(row.generated)))
+
+    def _failed(self, code: ErrorCode, message: str) -> Output:
+        return Output.failed(self.key, code, message, prompt_tokens=len(self.prompt.tokens))
+
+    def _choice(self, row: ChoiceRow) -> Choice:
+        choice = self._tokenization.choice(
+            self.prompt,
+            row.generated,
+            named=f"{self.key.job_id}/{self.key.index}/{row.choice}",
+            complete=row.matcher is not None and row.matcher.ended,
+        )
+        if not self.prompt.sampling.logprobs:
+            return choice
+        decoding = self._tokenization.decoding
+        return replace(choice, logprobs=logprobs_of(row.logprobs, choice.text, decoding, after=self.prompt.tail))

@@ -1,0 +1,318 @@
+"""batchmill's own engine: requests enter and leave the running batch at every token step.
+
+Owns the loop: schedule, run, postprocess. What the next step computes is decided in `schedule`, the model is behind
+`decoder`, the next tokens are `sampling`'s, and an answer's text is made by a thread beside the device.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from time import monotonic, perf_counter
+
+import torch
+
+from batchmill.jobs.schema import Output, Request, RequestKey
+from batchmill.worker.devices.selection import is_out_of_memory
+from batchmill.worker.engine import Progress
+from batchmill.worker.engine.capacity import Capacity
+from batchmill.worker.engine.continuous.answer import Answer, ChoiceRow
+from batchmill.worker.engine.continuous.execution.decoder import Decoder
+from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, serves
+from batchmill.worker.engine.continuous.execution.flight import Flight, Launcher
+from batchmill.worker.engine.continuous.probe import Unsupported, cache_shape, refuse_outliers
+from batchmill.worker.engine.continuous.scheduling.limits import Room, copy_bytes, limits
+from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
+from batchmill.worker.engine.continuous.scheduling.slots import SMALLEST_TOKENS, Slots
+from batchmill.worker.engine.continuous.scheduling.step import Step
+from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
+from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.grammar.matching import Matching
+from batchmill.worker.engine.lora import Lora
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.text.said import TokenLogprob
+from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
+from batchmill.worker.models.load import LoadedModel
+
+__all__ = ["ContinuousEngine", "Unsupported"]
+
+#: How long a step waits for a grammar while nothing else is to do.
+_COMPILING_SECONDS = 0.05
+
+
+class ContinuousEngine:
+    """Iteration-level batching of any decoder model, over a cache of its own.
+
+    `fits`: the tokens of a step that an earlier process of this device found to fit. Tests and benchmarks set
+    `share_prefixes`, `step_tokens`, and `ahead`: whether a step is launched before the tokens of the last are known,
+    which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
+    serve a model.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        options: EngineOptions,
+        progress: Progress = lambda: False,
+        fits: int | None = None,
+        share_prefixes: bool = True,
+        step_tokens: int | None = None,
+        ahead: bool | None = None,
+    ) -> None:
+        if options.deterministic:
+            refuse_outliers(loaded.model)
+        shape = cache_shape(loaded)
+        #: What was done to the model's weights, for the log.
+        spare = copy_bytes(Room.of(loaded), options)
+        self.prepared = Prepared()
+        if not loaded.layout.offloaded:  # of weights that come and go nothing can be laid out anew
+            self.prepared = prepare(loaded.model, dequantize=options.dequantize, free_bytes=spare)
+        most = limits(
+            Room.of(loaded),
+            options,
+            token_bytes=shape.token_bytes,
+            context_tokens=loaded.context_tokens,
+            vocabulary=loaded.vocabulary,
+        )
+        flash = serves(shape, loaded.device)
+        slots = Slots(
+            most.cache_tokens, longest=most.context_tokens, smallest=PAGE_TOKENS if flash else SMALLEST_TOKENS
+        )
+        self.rows, self.context_tokens, self.cache_tokens = most.rows, most.context_tokens, slots.tokens
+        step_tokens = max(step_tokens or most.step_tokens, most.rows)
+        self.capacity = Capacity(step_tokens, found=fits)
+        self.defaults = loaded.defaults
+        self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=options.deterministic)
+        self._decoder = Decoder(
+            loaded, shape, slots, lora=self._lora, rows=most.rows, tokens=step_tokens, fixed=options.deterministic
+        )
+        self.cache_bytes = self._decoder.cache_bytes
+        self._schedule = Schedule[ChoiceRow](slots, seats=most.rows, close_holes=not flash, alone=options.deterministic)
+        sampler = Sampler(seats=self.rows, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._launcher = Launcher(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._flight: Flight | None = None
+        self._ahead = loaded.device.type == "cuda" if ahead is None else ahead
+        self._tokenization = Tokenization(
+            loaded.tokenizer,
+            vocabulary=loaded.vocabulary,
+            context_tokens=self.context_tokens,
+            end_token_ids=loaded.end_token_ids,
+        )
+        self._matching = Matching(
+            Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, end_token_ids=loaded.end_token_ids)
+        )
+        self._loaded = loaded
+        self._progress = progress
+        self._share = share_prefixes and not options.deterministic
+        self._answers: dict[RequestKey, Answer] = {}
+        self._done: list[Output] = []
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="detokenize")
+        self._written: dict[RequestKey, Future[Output]] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were added and not begun; those that were refused are answered by the next step."""
+        return self._schedule.waiting + len(self._matching) + len(self._done)
+
+    @property
+    def active(self) -> int:
+        """Requests begun and unfinished, those whose text is being written included."""
+        return self._schedule.running + len(self._written)
+
+    def add(self, key: RequestKey, request: Request) -> None:
+        """Takes a request whose `sampling` has max_tokens and temperature set."""
+        with self._refusing(key):
+            prompt = self._tokenization.prompt(request)
+            if prompt.sampling.response_format:
+                self._matching.add(key, prompt)
+            else:
+                self._enqueue(key, prompt)
+
+    def cancel(self, keys: Collection[RequestKey]) -> None:
+        """Forgets these requests; unknown keys are ignored."""
+        self._matching.cancel(keys)
+        for key in keys:
+            answer = self._answers.pop(key, None)
+            for row in answer.rows if answer is not None else ():
+                self._leave(row)
+            self._written.pop(key, None)
+        gone = set(keys)
+        self._done = [output for output in self._done if output.key not in gone]
+
+    def tokens_so_far(self) -> Mapping[RequestKey, int]:
+        """The tokens of every answer that was begun, all of its choices together."""
+        return {
+            key: sum(len(row.tokens) - row.prompt_tokens for row in each.rows) for key, each in self._answers.items()
+        }
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """One forward: a token of every row that decodes, and some of prompts. The outputs that are ready."""
+        self._take_matched()
+        if not self._progress():
+            self._advance()
+        return self._ready()
+
+    def split(self) -> dict[str, float]:
+        """Seconds by part since the engine was made: where the time of its steps went."""
+        attention = self._decoder.attention_seconds
+        launched = self._launcher.seconds
+        return {**self._seconds, **launched, "model": launched["model"] - attention, "attention": attention}
+
+    def close(self) -> None:
+        """Ends the threads that write texts and compile grammars."""
+        self._texts.shutdown()
+        self._matching.close()
+
+    def _enqueue(self, key: RequestKey, prompt: Prompt, matchers: Sequence[Matcher] = ()) -> None:
+        adapter = self._lora.number(prompt.adapter)
+        answer = self._answers[key] = Answer(
+            key, prompt, self._tokenization, matchers=matchers, share=self._share, adapter=adapter
+        )
+        for row in answer.rows:
+            self._schedule.add(row)
+
+    def _take_matched(self) -> None:
+        """Lets requests wait for a seat whose grammars are compiled; where nothing else is to do, for a moment."""
+        seconds = 0.0 if self._scheduled else _COMPILING_SECONDS
+        for key, prompt, matchers in self._matching.ready(seconds=seconds):
+            with self._refusing(key):
+                self._enqueue(key, prompt, matchers.result())
+
+    @contextmanager
+    def _refusing(self, key: RequestKey) -> Iterator[None]:
+        try:
+            yield
+        except Refused as refused:
+            self._done.append(Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens))
+
+    @property
+    def _scheduled(self) -> int:
+        return self._schedule.running + self._schedule.waiting
+
+    def _advance(self) -> None:
+        """Launches a step, and where it can the one after it, and takes the tokens of the first."""
+        flight = self._flight or self._launch_planned()
+        self._flight = None
+        if flight is not None:
+            if self._ahead:
+                self._flight = self._launch_after(flight)
+            self._land(flight)
+
+    def _launch_planned(self) -> Flight | None:
+        with self._timed("schedule"):
+            step = self._schedule.plan(self.capacity.limit)
+        if not step.pieces:
+            return None
+        for row in step.entered:
+            row.answer.began()
+        self._seat(step)
+        if not step.pieces:
+            self._decoder.copy(step.copies)
+            return None
+        try:
+            return self._launcher.launch(step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Memory is freed out here: the exception's frames hold tensors until their block is left.
+        self._too_much(step)
+        return None
+
+    def _seat(self, step: Step[ChoiceRow]) -> None:
+        """Rows that enter get their places in the sampler; the step goes on without those that find no memory there."""
+        for row in self._launcher.seat(step):
+            if not row.ended:
+                self._fail(row.answer, row.answer.too_large())
+                step.pieces = [piece for piece in step.pieces if not piece.row.ended]
+
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        if any(row.matcher is not None for row in flight.rows):
+            return None
+        with self._timed("schedule"):
+            step = self._schedule.after(flight.step)
+        if step is None:
+            return None
+        try:
+            return self._launcher.launch_after(flight, step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _land(self, flight: Flight) -> None:
+        with self._timed("waiting"):
+            landed = list(flight.land())
+        with self._timed("bookkeeping"):
+            self.capacity.held(flight.step.tokens)
+            self._schedule.computed(flight.step)
+            for row, token, logprob in landed:
+                if row.ended:
+                    continue
+                if token is None:
+                    self._fail(row.answer, row.answer.not_a_number(row))
+                else:
+                    self._take(row, token, logprob)
+
+    def _take(self, row: ChoiceRow, token: int, logprob: TokenLogprob | None) -> None:
+        row.answer.token_came()
+        if logprob is not None:
+            row.logprobs.append(logprob)
+        if row.take(token):
+            self._leave(row)
+            if row.answer.row_ended():
+                self._write(row.answer)
+
+    def _leave(self, row: ChoiceRow) -> None:
+        if row.ended:
+            return
+        row.ended = True
+        if row.seat >= 0:
+            self._launcher.unseat(row)
+        self._schedule.leave(row)
+
+    def _write(self, answer: Answer) -> None:
+        del self._answers[answer.key]
+        self._written[answer.key] = self._texts.submit(answer.output, monotonic())
+
+    def _ready(self) -> list[Output]:
+        """Outputs whose text is written; those of the last rows are waited for."""
+        outputs, self._done = self._done, []
+        idle = not self._scheduled
+        with self._timed("detokenize"):
+            for key, future in list(self._written.items()):
+                if idle or future.done():
+                    outputs.append(future.result())
+                    del self._written[key]
+        return outputs
+
+    def _too_much(self, step: Step[ChoiceRow]) -> None:
+        """The device could not hold this step: it is planned anew, smaller; what fails alone is answered so."""
+        gc.collect()
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if step.tokens > 1:
+            self.capacity.too_much(step.tokens)
+            return
+        answer = step.pieces[0].row.answer
+        self._fail(answer, answer.too_large())
+
+    def _fail(self, answer: Answer, output: Output) -> None:
+        """Forgets a request, and answers it with this error."""
+        self.cancel([answer.key])
+        self._done.append(output)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] += perf_counter() - begin

@@ -1,0 +1,1 @@
+"""The execution of a planned step on the device."""

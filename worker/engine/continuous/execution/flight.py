@@ -1,0 +1,171 @@
+"""Steps on the device: each is launched, and lands when its tokens have come back to the host.
+
+Owns the way from a plan to the next tokens: forward, grammar masks, sampling, and the copy back. A step of rows that
+decode can be launched before the one before it has landed, since its input never has to leave the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from batchmill.worker.devices.selection import is_out_of_memory
+from batchmill.worker.engine.continuous.answer import ChoiceRow
+from batchmill.worker.engine.continuous.execution.decoder import Decoder
+from batchmill.worker.engine.continuous.scheduling.step import Step
+from batchmill.worker.engine.grammar import fill
+from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.logprobs import Logprobs
+from batchmill.worker.engine.text.said import TokenLogprob
+from batchmill.worker.engine.upload import upload
+
+_WORD_BITS = 32
+#: Comes back in place of a token where the logits were no numbers.
+_NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step. `rows`: those that get a token; `tokens`: theirs, (rows,), on the device.
+
+    `_copy`: the same for the host, with _NO_TOKEN for a row whose logits are no numbers.
+    """
+
+    step: Step[ChoiceRow]
+    rows: Sequence[ChoiceRow]
+    tokens: torch.Tensor
+    _copy: torch.Tensor
+    _logprobs: Logprobs | None
+    _landed: torch.cuda.Event | None
+
+    def land(self) -> Iterator[tuple[ChoiceRow, int | None, TokenLogprob | None]]:
+        """Waits for the step; each row with its next token, and the token's logprob where it is asked for.
+
+        A row whose logits are no numbers has no token.
+        """
+        if self._landed is not None:
+            self._landed.synchronize()
+        tokens = self._copy.tolist()
+        logprobs = _token_logprobs(self._logprobs, self.rows, tokens)
+        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            yield row, None if token == _NO_TOKEN else token, logprobs.get(place)
+
+
+class Launcher:
+    """Launches the steps of one engine. `seconds`: what was spent in the model and in sampling so far."""
+
+    def __init__(self, decoder: Decoder, sampler: Sampler, *, vocabulary: int, device: torch.device) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._decoder = decoder
+        self._sampler = sampler
+        self._words = -(-vocabulary // _WORD_BITS)
+        self._device = device
+
+    def seat(self, step: Step[ChoiceRow]) -> list[ChoiceRow]:
+        """Tells the sampler who sits where in this step. Returns the rows for which it has no memory."""
+        for seat in step.vacated:
+            self._sampler.leave(seat)
+        return [row for row in step.entered if not self._seated(row)]
+
+    def _seated(self, row: ChoiceRow) -> bool:
+        sampling = row.prompt.sampling
+        try:
+            self._sampler.enter(
+                row.seat,
+                # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
+                sampling if row.matcher is None else replace(sampling, min_tokens=None),
+                prompt=row.prompt.tokens,
+                generated=row.generated,
+                end_token_ids=row.prompt.end_token_ids,
+                choice=row.choice,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def unseat(self, row: ChoiceRow) -> None:
+        """Tells the sampler that this row leaves its seat."""
+        self._sampler.leave(row.seat)
+
+    def launch(self, step: Step[ChoiceRow]) -> Flight:
+        """Launches a planned step."""
+        with self._timed("model"):
+            self._decoder.copy(step.copies)
+            logits = self._decoder.logits(step.pieces)
+        return self._sampled(step, [piece.row for piece in step.pieces if piece.sampled], logits)
+
+    def launch_after(self, flight: Flight, step: Step[ChoiceRow]) -> Flight:
+        """Launches the step that follows a flight in the air; its rows are the flight's, or some of them."""
+        rows = [piece.row for piece in step.pieces]
+        newest = flight.tokens
+        if len(rows) < len(flight.rows):
+            staying = set(map(id, rows))
+            places = [place for place, row in enumerate(flight.rows) if id(row) in staying]
+            newest = newest.index_select(0, upload(np.array(places), self._device))
+        with self._timed("model"):
+            logits = self._decoder.following(step.pieces, newest)
+        return self._sampled(step, rows, logits)
+
+    def _sampled(self, step: Step[ChoiceRow], rows: Sequence[ChoiceRow], logits: torch.Tensor) -> Flight:
+        with self._timed("sampling"):
+            if not rows:
+                nothing = torch.empty(0, dtype=torch.long)
+                return Flight(step, rows, nothing, nothing, None, None)
+            sampled = self._sampler.sample([row.seat for row in rows], logits, allowed=self._allowed(rows))
+            logprobs = sampled.logprobs
+            told = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
+            if self._device.type == "cpu":
+                return Flight(step, rows, sampled.tokens, told, logprobs, None)
+            if logprobs is not None:
+                logprobs = Logprobs(
+                    logprobs.places, _to_host(logprobs.chosen), _to_host(logprobs.top_ids), _to_host(logprobs.top)
+                )
+            copy = _to_host(told)
+            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            landed.record()
+            return Flight(step, rows, sampled.tokens, copy, logprobs, landed)
+
+    def _allowed(self, rows: Sequence[ChoiceRow]) -> torch.Tensor | None:
+        """What the grammars of these rows allow, packed, made while the device computes; None if no row has one."""
+        matchers = [(place, row.matcher) for place, row in enumerate(rows) if row.matcher is not None]
+        if not matchers:
+            return None
+        allowed = torch.full((len(rows), self._words), -1, dtype=torch.int32)
+        fill(matchers, allowed)
+        return allowed.to(self._device, non_blocking=True)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += perf_counter() - begin
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that nothing waits for; the event that is recorded after it says when it is there."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _token_logprobs(
+    found: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]
+) -> dict[int, TokenLogprob]:
+    if found is None:
+        return {}
+    said = {}
+    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
+    for number, place in enumerate(found.places):
+        wanted = rows[place].prompt.sampling.top_logprobs or 0
+        alternatives = tuple(zip(top_ids[number][:wanted], top[number][:wanted], strict=True))
+        said[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
+    return said

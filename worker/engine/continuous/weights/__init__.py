@@ -1,0 +1,1 @@
+"""The weights of a loaded model, laid out for speed."""

@@ -1,0 +1,113 @@
+"""A loaded model's weights are laid out for speed: siblings in one product, 4-bit weights with a copy for large steps.
+
+Owns what is done to which layers, decided by what they compute and never by a model's name, and takes back what
+changes a value. The arithmetic is in `products`, the order of calls in `siblings`. This module
+knows no request and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from batchmill.worker.engine.continuous.weights.products import Product, product_of
+from batchmill.worker.engine.continuous.weights.siblings import Siblings, find_siblings
+from batchmill.worker.engine.options import Dequantize
+
+#: One product of several layers must equal theirs for inputs of so many rows: one, few, a decode step, a prefill.
+_ROWS = (1, 3, 64, 200)
+#: The whole model is compared for prompts of so many tokens.
+_PROMPTS = (1, 7, 65)
+_SEED = 20
+#: Some columns of what is tried are large, since LLM.int8() treats outliers apart.
+_OUTLIER_EVERY = 64
+_OUTLIER = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was done to a model's linear layers.
+
+    `joined`: groups of layers that are computed in one product. `direct`: single layers whose kernel is called
+    without what bitsandbytes does around it. `copied_bytes`: copies of full precision beside 4-bit weights, used for
+    steps of at least `copy_rows` tokens (the least and the most of all layers), 0 for none.
+    """
+
+    joined: int = 0
+    direct: int = 0
+    copied_bytes: int = 0
+    copy_rows: tuple[int, int] = (0, 0)
+
+
+@torch.inference_mode()
+def prepare(model: PreTrainedModel, *, dequantize: Dequantize, free_bytes: int) -> Prepared:
+    """Changes how this model's linear layers are computed, and none of their values, except by `dequantize`.
+
+    The model must have run once. `free_bytes`: what copies may take under `Dequantize.AUTO`, which makes all of them
+    or none. Raises what the device raises when memory for a copy is short.
+    """
+    before = [_logits(model, tokens) for tokens in _PROMPTS]
+    products = dict(_joined(find_siblings(model, lambda: _logits(model, _PROMPTS[-1]))))
+    if not all(torch.equal(_logits(model, tokens), logits) for tokens, logits in zip(_PROMPTS, before, strict=True)):
+        for each in products:
+            each.part()
+        return Prepared()
+    widths = [len(each.widths) for each in products.values()]
+    return Prepared(
+        sum(width > 1 for width in widths), widths.count(1), *_copied(list(products.values()), dequantize, free_bytes)
+    )
+
+
+def _logits(model: PreTrainedModel, tokens: int) -> Tensor:
+    """What the model says to a prompt of this many tokens: [1, tokens, vocabulary]."""
+    ids = torch.arange(tokens, device=model.device).remainder(model.get_input_embeddings().num_embeddings)
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits
+    return logits
+
+
+def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[Siblings, Product]]:
+    """Puts a product in place of each group's layers, or of each one alone where the group's would not be equal.
+
+    What is equal depends on shapes and kinds, so of layers that are alike only the first are tried in full.
+    """
+    tried: set[tuple[object, ...]] = set()
+    for group in groups:
+        for layers in (group, *((each,) for each in group if len(group) > 1)):
+            product = product_of(layers)
+            if product is None or any("forward" in vars(each) for each in layers):
+                continue
+            kind = tuple((type(each), each.in_features, each.out_features) for each in layers)
+            if not _equal(layers, product, _ROWS[1:2] if kind in tried else _ROWS):
+                continue
+            tried.add(kind)
+            product.adopt()
+            siblings = Siblings(layers, product)
+            siblings.join()
+            yield siblings, product
+
+
+def _equal(layers: Sequence[nn.Linear], product: Product, rows: Sequence[int]) -> bool:
+    """Whether the product's values are those of the layers, bit for bit."""
+    weight = next(each for each in (layers[0].bias, layers[0].weight) if each is not None)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    generator = torch.Generator().manual_seed(_SEED)
+    for count in rows:
+        x = torch.randn(1, count, layers[0].in_features, generator=generator).to(weight.device, dtype)
+        x[..., ::_OUTLIER_EVERY] *= _OUTLIER
+        if not torch.equal(torch.cat([each(x) for each in layers], -1), product(x)):
+            return False
+    return True
+
+
+def _copied(products: Sequence[Product], dequantize: Dequantize, free_bytes: int) -> tuple[int, tuple[int, int]]:
+    """Makes copies of full precision where they are wanted. Returns their bytes and the rows that they begin at."""
+    able = [each for each in products if each.copy_bytes]
+    needed = sum(each.copy_bytes for each in able)
+    if not able or dequantize == Dequantize.NEVER or (dequantize == Dequantize.AUTO and needed > free_bytes):
+        return 0, (0, 0)
+    begins = [each.copy() for each in able]
+    return needed, (min(begins), max(begins))

@@ -1,0 +1,1 @@
+"""The engine without a model: it answers with the prompt."""

@@ -1,0 +1,1 @@
+"""Text and tokens: prompts into tokens, tokens into answers."""

@@ -1,0 +1,50 @@
+"""OpenAI's logprobs object: what the tokens of a choice add to its text, and the likeliest tokens at each place.
+
+It knows no device: the log probabilities are there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchmill.worker.engine.text.decoding import Decoding
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token with its logprob, and the likeliest tokens at its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def logprobs_of(said: Sequence[TokenLogprob], text: str, decoding: Decoding, *, after: Sequence[int]) -> dict[str, Any]:
+    """The object of a choice with this text; `after`: the tokens that it continues.
+
+    One entry a token: `token` is what it adds to the text, which is nothing for an end token, for what a stop string
+    cut off, and for all but the last of the tokens of one character. No two tokens at one place are called the same.
+    """
+    parts = decoding.parts([each.token for each in said], after=after)
+    content, begin = [], 0
+    for each, (part, known) in zip(said, parts, strict=True):
+        content.append(_entry(each, text[begin : begin + len(part)], known, decoding))
+        begin += len(part)
+    return {"content": content}
+
+
+def _entry(said: TokenLogprob, text: str, known: bytes, decoding: Decoding) -> dict[str, Any]:
+    chosen = {"token": text, "logprob": said.logprob, "bytes": list(known)}
+    taken, top = {text}, []
+    for token, logprob in said.top:
+        if token == said.token:
+            top.append(chosen)
+            continue
+        name = decoding.name(token)
+        if name in taken or not name:
+            name = decoding.spelling(token)
+        taken.add(name)
+        top.append({"token": name, "logprob": logprob, "bytes": list(decoding.bytes_of(token))})
+    return chosen | {"top_logprobs": top}

@@ -1,0 +1,1 @@
+"""The texts and questions that an evaluation is made on."""

@@ -1,0 +1,96 @@
+"""Greedy answers by batchmill's own engine, as a worker would give them, and how fast they came.
+
+Owns the engine of one evaluation: just large enough for its questions, so that the memory of different quantizations
+can be compared. What the answers are compared with is not its matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.schema import Output, RequestKey, SamplingParams
+from batchmill.worker.engine import Engine
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.registry import Chosen, choose
+from batchmill.worker.evaluate.data.passages import Question
+from batchmill.worker.models.load import LoadedModel
+
+#: Requests that run at once, where nothing else is asked.
+ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One text for each question, and the same as tokens; `engine` is its kind.
+
+    `completion_tokens` came in `seconds`, the reading of the prompts included.
+    """
+
+    texts: tuple[str, ...] = field(repr=False)
+    tokens: tuple[tuple[int, ...], ...] = field(repr=False)
+    engine: str
+    completion_tokens: int
+    seconds: float
+
+
+def answer(
+    loaded: LoadedModel, questions: Sequence[Question], *, options: EngineOptions, step: Callable[[int], None]
+) -> Answers:
+    """All answers to at least one question; `step` is told how many are there.
+
+    Raises ModelError where the device cannot hold one.
+    """
+    with _engine(loaded, questions, options) as chosen:
+        _warm_up(chosen.engine, questions[0])
+        begin = perf_counter()
+        outputs = _outputs(chosen.engine, questions, step)
+        seconds = perf_counter() - begin
+    texts = tuple(each.choices[0].text for each in outputs)
+    tokens = tuple(tuple(loaded.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    return Answers(texts, tokens, chosen.kind, sum(each.completion_tokens for each in outputs), seconds)
+
+
+@contextmanager
+def _engine(loaded: LoadedModel, questions: Sequence[Question], options: EngineOptions) -> Iterator[Chosen]:
+    longest = max(each.prompt_tokens + (each.request.sampling.max_tokens or 0) for each in questions)
+    rows = min(options.max_rows or ROWS, len(questions))
+    context = min(longest, options.context_tokens or longest)
+    chosen = choose(
+        loaded,
+        options=replace(options, max_rows=rows, context_tokens=context),
+        progress=lambda: False,
+        fits=None,
+    )
+    try:
+        yield chosen
+    finally:
+        close = getattr(chosen.engine, "close", None)
+        if close is not None:
+            close()
+
+
+def _warm_up(engine: Engine, question: Question) -> None:
+    """What an engine does once in its life is not the answers' time."""
+    engine.add(
+        RequestKey("warm-up", 0), replace(question.request, sampling=SamplingParams(max_tokens=2, temperature=0))
+    )
+    while engine.waiting or engine.active:
+        engine.step()
+
+
+def _outputs(engine: Engine, questions: Sequence[Question], step: Callable[[int], None]) -> list[Output]:
+    """In the questions' order."""
+    for each in questions:
+        engine.add(RequestKey("evaluation", each.request.index), each.request)
+    outputs: list[Output] = []
+    while engine.waiting or engine.active:
+        outputs += engine.step()
+        step(len(outputs))
+    for output in outputs:
+        if output.error is not None:
+            raise ModelError(f"the engine gave no answer: {output.error.message}")
+    return sorted(outputs, key=lambda each: each.key.index)

@@ -1,0 +1,145 @@
+"""What one model loses against another in one column of a report: how much, how sure that is, and whether it is little.
+
+Owns the limits of little. It reads two rows of a report, and knows nothing of the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from batchmill.worker.evaluate.measures.accuracy import Accuracy
+from batchmill.worker.evaluate.measures.certainty import Bounds, of_difference, of_mean, of_p99, of_share
+from batchmill.worker.evaluate.measures.measurement import Measurement
+
+#: What counts as little: perplexity up to this part above the other's, a mean divergence and one of 99 in 100 tokens up
+#: to so many nats, up to this part of all answers fewer that are right, and of their tokens that are others.
+PERPLEXITY = 0.05
+DIVERGENCE = 0.1
+DIVERGENCE_P99 = 1.0
+ACCURACY = 0.02
+AGREEMENT = 0.1
+#: The same in words.
+LIMITS = (
+    f"perplexity +{PERPLEXITY:.0%}, mean KL {DIVERGENCE}, KL p99 {DIVERGENCE_P99}, {ACCURACY:.0%} of the answers fewer "
+    f"right, {AGREEMENT:.0%} of their tokens not the same"
+)
+
+
+class Verdict(Enum):
+    """Little or much is lost for sure, or what was measured cannot tell."""
+
+    LITTLE = "little"
+    MUCH = "much"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One column. `words`: what was found; `worst`: how bad it may still be, from that bound of the loss.
+
+    `bounds`: of the loss, had so many times as much been measured to the same figures. `answers`: how many it rests on;
+    None where it rests on the tokens of the text. `is_change`: other answers are not always worse ones. `beside`: the
+    other's figure.
+    """
+
+    words: str
+    worst: Callable[[float], str]
+    limit: float
+    bounds: Callable[[float], Bounds]
+    answers: int | None = None
+    is_change: bool = False
+    beside: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.verdict_of(1)
+
+    def verdict_of(self, times: float) -> Verdict:
+        low, high = self.bounds(times)
+        if high <= self.limit:
+            return Verdict.LITTLE
+        return Verdict.MUCH if low > self.limit else Verdict.UNKNOWN
+
+    def __str__(self) -> str:
+        """What was found, with how bad it may be where that is not sure."""
+        notes = [self.beside] if self.beside else []
+        if self.verdict is Verdict.UNKNOWN:
+            high = self.bounds(1).high
+            notes.append(f"maybe {self.worst(high) if math.isfinite(high) else 'more'}")
+        return f"{self.words} ({'; '.join(notes)})" if notes else self.words
+
+
+def findings(each: Measurement, reference: Measurement) -> list[Finding]:
+    """A finding for each column of quality that both rows have."""
+    found = [_perplexity(each, reference)]
+    if (divergence := each.divergence) is not None:
+        mean, error, p99, places = divergence.mean, divergence.standard_error, divergence.p99, divergence.places
+        found += [
+            Finding(
+                f"mean KL {mean:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE,
+                lambda times: of_mean(mean, error, times),
+            ),
+            Finding(
+                f"KL p99 {p99:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE_P99,
+                lambda times: of_p99(p99, places * times),
+            ),
+        ]  # fmt: skip
+    if (agreement := each.agreement) is not None:
+        share, answers = agreement.share, agreement.answers
+        found.append(
+            Finding(
+                f"same tokens {share:.1%} of {answers:,} {plural(answers)}",
+                lambda most: f"down to {1 - most:.1%}",
+                AGREEMENT,
+                lambda times: _turned(of_share(share, answers * times)),
+                answers,
+                is_change=True,
+            )
+        )
+    if each.accuracy is not None and reference.accuracy is not None:
+        found.append(_accuracy(each.accuracy, reference.accuracy))
+    return found
+
+
+def _perplexity(each: Measurement, reference: Measurement) -> Finding:
+    ratio, change = each.perplexity / reference.perplexity, each.perplexity_change
+    error = 0.0 if change is None else change.standard_error
+
+    def bounds(times: float) -> Bounds:
+        low, high = of_mean(math.log(ratio), error, times)
+        return Bounds(math.expm1(low), math.expm1(high))
+
+    return Finding(f"perplexity {ratio - 1:+.1%}", lambda most: f"up to {most:+.1%}", PERPLEXITY, bounds)
+
+
+def _accuracy(found: Accuracy, reference: Accuracy) -> Finding:
+    count = found.answers
+    lost, gained = _differing(found, reference)
+    return Finding(
+        f"{found.right:,} of {count:,} {plural(count)} right",
+        lambda most: f"up to {most:.1%} fewer",
+        ACCURACY,
+        lambda times: of_difference(lost * times, gained * times, count * times),
+        count,
+        beside=f"{reference.right:,} with it",
+    )
+
+
+def _differing(found: Accuracy, reference: Accuracy) -> tuple[float, float]:
+    """Answers that are right in one of both alone; where nobody compared them, as many as chance makes."""
+    if found.lost is not None and found.gained is not None:
+        return found.lost, found.gained
+    both = found.right * reference.right / found.answers
+    return reference.right - both, found.right - both
+
+
+def _turned(share: Bounds) -> Bounds:
+    return Bounds(1 - share.high, 1 - share.low)
+
+
+def plural(count: int) -> str:
+    """How so many answers are called."""
+    return "answer" if count == 1 else "answers"

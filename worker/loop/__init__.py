@@ -1,0 +1,1 @@
+"""The loop between the store and the engine; it knows no tensor."""

@@ -1,0 +1,308 @@
+"""The child's one hand in the store: a thread that claims, records what is in flight, saves and finishes.
+
+It commits at least every `save_seconds`, and at once when the engine needs more. While the store is away, what is
+answered and what is in flight go to the spool instead, and the engine goes on with what is claimed. The runner talks to
+it by `take` and `give`, and never touches the database; the saver never touches the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from time import monotonic
+
+from batchmill.jobs.errors import StoreError
+from batchmill.jobs.failpoints import failpoint
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.memory import Memory
+from batchmill.jobs.schema import Output, Request, RequestKey
+from batchmill.jobs.store import Store
+from batchmill.jobs.store.lease import Seat, Turned
+from batchmill.worker.loop.batch_lines import log_batches
+from batchmill.worker.loop.holdings import Holdings, Said
+from batchmill.worker.loop.spool import Spool
+
+log = get_logger(__name__)
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 5.0
+_PAUSES_A_LEASE = 12
+#: So many bytes of requests are held before no more is claimed: eight million tokens, more than a device's cache holds.
+_HELD_BYTES = 32 * 1024**2
+#: The worker's row says anew what its devices hold, while it works, once in so many seconds.
+_DEVICES_SECONDS = 5.0
+#: The tokens of unfinished answers are counted so often between two saves.
+_COUNTS_A_SAVE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the engine is to do next: requests to add, keys to forget."""
+
+    add: tuple[tuple[RequestKey, Request], ...]
+    forget: tuple[RequestKey, ...]
+
+
+class Saver:
+    """One for the life of a child; idle between two tasks.
+
+    `rows`: the engine's rows. `peak`: the largest memory read since it was last asked. `wake`: tells other
+    workers that batches became pending. `drain`: once set, everything is saved or handed back, and no more claimed.
+    `capacity_of`: the device as `store.health` knows it. `may_begin`: whether jobs that nobody has begun are claimed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        seat: Seat,
+        *,
+        rows: int,
+        save_seconds: float,
+        peak: Callable[[], Memory],
+        wake: Callable[[], None],
+        drain: threading.Event,
+        spool: Spool,
+        capacity_of: str,
+        may_begin: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._store = store
+        self._seat = seat
+        self._spool = spool
+        self._device = capacity_of
+        self._may_begin = may_begin
+        self._rows = rows
+        #: A turn fills up to this, so that not every finished row asks for a turn of its own.
+        self._fill = rows + max(1, rows // 4)
+        #: Outputs were left for the next turn, since one transaction takes only so many bytes.
+        self._more = False
+        self._save_seconds = save_seconds
+        self._peak = peak
+        self._wake = wake
+        self._drain = drain
+        self._condition = threading.Condition()
+        self._holdings = Holdings()
+        self._forget: list[RequestKey] = []
+        self._engine_waiting = 0
+        self._engine_empty = True
+        self._open = False
+        self._turns = 0
+        self._count_at = 0.0
+        #: Nothing could be claimed at the last turn, so there is no hurry to ask again.
+        self._dry = False
+        #: The store did not answer the last turn, so nobody knows whether it was committed.
+        self._away = False
+        self._full = False
+        self._pause = _FIRST_PAUSE_SECONDS
+        #: Well below half a lease, after which others may take back what was not renewed.
+        self._longest_pause = min(_LONGEST_PAUSE_SECONDS, seat.lease_seconds / _PAUSES_A_LEASE)
+        self._try_at = 0.0
+        self._memory = Memory()
+        self._memory_kept_at = 0.0
+        self._fits: int | None = None
+        self._fits_kept: int | None = None
+        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def open(self) -> None:
+        """A task begins: claim."""
+        with self._condition:
+            self._open, self._dry = True, False
+            self._condition.notify_all()
+
+    def take(self, *, waiting: int, active: int) -> Work | None:
+        """Requests that may enter an engine that has so many waiting and active; None when the task is over.
+
+        Blocks while the engine is empty and there may be more; once the task is over, all is saved. An idle device
+        waits for the turn that fills the engine's queue, since it works best on a full one.
+        """
+        with self._condition:
+            self._engine_waiting = waiting
+            self._engine_empty = waiting + active == 0
+            if active == 0 and self._hurry():
+                turns = self._turns
+                self._condition.notify_all()
+                self._condition.wait_for(lambda: self._turns != turns, timeout=self._save_seconds)
+            while True:
+                if self._hurry():
+                    self._condition.notify_all()
+                if self._drain.is_set():
+                    self._hand_back()
+                    return None
+                if not self._full and (self._holdings.recorded or self._forget or not self._engine_empty):
+                    return self._next(waiting)
+                if not self._open:
+                    return None
+                self._condition.wait(self._save_seconds)
+
+    def give(
+        self,
+        outputs: Sequence[Output],
+        *,
+        fits: int | None = None,
+        tokens: Callable[[], Mapping[RequestKey, int]] | None = None,
+    ) -> None:
+        """Outputs that the engine finished, to be saved, and what its device was found to hold.
+
+        `tokens`: counts what the engine has answered so far of the rest; asked once in a while, since it takes time.
+        """
+        counted = None
+        if tokens is not None and monotonic() >= self._count_at:
+            counted = tokens()
+            self._count_at = monotonic() + self._save_seconds / _COUNTS_A_SAVE
+        with self._condition:
+            self._holdings.answer(outputs)
+            self._fits = fits
+            if counted is not None:
+                self._holdings.tokens = counted
+
+    def _next(self, waiting: int) -> Work:
+        """As many recorded requests as keep the engine's own queue at its rows."""
+        room = max(0, self._fill - waiting)
+        count = min(room, len(self._holdings.recorded))
+        work = Work(
+            tuple(self._holdings.recorded.popleft() for _ in range(count)),
+            tuple(self._forget),
+        )
+        self._forget.clear()
+        self._engine_waiting += count
+        self._engine_empty = self._engine_empty and not count
+        return work
+
+    def _hand_back(self) -> None:
+        """Waits, inside the lock, until the last turn has saved and released everything."""
+        self._engine_empty = True
+        while self._open:
+            self._condition.notify_all()
+            self._condition.wait(self._save_seconds)
+
+    def _recorded(self) -> int:
+        """Requests recorded as in flight that no row of the engine works on yet."""
+        return len(self._holdings.recorded) + self._engine_waiting
+
+    def _hurry(self) -> bool:
+        """Whether a turn now, before its time, gives the engine more to do or ends the task."""
+        if self._away:
+            return not self._full and self._recorded() < self._rows and self._holdings.waiting > 0
+        if self._drain.is_set() or self._more:
+            return True
+        if self._recorded() < self._rows and (self._holdings.waiting or not (self._dry or self._is_laden())):
+            return True
+        return self._engine_empty and not self._holdings.recorded and (self._holdings.unsaved > 0 or self._dry)
+
+    def _is_laden(self) -> bool:
+        """Whether what is held takes so much memory that no more is claimed."""
+        return self._holdings.size_bytes >= _HELD_BYTES
+
+    # --- the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except StoreError as error:
+            log.error("this process ends, since its store cannot be used", error=str(error))
+            os._exit(1)
+        except Exception:
+            log.exception("the saver failed; this process ends, and its batches are taken back")
+            os._exit(1)
+
+    def _turn(self) -> None:
+        due = monotonic() + self._save_seconds
+        with self._condition:
+            while not self._open or not (self._hurry() or monotonic() >= due):
+                self._condition.wait(max(0.0, due - monotonic()) if self._open else None)
+            release = self._drain.is_set()
+            room = 0 if release else max(0, self._fill - self._recorded())
+            memory = self._peak()
+            said = self._holdings.said(room=room, memory=memory, release=release)
+            page = said.first_page()
+            wanted = 0 if release or page.more else self._wanted()
+        turned = None
+        if monotonic() >= self._try_at:
+            turned = self._commit(page, wanted, room - sum(said.entering.values()))
+        if turned is None:
+            self._outlive(said)
+            return
+        if page.more:
+            self._spool.saved(page.held)
+        else:
+            self._spool.clear()
+        with self._condition:
+            self._away = self._full = False
+            self._more = page.more
+            self._absorb(page, turned, wanted)
+            self._turns += 1
+            self._condition.notify_all()
+        failpoint("turn.committed")
+        log_batches(page.held, turned, worker_id=self._seat.worker_id)
+        if turned.released:
+            self._wake()
+        self._keep_fits()
+        self._keep_devices(memory)
+
+    def _wanted(self) -> int:
+        """How many requests are to be claimed."""
+        backlog = self._recorded() + self._holdings.waiting
+        return 0 if self._is_laden() else max(0, self._rows - backlog)
+
+    def _commit(self, said: Said, wanted: int, room: int) -> Turned | None:
+        """One turn in the store; None when it is away. What the turn says stays true, so it is said again later."""
+        seat = self._seat if not wanted or self._may_begin() else replace(self._seat, may_begin=False)
+        try:
+            turned = self._store.saving.turn(
+                seat, said.held, wanted_requests=wanted, in_flight_room=room, resumed=self._away
+            )
+        except StoreError as error:
+            if not error.retryable:
+                self._spool.append(said.held)
+                raise
+            log.warning("the store is away; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
+            self._try_at = monotonic() + self._pause
+            self._pause = min(2 * self._pause, self._longest_pause)
+            return None
+        if self._away:
+            log.info("the store is back", worker=self._seat.worker_id)
+        self._pause, self._try_at = _FIRST_PAUSE_SECONDS, 0.0
+        return turned
+
+    def _outlive(self, said: Said) -> None:
+        """Puts into the spool what the store does not take; what it then knows to be in flight may enter the engine."""
+        spooled = self._spool.append(said.held)
+        with self._condition:
+            self._away, self._full, self._dry = True, not spooled, True
+            if spooled:
+                self._holdings.enter(said)
+            self._turns += 1
+            self._condition.notify_all()
+
+    def _keep_fits(self) -> None:
+        """Keeps what the device holds for the next process; if the store is away now, a later turn does."""
+        with self._condition:
+            fits = self._fits
+        if fits is not None and fits != self._fits_kept:
+            with suppress(StoreError):
+                self._store.health.remember_fits(self._seat.spec, self._device, fits)
+                self._fits_kept = fits
+
+    def _keep_devices(self, memory: Memory) -> None:
+        """Keeps in the worker's row what its devices held at most so far, and what all processes hold there now."""
+        used = {each.key: each.device_used_bytes for each in memory.devices}
+        self._memory = self._memory.and_then(memory)
+        if not self._memory.devices or (monotonic() < self._memory_kept_at + _DEVICES_SECONDS and self._open):
+            return
+        devices = [replace(each, device_used_bytes=used[each.key]) for each in self._memory.devices]
+        with suppress(StoreError):
+            self._store.workers.measured(self._seat.worker_id, self._seat.generation, devices=devices)
+            self._memory_kept_at = monotonic()
+
+    def _absorb(self, said: Said, turned: Turned, wanted: int) -> None:
+        self._forget += self._holdings.absorb(said, turned)
+        if turned.drain:
+            self._drain.set()
+        self._dry = wanted > 0 and not turned.claimed
+        if not self._holdings and not turned.claimed and (self._drain.is_set() or self._dry):
+            self._open = False

@@ -1,0 +1,1 @@
+"""The way from a ModelSpec to a model on its device."""

@@ -1,0 +1,243 @@
+"""Which module of a model goes to which device: worked out before anything is loaded, from its shapes alone.
+
+Owns what is a device's share, what is offloaded, and what is refused; how modules are moved is accelerate's. It reads
+the memory that is free, and no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
+from transformers.quantizers.auto import get_hf_quantizer
+
+from batchmill.jobs.logs import get_logger
+from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.sizes import size
+from batchmill.worker.devices.memory import MemoryReader
+from batchmill.worker.devices.placement import DISK, OFFLOADS, Placement
+from batchmill.worker.devices.selection import CPU
+from batchmill.worker.models.vetting import Refusal
+
+log = get_logger(__name__)
+#: Weights may take this part of what is free: all of it leaves no room to load them, nor for cache and steps.
+_WEIGHTS_PART = 0.9
+#: The same of a GPU where others wait elsewhere for their turn.
+_BESIDE_OFFLOADED_PART = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the parts of a model that is loaded lie.
+
+    `places`: module -> `cuda:N` as this process counts, `cpu` or `disk`; empty: all on one device. `layers`: how many
+    of the model's layers each place has, in the places' order.
+    """
+
+    places: tuple[tuple[str, str], ...] = ()
+    layers: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Layout:
+        """As accelerate has placed it."""
+        places = {module: str(place) for module, place in getattr(model, "hf_device_map", {}).items()}
+        return cls(tuple(places.items()), tuple(_layers(model, places)))
+
+    @property
+    def _all(self) -> set[str]:
+        return {place for _, place in self.places}
+
+    @property
+    def spread(self) -> bool:
+        """Whether several devices compute."""
+        return len(self._all - set(OFFLOADS)) > 1
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights wait where nothing is computed with them."""
+        return DISK in self._all or (CPU in self._all and len(self._all) > 1)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether weights are read from disk while the model works."""
+        return DISK in self._all
+
+    def parts(self, devices: Sequence[str]) -> list[float]:
+        """Which part of the layers each of these devices computes; the first computes what is offloaded."""
+        layers = dict(self.layers)
+        total = sum(layers.values())
+        if not total:
+            return [1.0] + [0.0] * (len(devices) - 1)
+        rest = [layers.get(each, 0) / total for each in devices[1:]]
+        return [1.0 - sum(rest), *rest]
+
+
+#: A model that lies on one device.
+WHOLE = Layout()
+DeviceMap = dict[str, str | torch.device]
+
+
+def lay_out(
+    placement: Placement, quantization: Quantization, config: Any, asked: Mapping[str, Any], device: torch.device
+) -> DeviceMap:
+    """Where the modules of this config's model go, as from_pretrained takes it; `asked` is what else it is given.
+
+    `device` is the first of the placement's. Raises Refusal where they do not fit, where a device map is none of
+    theirs, and where what has to be offloaded cannot be.
+    """
+    if placement.plain:
+        return {"": device}
+    model, quantizer = _empty(config, asked)
+    explicit = bool(placement.device_map)
+    places = _explicit(placement, model) if explicit else _inferred(placement, model, quantizer, device)
+    found = Layout(tuple(places.items()), tuple(_layers(model, places)))
+    if found.offloaded:
+        _refuse_offloading(quantization, quantizer, places)
+    log.info("the model is laid out", layers=", ".join(f"{count} on {place}" for place, count in found.layers))
+    # To transformers the text `cpu` is a place of offloading: not so a CPU that computes.
+    return {module: device if place == str(device) else place for module, place in places.items()}
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Makes what waits on disk readable: safetensors knows a CPU by its name alone, and accelerate hands it on."""
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        while isinstance(weights, PrefixedDataset):
+            weights = weights.dataset
+        if isinstance(weights, OffloadedWeightsLoader) and weights.device is not None:
+            weights.device = str(weights.device)
+
+
+def _empty(config: Any, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """The model without weights, its layers as they will be quantized, and transformers' quantizer, None for none."""
+    config = copy.deepcopy(config)
+    quantizer, config, _ = get_hf_quantizer(config, copy.deepcopy(asked.get("quantization_config")), None, True, {})
+    dtype = asked.get("dtype", "auto")
+    dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, dtype=dtype, device_map={}, checkpoint_files=None)
+    return model, quantizer
+
+
+def _explicit(placement: Placement, model: PreTrainedModel) -> dict[str, str]:
+    """The user's own map, whose modules are this model's and all of them."""
+    names = [name for name, _ in model.named_modules()]
+    for module, _ in placement.device_map:
+        if module not in names:
+            near = difflib.get_close_matches(module, names, 1)
+            raise Refusal(f"--device-map: it has no module {module!r}" + (f"; is it {near[0]!r}?" if near else ""))
+    places = {module: placement.seen(place) for module, place in placement.device_map}
+    for name in (*dict(model.named_parameters()), *dict(model.named_buffers())):
+        if _place_of(name, places) is None:
+            raise Refusal(f"--device-map: it says of no device for {name}; name that module, or one around it")
+    return dict(_apart("", model, places))
+
+
+def _apart(name: str, module: nn.Module, places: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The same places without one module inside another, which accelerate would take for both."""
+    within = f"{name}." if name else ""
+    if not any(each != name and each.startswith(within) for each in places):
+        place = _place_of(name, places)
+        if place is not None:
+            yield name, place
+        return
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    for tensor, _ in own:
+        place = _place_of(within + tensor, places)
+        if place is not None:
+            yield within + tensor, place
+    for child, each in module.named_children():
+        yield from _apart(within + child, each, places)
+
+
+def _inferred(placement: Placement, model: PreTrainedModel, quantizer: Any, device: torch.device) -> dict[str, str]:
+    """As transformers fills device after device; what may be offloaded only where not everything fits."""
+    wanted = _filled(model, quantizer, _budget(placement, device, _WEIGHTS_PART))
+    allowed = _allowed(placement, device)
+    if placement.offload and set(wanted.values()) & set(OFFLOADS) - {str(device)}:
+        wanted = _filled(model, quantizer, _budget(placement, device, _BESIDE_OFFLOADED_PART))
+    outside = [module for module, place in wanted.items() if place not in allowed]
+    computing = set(wanted.values()) - set(OFFLOADS) or device.type == CPU
+    if outside or not computing:
+        budget = _budget(placement, device, _BESIDE_OFFLOADED_PART if placement.offload else _WEIGHTS_PART)
+        room = ", ".join(f"{size(count)} on {place}" for place, count in budget.items() if count)
+        what = f"{len(outside)} of its modules" if outside else "all that computes"
+        raise Refusal(
+            f"it does not fit into {room or 'nothing'}: there is no place for {what}; give it more with --max-memory, "
+            f"more devices, or {'--offload disk' if CPU in (placement.offload, device.type) else '--offload cpu'}"
+        )
+    return wanted
+
+
+def _allowed(placement: Placement, device: torch.device) -> set[str]:
+    places = {placement.seen(each) for each in placement.names} if device.type != CPU else {CPU}
+    return places | {None: set(), CPU: {CPU}, DISK: set(OFFLOADS)}[placement.offload]
+
+
+def _budget(placement: Placement, device: torch.device, part: float) -> dict[str, int]:
+    """Bytes of weights by place, as asked or by what is free. What may not be used has none."""
+    asked = {placement.seen(name): count for name, count in placement.max_memory}
+    computing = [CPU] if device.type == CPU else [placement.seen(each) for each in placement.names]
+    found = {
+        each: asked[each] if each in asked else int(part * MemoryReader(each).available_bytes()) for each in computing
+    }
+    if CPU not in found:
+        free = int(_WEIGHTS_PART * MemoryReader(CPU).available_bytes()) if placement.offload else 0
+        found[CPU] = asked.get(CPU, free) if placement.offload else 0
+    return found
+
+
+def _filled(model: PreTrainedModel, quantizer: Any, budget: Mapping[str, int]) -> dict[str, str]:
+    """transformers' own map within these bytes: GPUs evenly, then the CPU, then the disk."""
+    most: dict[int | str, int] = {CPU if each == CPU else int(each[5:]): count for each, count in budget.items()}
+    alone = model._no_split_modules
+    balanced = get_balanced_memory(model, most, alone, quantizer)
+    found = infer_auto_device_map(model, balanced, alone, hf_quantizer=quantizer)
+    return {module: f"cuda:{place}" if isinstance(place, int) else place for module, place in found.items()}
+
+
+def _refuse_offloading(quantization: Quantization, quantizer: Any, places: Mapping[str, str]) -> None:
+    """Raises Refusal for a quantization that cannot be offloaded, as transformers says of it."""
+    if quantizer is None:
+        return
+    try:
+        quantizer.validate_environment(device_map=dict(places))
+    except ValueError as error:
+        kind = quantization.kind
+        remedy = "choose -q int8:fp32_cpu_offload=true, which keeps what is offloaded as it was, or -q none"
+        if kind is Kind.CHECKPOINT:
+            remedy = "choose a checkpoint that is not quantized"
+        raise Refusal(
+            f"the model does not fit, and weights of -q {kind} cannot be offloaded; {remedy}, or give it more memory"
+        ) from error
+
+
+def _layers(model: PreTrainedModel, places: Mapping[str, str]) -> list[tuple[str, int]]:
+    """How many of the layers, which transformers never splits by itself, each place has."""
+    counted = Counter(dict.fromkeys(places.values(), 0))
+    counted.update(filter(None, (_place_of(name, places) for name in _layer_names(model))))
+    return list(counted.items())
+
+
+def _layer_names(model: PreTrainedModel) -> Iterator[str]:
+    whole = set(model._no_split_modules or ())
+    return (name for name, each in model.named_modules() if type(each).__name__ in whole)
+
+
+def _place_of(name: str, places: Mapping[str, str]) -> str | None:
+    """The place of the module around this name, or else of the first within it; None for neither."""
+    around = [module for module in places if not module or f"{name}.".startswith(f"{module}.")]
+    if around:
+        return places[max(around, key=len)]
+    return next((place for module, place in places.items() if module.startswith(f"{name}.")), None)

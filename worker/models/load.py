@@ -1,0 +1,230 @@
+"""A ModelSpec becomes a model and a tokenizer on a device: transformers' loading, bitsandbytes' quantization.
+
+Owns the order in which a model is found, looked over, loaded and warmed; whatever goes wrong becomes one ModelError.
+What may be loaded at all is worker.models.vetting's; this module knows no request and no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from batchmill.jobs.digests import Digests
+from batchmill.jobs.errors import ModelError
+from batchmill.jobs.identity import Content, of_commit, of_model
+from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.spec import ModelSpec
+from batchmill.worker.devices.placement import Placement
+from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.models.configuration import read_configuration
+from batchmill.worker.models.generation import defaults, end_token_ids, pad_token_id
+from batchmill.worker.models.layout import WHOLE, Layout, lay_out, settle
+from batchmill.worker.models.loaded.cached import cache_token_bytes
+from batchmill.worker.models.loaded.trial import refuse_without_numbers
+from batchmill.worker.models.loaded.weights import bytes_by_device
+from batchmill.worker.models.offload_folder import own_folder
+from batchmill.worker.models.quantization.checkpoint import announce
+from batchmill.worker.models.quantization.layers import finish, refuse_ignored, refuse_missing
+from batchmill.worker.models.quantization.precision import precision
+from batchmill.worker.models.reasons import reason
+from batchmill.worker.models.source import find
+from batchmill.worker.models.vetting import Refusal, vet
+
+if TYPE_CHECKING:
+    from batchmill.worker.models.adapters.low_rank import LoadedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to generate, and what an engine needs to know of it.
+
+    `model.generation_config` is empty: what the checkpoint's said is in `defaults` and `end_token_ids`.
+    `pad_token_id` has an embedding and is masked wherever it stands. `context_tokens`: prompt and answer together,
+    None for no limit. `vocabulary`: tokens that have an embedding. `cache_token_bytes`: what one token takes in the
+    cache. `weights_bytes` is counted after loading and before the first forward. `commit`: what the revision resolved
+    to, None for a folder. `content`: what it was read from. `adapters`: those beside it, which count in
+    `weights_bytes`. `layout`: where its layers lie, if not all on `device`. `weights_elsewhere`: the part of
+    `weights_bytes` on each of the placement's other devices.
+    """
+
+    spec: ModelSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    defaults: SamplingParams
+    end_token_ids: tuple[int, ...]
+    pad_token_id: int
+    context_tokens: int | None
+    vocabulary: int
+    cache_token_bytes: int
+    weights_bytes: int
+    load_seconds: float
+    commit: str | None
+    content: Content
+    adapters: tuple[LoadedAdapter, ...] = ()
+    layout: Layout = WHOLE
+    weights_elsewhere: tuple[int, ...] = ()
+
+
+def load(
+    spec: ModelSpec,
+    device: str,
+    *,
+    placement: Placement | None = None,
+    options: EngineOptions | None = None,
+    digests: Digests | None = None,
+) -> LoadedModel:
+    """Loads a model onto `cpu` or `cuda:N`, or as a placement says whose first device this is.
+
+    `options`: of the engine that will serve it, and needs room beside the weights. `digests`: those that are known of
+    its files. Raises ModelError, which says what to do.
+    """
+    started = time.monotonic()
+    with loading(spec):
+        placement = placement or Placement((device,))
+        options = options or EngineOptions()
+        return _load(spec, torch.device(device), placement, options, digests or Digests(), started)
+
+
+@contextmanager
+def loading(spec: ModelSpec) -> Iterator[None]:
+    """Around everything that loads this model: keeps libraries quiet, and turns what they raise into ModelError."""
+    _quiet()
+    try:
+        yield
+    except ModelError:
+        raise
+    except Refusal as error:
+        raise ModelError(f"cannot load {spec}: {error}") from None
+    except Exception as error:
+        # The gateway of four libraries, whose errors have nothing in common.
+        raise ModelError(f"cannot load {spec}: {reason(error)}") from error
+
+
+def _quiet() -> None:
+    """Keeps out of the log what these libraries say of the normal course of things, and has the rest come out there."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    for name in ("bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers", "huggingface_hub", "torch"):  # which write to stderr on their own
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
+def _load(
+    spec: ModelSpec,
+    device: torch.device,
+    placement: Placement,
+    options: EngineOptions,
+    digests: Digests,
+    started: float,
+) -> LoadedModel:
+    folder, commit = find(spec)
+    vet(folder)
+    source = str(folder)
+    if placement.plain:
+        _refuse_too_large(spec, folder, device, options)
+    # Hashed first, so that the weights are in the operating system's memory when they are loaded.
+    content = of_model(folder, digests) if commit is None else of_commit(commit)
+    model = read_model(spec, folder, device, placement)
+    config = model.config
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    refuse_changed(content)
+    others = placement.names[1:]
+    held = bytes_by_device(model)
+    weights_bytes, *elsewhere = (held[torch.device(each)] for each in (str(device), *map(placement.seen, others)))
+    asked, model.generation_config = model.generation_config, GenerationConfig()
+    ends = end_token_ids(asked, tokenizer)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return LoadedModel(
+        spec,
+        model,
+        tokenizer,
+        device,
+        defaults(asked),
+        ends,
+        pad_token_id(tokenizer, ends, model.get_input_embeddings(), device=device),
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        vocabulary,
+        _warm_up(model, vocabulary, device),
+        weights_bytes + sum(elsewhere),
+        time.monotonic() - started,
+        commit,
+        content,
+        layout=Layout.of(model),
+        weights_elsewhere=tuple(elsewhere),
+    )
+
+
+def read_model(
+    spec: ModelSpec, folder: Path, device: torch.device, placement: Placement | None = None
+) -> PreTrainedModel:
+    """The model of a folder that was looked over, as this spec holds it; no forward has run yet.
+
+    Raises ModelError, and whatever the libraries raise that load it.
+    """
+    source = str(folder)
+    config = read_configuration(folder)
+    placement = placement or Placement((str(device),))
+    asked = precision(spec, config, folder, device, offloads=placement.offloads)
+    announce(config)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        device_map=lay_out(placement, spec.quantization, config, asked, device),
+        offload_folder=own_folder(placement.offload_folder),
+        **asked,
+    )
+    settle(model)
+    refuse_missing(found["missing_keys"])
+    finish(model, asked["dtype"])
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def refuse_changed(content: Content) -> None:
+    """Raises Refusal where files were written while they were loaded: nobody knows which of the two was read."""
+    changed = content.changed()
+    if changed is not None:
+        raise Refusal(f"its {changed} changed while it was loaded; start again when nobody writes to its files")
+
+
+def _refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions) -> None:
+    # Imported here, since what is planned is counted with parts of this package.
+    from batchmill.worker.plan.refusal import refuse_too_large
+
+    refuse_too_large(spec, folder, device, options)
+
+
+@torch.no_grad()
+def _warm_up(model: PreTrainedModel, vocabulary: int, device: torch.device) -> int:
+    """One forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU, and one of a few.
+
+    Returns the bytes of its cache.
+    """
+    token_bytes = cache_token_bytes(model, device)
+    refuse_ignored(model)
+    refuse_without_numbers(model, vocabulary, device)
+    return token_bytes

@@ -1,0 +1,1 @@
+"""Facts about a loaded model: its cache, its weights, and a first trial."""

@@ -1,0 +1,30 @@
+"""Tokens that a loaded model answers with numbers: none, and it is refused before it answers anyone with garbage."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from batchmill.worker.models.vetting import Refusal
+
+#: So many tokens are tried, spread over the vocabulary: a model may be without numbers for tokens that nobody trained.
+_TRIED_TOKENS = 16
+
+
+def refuse_without_numbers(model: PreTrainedModel, vocabulary: int, device: torch.device) -> None:
+    """Raises Refusal for a model whose logits are NaN or infinite whatever it is asked."""
+    if not sound_tokens(model, vocabulary, device):
+        raise Refusal(
+            f"its logits are not numbers (NaN or infinite) for any of {min(_TRIED_TOKENS, vocabulary)} tokens: its "
+            f"weights are damaged, or too large for {str(model.dtype).removeprefix('torch.')}; copy or fetch it again, "
+            "or choose another quantization or dtype"
+        )
+
+
+@torch.inference_mode()
+def sound_tokens(model: PreTrainedModel, vocabulary: int, device: torch.device) -> list[int]:
+    """Those of some tokens, each of them a prompt of its own, after which the largest logit is a number."""
+    tried = torch.arange(0, vocabulary, -(-vocabulary // _TRIED_TOKENS), device=device)
+    logits = model(input_ids=tried[:, None], use_cache=False).logits[:, -1]
+    found: list[int] = tried[logits.amax(dim=-1).isfinite()].tolist()
+    return found

@@ -1,0 +1,42 @@
+"""Why a model could not be loaded, in one line and with what to do: the errors of three libraries, made ours.
+
+Those of the Hub are worker.models.hub.errors'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from batchmill.worker.devices.selection import is_out_of_memory
+
+#: A foreign error is told in so many characters of its first line.
+_ERROR_LENGTH = 300
+
+
+def reason(error: Exception) -> str:
+    """One line: what went wrong, and what to do."""
+    if any(is_out_of_memory(each) for each in _chain(error)):
+        return "the device has not enough memory for it; use -q nf4, a smaller model or a larger device"
+    text = str(error)
+    for words, said in _SAYINGS:
+        if words in text:
+            return said
+    first = next((line for line in text.splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {first.strip()[:_ERROR_LENGTH]}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+_SAYINGS = (
+    ("trust_remote_code", "it needs code of its own, which is never run; choose a model that transformers knows"),
+    (
+        "does not recognize this architecture",
+        f"transformers {version('transformers')} does not know its architecture; install a newer one",
+    ),
+    ("Unrecognized configuration class", "it is no model that continues a text; choose a causal language model"),
+)

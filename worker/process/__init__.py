@@ -1,0 +1,1 @@
+"""The processes of a worker: who starts, watches and ends whom."""
