@@ -31,6 +31,7 @@ from batchmill.worker.evaluate.measures.scoring import scored
 from batchmill.worker.evaluate.progress import Shown
 from batchmill.worker.models.load import LoadedModel, load
 from batchmill.worker.models.reasons import reason
+from batchmill.worker.plan.refusal import refuse_too_large
 
 #: The window where nothing else is asked and the model's context is longer; the stride is then half of it.
 WINDOW_TOKENS = 2_048
@@ -122,7 +123,7 @@ class Evaluation:
 
     def _measured(self, spec: ModelSpec, memory: PeakMemory) -> Measurement:
         with memory.watching():
-            loaded = load(spec, self._device.torch_device, digests=self._digests)
+            loaded = load(spec, self._device.torch_device, before_weights=refuse_too_large, digests=self._digests)
         work = self._work = self._work or self._prepared(loaded)
         perplexity, change, divergence = self._read(loaded, work)
         # What was read took buffers of its own, which a worker does not have.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ from batchmill.jobs.identity import Content, of_commit, of_model
 from batchmill.jobs.schema import SamplingParams
 from batchmill.jobs.spec import ModelSpec
 from batchmill.worker.devices.placement import Placement
-from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.configuration import read_configuration
 from batchmill.worker.models.generation import defaults, end_token_ids, pad_token_id
 from batchmill.worker.models.layout import WHOLE, Layout, lay_out, settle
@@ -48,6 +47,9 @@ from batchmill.worker.models.vetting import Refusal, vet
 
 if TYPE_CHECKING:
     from batchmill.worker.models.adapters.low_rank import LoadedAdapter
+
+#: Raises ModelError or Refusal where the model in this folder is not to be loaded onto this device.
+BeforeWeights = Callable[[ModelSpec, Path, torch.device], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +89,18 @@ def load(
     device: str,
     *,
     placement: Placement | None = None,
-    options: EngineOptions | None = None,
+    before_weights: BeforeWeights | None = None,
     digests: Digests | None = None,
 ) -> LoadedModel:
     """Loads a model onto `cpu` or `cuda:N`, or as a placement says whose first device this is.
 
-    `options`: of the engine that will serve it, and needs room beside the weights. `digests`: those that are known of
-    its files. Raises ModelError, which says what to do.
+    `before_weights`: asked before weights are read onto one device. `digests`: those that are known of its files.
+    Raises ModelError, which says what to do.
     """
     started = time.monotonic()
     with loading(spec):
         placement = placement or Placement((device,))
-        options = options or EngineOptions()
-        return _load(spec, torch.device(device), placement, options, digests or Digests(), started)
+        return _load(spec, torch.device(device), placement, before_weights, digests or Digests(), started)
 
 
 @contextmanager
@@ -133,15 +134,15 @@ def _load(
     spec: ModelSpec,
     device: torch.device,
     placement: Placement,
-    options: EngineOptions,
+    before_weights: BeforeWeights | None,
     digests: Digests,
     started: float,
 ) -> LoadedModel:
     folder, commit = find(spec)
     vet(folder)
     source = str(folder)
-    if placement.plain:
-        _refuse_too_large(spec, folder, device, options)
+    if placement.plain and before_weights is not None:
+        before_weights(spec, folder, device)
     # Hashed first, so that the weights are in the operating system's memory when they are loaded.
     content = of_model(folder, digests) if commit is None else of_commit(commit)
     model = read_model(spec, folder, device, placement)
@@ -209,13 +210,6 @@ def refuse_changed(content: Content) -> None:
     changed = content.changed()
     if changed is not None:
         raise Refusal(f"its {changed} changed while it was loaded; start again when nobody writes to its files")
-
-
-def _refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions) -> None:
-    # Imported here, since what is planned is counted with parts of this package.
-    from batchmill.worker.plan.refusal import refuse_too_large
-
-    refuse_too_large(spec, folder, device, options)
 
 
 @torch.no_grad()

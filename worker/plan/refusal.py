@@ -29,6 +29,7 @@ from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.model import PlannedModel
 from batchmill.worker.plan.report import load_of
 
+_DEFAULTS = EngineOptions()
 _MOST_CHOICES = 3
 #: No layout here makes more of a file's bytes: 4 bits that are turned into float32. And a row's cache is less.
 _LARGEST_GROWTH, _LARGEST_ROW_BYTES = 8, 1024**3
@@ -36,8 +37,11 @@ _LARGEST_GROWTH, _LARGEST_ROW_BYTES = 8, 1024**3
 _MOST_GPUS = 8
 
 
-def refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions) -> None:
-    """Raises Refusal where this model cannot work on this one device with the memory that is free there now."""
+def refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions = _DEFAULTS) -> None:
+    """Raises Refusal where this model cannot work on this one device with the memory that is free there now.
+
+    `options`: of the engine that will serve it, and needs room beside the weights.
+    """
     free = MemoryReader(str(device)).available_bytes()
     stored = sum(file.stat().st_size for file in weights(folder))
     if _LARGEST_GROWTH * stored + _LARGEST_ROW_BYTES <= free and options.context_tokens is None:

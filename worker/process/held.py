@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 from batchmill.jobs.adapters import Adapter
@@ -73,12 +74,14 @@ def hold(
     # Imported here, so that the echo engine works where torch is not installed.
     from batchmill.worker.models.adapters.loading import with_adapters
     from batchmill.worker.models.load import load
+    from batchmill.worker.plan.refusal import refuse_too_large
 
     use_all_cores()
     places = [each.torch_device for each in devices]
     options = EngineOptions.of(settings)
     digests = Digests(settings.home, progress=progress)
-    loaded = load(spec, places[0], placement=placement, options=options, digests=digests)
+    fits_at_all = partial(refuse_too_large, options=options)
+    loaded = load(spec, places[0], placement=placement, before_weights=fits_at_all, digests=digests)
     loaded = with_adapters(loaded, adapters, digests=digests)
     chosen = choose(loaded, options=options, progress=progress, fits=fits)
     elsewhere = loaded.weights_elsewhere

@@ -1,0 +1,112 @@
+"""The rooms of the source: arrows between modules run without cycles and from floor to floor, folders stay small."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("jobs", "migrations", "producer", "worker")
+#: The rooms of the worker, from the lowest: each imports from those before it alone.
+FLOORS = ("devices", "models", "engine", "plan", "loop", "evaluate", "process", "cli")
+MOST_ENTRIES = 14
+#: Folders that are not divided yet.
+CROWDED = {"jobs", "jobs/store", "producer"}
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """The source's modules by name: `{"batchmill.jobs.store": jobs/store/__init__.py}`."""
+    paths = [path for room in ROOMS for path in (root / room).rglob("*.py")]
+    return {_name(path.relative_to(root)): path for path in paths}
+
+
+def _name(path: Path) -> str:
+    return ".".join(("batchmill", *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+def arrows(found: Mapping[str, Path]) -> dict[str, set[str]]:
+    """The modules that each imports, also within its functions and for types alone."""
+    return {name: set(_imported(path, found)) - {name} for name, path in found.items()}
+
+
+def _imported(path: Path, found: Mapping[str, Path]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        for name in names:
+            if name in found:
+                yield name
+
+
+def cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one cycle; none where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def climbs(graph: Mapping[str, set[str]]) -> list[str]:
+    """The imports that point from a floor of the worker to a higher one."""
+    floors = {f"batchmill.worker.{room}": floor for floor, room in enumerate(FLOORS)}
+
+    def floor(name: str) -> int | None:
+        return floors.get(".".join(name.split(".")[:3]))
+
+    pairs = ((name, other) for name, others in graph.items() for other in others)
+    return [
+        f"{name} imports {other}"
+        for name, other in pairs
+        if (mine := floor(name)) is not None and (theirs := floor(other)) is not None and theirs > mine
+    ]
+
+
+def entries(folder: Path) -> int:
+    return sum(each.name not in ("__init__.py", "__pycache__") for each in folder.iterdir())
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    found = modules()
+    assert len(found) > 250
+    assert cycle(arrows(found)) == []
+
+
+def test_the_workers_rooms_import_from_lower_floors_alone() -> None:
+    graph = arrows(modules())
+    assert {name.split(".")[2] for name in graph if name.startswith("batchmill.worker.")} == {
+        *FLOORS,
+        "__main__",
+        "demo",
+    }
+    assert climbs(graph) == []
+
+
+def test_no_folder_has_more_entries_than_one_looks_over() -> None:
+    folders = {path.parent for path in modules().values()}
+    crowded = {str(each.relative_to(ROOT)): entries(each) for each in folders if entries(each) > MOST_ENTRIES}
+    assert crowded.keys() == CROWDED, crowded
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        "import batchmill.worker.loop.a",
+        "def f():\n    from batchmill.worker.loop import a",
+        "from batchmill.worker.loop.a import x",
+    ],
+)
+def test_an_offender_is_found(tmp_path: Path, late: str) -> None:
+    for room, code in (("devices", late), ("loop", "from batchmill.worker.devices import a")):
+        (tmp_path / "worker" / room).mkdir(parents=True)
+        (tmp_path / "worker" / room / "a.py").write_text(code)
+    graph = arrows(modules(tmp_path))
+    assert set(cycle(graph)) == {"batchmill.worker.devices.a", "batchmill.worker.loop.a"}
+    assert climbs(graph) == ["batchmill.worker.devices.a imports batchmill.worker.loop.a"]
