@@ -14,7 +14,7 @@ from batchmill.worker.devices.lock import DeviceLock, DeviceLocks
 
 HOLD = """
 import sys, pathlib
-from batchmill.worker.device_lock import DeviceLock
+from batchmill.worker.devices.lock import DeviceLock
 lock = DeviceLock("GPU-1", folder=pathlib.Path(sys.argv[1]))
 lock.take()
 print("held", flush=True)

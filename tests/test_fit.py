@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,12 @@ def test_exactly_what_fits_is_loaded(
 ) -> None:
     options = EngineOptions(context_tokens=context)
     model = PlannedModel(spec(folder, quantization), folder)
+    before_weights = partial(refuse_too_large, options=options)
     row = context or engine_limits.ROW_TOKENS
     holding = model.holding(Quantization.parse(quantization), CPU)
     needed = holding.footprint.weights_bytes + engine_limits.CPU_PARTS * row * holding.token.bytes
     pretend(needed)
-    loaded = load(spec(folder, quantization), "cpu", options=options)
+    loaded = load(spec(folder, quantization), "cpu", before_weights=before_weights)
     assert loaded.model.get_memory_footprint() <= needed
     # And there is room for that row when it is served.
     pretend(needed - holding.footprint.weights_bytes)
@@ -150,7 +152,7 @@ def test_exactly_what_fits_is_loaded(
     pretend(needed - 1)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ModelError, match="it does not fit on cpu: weights"):
-        load(spec(folder, quantization), "cpu", options=options)
+        load(spec(folder, quantization), "cpu", before_weights=before_weights)
 
 
 def refused(of: ModelSpec, options: EngineOptions | None = None) -> str:

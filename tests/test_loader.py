@@ -197,13 +197,13 @@ def test_a_model_that_needs_code_of_its_own_is_refused(copy: Path) -> None:
 
 def test_nothing_is_loaded_of_a_folder_that_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(copy / "tokenizer_config.json", deeper={"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
-    for name in ("configuration.AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.delattr(f"batchmill.worker.models.load.{name}")
+    for name in ("configuration.AutoConfig", "load.AutoModelForCausalLM", "load.AutoTokenizer"):
+        monkeypatch.delattr(f"batchmill.worker.models.{name}")
     assert "its tokenizer_config.json has auto_map" in refusal(spec(copy))
 
 
 def test_no_caller_can_ask_for_a_models_own_code() -> None:
-    text = "".join(file.read_text() for file in Path(loader.__file__).parent.glob("*.py"))
+    text = "".join(file.read_text() for file in Path(loader.__file__).parent.rglob("*.py"))
     calls = re.findall(r"from_(?:pretrained|config)\(", text)
     assert len(calls) >= 3
     assert text.count("trust_remote_code=False") == text.count("trust_remote_code=") == len(calls)

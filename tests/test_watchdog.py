@@ -20,8 +20,8 @@ from batchmill.worker.process.watchdog import Watchdog
 ROOT = Path(__file__).parent.parent
 BEGIN = """\
 import sys, time
-from batchmill.worker.pulse import Pulse
-from batchmill.worker.watchdog import tell_stacks_when_asked
+from batchmill.worker.process.pulse import Pulse
+from batchmill.worker.process.watchdog import tell_stacks_when_asked
 pulse = Pulse.of(sys.argv[1])
 tell_stacks_when_asked(pulse)
 """
@@ -40,8 +40,8 @@ print('done')
 #: A parent with a watchdog and a child in one group, as a container or a suspended machine holds them together.
 PARENT = """\
 import subprocess, sys
-from batchmill.worker.pulse import Pulse
-from batchmill.worker.watchdog import Watchdog
+from batchmill.worker.process.pulse import Pulse
+from batchmill.worker.process.watchdog import Watchdog
 pulse = Pulse.create()
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], pulse.path, sys.argv[2]])
 Watchdog(pulse, pids=lambda: [child.pid]).start()
