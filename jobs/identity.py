@@ -141,9 +141,8 @@ def _is_beside(folder: Path, name: object) -> bool:
 
 
 def _stamp(file: Path) -> Stamp | None:
-    from batchmill.jobs.digests import (
-        Stamp,  # here, since it brings the log's library, and `status` only compares texts
-    )
+    # Imported here, since it brings the log's library, and `status` only compares texts.
+    from batchmill.jobs.digests import Stamp
 
     try:
         return Stamp.of(file.stat())

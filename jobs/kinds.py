@@ -142,7 +142,7 @@ def _no_lines(first: bytes, second: bytes, path: str) -> str | None:
         return "looks like HTML or XML, which batchmill does not read; was a page fetched in the file's place?"
     table = _table(first, _COLUMN)
     if table is not None and (not second.strip() or table.has_row(second)):
-        return f"looks like {table}, and not JSON Lines; make each row one: {table.command(path)}"
+        return table.refusal(path)
     if _suffix(path) == ".csv" and not first.lstrip().startswith(b"{"):
         return _plain_csv(first, path)
     if _is_text(first) and not second.lstrip().startswith(b"{"):
@@ -154,8 +154,7 @@ def _plain_csv(first: bytes, path: str) -> str:
     """The line about a CSV of one column, or one whose first line names no columns."""
     values = _values(_decoded(first), ",")
     if len(values) == 1 and _WORD.fullmatch(values[0]):
-        table = _Table(",", (values[0],))
-        return f"looks like {table}, and not JSON Lines; make each row one: {table.command(path)}"
+        return _Table(",", (values[0],)).refusal(path)
     rows = f"csv.reader({_OPENED})"
     made = f'import csv, json, sys; [print(json.dumps({{"prompt": row[0]}})) for row in {rows} if row]'
     other = " (with the number of another column for 0)" if len(values) > 1 else ""
@@ -180,6 +179,10 @@ class _Table:
         values = len(_values(text, self.delimiter))
         goes_on = text.count('"') % 2 or len(line) > _LOOKED_AT_BYTES
         return 1 < values <= len(self.columns) if goes_on else values == len(self.columns)
+
+    def refusal(self, path: str) -> str:
+        """Words that it is no JSON Lines, with the command that makes JSON Lines of it."""
+        return f"looks like {self}, and not JSON Lines; make each row one: {self.command(path)}"
 
     def command(self, path: str) -> str:
         """A command that writes it as JSON Lines."""

@@ -229,7 +229,7 @@ def _tokens_per_second(paces: Sequence[Pace], rows: Mapping[int, int], weight: f
 
 
 def _changed(paces: Sequence[Pace], rows: Mapping[int, int]) -> float:
-    """How many times as fast as on the whole these workers were of late; the range is of both speeds.
+    """Speed of these workers of late, as a part of that on the whole; the range is of both.
 
     Those whose engine does not tell of answers in flight do not count: a moment before a run ends they seem slow.
     """

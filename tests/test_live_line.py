@@ -69,7 +69,9 @@ def test_nothing_of_the_text_is_lost_at_any_width(width: int, line: LiveLine) ->
     assert all(cell_len(each) <= width for each in lines)
     text = " ".join(lines).replace(BAR, "").replace("╸", "").replace("╺", "").replace(",", "")
     words = f"{line.title} {line.done}/{line.total} ended {line.note} {' '.join(line.advice)}".replace(",", "")
-    assert "".join(text.split()) == "".join(words.split()), "a count wider than the terminal is broken in two"
+    assert "".join(text.split()) == "".join(words.split())
+    if len(f"{line.done:,}/{line.total:,}") <= width:  # a wider one is broken in two
+        assert text.split() == words.split()
 
 
 @pytest.fixture

@@ -79,18 +79,19 @@ class EffortReading:
         """What a job's runs took so far."""
         with self._database.read() as connection:
             now = connection.scalar(select(self._database.now)) or 0.0
-            busy = self._busy(connection, job_id, now)
-            if not busy:
+            first = _first_run(connection, job_id)
+            if first is None:
                 ended = func.coalesce(jobs.c.finished_at, now)
                 waited = connection.scalar(select(ended - jobs.c.queued_at).where(jobs.c.id == job_id))
                 return Effort(queued_seconds=max(0.0, waited or 0.0))
+            busy = self._busy(connection, job_id, began=first.started_at, now=now)
             memory, load_seconds, commits = self._memory(connection, job_id, self._devices(connection, job_id))
             queued_at = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id)) or 0.0
-            torch_wait_seconds, model_wait_seconds = _waited_for(connection, job_id, queued_at)
+        torch_wait_seconds, model_wait_seconds = _waited_for(first, queued_at)
         recent_seconds = sum(each.recent_seconds for each in busy)
         return Effort(
             runs=sum(each.runs for each in busy),
-            queued_seconds=max(0.0, min(each.first for each in busy) - queued_at),
+            queued_seconds=max(0.0, first.started_at - queued_at),
             running_seconds=sum(each.seconds for each in busy),
             model_load_seconds=load_seconds,
             torch_wait_seconds=torch_wait_seconds,
@@ -101,7 +102,7 @@ class EffortReading:
             paces=tuple(map(_pace, busy)),
         )
 
-    def _busy(self, connection: Connection, job_id: str, now: float) -> Sequence[Row[Any]]:
+    def _busy(self, connection: Connection, job_id: str, *, began: float, now: float) -> Sequence[Row[Any]]:
         """What the runs took, a row a worker.
 
         `seconds` are those of the union of all runs, of which each adds what lies past all that began before it;
@@ -109,7 +110,6 @@ class EffortReading:
         """
         larger = self._database.larger
         ended = self._ended(now)
-        began = connection.scalar(select(func.min(runs.c.started_at)).where(runs.c.job_id == job_id)) or now
         sums = ("succeeded", "prompt_tokens", "completion_tokens", "in_flight_tokens")
         each = (
             select(
@@ -135,7 +135,6 @@ class EffortReading:
             select(
                 each.c.worker_id,
                 func.count().label("runs"),
-                func.min(each.c.began).label("first"),
                 func.sum(self._past(each, begins)).label("seconds"),
                 func.sum(self._past(each, own_begins)).label("own_seconds"),
                 func.sum(self._past(each, larger(own_begins, late))).label("late_seconds"),
@@ -196,15 +195,20 @@ def late_since(began: float, now: float) -> float:
     return now - max(LEAST_LATE_SECONDS, LATE_PART * (now - began))
 
 
-def _waited_for(connection: Connection, job_id: str, queued_at: float) -> tuple[float, float]:
-    """The seconds between a job's queueing and its first run in which the run's worker loaded torch, and the model."""
-    first = connection.execute(
+def _first_run(connection: Connection, job_id: str) -> Row[Any] | None:
+    """The beginning of a job's first run, and how its worker loaded; None where it has no run."""
+    found: Sequence[Any] = connection.execute(
         select(runs.c.started_at, runs.c.model_load_seconds, workers.c.loading_since, workers.c.torch_load_seconds)
         .join_from(runs, workers, workers.c.id == runs.c.worker_id)
         .where(runs.c.job_id == job_id)
         .order_by(runs.c.started_at, runs.c.id)
         .limit(1)
-    ).one()
+    ).all()
+    return found[0] if found else None
+
+
+def _waited_for(first: Row[Any], queued_at: float) -> tuple[float, float]:
+    """The seconds between a job's queueing and its first run in which the run's worker loaded torch, and the model."""
     if first.loading_since is None or first.torch_load_seconds is None:
         return 0.0, 0.0
     imported = first.loading_since + first.torch_load_seconds

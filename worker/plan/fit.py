@@ -1,7 +1,7 @@
 """What of a model fits on a device: rows of a context, beside the weights, as the engine that serves it counts.
 
-The arithmetic is the engines' own (their scheduling), so that a plan and a worker say the
-same. It knows no model and no quantization: bytes go in.
+The arithmetic is the engines' own, so that a plan and a worker say the same. It knows no model and no
+quantization: bytes go in.
 """
 
 from __future__ import annotations

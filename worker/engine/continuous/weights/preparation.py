@@ -1,8 +1,8 @@
 """A loaded model's weights are laid out for speed: siblings in one product, 4-bit weights with a copy for large steps.
 
 Owns what is done to which layers, decided by what they compute and never by a model's name, and takes back what
-changes a value. The arithmetic is in `products`, the order of calls in `siblings`. This module
-knows no request and no cache.
+changes a value. The arithmetic is in `products`, the order of calls in `siblings`. This module knows no
+request and no cache.
 """
 
 from __future__ import annotations
