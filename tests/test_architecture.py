@@ -84,6 +84,8 @@ def bare_names(code: str) -> list[str]:
             words = [each.value if isinstance(each, ast.Constant) else None for each in node.elts]
             python = "sys.executable" in map(ast.unparse, node.elts)
             names = [str(word) for option, word in pairwise(words) if python and option == "-m"][:1]
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "module":
+            names = [node.value.value] if isinstance(node.value, ast.Constant) else []
         found += [f"line {node.lineno}: {name}" for name in names if name.split(".")[0] in ALLOWED]
     return found
 
@@ -107,6 +109,7 @@ def is_module(name: str) -> bool:
         'a = "jobs.gate:T"',
         "a = 'import worker.engine'",
         'a = [sys.executable, "-m", "worker", "-m", "echo"]',
+        'module: str = "producer"',
     ],
 )
 def test_a_room_without_its_package_is_found(code: str) -> None:

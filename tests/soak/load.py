@@ -69,7 +69,7 @@ class Stream:
     most_open: int
     counts: tuple[int, int]
     words: tuple[str, ...] = ()
-    module: str = "producer"
+    module: str = "batchmill"
     plain: bool = False
     open: list[Asked] = field(default_factory=list)
 
