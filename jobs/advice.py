@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchmill.jobs.home import socket_path
-from batchmill.jobs.pid_file import PidFile
-from batchmill.jobs.process import Lives
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.runtime.home import socket_path
+from batchmill.jobs.runtime.process.pid_file import PidFile
+from batchmill.jobs.runtime.process.process import Lives
 
 
 def start_verb(settings: Settings) -> str:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import make_url
 
-from batchmill.jobs.disks import Disk, disk_of
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import AlreadyRunning, SchemaMismatch, StoreError
-from batchmill.jobs.exits import say
-from batchmill.jobs.home import make_home, make_store
-from batchmill.jobs.locks import acquire, held_by
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.store import Store
-from batchmill.jobs.tables import REVISION
+from batchmill.jobs.runtime.command_errors import say
+from batchmill.jobs.runtime.files.disks import Disk, disk_of
+from batchmill.jobs.runtime.files.locks import acquire, held_by
+from batchmill.jobs.runtime.home import make_home, make_store
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import REVISION
 
 if TYPE_CHECKING:
     from alembic.config import Config

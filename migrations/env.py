@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, pool
 from sqlalchemy.engine import make_url
 
 from batchmill.jobs.store.postgresql import postgresql_engine
-from batchmill.jobs.tables import metadata
+from batchmill.jobs.store.tables import metadata
 
 _BUSY_SECONDS = 30.0
 

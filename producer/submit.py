@@ -16,21 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from batchmill.jobs import VERSION, kinds
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.broker import MAX_WAKEUPS, Broker
+from batchmill.jobs import VERSION
+from batchmill.jobs.broker.client import MAX_WAKEUPS, Broker
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
-from batchmill.jobs.failpoints import failpoint
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.model_folder import no_model
-from batchmill.jobs.quantization import Kind
-from batchmill.jobs.schema import DEFAULT_BATCH_SIZE, JobOptions, Provenance
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.folder import no_model
+from batchmill.jobs.models.quantization import Kind
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import DEFAULT_BATCH_SIZE, JobOptions, Provenance
+from batchmill.jobs.runtime.failpoints import failpoint
+from batchmill.jobs.runtime.files import formats
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.bounds import PAGE_BYTES
-from batchmill.jobs.store.loading import MAX_REQUESTS
-from batchmill.producer.prompts import Line, PromptFile
+from batchmill.jobs.store.jobs.create import MAX_REQUESTS
+from batchmill.jobs.store.store import Store
+from batchmill.producer.files.prompt_file import Line, PromptFile
 
 log = get_logger(__name__)
 #: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases
@@ -93,7 +94,7 @@ class Submission:
 
     @property
     def _is_text(self) -> bool:
-        return kinds.read_as(self.path, self.form) == "text"
+        return formats.read_as(self.path, self.form) == "text"
 
     def spec(self, model: str) -> ModelSpec:
         return ModelSpec.parse(

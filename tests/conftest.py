@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from batchmill import migrations
-from batchmill.jobs.store import Store
+from batchmill.jobs.store.store import Store
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,14 @@ from typing import Any
 
 from sqlalchemy import delete, event, text
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import Request, RequestKey
-from batchmill.jobs.states import BatchState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Lease, Seat
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.generation import Request, RequestKey
+from batchmill.jobs.requests.states import BatchState
+from batchmill.jobs.store.leases.lease import Lease, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import metadata, stores
 from batchmill.jobs.store.workers import Loaded
-from batchmill.jobs.tables import metadata, stores
 from batchmill.worker.loop.holdings import Holdings
 from batchmill.worker.loop.spool import Spool, Spools
 from batchmill.worker.process.maintenance.leftovers import Leftovers

@@ -22,10 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from batchmill.jobs.identity import Content
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.identity import Content
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.models.load import LoadedModel
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 

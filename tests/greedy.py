@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from batchmill.jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from tests.tiny import build_tokenizer

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 from sqlalchemy import create_engine, text
 
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.store import Store
-from batchmill.jobs.tables import metadata
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import metadata
 from tests.mill import answered, claim, load, save, seat, work_off
 
 #: Does a statement of SQL for as long as the block runs.

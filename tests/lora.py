@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.jobs.models.spec import DEMO_FOLDER
 from batchmill.worker.models.load import LoadedModel
 
 STEPS = 40

@@ -7,16 +7,25 @@ from dataclasses import replace
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.process import Process
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Choice, ErrorCode, JobOptions, Output, Provenance, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Claimed, Held, Seat, Turned
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import (
+    Choice,
+    ErrorCode,
+    JobOptions,
+    Output,
+    Provenance,
+    Request,
+    RequestKey,
+    SamplingParams,
+)
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.leases.lease import Claimed, Held, Seat, Turned
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import metadata
 from batchmill.jobs.store.workers import Loaded
-from batchmill.jobs.tables import metadata
 
 ECHO_SPEC = ModelSpec("echo", None, Quantization(Kind.NONE))
 LEASE_SECONDS = 60.0

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, MetaData, create_engine, func, insert, select
 from sqlalchemy.engine import make_url
 
 from batchmill import migrations
-from batchmill.jobs.states import JobState
+from batchmill.jobs.requests.states import JobState
 from tests.mill import ECHO_SPEC
 
 #: The adapter that the running job has used.

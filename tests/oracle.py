@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, text
 
-from batchmill.jobs.store import Store
+from batchmill.jobs.store.store import Store
 
 #: So many sentences of one kind are enough to know it.
 _MOST_OF_A_KIND = 10

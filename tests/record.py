@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from batchmill.jobs.states import RequestState
-from batchmill.jobs.store import Store
+from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.bounds import text_bytes
+from batchmill.jobs.store.store import Store
 
 _PAGE = 1_000
 

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from batchmill.jobs.states import RequestState
-from batchmill.jobs.store.effort import Pace, late_since
-from batchmill.jobs.store.reading import Counts
-from batchmill.jobs.store.sample import Sampled, spread
-from batchmill.producer.estimate import Estimate, estimate
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.store.views.jobs import Counts
+from batchmill.jobs.store.views.sample import Sampled, spread
+from batchmill.jobs.store.views.usage import Pace, late_since
+from batchmill.producer.views.estimate import Estimate, estimate
 
 
 @dataclass(frozen=True, slots=True)

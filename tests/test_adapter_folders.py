@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batchmill.jobs.adapters import Adapter
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.schema import Request, RequestKey, SamplingParams
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.adapters.loading import with_adapters

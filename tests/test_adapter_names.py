@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.adapters import Adapter, check_all, check_name, from_json, to_json
 from batchmill.jobs.errors import UsageError
+from batchmill.jobs.models.adapters import Adapter, check_all, check_name, from_json, to_json
 
 
 @pytest.mark.parametrize(

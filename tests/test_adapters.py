@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from batchmill.jobs.adapters import Adapter, check_all, from_json, to_json
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.jobs.models.adapters import Adapter, check_all, from_json, to_json
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import DEMO, ModelSpec
+from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey, SamplingParams
 from batchmill.worker.cli.worker import _arguments
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine import Engine

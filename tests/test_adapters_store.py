@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from batchmill.jobs.adapters import Adapter
 from batchmill.jobs.errors import StoreBusy, UsageError
-from batchmill.jobs.schema import ErrorCode, RequestKey
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import JobState, RequestState, RunOutcome, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Claimed, Held, Seat
-from batchmill.jobs.tables import batches, requests
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import ErrorCode, RequestKey
+from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, requests
 from tests import mill
 from tests.oracle import violations
 from tests.test_races import at_once

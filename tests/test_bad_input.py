@@ -22,14 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import PromptFileError, UsageError
-from batchmill.jobs.schema import Choice, Output, RequestKey
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
-from batchmill.producer import prompts as prompts_module
-from batchmill.producer.prompts import PromptFile
-from batchmill.producer.results import errors_path, export
+from batchmill.jobs.requests.generation import Choice, Output, RequestKey
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.producer.files import prompt_file as prompts_module
+from batchmill.producer.files.export import errors_path, export
+from batchmill.producer.files.prompt_file import PromptFile
 from batchmill.producer.submit import Submission, load_job
 from tests import mill
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import DEMO_FOLDER
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.plan.hardware import Hardware, Rates
 from tests.bench import decode

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.states import JobState, RequestState, RunOutcome, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.blame import SUSPECT_GROUPS
-from batchmill.jobs.store.lease import Claimed, Seat
-from batchmill.jobs.tables import batches
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store.leases.blame import SUSPECT_GROUPS
+from batchmill.jobs.store.leases.lease import Claimed, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches
 from tests import mill
 from tests.oracle import violations
 

@@ -10,10 +10,10 @@ import pytest
 import redis
 from kombu.asynchronous import Hub
 
-from batchmill.jobs.broker import Broker, make_app
-from batchmill.jobs.embedded import EmbeddedRedis
+from batchmill.jobs.broker.client import Broker, make_app
+from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import BrokerUnavailable, SettingsError
-from batchmill.jobs.settings import load_settings
 from tests.tls_proxy import Authority, TlsProxy, to_socket
 
 

@@ -13,7 +13,7 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.consumer import CONNECTION_RETRY
 
-from batchmill.jobs.settings import Settings
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.worker.process.celery_worker import _Pool, _Processes, make_celery_worker
 
 

@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import text
 
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
+from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.checking import MOST_OF_A_KIND
+from batchmill.jobs.store.store import Store
 from tests import old_store
 from tests.harm import sound, without_constraints
 from tests.mill import load

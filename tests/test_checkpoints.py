@@ -20,8 +20,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from batchmill.jobs import VERSION
 from batchmill.jobs.errors import ModelError, UsageError
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.registry import choose
 from batchmill.worker.models.load import LoadedModel, load

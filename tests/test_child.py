@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import AlreadyRunning, ModelError, StoreError, StoreUnavailable
-from batchmill.jobs.identity import Content, of_model
-from batchmill.jobs.states import WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.reading import Job
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import Content, of_model
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job
 from batchmill.worker.devices import lock as device_lock
 from batchmill.worker.devices.lock import DeviceLock
 from batchmill.worker.devices.placement import Placement

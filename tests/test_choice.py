@@ -11,8 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine import Progress
 from batchmill.worker.engine.generate.engine import GENERATE_ROWS, GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineKind, EngineOptions

@@ -13,8 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from batchmill.producer.cli import cli
-from batchmill.producer.commands import ENTRIES
+from batchmill.producer.cli.commands import ENTRIES
+from batchmill.producer.cli.main import cli
 from batchmill.worker.__main__ import MODULES
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,12 @@ import pytest
 from sqlalchemy import select
 
 from batchmill.jobs.errors import JobStateError
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.states import JobState, RequestState
-from batchmill.jobs.store import Store, retrying
-from batchmill.jobs.store.lease import Held
-from batchmill.jobs.tables import batches, outputs
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import JobState, RequestState
+from batchmill.jobs.store.jobs import retry
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, outputs
 from tests import mill
 
 
@@ -119,7 +120,7 @@ def test_retry_with_nothing_to_do_leaves_the_job_closed(store: Store) -> None:
 
 
 def test_a_retry_cut_short_is_finished_by_the_same_command(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "PAGE_REQUESTS", 3)
+    monkeypatch.setattr(retry, "PAGE_REQUESTS", 3)
     job_id = mill.load(store, 8)
     who = mill.seat(store)
     mill.work_off(store, who, error=ErrorCode.ENGINE_ERROR)

@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
-from batchmill.jobs.store import Store
-from batchmill.producer.cli import cli
-from batchmill.producer.commands import ENTRIES
-from batchmill.producer.completion import complete_job
+from batchmill.jobs.store.store import Store
+from batchmill.producer.cli.commands import ENTRIES
+from batchmill.producer.cli.completion import complete_job
+from batchmill.producer.cli.main import cli
 from tests import mill
 from tests.terminal import Terminal
 

@@ -13,9 +13,11 @@ from sqlalchemy import Engine, create_engine, text
 
 import batchmill.jobs.store
 from batchmill.jobs.errors import StoreConflict
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store, conflicts, postgresql, saving
-from batchmill.jobs.store.lease import Turned
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store import conflicts, postgresql
+from batchmill.jobs.store.leases import sync
+from batchmill.jobs.store.leases.lease import Turned
+from batchmill.jobs.store.store import Store
 from tests import mill
 
 
@@ -55,7 +57,7 @@ def _meet(monkeypatch: pytest.MonkeyPatch, first: Callable[[], None]) -> list[st
             if len(tries) == 1:
                 first()
 
-    monkeypatch.setattr(saving, "failpoint", meet)
+    monkeypatch.setattr(sync, "failpoint", meet)
     return tries
 
 
@@ -127,7 +129,7 @@ def test_conflicts_without_end_are_told_of(postgresql_url: str, other: Engine, m
             with other.begin() as connection:
                 connection.execute(text("UPDATE jobs SET name = :name WHERE id = :id"), {"name": name, "id": job.id})
 
-    monkeypatch.setattr(saving, "failpoint", change)
+    monkeypatch.setattr(sync, "failpoint", change)
     with pytest.raises(StoreConflict, match="is busy: could not serialize access") as caught:
         job.save()
     assert caught.value.retryable

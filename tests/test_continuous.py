@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig, MambaConfig, PreTrainedConfig
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import DEMO, ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.grammar import Grammars, Matcher

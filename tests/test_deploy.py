@@ -17,9 +17,9 @@ import click
 import pytest
 import yaml
 
-from batchmill.jobs.settings import PREFIX, Settings, load_settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.producer.cli import cli
+from batchmill.jobs.configuration.settings import PREFIX, Settings, load_settings
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.producer.cli.main import cli
 from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parent.parent

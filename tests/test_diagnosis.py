@@ -10,22 +10,22 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import update
 
-from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import NotFound
-from batchmill.jobs.process import Process
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import RunOutcome, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held, Seat
-from batchmill.jobs.tables import batches
-from batchmill.producer.case import QueueState
-from batchmill.producer.cli import cli
-from batchmill.producer.diagnosis import Diagnosis, Verdict, diagnose
-from batchmill.producer.findings import Finding
-from batchmill.producer.status import JobStatus
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import RunOutcome, WorkerState
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches
+from batchmill.producer.cli.main import cli
+from batchmill.producer.views.diagnosis.findings import Finding
+from batchmill.producer.views.diagnosis.snapshot import QueueState
+from batchmill.producer.views.diagnosis.verdict import Diagnosis, Verdict, diagnose
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 
 LLAMA = ModelSpec("org/llama", None, Quantization(Kind.NF4))

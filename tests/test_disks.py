@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from batchmill import migrations
-from batchmill.jobs.disks import Disk, disk_of
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.settings import load_settings
-from batchmill.producer.cli import cli
+from batchmill.jobs.runtime.files.disks import Disk, disk_of
+from batchmill.producer.cli.main import cli
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_link_onto_a_network_file_system_and_a_disk_over_one_are_seen(mounted:
 def test_doctor_tells_of_it(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mount(mounted, "nfs4")
     monkeypatch.setenv("BATCHMILL_HOME", str(mounted))
-    monkeypatch.setattr("batchmill.producer.doctor._libraries", lambda: iter(()))  # which takes torch's seconds
+    monkeypatch.setattr("batchmill.producer.cli.doctor._libraries", lambda: iter(()))  # which takes torch's seconds
     done = CliRunner().invoke(cli, ["doctor"])
     assert done.exit_code == 1
     assert "FAIL  database      the store" in done.output

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import BatchmillError
-from batchmill.jobs.identity import of_adapter, of_model
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.reading import Job
-from batchmill.jobs.tables import jobs
-from batchmill.producer.earlier import choose
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import of_adapter, of_model
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import jobs
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.producer.cli.earlier import choose
 from tests import mill
 
 HUB = ModelSpec("org/name", None, Quantization(Kind.NONE))

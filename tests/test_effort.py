@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.states import RequestState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.effort import Pace
-from batchmill.jobs.store.lease import Held
-from batchmill.jobs.store.sample import SAMPLED, Sampled, spread
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.sample import SAMPLED, Sampled, spread
+from batchmill.jobs.store.views.usage import Pace
 from tests import mill
 
 

@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
 from tests import mill
 
 ROOT = Path(__file__).parent.parent

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Engine, Progress
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.echo.engine import EchoEngine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.producer.estimate import Estimate, estimate
+from batchmill.producer.views.estimate import Estimate, estimate
 from tests.replay import Moment, Timeline, hastened, looks, recorded, simulated
 
 Shape = Callable[[random.Random], int]

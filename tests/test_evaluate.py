@@ -19,11 +19,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from batchmill.jobs.digests import Digests
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.identity import of_model
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import of_model
+from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
 from batchmill.migrations import open_store
 from batchmill.worker.demo import corpus
 from batchmill.worker.devices.selection import CPU, DeviceInfo

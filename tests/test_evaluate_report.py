@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmill.jobs.errors import UsageError, WriteFailed
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.evaluate.lineup import Lineup, split
 from batchmill.worker.evaluate.measures.accuracy import Accuracy, Match, accuracy
 from batchmill.worker.evaluate.measures.agreement import Agreement, agreement

@@ -6,11 +6,11 @@ from typing import Any
 
 from sqlalchemy import select
 
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.evaluations import DataFile
-from batchmill.producer.status import JobStatus
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.evaluations import DataFile
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 
 NF4 = ModelSpec("demo")

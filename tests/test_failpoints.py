@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs import failpoints
 from batchmill.jobs.errors import SettingsError
-from batchmill.jobs.failpoints import POINTS, arm, failpoint
+from batchmill.jobs.runtime import failpoints
+from batchmill.jobs.runtime.failpoints import POINTS, arm, failpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def test_passings_can_be_noted(tmp_path: Path) -> None:
 
 def test_kill9_is_what_it_says(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from batchmill.jobs.failpoints import *;"
+        "import sys, pathlib; from batchmill.jobs.runtime.failpoints import *;"
         "arm('turn.saved=kill9@1', home=pathlib.Path(sys.argv[1]))"
     )
     code += "; failpoint('turn.saved')"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import DEMO, ModelSpec
-from batchmill.producer.lines import json_request
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import DEMO, ModelSpec
+from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
+from batchmill.producer.requests.generation import json_request
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import Dequantize, EngineOptions

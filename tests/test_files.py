@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from batchmill.jobs.errors import BatchmillError, UsageError
-from batchmill.jobs.files import check_target, replaced
-from batchmill.jobs.store import Store
-from batchmill.producer.results import errors_path, export
+from batchmill.jobs.runtime.files.output_file import check_target, replaced
+from batchmill.jobs.store.store import Store
+from batchmill.producer.files.export import errors_path, export
 from tests import mill
 
 ROOT = Path(__file__).parent.parent

@@ -8,18 +8,18 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import text
 
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import NotAllSucceeded
-from batchmill.jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Claimed, Held, Seat
-from batchmill.jobs.store.reading import FinishReasons
+from batchmill.jobs.requests.generation import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import FinishReasons
 from batchmill.migrations import open_store
-from batchmill.producer import cli_jobs
-from batchmill.producer.finish import answered_line, finish_line
-from batchmill.producer.progress import require_success
-from batchmill.producer.status import JobStatus, job_json
+from batchmill.producer.cli import jobs
+from batchmill.producer.cli.progress import require_success
+from batchmill.producer.cli.text.finish import answered_line, finish_line
+from batchmill.producer.views.status import JobStatus, job_json
 from tests import mill
 
 RAISE = "raise --max-tokens, or that of the lines"
@@ -127,7 +127,7 @@ def test_a_cancelled_job_says_how_many_were_answered(store: Store) -> None:
 
 
 def invoke(*words: str) -> Result:
-    commands = {str(each.name): each for each in cli_jobs.COMMANDS}
+    commands = {str(each.name): each for each in jobs.COMMANDS}
     return CliRunner().invoke(commands[words[0]], words[1:])
 
 

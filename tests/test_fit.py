@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ModelSpec
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.continuous.engine import ContinuousEngine

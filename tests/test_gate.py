@@ -14,9 +14,9 @@ import pytest
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES, virtual
 
-from batchmill.jobs import gate
-from batchmill.jobs.broker import make_app
-from batchmill.jobs.gate import NoWakeUp, batch_id_of, made_anew
+from batchmill.jobs.broker import message_filter
+from batchmill.jobs.broker.client import make_app
+from batchmill.jobs.broker.message_filter import NoWakeUp, batch_id_of, made_anew
 
 
 def forged(**changes: Any) -> bytes:
@@ -110,13 +110,15 @@ def test_every_connection_goes_through_the_gate(url: str) -> None:
     app = make_app(url)
     with app.connection_for_read() as connection, connection.clone() as cloned:
         for each in (connection, cloned):
-            assert type(each.transport).__module__ == "batchmill.jobs.gate"
-    assert {TRANSPORT_ALIASES[name] for name in ("redis", "rediss")} == {"batchmill.jobs.gate:Transport"}
+            assert type(each.transport).__module__ == "batchmill.jobs.broker.message_filter"
+    assert {TRANSPORT_ALIASES[name] for name in ("redis", "rediss")} == {
+        "batchmill.jobs.broker.message_filter:Transport"
+    }
 
 
 def test_a_worker_has_no_task_but_its_own() -> None:
     code = (
-        "import batchmill.worker.process.app; from batchmill.jobs.broker import make_app; app = make_app('redis://h');"
+        "import batchmill.worker.process.app; from batchmill.jobs.broker.client import make_app; app = make_app('redis://h');"
         "app.loader.import_default_modules(); print(*app.tasks)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -124,7 +126,7 @@ def test_a_worker_has_no_task_but_its_own() -> None:
 
 
 def test_an_acknowledgement_that_fails_does_not_stop_the_next_wake_up() -> None:
-    qos = gate.Channel.QoS(Mock(), prefetch_count=1)
+    qos = message_filter.Channel.QoS(Mock(), prefetch_count=1)
     qos._remove_from_indices = Mock(side_effect=ConnectionResetError)  # type: ignore[method-assign]
     virtual.QoS.append(qos, Mock(), "tag")
     assert not qos.can_consume()

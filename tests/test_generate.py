@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import CONTEXT_TOKENS, build_tokenizer, save_tiny_model

@@ -18,8 +18,8 @@ from structlog.testing import capture_logs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.jobs.models.spec import DEMO_FOLDER
+from batchmill.jobs.requests.generation import ErrorCode
 from batchmill.worker.engine.grammar import Grammars, Matcher, fill
 from batchmill.worker.engine.grammar.response_format import MAX_TEXT_LENGTH
 from batchmill.worker.engine.refused import Refused

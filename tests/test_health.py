@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import select
 
-from batchmill.jobs.process import Process
-from batchmill.jobs.states import BatchState, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Seat
-from batchmill.jobs.tables import batches
+from batchmill.jobs.requests.states import BatchState, WorkerState
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.leases.lease import Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches
 from tests import mill
 
 

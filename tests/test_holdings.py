@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import Request, RequestKey
-from batchmill.jobs.store.lease import Claimed, Lease, Turned
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.generation import Request, RequestKey
+from batchmill.jobs.store.leases.lease import Claimed, Lease, Turned
 from batchmill.worker.loop.holdings import Holdings
 from tests.mill import output
 

@@ -395,7 +395,7 @@ def test_headers_are_read_without_the_weights(machine: Machine, hub: Hub, files:
 
 def test_doctor_says_whether_workers_can_start_offline(machine: Machine) -> None:
     code = (
-        "from batchmill.jobs.settings import load_settings\n"
+        "from batchmill.jobs.configuration.settings import load_settings\n"
         "from batchmill.producer import doctor\n"
         "doctor._cuda = lambda: doctor.Check('cuda', True, 'not looked for')\n"  # which takes torch's seconds
         f"found = next(each for each in doctor.examine(load_settings(), model={MODEL!r}) if each.name == 'model')\n"

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import KeyTaken, PromptFileError, UsageError
-from batchmill.jobs.schema import JobOptions, SamplingParams
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
-from batchmill.jobs.tables import jobs
-from batchmill.producer.prompts import PromptFile
+from batchmill.jobs.requests.generation import JobOptions, SamplingParams
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import jobs
+from batchmill.producer.files.prompt_file import PromptFile
 from batchmill.producer.submit import Submission, Submitted, load_job, load_once
 from tests import mill
 from tests.integration.conftest import TIMERS, Mill, until

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import update
 
-from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import StoreBusy
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.states import JobState, RunOutcome, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Claimed, Held, Seat
-from batchmill.jobs.tables import jobs, workers
-from batchmill.producer.case import QueueState
-from batchmill.producer.diagnosis import Diagnosis, Verdict, diagnose
-from batchmill.producer.status import JobStatus
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import JobState, RunOutcome, WorkerState
+from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import jobs, workers
+from batchmill.producer.views.diagnosis.snapshot import QueueState
+from batchmill.producer.views.diagnosis.verdict import Diagnosis, Verdict, diagnose
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 from tests.oracle import violations
 from tests.test_races import at_once

@@ -14,10 +14,11 @@ import transformers.models
 from huggingface_hub import resolve_revision
 from structlog.testing import capture_logs
 
-from batchmill.jobs import VERSION, digests
-from batchmill.jobs.digests import Digests
+from batchmill.jobs import VERSION
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.identity import differences, of_adapter, of_echo, of_model
+from batchmill.jobs.models import digests
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import differences, of_adapter, of_echo, of_model
 from tests.hub_machine import Machine
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -271,7 +272,7 @@ def test_a_commit_of_the_cache_is_found_as_huggingface_hub_finds_it(
     for number, name in enumerate(("main", "v1", "refs/pr/1")):
         (refs / name).parent.mkdir(parents=True, exist_ok=True)
         (refs / name).write_text(str(number) * 40)
-    code = f"from batchmill.jobs.hub_cache import cached_commit; print(cached_commit('org/name', {revision!r}))"
+    code = f"from batchmill.jobs.models.hub_cache import cached_commit; print(cached_commit('org/name', {revision!r}))"
     value = str(tmp_path if where == "HF_HOME" else cache)
     found = Machine(tmp_path, "http://127.0.0.1:1").run("-c", code, **{where: value}).stdout.strip()
     try:

@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from batchmill.jobs.broker import Loader, make_app
-from batchmill.jobs.isolation import is_foreign, isolate
+from batchmill.jobs.broker.client import Loader, make_app
+from batchmill.jobs.runtime.process.isolation import is_foreign, isolate
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = Path(click.__file__).parent.parent
@@ -43,7 +43,7 @@ def test_every_variable_that_celery_reads_is_taken_away() -> None:
                 found |= dict.fromkeys(names, str(path))
     assert {"CELERY_BROKER_URL", "DJANGO_SETTINGS_MODULE", "PICKLE_PROTOCOL"} <= set(found), "the pattern finds some"
     left = {name: path for name, path in found.items() if not is_foreign(name) and name not in HARMLESS}
-    assert not left, f"add them to jobs/isolation.py: {left}"
+    assert not left, f"add them to jobs/runtime/process/isolation.py: {left}"
 
 
 @pytest.mark.parametrize("name", ["BATCHMILL_BROKER_URL", "C_INCLUDE_PATH", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"])
@@ -121,7 +121,7 @@ NEVER_INSTALLED = """\
 import os, sys
 from batchmill.__main__ import _leave_current_folder
 _leave_current_folder()
-from batchmill.jobs.isolation import isolate
+from batchmill.jobs.runtime.process.isolation import isolate
 isolate()
 os.execv(sys.executable, [sys.executable, '-S', '-P', '-m', 'batchmill.worker', 'plan', '--help'])
 """

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.reading import Job
-from batchmill.producer.cli_jobs import jobs
-from batchmill.producer.job_table import table
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.producer.cli.jobs import jobs
+from batchmill.producer.cli.text.job_table import table
 from tests import mill
 
 

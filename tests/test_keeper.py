@@ -6,9 +6,9 @@ import threading
 
 from structlog.testing import capture_logs
 
-from batchmill.jobs.broker import Broker
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.store import Store
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.store.store import Store
 from batchmill.worker.process.maintenance.keeper import Keeper, Pool, WorkerOptions
 from batchmill.worker.process.maintenance.namesakes import Namesakes
 from tests import mill

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from batchmill.jobs import kinds
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.store import Store
-from batchmill.producer.cli_jobs import results
-from batchmill.producer.cli_submit import submit
+from batchmill.jobs.runtime.files import formats
+from batchmill.jobs.store.store import Store
+from batchmill.producer.cli.jobs import results
+from batchmill.producer.cli.submit import submit
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
     ],
 )
 def test_the_suffix_decides_how_answers_are_written(out: str | None, asked: str | None, form: str) -> None:
-    assert kinds.written_as(None if out is None else Path(out), asked) == form
+    assert formats.written_as(None if out is None else Path(out), asked) == form
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_suffix_decides_how_answers_are_written(out: str | None, asked: str 
 )
 def test_a_suffix_that_means_something_else_is_refused(out: str, asked: str | None, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        kinds.written_as(Path(out), asked)
+        formats.written_as(Path(out), asked)
     assert str(caught.value).startswith(said)
     assert caught.value.exit_code == 2
 
@@ -97,13 +97,13 @@ def test_a_contradiction_is_told_before_anything_is_written(job: str, tmp_path: 
 
 def test_the_readme_has_the_table() -> None:
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `.")]
-    for suffix in (*kinds.READ_AS, *kinds.WRITTEN_AS, *kinds.NOT_WRITTEN):
+    for suffix in (*formats.READ_AS, *formats.WRITTEN_AS, *formats.NOT_WRITTEN):
         (row,) = (each for each in rows if f"`{suffix}`" in each.split("|")[1])
         _, _, prompts, answers, _ = row.split("|")
-        assert ("a prompt per line" in prompts) == (kinds.read_as(f"p{suffix}") == "text")
-        assert ("refused" in answers) == (suffix in kinds.NOT_WRITTEN)
-        for form in kinds.ANSWERS:
-            assert (f"`{form}`" in answers) == (form in kinds.WRITTEN_AS.get(suffix, ())), (suffix, form)
+        assert ("a prompt per line" in prompts) == (formats.read_as(f"p{suffix}") == "text")
+        assert ("refused" in answers) == (suffix in formats.NOT_WRITTEN)
+        for form in formats.ANSWERS:
+            assert (f"`{form}`" in answers) == (form in formats.WRITTEN_AS.get(suffix, ())), (suffix, form)
 
 
 def test_the_help_names_the_suffixes() -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.process import Process
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.schema import Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
+from batchmill.jobs.runtime.process.process import Process
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.engine.registry import choose

@@ -13,10 +13,11 @@ from time import monotonic, sleep
 import pytest
 from sqlalchemy import event
 
-from batchmill.jobs.store import Store, closing, retrying
 from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.jobs import close, retry
+from batchmill.jobs.store.jobs.create import MAX_REQUESTS
 from batchmill.jobs.store.line import Line
-from batchmill.jobs.store.loading import MAX_REQUESTS
+from batchmill.jobs.store.store import Store
 from tests import mill
 
 _PROCESSES = 6
@@ -103,8 +104,8 @@ def test_a_small_submit_gets_in_between_two_pages(sqlite_url: str, monkeypatch: 
     job_id = mill.load(store, 1_000, batch_size=5)
     if paged == "retry":
         store.closing.cancel(job_id)
-    monkeypatch.setattr(retrying, "PAGE_REQUESTS", 10)
-    monkeypatch.setattr(closing, "PAGE_REQUESTS", 10)
+    monkeypatch.setattr(retry, "PAGE_REQUESTS", 10)
+    monkeypatch.setattr(close, "PAGE_REQUESTS", 10)
     command = store.retrying.retry if paged == "retry" else store.closing.cancel
     long_one = threading.Thread(target=command, args=(job_id,))
     long_one.start()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.jobs.configuration.settings import environment_of, load_settings
 from batchmill.migrations import open_store
-from batchmill.producer.live_line import LiveLine
+from batchmill.producer.cli.text.live_line import LiveLine
 from tests import mill
 from tests.terminal import Terminal
 

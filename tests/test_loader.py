@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.identity import of_commit, of_model
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.schema import Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import of_commit, of_model
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.models import load as loader
 from batchmill.worker.models import source

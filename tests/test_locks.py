@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from batchmill.jobs.locks import held_by, sqlite_held_by
+from batchmill.jobs.runtime.files.locks import held_by, sqlite_held_by
 from tests.holding import file_lock, reader, transaction
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no other system tells who holds a lock")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from batchmill.jobs.logs import FILE_ONLY, configure_logs, get_logger
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.runtime.logs import FILE_ONLY, configure_logs, get_logger
 
 
 @pytest.fixture(params=["console", "json"])

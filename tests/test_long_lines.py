@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, select
 
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import Request
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.states import RequestState
-from batchmill.jobs.store import Store, bounds
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.generation import Request
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.store import bounds
 from batchmill.jobs.store.bounds import PAGE_BYTES, cut
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.store.lease import Held, Turned
-from batchmill.jobs.tables import batches, requests
-from batchmill.producer.prompts import PromptFile
+from batchmill.jobs.store.leases.lease import Held, Turned
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, requests
+from batchmill.producer.files.prompt_file import PromptFile
 from batchmill.producer.submit import Submission, load_job
 from batchmill.worker.loop.holdings import Holdings
 from tests import mill

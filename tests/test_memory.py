@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from batchmill.jobs.memory import DeviceMemory, Memory, devices_from_text, devices_text, largest, largest_of_texts
-from batchmill.jobs.schema import Request
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Claimed, Held, Lease, Turned
-from batchmill.producer.device_lines import device_line, memory_lines
-from batchmill.producer.status import JobStatus
+from batchmill.jobs.models.device_memory import (
+    DeviceMemory,
+    Memory,
+    devices_from_text,
+    devices_text,
+    largest,
+    largest_of_texts,
+)
+from batchmill.jobs.requests.generation import Request
+from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
+from batchmill.jobs.store.store import Store
+from batchmill.producer.cli.text.device_lines import device_line, memory_lines
+from batchmill.producer.views.status import JobStatus
 from batchmill.worker.loop.holdings import Holdings
 from tests import mill
 

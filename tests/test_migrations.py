@@ -16,13 +16,13 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from batchmill import migrations
-from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.states import JobState, RequestState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.reading import FinishReasons
-from batchmill.jobs.tables import REVISION, metadata
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.requests.states import JobState, RequestState
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import REVISION, metadata
+from batchmill.jobs.store.views.jobs import FinishReasons
 from tests import mill, old_store
 from tests.oracle import violations
 from tests.wheel import build_wheel, copy_sources
@@ -219,7 +219,7 @@ def test_db_upgrade_works_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "BATCHMILL_DATABASE_URL": f"sqlite:///{empty}/s.db"}
     code = "from batchmill import migrations; print(migrations.__file__);"
-    code += "from batchmill.producer.cli import main; main()"
+    code += "from batchmill.producer.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "db", "upgrade"], cwd=empty, env=environ, capture_output=True, text=True
     )

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.jobs import kinds
 from batchmill.jobs.errors import PromptFileError
-from batchmill.producer.prompts import PromptFile
+from batchmill.jobs.runtime.files import formats
+from batchmill.producer.files.prompt_file import PromptFile
 
 REQUEST = b'{"prompt":"SECRET"}\n'
 
@@ -239,11 +239,11 @@ def test_format_jsonl_reads_a_txt_file_as_requests(tmp_path: Path) -> None:
 @settings(deadline=None)
 def test_any_text_is_taken_or_told_of(lines: list[str]) -> None:
     first, second = (f"{each}\n".encode() for each in [*lines, ""][:2])
-    for form in kinds.PROMPTS:
-        said = kinds.mistaken(first, second, read_as=form, path="p.txt")
+    for form in formats.PROMPTS:
+        said = formats.mistaken(first, second, read_as=form, path="p.txt")
         assert said is None or said.startswith("looks like ")
         as_json = json.dumps({"prompt": lines[0]}).encode()
-        assert (kinds.mistaken(as_json, second, read_as=form, path="p.txt") is None) == (form == "jsonl")
+        assert (formats.mistaken(as_json, second, read_as=form, path="p.txt") is None) == (form == "jsonl")
 
 
 def test_no_more_than_the_beginning_is_read(tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from batchmill.jobs.advice import mill_lives, start_words
-from batchmill.jobs.names import meant_instead
-from batchmill.jobs.process import Lives, Process
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
+from batchmill.jobs.configuration.settings import Settings, load_settings
+from batchmill.jobs.models.misspellings import meant_instead
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.runtime.process.process import Lives, Process
+from batchmill.jobs.store.store import Store
 from batchmill.migrations import open_store
-from batchmill.producer.cli_jobs import workers
-from batchmill.producer.cli_submit import submit
-from batchmill.producer.slips import warn_of_slip
-from batchmill.producer.status import JobStatus
+from batchmill.producer.cli.jobs import workers
+from batchmill.producer.cli.model_name_check import warn_of_slip
+from batchmill.producer.cli.submit import submit
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.schema import JobOptions, Request, SamplingParams
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.jobs.store import Store
-from batchmill.producer.checks import BadLine
-from batchmill.producer.cli_submit import _submission, submit
-from batchmill.producer.lines import json_request
+from batchmill.jobs.requests.generation import JobOptions, Request, SamplingParams
+from batchmill.jobs.store.store import Store
+from batchmill.producer.cli.submit import _submission, submit
+from batchmill.producer.requests.checks import BadLine
+from batchmill.producer.requests.generation import json_request
 from batchmill.producer.submit import Submission, load_job
 from tests import mill
 

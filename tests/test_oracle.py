@@ -8,7 +8,7 @@ import re
 import pytest
 from sqlalchemy import text
 
-from batchmill.jobs.store import Store
+from batchmill.jobs.store.store import Store
 from tests import oracle
 from tests.harm import sound, without_constraints
 from tests.mill import begin, claim, load, seat, work_off

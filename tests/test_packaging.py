@@ -11,7 +11,7 @@ from zipfile import ZipFile
 import pytest
 
 from batchmill.jobs import VERSION
-from batchmill.jobs.embedded import find_server
+from batchmill.jobs.broker.embedded import find_server
 from tests.wheel import ROOT, Installation, build_wheel, copy_sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

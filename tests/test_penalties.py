@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.sampling.penalties import LEAST_PLACES, Penalties
 
 CPU = torch.device("cpu")

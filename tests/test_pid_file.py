@@ -13,9 +13,9 @@ import psutil
 import pytest
 import redis
 
-from batchmill.jobs.embedded import EmbeddedRedis
-from batchmill.jobs.pid_file import PidFile
-from batchmill.jobs.process import Lives, Process
+from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.runtime.process.pid_file import PidFile
+from batchmill.jobs.runtime.process.process import Lives, Process
 
 #: What a file may say of a process whose pid another one has had since, by what it names it by.
 STALE: dict[str, Callable[[Process], object]] = {

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from batchmill import migrations
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.sizes import bytes_of, size
-from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.speeds import Speed
-from batchmill.jobs.tables import runs
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.jobs.runtime.sizes import bytes_of, size
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import runs
+from batchmill.jobs.store.views.speeds import Speed
 from batchmill.worker.cli import plan as cli_plan
 from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import EngineOptions

@@ -15,8 +15,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from batchmill import migrations
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store.store import Store
 from tests import mill
 
 _PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")

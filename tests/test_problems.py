@@ -7,7 +7,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.producer.problems import MAX_NAMED, MAX_NAMED_OF_ERROR, Problems
+from batchmill.producer.files.problems import MAX_NAMED, MAX_NAMED_OF_ERROR, Problems
 
 
 def test_errors_that_differ_by_their_figures_are_equal() -> None:

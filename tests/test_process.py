@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs import process
-from batchmill.jobs.process import Lives, Process, end_of
+from batchmill.jobs.runtime.process import process
+from batchmill.jobs.runtime.process.process import Lives, Process, end_of
 
 ROOT = Path(__file__).parent.parent
-TELL = "from batchmill.jobs.process import Process; print(Process.own(), flush=True); input()"
+TELL = "from batchmill.jobs.runtime.process.process import Process; print(Process.own(), flush=True); input()"
 #: A process in pid and mount namespaces of its own, as a container has them.
 CONTAINED = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmill.jobs.errors import PromptFileError
-from batchmill.jobs.schema import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
-from batchmill.jobs.schema import NO_SAMPLING, Request, SamplingParams
-from batchmill.producer.lines import ROLES
-from batchmill.producer.prompts import Line, PromptFile
+from batchmill.jobs.requests.generation import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
+from batchmill.jobs.requests.generation import NO_SAMPLING, Request, SamplingParams
+from batchmill.producer.files.prompt_file import Line, PromptFile
+from batchmill.producer.requests.generation import ROLES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}

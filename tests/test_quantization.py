@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.models.quantization import Kind, Quantization
 
 
 @pytest.mark.parametrize(

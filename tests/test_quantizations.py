@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine.options import EngineKind, EngineOptions
 from batchmill.worker.engine.registry import choose
 from batchmill.worker.models.load import load, loading, read_model

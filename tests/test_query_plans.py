@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
-from batchmill.jobs.broker import Broker
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.states import RunOutcome
-from batchmill.jobs.store import Store
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.requests.states import RunOutcome
+from batchmill.jobs.store.store import Store
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests import mill

@@ -17,10 +17,10 @@ import pytest
 from sqlalchemy import select
 
 from batchmill.jobs.errors import JobStateError, KeyTaken
-from batchmill.jobs.states import JobState, RunOutcome
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held, Seat
-from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.requests.states import JobState, RunOutcome
+from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
 from tests import mill
 from tests.oracle import violations
 

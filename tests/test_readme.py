@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from batchmill.jobs.settings import Settings
+from batchmill.jobs.configuration.settings import Settings
 from tests import tree
 
 ROOT = Path(__file__).parent.parent

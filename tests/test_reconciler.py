@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from batchmill.jobs.errors import BrokerUnavailable
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
 from batchmill.worker.process.maintenance import reconciler as reconciler_module
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests import mill

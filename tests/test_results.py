@@ -18,19 +18,19 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from batchmill.jobs import tables
-from batchmill.jobs.adapters import Adapter
 from batchmill.jobs.errors import BatchmillError
-from batchmill.jobs.failpoints import arm
-from batchmill.jobs.files import replaced
-from batchmill.jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, Timings
-from batchmill.jobs.states import RequestState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
-from batchmill.jobs.store.reading import Job, OutputRow
-from batchmill.producer import results
-from batchmill.producer.answers import CSV_COLUMNS, openai_line
-from batchmill.producer.results import errors_path, export
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, Timings
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.runtime.failpoints import arm
+from batchmill.jobs.runtime.files.output_file import replaced
+from batchmill.jobs.store import tables
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job, OutputRow
+from batchmill.producer.files import export
+from batchmill.producer.files.export import errors_path, export
+from batchmill.producer.files.result_lines import CSV_COLUMNS, openai_line
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
@@ -346,7 +346,7 @@ def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.fixture
 def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The five outputs are three pages."""
-    monkeypatch.setattr(results, "_PAGE", 2)
+    monkeypatch.setattr(export, "_PAGE", 2)
 
 
 @contextmanager

@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import select
 
-from batchmill.jobs.causes import CAUSES, Cause, Chances, cause_of
 from batchmill.jobs.errors import JobStateError
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.states import BatchState, JobState, WorkerState
-from batchmill.jobs.store import Store, retrying
-from batchmill.jobs.store.lease import Held
-from batchmill.jobs.tables import batches, jobs
-from batchmill.producer.retries import chances_of, retry_advice
+from batchmill.jobs.requests.causes import CAUSES, Cause, Chances, cause_of
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import BatchState, JobState, WorkerState
+from batchmill.jobs.store.jobs import retry
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, jobs
+from batchmill.producer.views.retries import chances_of, retry_advice
 from tests import mill
 
 #: None: answered.
@@ -82,8 +83,8 @@ def test_a_job_of_which_nothing_is_moved_stays_closed_until_all_of_it_is_asked_f
 
 
 def test_whole_batches_are_made_of_what_lies_far_apart(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "PAGE_REQUESTS", 8)
-    monkeypatch.setattr(retrying, "_LOOK_REQUESTS", 5)
+    monkeypatch.setattr(retry, "PAGE_REQUESTS", 8)
+    monkeypatch.setattr(retry, "_LOOK_REQUESTS", 5)
     ends = {index: ErrorCode.POISON if index % 3 == 0 else ErrorCode.EMPTY_PROMPT for index in range(60)}
     job_id = ended(store, ends)
     retried = store.retrying.retry(job_id, some())
@@ -105,7 +106,7 @@ def test_a_retry_cut_short_keeps_its_mark_and_the_next_one_goes_on(store: Store)
 
 
 def test_a_cancel_in_between_is_told_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "PAGE_REQUESTS", 4)
+    monkeypatch.setattr(retry, "PAGE_REQUESTS", 4)
     job_id = ended(store, dict.fromkeys(range(12), ErrorCode.POISON))
     move = store.retrying._retry_page
 
@@ -225,5 +226,5 @@ class TestAdvice:
 
 
 def test_the_table_loads_no_database() -> None:
-    code = "import sys, batchmill.jobs.causes; print('sqlalchemy' in sys.modules)"
+    code = "import sys, batchmill.jobs.requests.causes; print('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchmill.jobs.schema import Choice, ErrorCode, Output, Request, RequestKey
-from batchmill.jobs.states import RequestState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
-from batchmill.producer.answers import CSV_COLUMNS, PASSTHROUGH
-from batchmill.producer.results import errors_path, export
+from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.producer.files.export import errors_path, export
+from batchmill.producer.files.result_lines import CSV_COLUMNS, PASSTHROUGH
 from tests import mill
 
 AWKWARD = "\0\r\n\t\x0b\x1c\x85\u2028\u2029\ufeff\ufffe\U0001f600\"',;= \\a"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.generate.row_sampler import RowSampler
 from batchmill.worker.engine.sampling import Sampler
 from batchmill.worker.engine.text.tokenization import Prompt

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.sampling import Sampler
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from batchmill.jobs.errors import StoreUnavailable
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import RequestKey
-from batchmill.jobs.states import JobState, RequestState, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Turned
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.generation import RequestKey
+from batchmill.jobs.requests.states import JobState, RequestState, WorkerState
+from batchmill.jobs.store.leases.lease import Turned
+from batchmill.jobs.store.store import Store
 from batchmill.worker.engine.echo.engine import EchoEngine
 from batchmill.worker.loop import saver
 from batchmill.worker.loop.runner import Runner

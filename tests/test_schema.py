@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from batchmill.jobs.ids import new_job_id
-from batchmill.jobs.schema import (
+from batchmill.jobs.requests.generation import (
     NO_SAMPLING,
     Choice,
     ErrorCode,
@@ -19,7 +18,8 @@ from batchmill.jobs.schema import (
     SamplingParams,
     Timings,
 )
-from batchmill.jobs.states import RequestState
+from batchmill.jobs.requests.ids import new_job_id
+from batchmill.jobs.requests.states import RequestState
 
 
 def test_the_request_wins_over_the_job_over_the_model_over_the_fallback() -> None:

@@ -7,10 +7,10 @@ from typing import get_args
 
 import pytest
 
+from batchmill.jobs.configuration.flags import ENGINE_FLAGS, FLAG_OF_SETTING
+from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.errors import SettingsError
-from batchmill.jobs.flags import ENGINE_FLAGS, FLAG_OF_SETTING
-from batchmill.jobs.home import socket_path
-from batchmill.jobs.settings import Settings, environment_of, load_settings
+from batchmill.jobs.runtime.home import socket_path
 from batchmill.worker.engine.options import Dequantize, EngineKind
 
 

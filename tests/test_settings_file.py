@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.broker import Broker
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import environment_of, load_settings
 from batchmill.jobs.errors import SettingsError
-from batchmill.jobs.settings import environment_of, load_settings
 
 NOBODYS = 54_321
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from batchmill.jobs import spec
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models import spec
+from batchmill.jobs.models.spec import ModelSpec
 from tests.soak.worker import let_echo_have_twins
 
 

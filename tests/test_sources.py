@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from bitsandbytes.functional import has_avx512bf16
 
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.identity import Content, of_commit, of_model
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import Content, of_commit, of_model
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.load import load
 from batchmill.worker.models.sources import Sources, read_on
 from tests.tiny import save_tiny_model

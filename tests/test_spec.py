@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 

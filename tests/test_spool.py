@@ -14,13 +14,13 @@ import pytest
 from sqlalchemy import URL, make_url, update
 from structlog.testing import capture_logs
 
-from batchmill.jobs.process import Process
-from batchmill.jobs.schema import Choice, ErrorCode, Output, RequestKey, Timings
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.jobs.states import JobState, RunOutcome
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held, Lease
-from batchmill.jobs.tables import workers
+from batchmill.jobs.configuration.settings import Settings, load_settings
+from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.jobs.requests.states import JobState, RunOutcome
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.leases.lease import Held, Lease
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import workers
 from batchmill.worker.loop import spool
 from batchmill.worker.loop.spool import NewerSpool, Spool, Spools, abandoned, read
 from batchmill.worker.process.maintenance import leftovers

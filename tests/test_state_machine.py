@@ -33,15 +33,16 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.causes import Chances
 from batchmill.jobs.errors import JobStateError, LoadingLost, StoreUnavailable
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey
-from batchmill.jobs.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
-from batchmill.jobs.store import loading, retrying, saving
-from batchmill.jobs.store.blame import SUSPECT_GROUPS
-from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.causes import Chances
+from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store.jobs import create, retry
+from batchmill.jobs.store.leases import sync
+from batchmill.jobs.store.leases.blame import SUSPECT_GROUPS
+from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
 from batchmill.worker.loop.holdings import Said
 from batchmill.worker.process.maintenance import leftovers
 from batchmill.worker.process.maintenance import reconciler as reconciler_module
@@ -492,7 +493,7 @@ class Mill(RuleBasedStateMachine):
                 self.store.retrying.retry(job_id, chances)
             else:
                 most = self.store.retrying._begin_retry(job_id)
-                chosen = self.store.retrying._chosen(job_id, chances, defaultdict(retrying.Left))
+                chosen = self.store.retrying._chosen(job_id, chances, defaultdict(retry.Left))
                 for _ in range(pages):
                     self.store.retrying._retry_page(job_id, list(itertools.islice(chosen, most)))
         except JobStateError:
@@ -700,7 +701,7 @@ def failing(point: str, error: BaseException) -> Iterator[None]:
             raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "failpoint", fail)
+        patch.setattr(sync, "failpoint", fail)
         yield
 
 
@@ -711,8 +712,8 @@ def failing(point: str, error: BaseException) -> Iterator[None]:
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a history is left to chance, and a page of a retry is small."""
     numbers = itertools.count(1)
-    monkeypatch.setattr(loading, "new_job_id", lambda: f"job{next(numbers):05}")
-    monkeypatch.setattr(retrying, "PAGE_REQUESTS", 5)
+    monkeypatch.setattr(create, "new_job_id", lambda: f"job{next(numbers):05}")
+    monkeypatch.setattr(retry, "PAGE_REQUESTS", 5)
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
     for module in (reconciler_module, leftovers):
         monkeypatch.setattr(module, "log", Mock())

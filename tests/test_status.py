@@ -13,21 +13,29 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import select, update
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.memory import DeviceMemory
-from batchmill.jobs.process import Process
-from batchmill.jobs.schema import ErrorCode, JobOptions, SamplingParams
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.sizes import size
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held, Seat
-from batchmill.jobs.tables import jobs, runs, workers
-from batchmill.producer.cli_jobs import COMMANDS
-from batchmill.producer.estimate import Estimate
-from batchmill.producer.here import seen_here
-from batchmill.producer.status import JobStatus, duration, estimated, job_json, loading_line, worker_json, worker_line
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.device_memory import DeviceMemory
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import ErrorCode, JobOptions, SamplingParams
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.runtime.sizes import size
+from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import jobs, runs, workers
+from batchmill.producer.cli.jobs import COMMANDS
+from batchmill.producer.views.estimate import Estimate
+from batchmill.producer.views.gone_workers import seen_here
+from batchmill.producer.views.status import (
+    JobStatus,
+    duration,
+    estimated,
+    job_json,
+    loading_line,
+    worker_json,
+    worker_line,
+)
 from tests import mill
 
 NUMBER = (int, float)
@@ -306,7 +314,7 @@ class TestEnd(Clocked):
         self, store: Store, who: Seat, clock: mill.Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.work(store, who, clock, batches=4)
-        monkeypatch.setattr("batchmill.producer.cli_jobs._open", lambda: (load_settings(), store))
+        monkeypatch.setattr("batchmill.producer.cli.jobs._open", lambda: (load_settings(), store))
         run = CliRunner().invoke
         listed, status = run(COMMANDS[1], []), run(COMMANDS[0], [])
         waited = run(COMMANDS[3], ["--timeout", "0"])

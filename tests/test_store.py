@@ -8,13 +8,21 @@ import pytest
 from sqlalchemy import select, update
 
 from batchmill.jobs.errors import LoadingLost, NotFound
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams, Timings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import JobState, RequestState, RunOutcome, WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
-from batchmill.jobs.tables import batches, jobs, runs
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import (
+    Choice,
+    ErrorCode,
+    JobOptions,
+    Output,
+    RequestKey,
+    SamplingParams,
+    Timings,
+)
+from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, jobs, runs
 from tests import mill
 
 ALL = frozenset({RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED})

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import SchemaMismatch, StoreUnavailable
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.store import Store
+from batchmill.jobs.store.store import Store
 from batchmill.migrations import upgrade
 
 NAMES = ("plain", "a space", "50%20", "what?mode=memory", "hash#tag", "café ☕", "'quoted\"")

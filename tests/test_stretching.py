@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions

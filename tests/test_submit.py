@@ -14,13 +14,13 @@ from time import monotonic
 
 import pytest
 
-from batchmill.jobs.adapters import Adapter
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import LoadingLost, PromptFileError, UsageError
-from batchmill.jobs.logs import configure_logs
-from batchmill.jobs.schema import JobOptions, SamplingParams
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.requests.generation import JobOptions, SamplingParams
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.runtime.logs import configure_logs
+from batchmill.jobs.store.store import Store
 from batchmill.producer import submit as submit_module
 from batchmill.producer.submit import Submission, load_job
 from tests import mill

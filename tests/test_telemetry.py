@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from batchmill.jobs.memory import DeviceMemory, Memory
+from batchmill.jobs.models.device_memory import DeviceMemory, Memory
 from batchmill.worker.devices import memory as telemetry
 from batchmill.worker.devices.memory import MemoryMeter, MemoryReader, Reading
 from batchmill.worker.devices.nvml import Nvml

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
-from batchmill.producer.answers import _completion_logprobs
+from batchmill.jobs.requests.generation import Choice, Output, Request, RequestKey, SamplingParams
+from batchmill.producer.files.result_lines import _completion_logprobs
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel

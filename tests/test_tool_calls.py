@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from batchmill.jobs.schema import Choice, Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Held
-from batchmill.producer.results import export
+from batchmill.jobs.requests.generation import Choice, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.store import Store
+from batchmill.producer.files.export import export
 from batchmill.worker.engine.text.decoding import Decoding
 from batchmill.worker.engine.text.tokenization import Tokenization
 from tests import mill

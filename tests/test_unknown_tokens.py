@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.options import EngineKind, EngineOptions
 from batchmill.worker.engine.registry import choose
 from batchmill.worker.models.load import LoadedModel, load

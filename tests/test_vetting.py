@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import ErrorCode, Request, RequestKey
-from batchmill.jobs.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.requests.generation import ErrorCode, Request, RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.models.load import load
 from batchmill.worker.models.vetting import Refusal, vet, weights

@@ -15,13 +15,13 @@ from queue import Queue
 
 import pytest
 
-from batchmill.jobs import waiting
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import StoreBusy
-from batchmill.jobs.home import use_store
-from batchmill.jobs.store import Store
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.runtime import waiting
+from batchmill.jobs.runtime.home import use_store
+from batchmill.jobs.runtime.waiting import telling
 from batchmill.jobs.store.database import WAL_SAFE_SINCE
-from batchmill.jobs.waiting import telling
+from batchmill.jobs.store.store import Store
 from batchmill.worker.devices.lock import DeviceLock
 from tests import mill
 from tests.holding import file_lock, reader, transaction
@@ -201,6 +201,6 @@ class TestFiles:
 
 
 def test_waits_cost_no_import_of_the_database() -> None:
-    code = "import sys, batchmill.jobs.waiting; print('sqlalchemy' in sys.modules, 'click' in sys.modules)"
+    code = "import sys, batchmill.jobs.runtime.waiting; print('sqlalchemy' in sys.modules, 'click' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import NotFound
-from batchmill.jobs.log_file import LogFile, log_path, logs_folder, rotate_if_large, worker_of
-from batchmill.jobs.settings import load_settings
-from batchmill.producer.logs import Chosen, WorkerLog, choose, show
+from batchmill.jobs.runtime.log_file import LogFile, log_path, logs_folder, rotate_if_large, worker_of
+from batchmill.producer.cli.logs import Chosen, WorkerLog, choose, show
 from batchmill.worker.process.own_log import make_place
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +37,8 @@ JSON = (
 KILLED = """\
 import os, signal, sys
 from pathlib import Path
-from batchmill.jobs.logs import configure_logs, get_logger
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.runtime.logs import configure_logs, get_logger
+from batchmill.jobs.configuration.settings import load_settings
 configure_logs(load_settings(), file=Path(sys.argv[1]))
 get_logger("a").info(sys.argv[2])
 os.kill(os.getpid(), signal.SIGKILL)
@@ -47,7 +47,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 WRITER = """\
 import logging, sys
 from pathlib import Path
-from batchmill.jobs.log_file import LogFile
+from batchmill.jobs.runtime.log_file import LogFile
 file = LogFile(Path(sys.argv[1]), file_bytes=30_000)
 for number in range(200):
     file.handle(logging.makeLogRecord({"msg": f"{sys.argv[2]} {number}".ljust(99)}))

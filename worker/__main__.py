@@ -2,9 +2,9 @@
 
 import sys
 
-from batchmill.jobs.isolation import isolate
-from batchmill.jobs.signals import exit_on_sigterm, raise_on_sigterm
-from batchmill.jobs.standard_files import hold_standard_files
+from batchmill.jobs.runtime.process.isolation import isolate
+from batchmill.jobs.runtime.process.signals import exit_on_sigterm, raise_on_sigterm
+from batchmill.jobs.runtime.process.standard_files import hold_standard_files
 
 #: The module whose `main` each command is.
 MODULES = {

@@ -27,9 +27,9 @@ from sqlalchemy import (
     select,
 )
 
-from batchmill.jobs.states import CLOSED_JOB_STATES, OPEN_BATCH_STATES, BatchState, JobState, RequestState
+from batchmill.jobs.requests.states import CLOSED_JOB_STATES, OPEN_BATCH_STATES, BatchState, JobState, RequestState
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
 
 #: So many findings of one kind in one job are told.
 MOST_OF_A_KIND = 5

@@ -28,11 +28,11 @@ from batchmill.jobs.errors import (
     StoreReplaced,
     StoreUnavailable,
 )
-from batchmill.jobs.locks import sqlite_held_by
+from batchmill.jobs.runtime.files.locks import sqlite_held_by
+from batchmill.jobs.runtime.waiting import Wait, telling
 from batchmill.jobs.store.clock import StoreClock
 from batchmill.jobs.store.line import Line
 from batchmill.jobs.store.postgresql import crowded, postgresql_engine
-from batchmill.jobs.waiting import Wait, telling
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
 WAL_SAFE_SINCE = (3, 51, 3)

@@ -12,8 +12,8 @@ from sqlalchemy import insert, select, update
 from batchmill.jobs.errors import StoreError, UsageError
 from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.tables import stores, workers
 from batchmill.jobs.store.workers import alive
-from batchmill.jobs.tables import stores, workers
 
 _PLACE = 1
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, insert, or_, select, update
 
-from batchmill.jobs.adapters import Adapter, from_json, to_json
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.memory import DeviceMemory, devices_from_text, devices_text
-from batchmill.jobs.process import Process
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import BatchState, WorkerState
+from batchmill.jobs.models.adapters import Adapter, from_json, to_json
+from batchmill.jobs.models.device_memory import DeviceMemory, devices_from_text, devices_text
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import BatchState, WorkerState
+from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.tables import batches, workers
+from batchmill.jobs.store.tables import batches, workers
 
 #: A worker counts as dead after this many heartbeats that did not come.
 MISSED_HEARTBEATS = 4

@@ -17,18 +17,18 @@ def main() -> None:
     """Runs one command."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     _leave_current_folder()
-    from batchmill.jobs.signals import exit_on_sigterm
+    from batchmill.jobs.runtime.process.signals import exit_on_sigterm
 
     if sys.argv[1:2] in (["worker"], ["up"]):
         exit_on_sigterm()  # what these do is never finished, so to end it early is no failure
-    from batchmill.jobs.isolation import isolate
-    from batchmill.jobs.standard_files import hold_standard_files
+    from batchmill.jobs.runtime.process.isolation import isolate
+    from batchmill.jobs.runtime.process.standard_files import hold_standard_files
 
     hold_standard_files()
     isolate()
-    from batchmill.producer import cli
+    from batchmill.producer.cli import main
 
-    cli.main()
+    main.main()
 
 
 def _leave_current_folder() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.quantization import Quantization
+from batchmill.jobs.models.quantization import Quantization
 from batchmill.worker.devices.selection import visible_devices
 from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS
 from batchmill.worker.plan.hardware import Hardware

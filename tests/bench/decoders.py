@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.schema import RequestKey
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.requests.generation import RequestKey
 from tests.bench.contestant import Answers
 from tests.bench.engines import ContinuousContestant
 from tests.bench.peers.transformers import GenerateBatch, Setting, SortedGenerate

@@ -9,8 +9,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from tests.bench.contestant import Answers, Contestant
 from tests.bench.workloads import Ask, Workload
 

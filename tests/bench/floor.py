@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.hardware import Hardware, Rates, this_cpu, this_gpu
 from batchmill.worker.plan.model import PlannedModel

@@ -78,8 +78,8 @@ def _loaded(folder: Path, files: list[Path], quantization: str) -> float:
 
 def main() -> None:
     """What a worker does before its first request, its imports not counted."""
-    from batchmill.jobs.quantization import Quantization
-    from batchmill.jobs.spec import ModelSpec
+    from batchmill.jobs.models.quantization import Quantization
+    from batchmill.jobs.models.spec import ModelSpec
     from batchmill.worker.models.load import load as load_model
 
     folder, quantization = sys.argv[1:]

@@ -15,12 +15,12 @@ from typing import IO
 
 import psutil
 
-from batchmill.jobs.embedded import EmbeddedRedis
-from batchmill.jobs.settings import environment_of, load_settings
-from batchmill.jobs.states import WorkerState
-from batchmill.jobs.store import Store
+from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.configuration.settings import environment_of, load_settings
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.store.store import Store
 from batchmill.migrations import open_store
-from batchmill.producer.status import JobStatus
+from batchmill.producer.views.status import JobStatus
 from tests.bench.table import Row
 
 _LINE_BYTES = 500

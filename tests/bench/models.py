@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import local_torch_dtype
 
-from batchmill.jobs.spec import DEMO_FOLDER
+from batchmill.jobs.models.spec import DEMO_FOLDER
 
 _SEED = 7
 _CONTEXT_TOKENS = 2048

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.jobs.configuration.settings import environment_of, load_settings
 from tests.bench.mill import command, home
 from tests.bench.table import Row
 

@@ -20,10 +20,10 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from batchmill import migrations
-from batchmill.jobs.embedded import find_server, start_process
+from batchmill.jobs.broker.embedded import find_server, start_process
+from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.producer.results import export
+from batchmill.producer.files.export import export
 from tests.faults.proxy import FaultProxy
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, Mill, until, write_prompts
 from tests.oracle import export_violations, violations

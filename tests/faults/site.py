@@ -21,8 +21,8 @@ import redis
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL, make_url
 
-from batchmill.jobs.embedded import find_server, start_process, stop_process
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.broker.embedded import find_server, start_process, stop_process
+from batchmill.jobs.configuration.settings import load_settings
 from tests.integration.conftest import TIMERS, Mill
 from tests.tls_proxy import Authority, TlsProxy, to_port, to_socket
 

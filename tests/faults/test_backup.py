@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from batchmill.jobs.store import Store
+from batchmill.jobs.store.store import Store
 from tests.integration.conftest import Mill, until, write_prompts
 from tests.oracle import export_violations, violations
 

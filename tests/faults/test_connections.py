@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from batchmill import migrations
 from batchmill.jobs.errors import StoreCrowded
-from batchmill.jobs.store import Store
+from batchmill.jobs.store.store import Store
 from tests.faults.conftest import SLOW, FaultMill, PostgresqlServer
 from tests.integration.conftest import until
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.configuration.settings import load_settings
 from tests.faults.conftest import SLOW, FaultMill, answers
 from tests.integration.conftest import TIMERS, child_of, until, write_prompts
 from tests.oracle import accepted, changed, export_violations, violations

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.failpoints import POINTS
-from batchmill.jobs.store import Store
+from batchmill.jobs.runtime.failpoints import POINTS
+from batchmill.jobs.store.store import Store
 from tests.integration.conftest import Mill, until
 from tests.oracle import export_violations, violations
 

@@ -10,9 +10,9 @@ import pytest
 from kombu import Queue
 from sqlalchemy import text
 
-from batchmill.jobs.broker import Broker, make_app
-from batchmill.jobs.gate import WAKE_TASK
-from batchmill.jobs.store import Store
+from batchmill.jobs.broker.client import Broker, make_app
+from batchmill.jobs.broker.message_filter import WAKE_TASK
+from batchmill.jobs.store.store import Store
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from tests.faults.conftest import SLOW, FaultMill, ProxiedMill, sqlite_first
 from tests.integration.conftest import until

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from batchmill.jobs.schema import ErrorCode
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import WorkerState
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.states import WorkerState
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until
 from tests.oracle import violations
 
@@ -29,7 +29,7 @@ def crashes(mill: Mill) -> int:
     """How many child processes died with requests in flight."""
     from sqlalchemy import func, select
 
-    from batchmill.jobs.tables import runs
+    from batchmill.jobs.store.tables import runs
 
     with mill.store.database.read() as connection:
         each = select(runs.c.worker_id, runs.c.worker_generation).where(runs.c.outcome == "crashed").distinct()

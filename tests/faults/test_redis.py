@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from batchmill.jobs.states import JobState
+from batchmill.jobs.requests.states import JobState
 from tests.faults.conftest import SLOW, FaultMill, Pace, ProxiedMill, both_paces, sqlite_first
 from tests.integration.conftest import PATIENCE_SECONDS, child_of, until, write_prompts
 

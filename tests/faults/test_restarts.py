@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sqlalchemy import func, select
 
-from batchmill.jobs.tables import batches
+from batchmill.jobs.store.tables import batches
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 from tests.oracle import export_violations, violations
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from sqlalchemy import select, text
 
-from batchmill.jobs.tables import metadata
+from batchmill.jobs.store.tables import metadata
 from tests.faults.site import Site, site, site_mill  # noqa: F401
 from tests.integration.conftest import Mill, until
 

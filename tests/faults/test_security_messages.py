@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-from batchmill.jobs.gate import made_anew
+from batchmill.jobs.broker.message_filter import made_anew
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, mill, until, write_prompts  # noqa: F401
 
 CANARY = "canaryword"

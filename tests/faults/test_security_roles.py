@@ -15,11 +15,11 @@ import redis
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import ProgrammingError
 
-from batchmill.jobs.broker import Broker, make_app
-from batchmill.jobs.embedded import find_server
+from batchmill.jobs.broker.client import Broker, make_app
+from batchmill.jobs.broker.embedded import find_server
 from batchmill.jobs.errors import BrokerUnavailable, StoreUnavailable
-from batchmill.jobs.store import Store
-from batchmill.jobs.tables import metadata
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import metadata
 from tests.faults.site import DEPLOY, ROLES_SQL, Site, site, site_mill  # noqa: F401
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 from tests.tls_proxy import Authority

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.configuration.settings import load_settings
 from tests.faults.conftest import SLOW, FaultMill, Pace, PostgresqlServer, both_paces
 from tests.faults.proxy import FaultProxy
 from tests.integration.conftest import PATIENCE_SECONDS, child_of, until

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
-from batchmill.jobs.spec import DEMO, ModelSpec
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import DEMO, ModelSpec
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.models.adapters.loading import with_adapters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.execution.flash import FlashAttention
 from batchmill.worker.engine.options import EngineOptions

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.devices.selection import describe_devices
 from batchmill.worker.models.load import load

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.registry import choose
 from batchmill.worker.models.load import load

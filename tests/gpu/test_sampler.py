@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.sampling import Sampler
 
 ROWS = 48

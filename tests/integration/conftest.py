@@ -16,10 +16,10 @@ import psutil
 import pytest
 import redis
 
-from batchmill.jobs.embedded import EmbeddedRedis
-from batchmill.jobs.settings import Settings, environment_of, load_settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
+from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.store.store import Store
 
 #: How long tests wait for what has to come: no promise, since a busy machine may be slow. A soak measures promises.
 PATIENCE_SECONDS = 300

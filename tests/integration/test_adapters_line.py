@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.load import load
 from tests.integration.conftest import Mill, until
 from tests.lora import alone, greedy, save_trained_adapter, sum_question

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.jobs.configuration.settings import environment_of, load_settings
 from batchmill.worker.demo.corpus import held_out_additions
 from tests.integration.conftest import Mill
 

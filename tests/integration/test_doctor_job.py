@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.spec import ModelSpec
 from tests.integration.conftest import Mill, until, write_prompts
 
 ECHO = ModelSpec.parse("echo")

@@ -15,9 +15,9 @@ import pytest
 import redis
 from kombu import Queue
 
-from batchmill.jobs.broker import make_app
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import JobState, WorkerState
+from batchmill.jobs.broker.client import make_app
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import JobState, WorkerState
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until, write_prompts
 
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.settings import environment_of, load_settings
+from batchmill.jobs.configuration.settings import environment_of, load_settings
 from tests.hostile import HostileFolder, is_installed, loaded_before_the_first_line
 from tests.integration.conftest import TIMERS, until
 

@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
+from batchmill.jobs.configuration.settings import environment_of, load_settings
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.log_file import logs_folder
-from batchmill.jobs.settings import environment_of, load_settings
-from batchmill.jobs.states import WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.loading import MAX_REQUESTS
-from batchmill.jobs.store.reading import Job
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.log_file import logs_folder
+from batchmill.jobs.store.jobs.create import MAX_REQUESTS
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.workers import WorkerRow
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, until, write_prompts
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.configuration.settings import load_settings
 from tests.integration.conftest import Mill, child_of
 
 MIB = 1024**2

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from batchmill.jobs.process import Process
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.states import JobState
-from batchmill.jobs.store import Store
-from batchmill.jobs.tables import workers
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import workers
 from tests.integration.conftest import TIMERS, Mill, until, write_prompts
 
 #: Nobody waits for the end of a lease of this length.

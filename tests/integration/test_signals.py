@@ -12,9 +12,9 @@ import psutil
 import pytest
 from sqlalchemy import func, select
 
-from batchmill.jobs.embedded import start_process
-from batchmill.jobs.states import JobState, WorkerState
-from batchmill.jobs.tables import batches
+from batchmill.jobs.broker.embedded import start_process
+from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.jobs.store.tables import batches
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until, write_prompts
 
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}

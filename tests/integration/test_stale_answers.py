@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from sqlalchemy import update
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from batchmill.jobs.identity import differences
-from batchmill.jobs.store import Store
-from batchmill.jobs.tables import jobs
+from batchmill.jobs.models.identity import differences
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import jobs
 from tests.integration.conftest import Mill, until
 from tests.integration.test_local import Home, texts
 from tests.lora import save_random_adapter

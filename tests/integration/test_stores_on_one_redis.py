@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from batchmill import migrations
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import JobState, WorkerState
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import JobState, WorkerState
 from tests.integration.conftest import TIMERS, Mill, until, write_prompts
 
 ECHO = ModelSpec.parse("echo")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from batchmill.jobs.digests import Digests
-from batchmill.jobs.home import socket_path
-from batchmill.jobs.pid_file import PidFile
-from batchmill.jobs.spec import DEMO_FOLDER
-from batchmill.jobs.states import WorkerState
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.spec import DEMO_FOLDER
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.home import socket_path
+from batchmill.jobs.runtime.process.pid_file import PidFile
 from tests.holding import file_lock, transaction
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 

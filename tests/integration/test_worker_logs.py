@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from batchmill.jobs.log_file import log_path, logs_folder, worker_of
-from batchmill.producer.cli_jobs import logs
+from batchmill.jobs.runtime.log_file import log_path, logs_folder, worker_of
+from batchmill.producer.cli.jobs import logs
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
 
 

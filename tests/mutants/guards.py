@@ -33,12 +33,12 @@ class Mutant:
 
 
 _NO_FENCE = Edit(
-    "jobs/store/saving.py",
+    "jobs/store/leases/sync.py",
     "mine = [each for each in held if fences.get(each.lease.batch_id) == each.lease.fence]",
     "mine = [each for each in held if each.lease.batch_id in fences]",
 )
 _LAST_OUTPUT_WINS = Edit(
-    "jobs/store/saving.py",
+    "jobs/store/leases/sync.py",
     ".values(finished_at=self._database.now).on_conflict_do_nothing()\n",
     ".values(finished_at=self._database.now)\n"
     "        statement = statement.on_conflict_do_update(\n"
@@ -82,7 +82,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a look after orphans reads leased batches alone",
         (
             Edit(
-                "jobs/store/recovery.py",
+                "jobs/store/leases/recovery.py",
                 "select(batches.c.worker_id).where(batches.c.worker_id.is_not(None))",
                 "select(batches.c.worker_id)",
             ),
@@ -93,7 +93,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a crash reads the runs that crashed alone",
         (
             Edit(
-                "jobs/store/health.py",
+                "jobs/store/leases/health.py",
                 """_CRASHED = text(f"runs.outcome = '{RunOutcome.CRASHED.value}'")""",
                 "_CRASHED = runs.c.outcome == RunOutcome.CRASHED.value",
             ),
@@ -156,7 +156,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a turn locks its batches",
         (
             Edit(
-                "jobs/store/saving.py",
+                "jobs/store/leases/sync.py",
                 "            .where(batches.c.id.in_(ids), batches.c.state == BatchState.LEASED.value)\n"
                 "            .order_by(batches.c.id)\n"
                 "            .with_for_update(key_share=True)\n",
@@ -170,7 +170,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "the job's row is locked before it is closed",
         (
             Edit(
-                "jobs/store/closing.py",
+                "jobs/store/jobs/close.py",
                 "select(jobs.c.state).where(jobs.c.id == job_id).with_for_update(key_share=True))\n        ends",
                 "select(jobs.c.state).where(jobs.c.id == job_id))\n        ends",
             ),
@@ -186,7 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a claim locks the batch it takes",
         (
             Edit(
-                "jobs/store/claiming.py",
+                "jobs/store/leases/claim.py",
                 "first.with_for_update(skip_locked=True, key_share=True)",
                 "first",
             ),
@@ -197,7 +197,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "who takes back locks the batches",
         (
             Edit(
-                "jobs/store/recovery.py",
+                "jobs/store/leases/recovery.py",
                 "                .limit(_PAGE)\n                .with_for_update(key_share=True)\n",
                 "                .limit(_PAGE)\n",
             ),
@@ -224,7 +224,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a lease further ahead than any can be is over",
         (
             Edit(
-                "jobs/store/lease.py",
+                "jobs/store/leases/lease.py",
                 "return or_(until < now - for_seconds, until > now + lease_seconds)",
                 "return until < now - for_seconds",
             ),
@@ -235,7 +235,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a submit that renewed its lease is not deleted",
         (
             Edit(
-                "jobs/store/loading.py",
+                "jobs/store/jobs/create.py",
                 "and_(jobs.c.id == job_id, jobs.c.loading_until == until)",
                 "jobs.c.id == job_id",
             ),
@@ -246,7 +246,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a lease renewed since is not taken back",
         (
             Edit(
-                "jobs/store/recovery.py",
+                "jobs/store/leases/recovery.py",
                 "batches.c.fence == fence, batches.c.lease_until == lease_until)",
                 "batches.c.fence == fence)",
             ),
@@ -255,17 +255,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a pid that was given out again is another process",
-        (Edit("jobs/process.py", "start_ticks == self.start_ticks and ", ""),),
+        (Edit("jobs/runtime/process/process.py", "start_ticks == self.start_ticks and ", ""),),
         ("tests/test_process.py", "tests/test_spool.py"),
     ),
     Mutant(
         "of a process in another namespace nothing is concluded",
-        (Edit("jobs/process.py", "if place.namespace != self.namespace:", "if False:"),),
+        (Edit("jobs/runtime/process/process.py", "if place.namespace != self.namespace:", "if False:"),),
         ("tests/test_process.py",),
     ),
     Mutant(
         "a leftover is ended only if it is this home's",
-        (Edit("jobs/pid_file.py", " and _is_of(process, home, word)", ""),),
+        (Edit("jobs/runtime/process/pid_file.py", " and _is_of(process, home, word)", ""),),
         ("tests/test_pid_file.py",),
     ),
     Mutant(
@@ -275,17 +275,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "each store has queues of its own",
-        (Edit("jobs/spec.py", 'f"{store_id} {self.canonical}"', "self.canonical"),),
+        (Edit("jobs/models/spec.py", 'f"{store_id} {self.canonical}"', "self.canonical"),),
         ("tests/test_spec.py",),
     ),
     Mutant(
         "only dead children lose their leases",
-        (Edit("jobs/store/recovery.py", "batches.c.worker_generation <= generation)", "True)"),),
+        (Edit("jobs/store/leases/recovery.py", "batches.c.worker_generation <= generation)", "True)"),),
         (_HISTORIES,),
     ),
     Mutant(
         "what an unanswered turn brought is handed back",
-        (Edit("jobs/store/saving.py", "            if resumed:\n", "            if False:\n"),),
+        (Edit("jobs/store/leases/sync.py", "            if resumed:\n", "            if False:\n"),),
         (_HISTORIES,),
     ),
     Mutant(
@@ -315,14 +315,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a child whose parent was gone before it asked to end with it",
-        (Edit("jobs/parent_death.py", "if os.getppid() != parent_pid:", "if False:"),),
+        (Edit("jobs/runtime/process/parent_death.py", "if os.getppid() != parent_pid:", "if False:"),),
         ("tests/test_child.py::TestBeginning::test_whose_parent_is_gone_by_then_ends_at_once",),
     ),
     Mutant(
         "an expired lease is no crash",
         (
             Edit(
-                "jobs/store/recovery.py",
+                "jobs/store/leases/recovery.py",
                 "if outcome is not RunOutcome.CRASHED:",
                 "if outcome is RunOutcome.RELEASED:",
             ),
@@ -342,7 +342,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "crashes are counted",
-        (Edit("jobs/store/blame.py", "            crashes=batch.crashes + 1,\n", "            crashes=1,\n"),),
+        (Edit("jobs/store/leases/blame.py", "            crashes=batch.crashes + 1,\n", "            crashes=1,\n"),),
         (_HISTORIES,),
     ),
     Mutant(
@@ -352,24 +352,28 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "an output over its input is refused",
-        (Edit("jobs/files.py", "return os.path.samestat(found, status)", "return False"),),
+        (Edit("jobs/runtime/files/output_file.py", "return os.path.samestat(found, status)", "return False"),),
         ("tests/test_files.py",),
     ),
     Mutant(
         "suspects are told from the rest",
-        (Edit("jobs/store/blame.py", "if index in in_flight}", "}"),),
+        (Edit("jobs/store/leases/blame.py", "if index in in_flight}", "}"),),
         ("tests/test_blame.py",),
     ),
     Mutant(
         "suspects are claimed by who holds nothing",
-        (Edit("jobs/store/claiming.py", "if found is None or (found.crashes and not alone):", "if found is None:"),),
+        (
+            Edit(
+                "jobs/store/leases/claim.py", "if found is None or (found.crashes and not alone):", "if found is None:"
+            ),
+        ),
         (_HISTORIES,),
     ),
     Mutant(
         "nothing is claimed beside suspects",
         (
             Edit(
-                "jobs/store/saving.py",
+                "jobs/store/leases/sync.py",
                 "if drain or any(each.lease.apart for each in kept):",
                 "if drain:",
             ),
@@ -378,14 +382,20 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "suspects are in ever smaller groups",
-        (Edit("jobs/store/blame.py", "batch_size=SUSPECT_GROUPS[batch.crashes],", "batch_size=SUSPECT_GROUPS[0],"),),
+        (
+            Edit(
+                "jobs/store/leases/blame.py",
+                "batch_size=SUSPECT_GROUPS[batch.crashes],",
+                "batch_size=SUSPECT_GROUPS[0],",
+            ),
+        ),
         (_HISTORIES,),
     ),
     Mutant(
         "a job of which the last request is poison is closed",
         (
             Edit(
-                "jobs/store/recovery.py",
+                "jobs/store/leases/recovery.py",
                 "                self._closing.close_if_done(connection, job_id)\n",
                 "                pass\n",
             ),
@@ -407,7 +417,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a worker gets what it holds alone",
         (
             Edit(
-                "jobs/store/pending.py",
+                "jobs/store/leases/queue.py",
                 "return (batches.c.state == BatchState.PENDING.value, batches.c.adapter == adapter)",
                 "return (batches.c.state == BatchState.PENDING.value,)",
             ),
@@ -417,8 +427,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "requests that move stay with their adapter",
         (
-            Edit("jobs/store/retrying.py", "adapter=adapter)", 'adapter="")'),
-            Edit("jobs/store/blame.py", "adapter=batch.adapter,", 'adapter="",'),
+            Edit("jobs/store/jobs/retry.py", "adapter=adapter)", 'adapter="")'),
+            Edit("jobs/store/leases/blame.py", "adapter=batch.adapter,", 'adapter="",'),
         ),
         (_ADAPTERS,),
     ),
@@ -426,7 +436,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an adapter's name means one thing to a job",
         (
             Edit(
-                "jobs/store/claiming.py",
+                "jobs/store/leases/claim.py",
                 "if not mine.agrees_with(each):",
                 "if mine is None:",
             ),
@@ -491,27 +501,27 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a retry leaves alone what a line alone decides",
-        (Edit("jobs/causes.py", "                return False\n", "                return True\n"),),
+        (Edit("jobs/requests/causes.py", "                return False\n", "                return True\n"),),
         ("tests/test_retries.py",),
     ),
     Mutant(
         "a job that has an answer keeps its model",
-        (Edit("jobs/store/retrying.py", " and not self._is_answered(connection, job_id)", ""),),
+        (Edit("jobs/store/jobs/retry.py", " and not self._is_answered(connection, job_id)", ""),),
         ("tests/test_retries.py",),
     ),
     Mutant(
         "batchmill.toml is the user's own",
-        (Edit("jobs/settings_file.py", "            _refuse_owner(found, path)\n", ""),),
+        (Edit("jobs/configuration/settings_file.py", "            _refuse_owner(found, path)\n", ""),),
         ("tests/test_settings_file.py",),
     ),
     Mutant(
         "nobody else writes batchmill.toml",
-        (Edit("jobs/settings_file.py", "            _refuse_writers(found, path)\n", ""),),
+        (Edit("jobs/configuration/settings_file.py", "            _refuse_writers(found, path)\n", ""),),
         ("tests/test_settings_file.py",),
     ),
     Mutant(
         "Celery imports nothing from the current folder",
-        (Edit("jobs/broker.py", "loader=Loader, ", ""),),
+        (Edit("jobs/broker/client.py", "loader=Loader, ", ""),),
         ("tests/test_isolation.py",),
     ),
     Mutant(
@@ -521,27 +531,27 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "Celery's own variables are taken away",
-        (Edit("jobs/isolation.py", '("CELERY_", ', "("),),
+        (Edit("jobs/runtime/process/isolation.py", '("CELERY_", ', "("),),
         ("tests/test_isolation.py",),
     ),
     Mutant(
         "a claim passes over jobs of another model",
-        (Edit("jobs/store/pending.py", "    if among.identities is not None:", "    if False:"),),
+        (Edit("jobs/store/leases/queue.py", "    if among.identities is not None:", "    if False:"),),
         ("tests/test_identities_store.py",),
     ),
     Mutant(
         "a job keeps the model that began it",
-        (Edit("jobs/store/claiming.py", "elif row.identity != seat.identity:", "elif False:"),),
+        (Edit("jobs/store/leases/claim.py", "elif row.identity != seat.identity:", "elif False:"),),
         ("tests/test_identities_store.py::TestClaiming",),
     ),
     Mutant(
         "a model whose files have changed begins no job",
-        (Edit("jobs/store/pending.py", "settled if among.begun else", "settled if False else"),),
+        (Edit("jobs/store/leases/queue.py", "settled if among.begun else", "settled if False else"),),
         ("tests/test_identities_store.py::TestClaiming",),
     ),
     Mutant(
         "a run compares the model before it exports a finished job",
-        (Edit("producer/earlier.py", "elif self.model.identity != identity:", "elif False:"),),
+        (Edit("producer/cli/earlier.py", "elif self.model.identity != identity:", "elif False:"),),
         ("tests/test_earlier.py",),
     ),
     Mutant(

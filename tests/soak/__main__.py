@@ -15,7 +15,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from batchmill.jobs.embedded import start_process
+from batchmill.jobs.broker.embedded import start_process
 
 DATABASES = ("sqlite", "postgresql")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import BatchmillError
-from batchmill.jobs.failpoints import POINTS
-from batchmill.jobs.settings import load_settings
+from batchmill.jobs.runtime.failpoints import POINTS
 from batchmill.migrations import upgrade
 from tests.bench.table import Row, show
 from tests.faults.conftest import PostgresqlServer

@@ -18,8 +18,8 @@ from random import Random
 from sqlalchemy import text
 
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.states import JobState
-from batchmill.producer.results import export
+from batchmill.jobs.requests.states import JobState
+from batchmill.producer.files.export import export
 from tests.oracle import export_violations
 from tests.soak.world import World
 

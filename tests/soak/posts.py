@@ -15,7 +15,7 @@ from time import monotonic
 import psutil
 from sqlalchemy import text
 
-from batchmill.jobs.embedded import start_process
+from batchmill.jobs.broker.embedded import start_process
 from batchmill.jobs.errors import StoreError
 from tests.soak.worker import HOST_VARIABLE
 from tests.soak.world import World

@@ -6,6 +6,6 @@ from tests.soak.worker import let_echo_have_twins
 
 if __name__ == "__main__":
     let_echo_have_twins()
-    from batchmill.producer.cli import main
+    from batchmill.producer.cli.main import main
 
     main()

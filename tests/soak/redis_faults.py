@@ -6,8 +6,8 @@ from contextlib import suppress
 
 from kombu import Queue
 
-from batchmill.jobs.broker import make_app
-from batchmill.jobs.gate import WAKE_TASK
+from batchmill.jobs.broker.client import make_app
+from batchmill.jobs.broker.message_filter import WAKE_TASK
 from tests.soak import looks, measures
 from tests.soak.scene import Scene, Steps
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 from sqlalchemy import text
 
-from batchmill.jobs.states import RunOutcome
-from batchmill.jobs.store import Store
+from batchmill.jobs.requests.states import RunOutcome
+from batchmill.jobs.store.store import Store
 from tests.bench.table import Row, show
 from tests.oracle import violations
 from tests.soak import measures

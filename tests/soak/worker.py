@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchmill.jobs.signals import exit_on_sigterm
+from batchmill.jobs.runtime.process.signals import exit_on_sigterm
 
 #: Where the counts go, and the host's name that the worker has. No settings of batchmill's.
 COUNTS_VARIABLE, HOST_VARIABLE = "SOAK_COUNTS", "SOAK_HOST"
@@ -118,7 +118,7 @@ def spy_on_this_process() -> None:
 
 def let_echo_have_twins() -> None:
     """Lets `-m echo` take a quantization, which gives it a queue of its own."""
-    from batchmill.jobs import spec
+    from batchmill.jobs.models import spec
 
     spec._quantization_of = lambda _model, written, _default: spec.Quantization.parse(written or "none")
 

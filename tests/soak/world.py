@@ -19,9 +19,9 @@ from typing import Any
 from redis import Redis
 
 import tests
-from batchmill.jobs.settings import Settings, environment_of, load_settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
+from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.store.store import Store
 from batchmill.migrations import upgrade
 from tests.faults.conftest import PostgresqlServer, RedisServer
 from tests.faults.proxy import FaultProxy

@@ -10,8 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from batchmill.jobs.hub_cache import known_names
-from batchmill.jobs.option_groups import Groups, write_example, write_options
+from batchmill.jobs.configuration.option_groups import Groups, write_example, write_options
+from batchmill.jobs.models.hub_cache import known_names
 
 
 class Command(click.Command):

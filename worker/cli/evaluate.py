@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchmill.jobs.counted import counted
-from batchmill.jobs.digests import Digests
+from batchmill.jobs.configuration.option_groups import DEVICE
+from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import ModelError, NotAllSucceeded, StoreError
-from batchmill.jobs.exits import one_line_errors
-from batchmill.jobs.files import check_target
-from batchmill.jobs.logs import configure_logs
-from batchmill.jobs.names import refuse_slip
-from batchmill.jobs.option_groups import DEVICE
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.jobs.store.evaluations import DataFile
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.misspellings import refuse_slip
+from batchmill.jobs.runtime.command_errors import one_line_errors
+from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.runtime.files.output_file import check_target
+from batchmill.jobs.runtime.logs import configure_logs
+from batchmill.jobs.store.views.evaluations import DataFile
 from batchmill.migrations import open_store
 from batchmill.worker.cli.commands import Command, takes_model
 from batchmill.worker.devices.lock import DeviceLock

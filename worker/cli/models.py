@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchmill.jobs.counted import counted
 from batchmill.jobs.errors import ModelError, UsageError
-from batchmill.jobs.exits import one_line_errors
-from batchmill.jobs.names import refuse_slip
-from batchmill.jobs.quantization import Kind
-from batchmill.jobs.sizes import size
-from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.models.misspellings import refuse_slip
+from batchmill.jobs.models.quantization import Kind
+from batchmill.jobs.models.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.runtime.command_errors import one_line_errors
+from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.cli.commands import Command, complete_model
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batchmill.jobs.configuration.option_groups import MODEL
+from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import StoreError, UsageError
-from batchmill.jobs.exits import one_line_errors
-from batchmill.jobs.names import refuse_slip
-from batchmill.jobs.option_groups import MODEL
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.jobs.sizes import bytes_of
-from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.speeds import Speed
-from batchmill.jobs.tables import REVISION
+from batchmill.jobs.models.misspellings import refuse_slip
+from batchmill.jobs.models.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.runtime.command_errors import one_line_errors
+from batchmill.jobs.runtime.sizes import bytes_of
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import REVISION
+from batchmill.jobs.store.views.speeds import Speed
 from batchmill.worker.cli.commands import Command, takes_model
 from batchmill.worker.devices.placement import TOGETHER, each_worker
 from batchmill.worker.devices.selection import CPU, use_all_cores

@@ -7,17 +7,23 @@ from typing import Any
 
 import click
 
-from batchmill.jobs.adapters import Adapter, check_all
+from batchmill.jobs.configuration.flags import (
+    DEVICE_HELP,
+    ENGINE_FLAGS,
+    PLACEMENT_FLAGS,
+    QUANTIZATION_HELP,
+    check_label,
+)
+from batchmill.jobs.configuration.option_groups import DEVICE, ENGINE, MODEL
+from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.exits import one_line_errors
-from batchmill.jobs.failpoints import arm
-from batchmill.jobs.flags import DEVICE_HELP, ENGINE_FLAGS, PLACEMENT_FLAGS, QUANTIZATION_HELP, check_label
-from batchmill.jobs.log_file import log_path
-from batchmill.jobs.logs import configure_logs, get_logger
-from batchmill.jobs.option_groups import DEVICE, ENGINE, MODEL
-from batchmill.jobs.settings import load_settings
-from batchmill.jobs.spec import DEMO, ECHO, ModelSpec
-from batchmill.jobs.waiting import tell_by
+from batchmill.jobs.models.adapters import Adapter, check_all
+from batchmill.jobs.models.spec import DEMO, ECHO, ModelSpec
+from batchmill.jobs.runtime.command_errors import one_line_errors
+from batchmill.jobs.runtime.failpoints import arm
+from batchmill.jobs.runtime.log_file import log_path
+from batchmill.jobs.runtime.logs import configure_logs, get_logger
+from batchmill.jobs.runtime.waiting import tell_by
 from batchmill.migrations import open_store
 from batchmill.worker.cli.commands import Command, complete_model
 from batchmill.worker.devices.placement import Placement, each_worker, parse_each

@@ -14,8 +14,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from batchmill.jobs.errors import AlreadyRunning
-from batchmill.jobs.locks import acquire
-from batchmill.jobs.pid_file import PidFile
+from batchmill.jobs.runtime.files.locks import acquire
+from batchmill.jobs.runtime.process.pid_file import PidFile
 
 _MACHINES_FOLDER = Path("/run/lock")
 #: A process that was just killed may take so long to let go of its device.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from batchmill.jobs.memory import DeviceMemory, Memory
+from batchmill.jobs.models.device_memory import DeviceMemory, Memory
 from batchmill.worker.devices.nvml import Nvml
 from batchmill.worker.devices.selection import CPU, DeviceInfo
 

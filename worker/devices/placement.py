@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.sizes import bytes_of
+from batchmill.jobs.runtime.sizes import bytes_of
 from batchmill.worker.devices.selection import AUTO, CPU, check_device
 
 #: Between the devices of one model; a comma is between workers.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from batchmill.jobs.schema import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.capacity import Capacity
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from

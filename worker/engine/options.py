@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from batchmill.jobs.settings import Settings
+from batchmill.jobs.configuration.settings import Settings
 
 
 class EngineKind(StrEnum):

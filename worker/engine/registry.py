@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.engine import Engine, Progress
 from batchmill.worker.engine.options import Dequantize, EngineKind, EngineOptions
 

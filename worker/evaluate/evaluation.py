@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import BatchmillError, ModelError, UsageError
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.devices.selection import DeviceInfo
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.evaluate.data.corpus import Corpus

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.jobs.models.spec import ECHO, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.states import RunOutcome
-from batchmill.jobs.store.lease import Held, Turned
+from batchmill.jobs.requests.states import RunOutcome
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.store.leases.lease import Held, Turned
 
 log = get_logger(__name__)
 

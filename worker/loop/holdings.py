@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import MAX_BATCH_SIZE, Output, Request, RequestKey
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.generation import MAX_BATCH_SIZE, Output, Request, RequestKey
 from batchmill.jobs.store.bounds import cut
-from batchmill.jobs.store.lease import Claimed, Held, Lease, Turned
+from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 
 log = get_logger(__name__)
 

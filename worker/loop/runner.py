@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
 
-from batchmill.jobs.failpoints import failpoint
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.failpoints import failpoint
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.engine import Engine
 from batchmill.worker.loop.saver import Saver
 

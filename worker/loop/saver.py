@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.failpoints import failpoint
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.schema import Output, Request, RequestKey
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Seat, Turned
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.requests.generation import Output, Request, RequestKey
+from batchmill.jobs.runtime.failpoints import failpoint
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.store.leases.lease import Seat, Turned
+from batchmill.jobs.store.store import Store
 from batchmill.worker.loop.batch_lines import log_batches
 from batchmill.worker.loop.holdings import Holdings, Said
 from batchmill.worker.loop.spool import Spool

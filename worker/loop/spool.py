@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchmill.jobs.failpoints import failpoint
-from batchmill.jobs.schema import Output
-from batchmill.jobs.store.lease import Held, Lease
+from batchmill.jobs.requests.generation import Output
+from batchmill.jobs.runtime.failpoints import failpoint
+from batchmill.jobs.store.leases.lease import Held, Lease
 
 #: Each line says that it is written so; lines of before it was said are of form 1, and read alike.
 _FORMAT = 2

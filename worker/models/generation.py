@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 
 
 def defaults(asked: GenerationConfig) -> SamplingParams:

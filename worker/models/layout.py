@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 from transformers.quantizers.auto import get_hf_quantizer
 
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.sizes import size
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.placement import DISK, OFFLOADS, Placement
 from batchmill.worker.devices.selection import CPU

@@ -25,11 +25,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.identity import Content, of_commit, of_model
-from batchmill.jobs.schema import SamplingParams
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import Content, of_commit, of_model
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.models.configuration import read_configuration
 from batchmill.worker.models.generation import defaults, end_token_ids, pad_token_id

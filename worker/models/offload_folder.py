@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.process import Lives, Process
+from batchmill.jobs.runtime.process.process import Lives, Process
 
 
 def own_folder(folder: Path | None) -> str | None:

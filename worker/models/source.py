@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ModelSpec
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.models.hub import repository
 from batchmill.worker.models.hub.client import TensorHeader, local_headers
 from batchmill.worker.models.vetting import Refusal, weights

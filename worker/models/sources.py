@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.identity import Content
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.models.identity import Content
+from batchmill.jobs.runtime.logs import get_logger
 
 log = get_logger(__name__)
 _MAPS = Path("/proc/self/maps")

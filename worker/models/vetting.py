@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from batchmill.jobs.model_folder import ADAPTER_CONFIG, no_model
+from batchmill.jobs.models.folder import ADAPTER_CONFIG, no_model
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"

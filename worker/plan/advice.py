@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 
-from batchmill.jobs.sizes import size
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.report import Line, Report
 

@@ -7,7 +7,7 @@ text of one's own is for `batchmill evaluate` to say.
 
 from __future__ import annotations
 
-from batchmill.jobs.quantization import Kind, Quantization
+from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.worker.models.quantization.checkpoint import Checkpoint
 
 _OF_PLAIN_WEIGHTS = tuple(

@@ -18,7 +18,7 @@ import psutil
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from batchmill.jobs.sizes import size
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.devices.selection import CPU
 
 #: Beginnings of names as torch tells them, the longer first; bytes and operations per second.

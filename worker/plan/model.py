@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from batchmill.jobs.quantization import Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.configuration import read_configuration
 from batchmill.worker.models.hub.client import TensorHeader
 from batchmill.worker.models.quantization.checkpoint import Checkpoint

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.sizes import size
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.selection import CPU
 from batchmill.worker.engine.continuous.scheduling.limits import ROW_TOKENS

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store.speeds import Speed
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.store.views.speeds import Speed
 from batchmill.worker.engine.continuous.scheduling.limits import CONTEXT_TOKENS, MEMORY_FRACTION
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.vetting import Refusal

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from batchmill.jobs.sizes import size
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.plan.advice import advice, choose, command
 from batchmill.worker.plan.hardware import Hardware, Rates
 from batchmill.worker.plan.report import Line, Report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from celery import shared_task
 from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
 
-from batchmill.jobs.gate import WAKE_TASK
+from batchmill.jobs.broker.message_filter import WAKE_TASK
 from batchmill.worker.process.child import Child, begin
 
 _child: Child | None = None

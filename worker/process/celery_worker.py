@@ -26,9 +26,9 @@ from celery.worker.state import maybe_shutdown
 from kombu import Queue
 from redis.exceptions import ResponseError
 
-from batchmill.jobs.broker import make_app
-from batchmill.jobs.logs import FILE_ONLY, get_logger
-from batchmill.jobs.settings import Settings
+from batchmill.jobs.broker.client import make_app
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.runtime.logs import FILE_ONLY, get_logger
 
 log = get_logger(__name__)
 #: Celery gives a child so much longer than the watchdog to load its model.

@@ -18,22 +18,22 @@ from time import monotonic
 from types import FrameType
 from typing import NoReturn
 
-from batchmill.jobs.adapters import from_json
-from batchmill.jobs.broker import Broker
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import AlreadyRunning, ModelError, NotFound, StoreError
-from batchmill.jobs.failpoints import arm, failpoint
-from batchmill.jobs.identity import differences
-from batchmill.jobs.logs import configure_logs, get_logger
-from batchmill.jobs.memory import Memory
-from batchmill.jobs.parent_death import die_with_parent
-from batchmill.jobs.settings import Settings, load_settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import WorkerState
-from batchmill.jobs.store import Store
-from batchmill.jobs.store.lease import Seat
-from batchmill.jobs.store.reading import Job
+from batchmill.jobs.models.adapters import from_json
+from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.models.identity import differences
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.failpoints import arm, failpoint
+from batchmill.jobs.runtime.logs import configure_logs, get_logger
+from batchmill.jobs.runtime.process.parent_death import die_with_parent
+from batchmill.jobs.runtime.waiting import tell_by
+from batchmill.jobs.store.leases.lease import Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.workers import Loaded
-from batchmill.jobs.waiting import tell_by
 from batchmill.worker.devices.lock import DeviceLocks
 from batchmill.worker.devices.memory import MemoryMeter
 from batchmill.worker.devices.nvml import Nvml

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.digests import Digests
-from batchmill.jobs.identity import Content, of_echo
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import Content, of_echo
+from batchmill.jobs.models.spec import ECHO, ModelSpec
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.devices.selection import DeviceInfo, use_all_cores
 from batchmill.worker.engine import Progress

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from batchmill.jobs.errors import SettingsError
-from batchmill.jobs.exits import refusal
-from batchmill.jobs.home import make_home
-from batchmill.jobs.log_file import log_path, older_files
+from batchmill.jobs.runtime.command_errors import refusal
+from batchmill.jobs.runtime.home import make_home
+from batchmill.jobs.runtime.log_file import log_path, older_files
 
 #: Workers without a --name have a file per process, so the oldest files are removed.
 _MOST_WORKERS = 200

@@ -17,18 +17,18 @@ from pathlib import Path
 
 from celery.signals import worker_shutting_down
 
-from batchmill.jobs.adapters import to_json
 from batchmill.jobs.advice import start_words
-from batchmill.jobs.broker import Broker
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import Settings, environment_of
 from batchmill.jobs.errors import BatchmillError, ModelError, StoreBusy
-from batchmill.jobs.home import use_store
-from batchmill.jobs.log_file import log_path
-from batchmill.jobs.logs import FILE_ONLY, configure_logs, get_logger
-from batchmill.jobs.process import Process
-from batchmill.jobs.settings import Settings, environment_of
-from batchmill.jobs.signals import note_sigterm
-from batchmill.jobs.spec import ECHO, ModelSpec
-from batchmill.jobs.store import Store
+from batchmill.jobs.models.adapters import to_json
+from batchmill.jobs.models.spec import ECHO, ModelSpec
+from batchmill.jobs.runtime.home import use_store
+from batchmill.jobs.runtime.log_file import log_path
+from batchmill.jobs.runtime.logs import FILE_ONLY, configure_logs, get_logger
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.runtime.process.signals import note_sigterm
+from batchmill.jobs.store.store import Store
 from batchmill.migrations import open_store
 from batchmill.worker.devices.placement import TOGETHER, Placement
 from batchmill.worker.devices.selection import CPU, visible_devices

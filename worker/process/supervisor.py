@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 
-from batchmill.jobs.embedded import start_process, wait_or_kill
+from batchmill.jobs.broker.embedded import start_process, wait_or_kill
+from batchmill.jobs.configuration.settings import Settings, environment_of
 from batchmill.jobs.errors import BatchmillError, StoreError
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.process import Process, end_of
-from batchmill.jobs.settings import Settings, environment_of
-from batchmill.jobs.states import WorkerState
-from batchmill.jobs.store import Store
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.runtime.process.process import Process, end_of
+from batchmill.jobs.store.store import Store
 from batchmill.worker.devices.placement import Placement
 
 log = get_logger(__name__)

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import psutil
 
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.process.pulse import Pulse
 
 log = get_logger(__name__)

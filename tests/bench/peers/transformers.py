@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.spec import ModelSpec
 from tests.bench.contestant import EXACT, Answers, Contestant, longest_first
 from tests.bench.workloads import Workload
 

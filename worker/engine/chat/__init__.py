@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.schema import ErrorCode, Request
+from batchmill.jobs.requests.generation import ErrorCode, Request
 from batchmill.worker.engine.chat.form import Form, forms
 from batchmill.worker.engine.chat.marks import Marked, shape_of
 from batchmill.worker.engine.refused import Refused

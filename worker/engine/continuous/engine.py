@@ -15,7 +15,7 @@ from time import monotonic, perf_counter
 
 import torch
 
-from batchmill.jobs.schema import Output, Request, RequestKey
+from batchmill.jobs.requests.generation import Output, Request, RequestKey
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress
 from batchmill.worker.engine.capacity import Capacity

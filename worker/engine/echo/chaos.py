@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
 from batchmill.worker.engine.echo.engine import SLICE_SECONDS, EchoEngine, prompt_of
 
 _OUT_OF_MEMORY = re.compile(r"!oom>(\d+)")

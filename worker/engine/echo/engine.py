@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Mapping
 from itertools import islice
 
-from batchmill.jobs.schema import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Progress, not_held
 from batchmill.worker.engine.capacity import Capacity
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from batchmill.jobs.schema import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress, not_a_number

@@ -11,8 +11,8 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.schema import ErrorCode
+from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.engine.grammar.schema import exact
 from batchmill.worker.engine.refused import Refused
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.sampling import draws, nucleus
 from batchmill.worker.engine.sampling.biases import Biases, asks_for_biases
 from batchmill.worker.engine.sampling.bitmask import Bitmask

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.upload import upload
 
 _Places = npt.NDArray[np.intp]

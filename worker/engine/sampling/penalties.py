@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batchmill.jobs.schema import SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.upload import upload
 
 #: A list has places for at least this many tokens.

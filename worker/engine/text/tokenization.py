@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.schema import Choice, ErrorCode, Request, SamplingParams
+from batchmill.jobs.requests.generation import Choice, ErrorCode, Request, SamplingParams
 from batchmill.worker.engine.chat import ChatTemplate
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.decoding import CONTEXT_TOKENS, Decoding

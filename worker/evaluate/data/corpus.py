@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from batchmill.jobs import kinds
 from batchmill.jobs.errors import UsageError
+from batchmill.jobs.runtime.files import formats
 
 #: No tokenizer makes fewer tokens of common text: so much is read for each token that is wanted.
 BYTES_PER_TOKEN = 16
@@ -59,10 +59,10 @@ class Corpus:
         most_bytes = max(_BLOCK_BYTES, BYTES_PER_TOKEN * tokens)
         try:
             with path.open("rb") as stream:
-                if what := kinds.foreign(stream.peek(kinds.HEAD_BYTES)):
+                if what := formats.foreign(stream.peek(formats.HEAD_BYTES)):
                     raise UsageError(f"{path}: {what}")
                 reading = _Reading(stream, path)
-                running = kinds.read_as(str(path)) == "text"
+                running = formats.read_as(str(path)) == "text"
                 examples = tuple(reading.running(most_bytes) if running else reading.lines(most_bytes))
                 if not examples:
                     raise UsageError(f"{path}: holds no text")

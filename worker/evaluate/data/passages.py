@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.schema import Request, SamplingParams
+from batchmill.jobs.requests.generation import Request, SamplingParams
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.evaluate.data.corpus import Corpus, Example

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.schema import Output, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Output, RequestKey, SamplingParams
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.registry import Chosen, choose

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.evaluate.measures.accuracy import Accuracy
 from batchmill.worker.evaluate.measures.agreement import Agreement
 from batchmill.worker.evaluate.measures.divergence import Divergence

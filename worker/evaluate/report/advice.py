@@ -7,7 +7,7 @@ a report; what is little stands in worker.evaluate.report.finding.
 
 from __future__ import annotations
 
-from batchmill.jobs.sizes import size
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.evaluate.measures.measurement import Measurement, Report
 from batchmill.worker.evaluate.report.finding import Finding, Verdict, findings, plural
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.files import check_target, replaced
+from batchmill.jobs.runtime.files.output_file import check_target, replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

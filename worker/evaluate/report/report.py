@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchmill.jobs.sizes import size
+from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.evaluate.measures.measurement import Failure, Measurement, Report
 from batchmill.worker.evaluate.report.advice import advice
 from batchmill.worker.evaluate.report.finding import LIMITS

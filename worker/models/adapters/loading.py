@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.digests import Digests
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.identity import of_adapter, of_commit
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import of_adapter, of_commit
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.models.adapters.low_rank import LoadedAdapter, LowRank
 from batchmill.worker.models.adapters.options import lora_options
 from batchmill.worker.models.load import LoadedModel, refuse_changed

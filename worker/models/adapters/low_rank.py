@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.identity import Content
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.identity import Content
 
 
 @dataclass(frozen=True, slots=True)

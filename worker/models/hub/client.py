@@ -30,9 +30,9 @@ from huggingface_hub.errors import RevisionResolutionError, SafetensorsParsingEr
 from huggingface_hub.file_download import repo_folder_name
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.locks import held_by
-from batchmill.jobs.sizes import size
-from batchmill.jobs.waiting import telling
+from batchmill.jobs.runtime.files.locks import held_by
+from batchmill.jobs.runtime.sizes import size
+from batchmill.jobs.runtime.waiting import telling
 from batchmill.worker.models.hub.errors import pull_command, translated
 
 #: A download writes all the time; one that has not for so long has no process any more, and nothing resumes it.

@@ -15,8 +15,8 @@ import httpx2
 from huggingface_hub import constants, errors, get_token
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.names import meant_instead, slip_line
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.misspellings import meant_instead, slip_line
+from batchmill.jobs.models.spec import ModelSpec
 
 _TOKENS_PAGE = f"{constants.HUGGINGFACE_CO_URL_HOME}settings/tokens"
 _TOO_MANY, _FORBIDDEN, _UNAUTHORIZED = 429, 403, 401

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.model_folder import ADAPTER_CONFIG
+from batchmill.jobs.models.folder import ADAPTER_CONFIG
 from batchmill.worker.models.hub import client as hub
 from batchmill.worker.models.hub.client import Listing, TensorHeader
 from batchmill.worker.models.hub.errors import HubUnreachable

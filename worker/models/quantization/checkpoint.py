@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.models.vetting import Refusal, weights
 
 log = get_logger(__name__)

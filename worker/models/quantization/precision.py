@@ -12,8 +12,8 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from transformers import BitsAndBytesConfig
 
-from batchmill.jobs.quantization import Kind, Quantization
-from batchmill.jobs.spec import ModelSpec
+from batchmill.jobs.models.quantization import Kind, Quantization
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.quantization.checkpoint import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, Checkpoint
 from batchmill.worker.models.quantization.layers import kept
 from batchmill.worker.models.vetting import Refusal

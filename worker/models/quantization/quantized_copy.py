@@ -18,9 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from batchmill.jobs import VERSION
 from batchmill.jobs.errors import ModelError, UsageError
-from batchmill.jobs.process import Process
-from batchmill.jobs.quantization import Kind
-from batchmill.jobs.spec import ECHO, ModelSpec
+from batchmill.jobs.models.quantization import Kind
+from batchmill.jobs.models.spec import ECHO, ModelSpec
+from batchmill.jobs.runtime.process.process import Process
 from batchmill.worker.models.load import loading, read_model
 from batchmill.worker.models.source import find
 from batchmill.worker.models.vetting import COPY, COPY_FORMAT, WEIGHTS_INDEX, vet

@@ -16,15 +16,15 @@ from typing import Any
 
 import psutil
 
-from batchmill.jobs.adapters import Adapter
-from batchmill.jobs.broker import Broker
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.process import end_of
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.states import RunOutcome, WorkerState
-from batchmill.jobs.store import Store
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import RunOutcome, WorkerState
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.runtime.process.process import end_of
+from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.workers import GIVEN_UP, Heartbeat
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.child import DRAIN_SIGNAL

@@ -9,15 +9,15 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.process import Lives, Process
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ECHO, ModelSpec
-from batchmill.jobs.states import RunOutcome
-from batchmill.jobs.store import Store
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.models.spec import ECHO, ModelSpec
+from batchmill.jobs.requests.states import RunOutcome
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.runtime.process.process import Lives, Process
 from batchmill.jobs.store.bounds import cut
-from batchmill.jobs.store.lease import Held, Seat
-from batchmill.jobs.store.recovery import Holder
+from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.leases.recovery import Holder
+from batchmill.jobs.store.store import Store
 from batchmill.worker.loop.batch_lines import log_taken_back
 from batchmill.worker.loop.spool import NewerSpool, SpoolFile, Spools, abandoned, read
 

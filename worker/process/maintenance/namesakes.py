@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from batchmill.jobs.broker import Broker
+from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.errors import BrokerUnavailable
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.process import Process
-from batchmill.jobs.store import Store
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.store import Store
 
 log = get_logger(__name__)
 _FORMAT = 1

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Generic, TypeVar
 
-from batchmill.jobs.broker import MAX_WAKEUPS, Broker
+from batchmill.jobs.broker.client import MAX_WAKEUPS, Broker
+from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable
-from batchmill.jobs.failpoints import failpoint
-from batchmill.jobs.logs import get_logger
-from batchmill.jobs.settings import Settings
-from batchmill.jobs.spec import ModelSpec
-from batchmill.jobs.store import Store
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.runtime.failpoints import failpoint
+from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.store.store import Store
 
 log = get_logger(__name__)
 Id = TypeVar("Id", int, str)

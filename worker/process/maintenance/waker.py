@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from batchmill.jobs.errors import StoreError
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchmill.jobs.quantization import Kind
+from batchmill.jobs.models.quantization import Kind
 from batchmill.worker.engine.continuous.execution.attention import Attention
 from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
 from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, FlashAttention, serves

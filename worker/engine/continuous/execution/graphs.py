@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from batchmill.jobs.logs import get_logger
+from batchmill.jobs.runtime.logs import get_logger
 
 log = get_logger(__name__)
 #: Takes tokens and positions (1, rows), and gives logits (rows, vocabulary).

@@ -1,0 +1,1 @@
+"""Wake-ups through Redis: the client that sends them, the filter of what comes in, and the embedded server."""

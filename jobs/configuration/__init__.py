@@ -1,0 +1,1 @@
+"""Settings, from the environment, batchmill.toml and the flags of commands."""

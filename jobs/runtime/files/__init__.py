@@ -1,0 +1,1 @@
+"""Files that batchmill reads, writes and locks."""

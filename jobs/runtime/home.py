@@ -1,0 +1,96 @@
+"""BATCHMILL_HOME, the folder of the embedded store, Redis, locks and logs: made when it is first needed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from batchmill.jobs.errors import SettingsError, StoreReplaced
+from batchmill.jobs.runtime.command_errors import refusal
+from batchmill.jobs.runtime.files.locks import held_by
+from batchmill.jobs.runtime.waiting import telling
+
+#: So much is written to see that a disk has space for more than a name.
+_TRIAL_BYTES = 4096
+#: A unix socket's path has at most 107 bytes.
+_SOCKET_PATH_BYTES = 107
+
+
+def make_home(home: Path) -> None:
+    """Makes the folder, for its user alone. Raises SettingsError, which says why it cannot be made."""
+    with _told_of(home):
+        nearest_folder(home)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def try_home(home: Path) -> None:
+    """Writes a file into the folder, or into the nearest that is there, and removes it. Raises SettingsError."""
+    with _told_of(home), tempfile.TemporaryFile(dir=nearest_folder(home)) as file:
+        file.write(b"\0" * _TRIAL_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def nearest_folder(home: Path) -> Path:
+    """The folder, or where it is not there yet the nearest one above it. Raises SettingsError where a file is."""
+    found = home
+    with _told_of(home):
+        while not found.exists():
+            found = found.parent
+    if not found.is_dir():
+        where = "is a file" if found == home else f"lies below {found}, which is a file"
+        raise SettingsError(f"BATCHMILL_HOME={home} {where}; name a folder")
+    return found
+
+
+def socket_path(home: Path) -> Path:
+    """Where the embedded Redis of this home listens: in it, or in a private folder if its path is too long."""
+    path = home / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
+        return path
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"batchmill-{os.getuid()}-{digest}" / "redis.sock"
+
+
+@contextmanager
+def use_store(home: Path) -> Iterator[None]:
+    """Held by each process that works on the embedded store of this home, for as long as it does."""
+    with _use_lock(home) as file:
+        path = Path(file.name)
+        with telling(f"{path}, the lock of who makes the store", holder=lambda: held_by([path])):
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def make_store(home: Path) -> Iterator[None]:
+    """Held while the embedded store of this home is made. Raises StoreReplaced where one is in use already."""
+    with _use_lock(home) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreReplaced(
+                f"the store of {home} is gone, and a worker, `run` or `up` is still at work on it: put its file back, "
+                "or end them, which begins a new and empty store"
+            ) from None
+        yield
+
+
+def _use_lock(home: Path) -> BinaryIO:
+    return (home / "store.lock").open("ab")
+
+
+@contextmanager
+def _told_of(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(
+            f"BATCHMILL_HOME={home} cannot be used: {refusal(error)}; or name another folder by BATCHMILL_HOME"
+        ) from None

@@ -1,0 +1,1 @@
+"""Processes: their environment, signals, standard files, and how one is told from another."""

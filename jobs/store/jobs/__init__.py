@@ -1,0 +1,1 @@
+"""Transactions that begin, end and reopen jobs."""

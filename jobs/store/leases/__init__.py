@@ -1,0 +1,1 @@
+"""Leases of batches: the order of the queue, claim, sync, recovery and blame."""

@@ -1,0 +1,267 @@
+"""Claiming: which batch a worker gets next, and the one UPDATE that gives it to a single worker.
+
+The oldest job's lowest batch comes first, of those that need no adapter but what the worker holds. Beyond its first
+batch a worker gets only what no idle worker could start.
+Suspects of a crash run apart: a worker that holds nothing gets such a batch before any other, and nothing beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, func, insert, select, update
+
+from batchmill.jobs.errors import StoreBusy
+from batchmill.jobs.models.adapters import from_json, to_json
+from batchmill.jobs.models.identity import differences
+from batchmill.jobs.requests.generation import JobOptions, Request, SamplingParams
+from batchmill.jobs.requests.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
+from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.leases.lease import Claimed, Lease, Seat
+from batchmill.jobs.store.leases.queue import NO_ADAPTER, Among, Need, count_pending, heads, needs_met, waiting
+from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.store.workers import idle_workers
+
+#: How far pending batches are counted when they are compared with idle workers.
+_COUNT_LIMIT = 500
+#: So many jobs are tried where others hold the locks of all that is pending.
+_MOST_JOBS = 100
+
+
+def _among(seat: Seat) -> Among:
+    """The jobs that this worker may take."""
+    return Among(seat.spec.canonical, frozenset([seat.identity]), seat.only_job, begun=not seat.may_begin)
+
+
+class Claiming:
+    """Steps inside a worker's turn; each takes the turn's connection."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim(
+        self, connection: Connection, seat: Seat, holds: bool, wanted_requests: int, in_flight_room: int
+    ) -> tuple[Claimed, ...]:
+        """Claims until `wanted_requests` or a page of bytes are there; beyond the first batch only what no idle worker
+        could start.
+        """
+        claimed: list[Claimed] = []
+        spare: Counter[str] | None = None
+        met: Sequence[Need] = needs_met(connection, seat.spec.canonical, seat.adapters) if wanted_requests > 0 else ()
+        while wanted_requests > 0:
+            if holds or claimed:
+                if spare is None:
+                    spare = self._spare(connection, seat, met)
+                met = [each for each in met if spare[each.adapter] > 0]
+            batch = self._claim_one(connection, seat, met, in_flight_room, alone=not holds and not claimed)
+            if batch is None:
+                break
+            claimed.append(batch)
+            if batch.lease.apart:
+                break
+            if spare is not None:
+                spare[batch.adapter or NO_ADAPTER] -= 1
+            wanted_requests -= len(batch.requests)
+            in_flight_room -= batch.in_flight
+            if sum(each.size_bytes for each in claimed) >= PAGE_BYTES:
+                break
+        return tuple(claimed)
+
+    def _spare(self, connection: Connection, seat: Seat, met: Sequence[Need]) -> Counter[str]:
+        """What is left, by the adapter needed, of a page of pending batches once every idle worker has taken one.
+
+        Who holds the fewest adapters takes first, and what few can take before what all can.
+        """
+        spare = count_pending(connection, _among(seat), met, most=_COUNT_LIMIT)
+        for names, count in sorted(self.idle(connection, seat).items(), key=lambda each: len(each[0])):
+            free = count
+            for name in (*sorted(names), NO_ADAPTER):
+                taken = min(free, spare[name])
+                spare[name] -= taken
+                free -= taken
+        return spare
+
+    def idle(self, connection: Connection, seat: Seat) -> dict[frozenset[str], int]:
+        """How many idle workers there are beside the one that asks, by the adapters they hold."""
+        return idle_workers(
+            connection,
+            spec=seat.spec.canonical,
+            identity=seat.identity,
+            job_id=seat.only_job,
+            other_than=seat.worker_id,
+            now=self._database.now,
+        )
+
+    def for_idle(self, connection: Connection, seat: Seat, untouched: Sequence[Lease]) -> list[Lease]:
+        """Which of these leases idle workers could start, who find nothing pending; the last claimed go first."""
+        idle = self.idle(connection, seat)
+        if not idle:
+            return []
+        takeable = [Need(name) for name in {NO_ADAPTER}.union(*idle)]
+        found = heads(connection, _among(seat), takeable, most=1)
+        unclaimed = {each.adapter for each in found}
+        needed = self._needed(connection, untouched)
+        given: list[Lease] = []
+        for names, count in sorted(idle.items(), key=lambda each: len(each[0])):
+            takes = {NO_ADAPTER, *names}
+            if not takes & unclaimed:
+                free = [each for each in untouched if needed[each.batch_id] in takes and each not in given]
+                given += free[len(free) - min(count, len(free)) :]
+        return given
+
+    def _needed(self, connection: Connection, leases: Sequence[Lease]) -> dict[int, str]:
+        """The adapter that each of these batches needs."""
+        ids = [each.batch_id for each in leases]
+        rows = connection.execute(select(batches.c.id, batches.c.adapter).where(batches.c.id.in_(ids))).all()
+        return {row.id: row.adapter for row in rows}
+
+    def _claim_one(
+        self, connection: Connection, seat: Seat, met: Sequence[Need], in_flight_room: int, *, alone: bool
+    ) -> Claimed | None:
+        """Claims the best pending batch; None if there is none, or if it runs apart and the worker is not alone.
+
+        A worker that is alone (after a crash its new process is) takes suspects first, while the others go on. Who
+        meets them behind the rest of their job claims nothing that comes after them: a worker that always found more
+        would never be alone, and they would wait for ever.
+        """
+        found = self._best(connection, seat, met, suspects=True) if alone else None
+        found = found or self._best(connection, seat, met)
+        if found is None or (found.crashes and not alone):
+            return None
+        batch_id = found.id
+        won = connection.execute(
+            update(batches)
+            .where(batches.c.id == batch_id, batches.c.state.in_(BATCH_BEFORE[BatchState.LEASED]))
+            .values(
+                state=BatchState.LEASED.value,
+                fence=batches.c.fence + 1,
+                worker_id=seat.worker_id,
+                worker_generation=seat.generation,
+                lease_until=self._database.now + seat.lease_seconds,
+            )
+            .returning(batches.c.fence, batches.c.job_id)
+        ).one()
+        prompts, size_bytes = self._unanswered(connection, seat, batch_id, won.job_id)
+        first = max(0, min(in_flight_room, len(prompts)))
+        in_flight = [each.index for each in prompts[:first]]
+        run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
+        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0)
+        return Claimed(lease, prompts, first, found.adapter or None, size_bytes)
+
+    def _best(self, connection: Connection, seat: Seat, met: Sequence[Need], *, suspects: bool = False) -> Any:
+        """The first pending batch that the worker may take, locked; what others have locked is passed over."""
+        found = heads(connection, _among(seat), met, suspects=suspects, most=_MOST_JOBS)
+        for head in found:
+            first = (
+                select(batches.c.id, batches.c.crashes, batches.c.adapter)
+                .where(batches.c.job_id == head.job_id, *waiting(head.adapter, suspects=suspects))
+                .order_by(batches.c.id)
+                .limit(1)
+            )
+            best: Any = connection.execute(first.with_for_update(skip_locked=True, key_share=True)).first()
+            if best is not None:
+                return best
+        return None
+
+    def _unanswered(
+        self, connection: Connection, seat: Seat, batch_id: int, job_id: str
+    ) -> tuple[tuple[Request, ...], int]:
+        """The requests of a batch that have no output yet, and the bytes of their bodies."""
+        options = self._options(connection, seat, job_id)
+        answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+        rows = connection.execute(
+            select(requests.c.index, requests.c.custom_id, requests.c.body)
+            .select_from(requests.outerjoin(outputs, answered))
+            .where(requests.c.batch_id == batch_id, outputs.c.index.is_(None))
+            .order_by(requests.c.index)
+        ).all()
+        return (
+            tuple(Request.from_body(*row).under(options) for row in rows),
+            sum(text_bytes(row.body) for row in rows),
+        )
+
+    def _options(self, connection: Connection, seat: Seat, job_id: str) -> JobOptions:
+        """What holds for a job's requests: what was written down, or else what `begin_job` will write."""
+        row = connection.execute(select(jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
+        asked = JobOptions.from_json(json.loads(row.options))
+        if row.sampling is not None:
+            return replace(asked, sampling=SamplingParams.from_json(json.loads(row.sampling)))
+        return replace(asked, sampling=asked.sampling.over(seat.defaults).over(SamplingParams.fallback()))
+
+    def begin_job(self, connection: Connection, seat: Seat, job_id: str, *, adapters: Collection[str]) -> None:
+        """Batches of this job that need these adapters were claimed: it runs, and what holds for it is written down.
+
+        A step of its own after all claims, since the jobs' rows are locked after the batches', by id.
+        """
+        row = connection.execute(
+            select(jobs.c.state, jobs.c.sampling, jobs.c.versions, jobs.c.identity, jobs.c.adapters)
+            .where(jobs.c.id == job_id)
+            .with_for_update(key_share=True)
+        ).one()
+        changes: dict[str, Any] = {}
+        if row.identity is None:
+            changes["identity"] = seat.identity
+        elif row.identity != seat.identity:
+            raise StoreBusy(
+                f"another worker began job {job_id} at the same moment, and this one holds a model with another"
+                f" {differences(row.identity, seat.identity)}; it claims again without that job"
+            )
+        if row.sampling is None:
+            held = self._options(connection, seat, job_id).sampling
+            changes["sampling"] = json.dumps(held.to_json())
+            changes["versions"] = json.dumps(json.loads(row.versions) | dict(seat.versions))
+        if adapters:
+            changes |= self._settled(row.adapters, seat, job_id, adapters)
+        if JobState(row.state) in JOB_BEFORE[JobState.RUNNING]:
+            changes["state"] = JobState.RUNNING.value
+            changes["started_at"] = func.coalesce(jobs.c.started_at, self._database.now)
+        if changes:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(changes))
+
+    def _settled(self, before: str | None, seat: Seat, job_id: str, adapters: Collection[str]) -> dict[str, str]:
+        """What these adapters mean to the job from now on, so that its outputs never mix two meanings of a name.
+
+        Raises StoreBusy where another worker has settled one otherwise since this one looked.
+        """
+        settled = {each.name: each for each in from_json(before)}
+        for each in seat.adapters:
+            if each.name not in adapters:
+                continue
+            mine = settled.get(each.name, each)
+            if not mine.agrees_with(each):
+                raise StoreBusy(
+                    f"another worker began job {job_id} at the same moment with {mine}, and this one"
+                    f" holds another one, {each}; it claims again without that job"
+                )
+            settled[each.name] = mine if each.identity is None else each
+        after = to_json(settled.values())
+        return {} if after == before else {"adapters": after}
+
+    def _begin_run(
+        self,
+        connection: Connection,
+        seat: Seat,
+        batch_id: int,
+        won: Row[Any],
+        in_flight: list[int],
+    ) -> int:
+        run = insert(runs).values(
+            job_id=won.job_id,
+            batch_id=batch_id,
+            fence=won.fence,
+            worker_id=seat.worker_id,
+            worker_generation=seat.generation,
+            device=seat.device,
+            device_uuid=seat.device_uuid,
+            model_commit=seat.model_commit,
+            model_load_seconds=seat.model_load_seconds,
+            started_at=self._database.now,
+            in_flight=json.dumps(in_flight),
+            error_codes="{}",
+        )
+        return int(connection.execute(run.returning(runs.c.id)).scalar_one())

@@ -1,0 +1,113 @@
+"""The store: every query and every transaction, behind one class. No SQL stands anywhere else.
+
+`loading` puts a prompt file into it, `saving` is a worker's turn (with what it claims), `recovery` takes leases back
+and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading`, `effort`
+and `sampling` answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the
+workers' rows, `health` tells a broken device from a bad prompt; `evaluations` keeps what quantization was measured to
+cost, `speeds` reads how fast a machine's workers have been; `checking` looks it all over; `own_id` tells this store
+from every other.
+Locks are taken in one order everywhere: batches by id, then jobs by id.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sqlalchemy import ColumnElement, inspect, text
+
+from batchmill.jobs.errors import SchemaMismatch, StoreError
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.jobs.close import Closing
+from batchmill.jobs.store.jobs.create import Loading
+from batchmill.jobs.store.jobs.retry import Retrying
+from batchmill.jobs.store.leases.health import Health
+from batchmill.jobs.store.leases.recovery import Recovery
+from batchmill.jobs.store.leases.sync import Saving
+from batchmill.jobs.store.own_id import OwnId
+from batchmill.jobs.store.tables import REVISION, metadata
+from batchmill.jobs.store.views.blockers import Holders
+from batchmill.jobs.store.views.evaluations import Evaluations
+from batchmill.jobs.store.views.jobs import Reading
+from batchmill.jobs.store.views.sample import Sampling
+from batchmill.jobs.store.views.speeds import Speeds
+from batchmill.jobs.store.views.usage import EffortReading
+from batchmill.jobs.store.workers import Workers
+
+if TYPE_CHECKING:
+    from batchmill.jobs.store.checking import Checking
+
+_REVISION = re.compile(r"[0-9]{4}")
+_MOST_NAMES = 5
+
+
+class Store:
+    """One store, by its URL. Safe to use from several threads; each call is its own transaction."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        busy_seconds: float = 30.0,
+        now: ColumnElement[float] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.database = Database(url, busy_seconds=busy_seconds, now=now, read_only=read_only)
+        self.closing = Closing(self.database)
+        self.loading = Loading(self.database)
+        self.retrying = Retrying(self.database)
+        self.saving = Saving(self.database, self.closing)
+        self.recovery = Recovery(self.database, self.closing)
+        self.effort = EffortReading(self.database)
+        self.evaluations = Evaluations(self.database)
+        self.health = Health(self.database)
+        self.holders = Holders(self.database)
+        self.own_id = OwnId(self.database)
+        self.reading = Reading(self.database)
+        self.sampling = Sampling(self.database)
+        self.speeds = Speeds(self.database)
+        self.workers = Workers(self.database)
+
+    @cached_property
+    def checking(self) -> Checking:
+        from batchmill.jobs.store.checking import Checking  # here, since it builds all its questions as it is imported
+
+        return Checking(self.database)
+
+    @property
+    def id(self) -> str:
+        """What tells this store from every other. Raises StoreError."""
+        return self.own_id.get()
+
+    def revision(self) -> str | None:
+        """The alembic revision of its tables, None when it has none. Raises StoreError for those of another program."""
+        if self.database.is_absent:
+            return None
+        with self.database.read() as connection:
+            tables = set(inspect(connection).get_table_names())
+            found = None
+            if "alembic_version" in tables:
+                found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        # Others may have tables in a PostgreSQL database, under other names; a file is one program's.
+        foreign = tables if self.database.is_sqlite else tables & metadata.tables.keys()
+        if (found is None and foreign - {"alembic_version"}) or (found and not _REVISION.fullmatch(found)):
+            names = ", ".join(sorted(foreign)[:_MOST_NAMES])
+            raise StoreError(
+                f"{self.database.name} holds the tables of another program ({names}), and no store of batchmill; "
+                "name another by BATCHMILL_HOME or BATCHMILL_DATABASE_URL"
+            )
+        return found
+
+    def check_revision(self) -> None:
+        """Raises SchemaMismatch unless the tables are of the revision that this batchmill works with."""
+        found = self.revision()
+        if found != REVISION:
+            state = "has no tables yet" if found is None else f"is at revision {found}"
+            raise SchemaMismatch(
+                f"the store {self.database.name} {state}, this batchmill works at {REVISION}: "
+                "run `batchmill db upgrade`"
+            )
+
+    def close(self) -> None:
+        self.database.close()

@@ -1,0 +1,1 @@
+"""Questions about jobs, workers and models. Nothing here writes but what was measured."""

@@ -1,0 +1,312 @@
+"""Who stands between a job and its end: who holds its batches, what waits, who could take it. It changes nothing.
+
+All of it is one short transaction, so that the parts agree with each other; what it means is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, or_, select
+
+from batchmill.jobs.errors import NotFound
+from batchmill.jobs.models.adapters import Adapter, from_json
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
+from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.leases.lease import is_over
+from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, workers
+from batchmill.jobs.store.views.missing_adapters import Lack, lacks
+from batchmill.jobs.store.workers import GIVEN_UP, alive
+
+#: Workers and crashes of longer ago are no news.
+_NEWS_SECONDS = 86_400.0
+_MOST_OLDER_JOBS = 3
+_MOST_CRASHES = 5
+_MOST_OTHERS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One worker as it was last seen; `batches` is how many it holds, of any job.
+
+    `loading_since`: when its newest child began to load the model; None before its first child.
+    """
+
+    id: int
+    name: str
+    host: str
+    process: Process | None
+    device: str
+    state: WorkerState
+    error: str | None
+    spec: ModelSpec
+    only_job: str | None
+    identity: str | None
+    adapters: tuple[Adapter, ...]
+    generation: int
+    started_at: float
+    loading_since: float | None
+    seen_seconds: float
+    alive: bool
+    batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What one worker holds of a job: since when, until when its first lease runs, and how many are over."""
+
+    worker: Seen
+    batches: int
+    since: float
+    lease_until: float
+    expired: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A job's pending batches; those of `suspects` run apart. `waits_since`: when the next one could be claimed.
+
+    `needs`: the adapters that they need, empty for those that need none.
+    """
+
+    batches: int
+    needs: frozenset[str]
+    suspects: int
+    suspect_requests: int
+    waits_since: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Crashes:
+    """How often a worker's processes died, or let their lease expire, while they held batches of a job."""
+
+    worker: Seen
+    outcome: RunOutcome
+    times: int
+    last_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Everything around one job at one moment, `now` in seconds since 1970, UTC.
+
+    `serving`: workers of its ModelSpec, the last seen first. `others`: live ones of the same model held differently.
+    `older`: jobs that go first, with their pending batches. `live`: the process of each live worker, of any
+    ModelSpec, None where it told none; each of them reconciles.
+    """
+
+    now: float
+    holds: tuple[Hold, ...]
+    pending: Pending
+    older: tuple[tuple[str, int], ...]
+    crashes: tuple[Crashes, ...]
+    serving: tuple[Seen, ...]
+    others: tuple[Seen, ...]
+    live: tuple[Process | None, ...]
+    last_answer_at: float | None
+
+    @property
+    def live_workers(self) -> int:
+        return len(self.live)
+
+
+class Holders:
+    """The looking around side of the store."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def around(self, job_id: str, *, lease_seconds: float) -> Around:
+        """What is around a job. Raises NotFound."""
+        with self._database.read() as connection:
+            job: Any = connection.execute(
+                select(jobs.c.id, jobs.c.spec, jobs.c.queued_at).where(
+                    jobs.c.id == job_id, jobs.c.state != JobState.LOADING.value
+                )
+            ).first()
+            if job is None:
+                raise NotFound(f"there is no job {job_id}; `batchmill jobs` lists them")
+            now = self._database.now
+            return Around(
+                now=connection.scalar(select(now)) or 0.0,
+                holds=self._holds(connection, job_id, lease_seconds),
+                pending=_pending(connection, job),
+                older=_older(connection, job),
+                crashes=self._crashes(connection, job_id),
+                serving=self._seen(connection, self._serving(job.spec, job_id)),
+                others=self._others(connection, ModelSpec.from_canonical(job.spec)),
+                live=tuple(map(Process.parse, connection.scalars(select(workers.c.process).where(alive(now))))),
+                last_answer_at=_last_answer(connection, job_id),
+            )
+
+    def lacks(self, job_id: str) -> tuple[Lack, ...]:
+        """The adapters that pending batches of a job need and no live worker holds that may take it."""
+        with self._database.read() as connection:
+            return lacks(connection, job_id, now=self._database.now)
+
+    def given_up(self, spec: ModelSpec, *, job_id: str) -> tuple[Seen, ...]:
+        """Workers of a spec that are sick or failed and were not started again since, the last seen first."""
+        which = and_(self._serving(spec.canonical, job_id), workers.c.state.in_(GIVEN_UP))
+        with self._database.read() as connection:
+            return self._seen(connection, which)
+
+    def _serving(self, spec: str, job_id: str) -> ColumnElement[bool]:
+        """Live workers of a spec, also those bound to other jobs, and of late those that nobody has replaced."""
+        newer = workers.alias("newer")
+        replaced = exists().where(
+            newer.c.spec == workers.c.spec,
+            newer.c.host == workers.c.host,
+            newer.c.device == workers.c.device,
+            newer.c.id > workers.c.id,
+        )
+        bound_here = or_(workers.c.only_job.is_(None), workers.c.only_job == job_id)
+        gone = and_(workers.c.heartbeat_at > self._database.now - _NEWS_SECONDS, bound_here, ~replaced)
+        return and_(workers.c.spec == spec, or_(alive(self._database.now), gone))
+
+    def _others(self, connection: Connection, spec: ModelSpec) -> tuple[Seen, ...]:
+        """Live workers of another spec whose model has the same last name."""
+        live = and_(alive(self._database.now), workers.c.spec != spec.canonical)
+        found = self._seen(connection, live, most=_MOST_OTHERS)
+        return tuple(each for each in found if _last_name(each.spec) == _last_name(spec))
+
+    def _seen(self, connection: Connection, which: ColumnElement[bool], *, most: int | None = None) -> tuple[Seen, ...]:
+        now = self._database.now
+        held = (
+            select(func.count())
+            .where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
+            .scalar_subquery()
+        )
+        rows: Sequence[Any] = connection.execute(
+            select(
+                workers,
+                alive(now).label("alive"),
+                (now - workers.c.heartbeat_at).label("seen_seconds"),
+                held.label("batches"),
+            )
+            .where(which)
+            .order_by(workers.c.heartbeat_at.desc(), workers.c.id.desc())
+            .limit(most)
+        ).all()
+        return tuple(_seen(row) for row in rows)
+
+    def _by_id(self, connection: Connection, ids: Sequence[int]) -> dict[int, Seen]:
+        return {each.id: each for each in self._seen(connection, workers.c.id.in_(ids))}
+
+    def _holds(self, connection: Connection, job_id: str, lease_seconds: float) -> tuple[Hold, ...]:
+        its_run = and_(runs.c.batch_id == batches.c.id, runs.c.fence == batches.c.fence)
+        over = is_over(batches.c.lease_until, now=self._database.now, lease_seconds=lease_seconds)
+        late = case((over, 1), else_=0)
+        rows = connection.execute(
+            select(
+                batches.c.worker_id,
+                func.count().label("batches"),
+                func.min(runs.c.started_at).label("since"),
+                func.min(batches.c.lease_until).label("lease_until"),
+                func.sum(late).label("expired"),
+            )
+            .select_from(batches.join(runs, its_run))
+            .where(batches.c.job_id == job_id, batches.c.state == BatchState.LEASED.value)
+            .group_by(batches.c.worker_id)
+            .order_by(batches.c.worker_id)
+        ).all()
+        who = self._by_id(connection, [row.worker_id for row in rows])
+        return tuple(
+            Hold(who[row.worker_id], row.batches, row.since, row.lease_until, int(row.expired)) for row in rows
+        )
+
+    def _crashes(self, connection: Connection, job_id: str) -> tuple[Crashes, ...]:
+        """One process may have held several batches, so its deaths are counted by its generations."""
+        last_at = func.max(runs.c.finished_at).label("last_at")
+        rows = connection.execute(
+            select(
+                runs.c.worker_id,
+                runs.c.outcome,
+                func.count(runs.c.worker_generation.distinct()).label("times"),
+                last_at,
+            )
+            .where(runs.c.job_id == job_id, runs.c.finished_at > self._database.now - _NEWS_SECONDS)
+            .where(runs.c.outcome.in_([RunOutcome.CRASHED.value, RunOutcome.EXPIRED.value]))
+            .group_by(runs.c.worker_id, runs.c.outcome)
+            .order_by(last_at.desc())
+            .limit(_MOST_CRASHES)
+        ).all()
+        who = self._by_id(connection, [row.worker_id for row in rows])
+        return tuple(Crashes(who[row.worker_id], RunOutcome(row.outcome), row.times, row.last_at) for row in rows)
+
+
+def _pending(connection: Connection, job: Row[Any]) -> Pending:
+    suspect = batches.c.crashes > 0
+    open_requests = batches.c.total - batches.c.succeeded - batches.c.failed - batches.c.cancelled
+    mine = and_(batches.c.job_id == job.id, batches.c.state == BatchState.PENDING.value)
+    row = connection.execute(
+        select(
+            func.count().label("batches"),
+            func.coalesce(func.sum(case((suspect, 1), else_=0)), 0).label("suspects"),
+            func.coalesce(func.sum(case((suspect, open_requests), else_=0)), 0).label("suspect_requests"),
+            func.min(batches.c.id).label("next"),
+        ).where(mine)
+    ).one()
+    tried_at = connection.scalar(select(func.max(runs.c.finished_at)).where(runs.c.batch_id == row.next))
+    waits_since = None if row.next is None else max(tried_at or 0.0, job.queued_at)
+    needs = frozenset(connection.scalars(select(batches.c.adapter).where(mine).distinct()).all())
+    return Pending(row.batches, needs, int(row.suspects), int(row.suspect_requests), waits_since)
+
+
+def _older(connection: Connection, job: Row[Any]) -> tuple[tuple[str, int], ...]:
+    """The jobs of the same queue that workers claim from before they come to this one."""
+    before = or_(jobs.c.queued_at < job.queued_at, and_(jobs.c.queued_at == job.queued_at, jobs.c.id < job.id))
+    rows = connection.execute(
+        select(jobs.c.id, func.count().label("pending"))
+        .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
+        .where(jobs.c.spec == job.spec, jobs.c.state.in_(CLAIMABLE_JOB_STATES), before)
+        .where(batches.c.state == BatchState.PENDING.value)
+        .group_by(jobs.c.id, jobs.c.queued_at)
+        .order_by(jobs.c.queued_at, jobs.c.id)
+        .limit(_MOST_OLDER_JOBS)
+    ).all()
+    return tuple((row.id, row.pending) for row in rows)
+
+
+def _last_answer(connection: Connection, job_id: str) -> float | None:
+    """When the last answer came: in a batch that is held, or at the end of a run that brought some."""
+    answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+    held = connection.scalar(
+        select(func.max(outputs.c.finished_at))
+        .select_from(batches.join(requests, requests.c.batch_id == batches.c.id).join(outputs, answered))
+        .where(batches.c.job_id == job_id, batches.c.state == BatchState.LEASED.value)
+    )
+    done = connection.scalar(
+        select(func.max(runs.c.finished_at)).where(runs.c.job_id == job_id, runs.c.outcome == RunOutcome.DONE.value)
+    )
+    return max((each for each in (held, done) if each is not None), default=None)
+
+
+def _last_name(spec: ModelSpec) -> str:
+    """`Llama-3` of `org/llama-3` and of `/models/Llama-3`, in small letters."""
+    return spec.model.rstrip("/").rsplit("/", 1)[-1].casefold()
+
+
+def _seen(row: Row[Any]) -> Seen:
+    return Seen(
+        id=row.id,
+        name=row.name,
+        host=row.host,
+        process=Process.parse(row.process),
+        device=row.device,
+        state=WorkerState(row.state),
+        error=row.error,
+        spec=ModelSpec.from_canonical(row.spec),
+        only_job=row.only_job,
+        identity=row.identity,
+        adapters=from_json(row.adapters),
+        generation=row.generation,
+        started_at=row.started_at,
+        loading_since=row.loading_since,
+        seen_seconds=row.seen_seconds,
+        alive=bool(row.alive),
+        batches=row.batches,
+    )

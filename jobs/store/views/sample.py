@@ -1,0 +1,69 @@
+"""A sample of a job's requests, of bounded size however long the file: how long prompts and answers are.
+
+Half of it lies evenly over the whole file, half over its beginning up to where answers are, by the primary keys alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import and_, select
+
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.store.bounds import octets
+from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.tables import outputs, requests
+
+#: So many requests of the whole file, and so many of its beginning.
+SAMPLED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One request. `state`: its output's, None while it is pending; `completion_tokens` are those of its answer."""
+
+    index: int
+    body_bytes: int
+    state: RequestState | None = None
+    completion_tokens: int = 0
+
+
+def spread(total: int, *, begun: int) -> list[int]:
+    """Indexes of a file of `total` requests, of which the first `begun` have been begun, in order."""
+    parts = ((total, min(total, SAMPLED)), (begun, min(begun, SAMPLED)))
+    return sorted({place * length // count for length, count in parts for place in range(count)})
+
+
+class Sampling:
+    """Reads samples; long prompts are not read, the database knows their bytes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def of(self, job_id: str, *, total: int, begun: int) -> tuple[Sampled, ...]:
+        """In file order."""
+        same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+        chosen = (
+            select(
+                requests.c.index,
+                octets(self._database, requests.c.body).label("body_bytes"),
+                outputs.c.state,
+                outputs.c.completion_tokens,
+            )
+            .select_from(requests.outerjoin(outputs, same))
+            .where(requests.c.job_id == job_id, requests.c.index.in_(spread(total, begun=begun)))
+            .order_by(requests.c.index)
+        )
+        with self._database.read() as connection:
+            rows: Sequence[Any] = connection.execute(chosen).all()
+        return tuple(
+            Sampled(
+                row.index,
+                row.body_bytes,
+                None if row.state is None else RequestState(row.state),
+                row.completion_tokens or 0,
+            )
+            for row in rows
+        )

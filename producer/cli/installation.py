@@ -1,0 +1,145 @@
+"""The commands about the installation: doctor, and db with its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from batchmill.producer.cli.commands import Command
+from batchmill.producer.cli.completion import complete_job, complete_model
+
+if TYPE_CHECKING:
+    from batchmill.jobs.store.store import Store
+
+
+@click.group(epilog="Example: batchmill db upgrade")
+def db() -> None:
+    """The tables of the store."""
+
+
+@db.command(
+    cls=Command,
+    short_help="Bring the tables to this batchmill's revision.",
+    epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/mill batchmill db upgrade",
+)
+def upgrade() -> None:
+    """Bring the store's tables to the revision that this batchmill works with."""
+    from batchmill import migrations
+    from batchmill.jobs.configuration.settings import load_settings
+
+    settings = load_settings()
+    if settings.embedded_store:
+        migrations.open_store(settings).close()
+    else:
+        migrations.check_disk(settings.database)
+        migrations.upgrade(settings.database)
+    click.echo(f"the store is at revision {_revision()[0]}", err=True)
+
+
+@db.command(cls=Command, short_help="Show the revision of the tables.", epilog="Example: batchmill db current --json")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def current(as_json: bool) -> None:
+    """Show the revision of the store, and the one that this batchmill works with."""
+    import json
+
+    found, works_with = _revision()
+    if as_json:
+        click.echo(json.dumps({"revision": found, "works_with": works_with}))
+    else:
+        click.echo(f"{found or 'no tables'} (this batchmill works with {works_with})")
+
+
+@db.command(
+    "new-id",
+    cls=Command,
+    short_help="Give a copy of a store an id of its own.",
+    epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/copy batchmill db new-id",
+)
+def new_id() -> None:
+    """Give a copy of a store an id of its own, so that it shares no queue and no spool with the original.
+
+    A store that was restored in the place of the original keeps its id. Stop the copy's workers before, and start them
+    again afterwards.
+    """
+    from batchmill import migrations
+    from batchmill.jobs.configuration.settings import load_settings
+
+    store = migrations.open_store(load_settings())
+    try:
+        click.echo(f"the store {store.database.name} has the id {store.own_id.renew()}", err=True)
+    finally:
+        store.close()
+
+
+@db.command(
+    cls=Command, short_help="Look the whole store over without writing.", epilog="Example: batchmill db check --json"
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def check(as_json: bool) -> None:
+    """Look the whole store over without writing: damage, lost rows, counts against sums, states.
+
+    A line for each thing that is wrong, and exit code 1 if there is one. Workers may go on meanwhile.
+    """
+    from batchmill.producer.cli.store_report import report
+
+    with _read_only_store() as store:
+        store.check_revision()
+        sys.exit(report(store, as_json=as_json))
+
+
+def _revision() -> tuple[str | None, str]:
+    from batchmill.jobs.store.tables import REVISION
+
+    with _read_only_store() as store:
+        return store.revision(), REVISION
+
+
+@contextmanager
+def _read_only_store() -> Iterator[Store]:
+    from batchmill.jobs.configuration.settings import load_settings
+    from batchmill.jobs.runtime.home import try_home
+    from batchmill.jobs.store.store import Store
+
+    settings = load_settings()
+    if settings.embedded_store and not settings.database_file.exists():
+        try_home(settings.home)
+    store = Store(settings.database, busy_seconds=settings.busy_seconds, read_only=True)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@click.command(cls=Command, epilog="Example: batchmill doctor last")
+@click.argument("job", required=False, shell_complete=complete_job)
+@click.option("-m", "--model", shell_complete=complete_model, help="A model that is to be readable here (without JOB).")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(job: str | None, model: str | None, as_json: bool) -> None:
+    """Check what batchmill needs, or say why JOB does not move and what to do.
+
+    Without JOB: a line for each need, with the fix; exit code 1 if a required one fails. With JOB (an id, the
+    beginning of one, or `last`): exit code 1 if it is stuck until you act, 0 if it moves, waits or has ended.
+    """
+    from batchmill.jobs.configuration.settings import load_settings
+
+    if job is not None and model is not None:
+        raise click.UsageError("JOB says which model it wants: leave --model out")
+    settings = load_settings()
+    if job is None:
+        from batchmill.producer.cli.doctor import examine, report
+
+        sys.exit(report(examine(settings, model=model), as_json=as_json))
+    import json
+
+    from batchmill.producer.views.diagnosis.verdict import examine_job
+
+    found = examine_job(settings, job)
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    sys.exit(found.exit_code)
+
+
+COMMANDS: tuple[click.Command, ...] = (doctor, db)

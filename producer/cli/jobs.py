@@ -1,0 +1,237 @@
+"""The commands about jobs and workers that exist: status, jobs, workers, wait, results, cancel, retry, logs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.runtime.files.formats import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
+from batchmill.producer.cli.commands import Command
+from batchmill.producer.cli.completion import LAST, complete_job
+
+if TYPE_CHECKING:
+    from batchmill.jobs.configuration.settings import Settings
+    from batchmill.jobs.store.store import Store
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+_MOST_JOBS = 20
+#: A worker whose model cannot be loaded, or whose device is sick, is shown for so long.
+_GIVEN_UP_SHOWN_SECONDS = 86_400
+
+
+def _open() -> tuple[Settings, Store]:
+    from batchmill.jobs.configuration.settings import load_settings
+    from batchmill.migrations import open_store
+
+    settings = load_settings()
+    return settings, open_store(settings)
+
+
+@click.command(cls=Command, epilog="Example: batchmill status last --watch")
+@click.argument("job", default=LAST, shell_complete=complete_job)
+@click.option("--watch", is_flag=True, help="Follow it until it has ended.")
+@_JSON
+def status(job: str, watch: bool, as_json: bool) -> None:
+    """Show how far JOB is, who works on it, how fast, and when it ends.
+
+    JOB is an id, the beginning of one, or `last`.
+    """
+    from batchmill.producer.reconcile_once import tidy
+    from batchmill.producer.views.status import JobStatus
+
+    settings, store = _open()
+    tidy(settings)
+    job_id = store.reading.find(job)
+    if watch:
+        from batchmill.producer.cli.progress import wait_for
+
+        wait_for(store, job_id, settings=settings)
+    found = JobStatus.read(store, job_id, settings)
+    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+
+
+@click.command(cls=Command, epilog="Example: batchmill jobs --json")
+@click.option("-n", "most", type=click.IntRange(1), default=_MOST_JOBS, show_default=True, help="How many.")
+@_JSON
+def jobs(most: int, as_json: bool) -> None:
+    """List the newest jobs: when each was submitted, how long it has run, and how many requests it has answered.
+
+    DURATION goes from the first batch to the end of the job, or to now.
+    """
+    from batchmill.jobs.requests.states import JobState
+    from batchmill.producer.cli.text.job_table import table
+    from batchmill.producer.views.status import JobStatus, job_json
+
+    settings, store = _open()
+    found = store.reading.jobs(most=most)
+    at_work = {each.id: JobStatus.read(store, each.id, settings) for each in found if each.state is JobState.RUNNING}
+    if as_json:
+        estimates = {job_id: each.estimate for job_id, each in at_work.items()}
+        click.echo(json.dumps([job_json(each, estimates.get(each.id)) for each in found]))
+        return
+    if not found:
+        click.echo("no jobs yet; `batchmill run` and `batchmill submit` make one", err=True)
+        return
+    notes = {job_id: f"ends in {each.ends_in}" if each.estimate else each.ends_in for job_id, each in at_work.items()}
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    click.echo("\n".join(table(found, notes=notes, now=store.reading.now(), width=width)))
+
+
+@click.command(cls=Command, epilog="Example: batchmill workers --all")
+@click.option("--all", "everyone", is_flag=True, help="Those that have ended, too.")
+@_JSON
+def workers(everyone: bool, as_json: bool) -> None:
+    """List the live workers: what each holds, on which device, and what it is at; and who gave up since yesterday."""
+    from batchmill.jobs.advice import start_verb
+    from batchmill.jobs.store.workers import GIVEN_UP
+    from batchmill.producer.cli.text.device_lines import device_line
+    from batchmill.producer.views.gone_workers import seen_here
+    from batchmill.producer.views.status import worker_json, worker_line
+
+    settings, store = _open()
+    rows = [seen_here(each) for each in store.workers.rows(only_alive=False)]
+    found = [
+        each
+        for each in rows
+        if everyone or each.alive or (each.state in GIVEN_UP and each.seen_seconds < _GIVEN_UP_SHOWN_SECONDS)
+    ]
+    if as_json:
+        click.echo(json.dumps([worker_json(each) for each in found]))
+        return
+    if not found:
+        click.echo(f"no live worker; `batchmill {start_verb(settings)} -m MODEL` starts one", err=True)
+    for each in found:
+        click.echo(worker_line(each))
+        for device in each.devices if each.alive else ():
+            click.echo(f"  {device_line(device, now=True)}")
+
+
+@click.command(cls=Command, epilog="Example: batchmill wait last --timeout 3600")
+@click.argument("job", default=LAST, shell_complete=complete_job)
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after so long (exit 124).")
+@_JSON
+def wait(job: str, timeout: float | None, as_json: bool) -> None:
+    """Wait until JOB has ended. Exit code 5 when not every request succeeded."""
+    from batchmill.producer.cli.progress import require_success, say_ended, wait_for
+
+    settings, store = _open()
+    found = wait_for(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    say_ended(found)
+    require_success(found)
+
+
+@click.command(cls=Command, epilog="Example: batchmill results last --format openai -o answers.jsonl")
+@click.argument("job", default=LAST, shell_complete=complete_job)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help=OUT_HELP)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(ANSWERS),
+    help=FORMAT_HELP,
+)
+@click.option(
+    "--only",
+    type=click.Choice(["all", "succeeded", "failed"]),
+    default="all",
+    show_default=True,
+    help="Which outputs; the cancelled count as failed.",
+)
+def results(job: str, out: Path | None, form: str | None, only: str) -> None:
+    """Write the outputs of JOB in file order; while it runs, those that are there.
+
+    With --format openai and -o, errors go to a file beside, with .errors before the suffix.
+    """
+    from batchmill.jobs.configuration.settings import load_settings
+    from batchmill.jobs.runtime.failpoints import arm
+    from batchmill.migrations import open_store
+    from batchmill.producer.files.export import check_out, export
+
+    settings = load_settings()
+    arm(settings.failpoint, home=settings.home)
+    form = written_as(out, form)
+    check_out(out, form=form, keep=settings.files)
+    store = open_store(settings)
+    found = store.reading.job(store.reading.find(job))
+    count = export(store, found, out=out, form=form, only=only)
+    if out is not None:
+        click.echo(f"wrote {count:,} of {counted(found.counts.total, 'output')} to {out}", err=True)
+
+
+@click.command(cls=Command, epilog="Example: batchmill cancel last")
+@click.argument("job", shell_complete=complete_job)
+def cancel(job: str) -> None:
+    """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
+    from batchmill.producer.cli.text.finish import answered_line
+    from batchmill.producer.reconcile_once import tidy
+
+    settings, store = _open()
+    job_id = store.reading.find(job)
+    before = store.reading.job(job_id)
+    if before.closed:
+        click.echo(f"job {job_id} has ended already: {before.state.value}, {answered_line(before)}", err=True)
+        return
+    store.closing.cancel(job_id)
+    tidy(settings)
+    after = store.reading.job(job_id)
+    click.echo(f"job {job_id} is {after.state.value}: {answered_line(after)}", err=True)
+
+
+@click.command(cls=Command, epilog="Example: batchmill retry last")
+@click.argument("job", shell_complete=complete_job)
+@click.option("--all", "everything", is_flag=True, help="What its line alone decides and what is too long, too.")
+def retry(job: str, everything: bool) -> None:
+    """Run the failed and cancelled requests of JOB again that another try can answer; what succeeded is kept.
+
+    What depends on its line alone (a bad schema, an option that is not supported) is named and left alone, and so is a
+    prompt that is too long for the context of every live worker.
+    """
+    from batchmill.jobs.broker.client import Broker
+    from batchmill.jobs.errors import BrokerUnavailable
+    from batchmill.producer.submit import send_wakeups
+    from batchmill.producer.views.retries import chances_of, retry_lines
+    from batchmill.producer.views.status import JobStatus
+
+    settings, store = _open()
+    found = store.reading.job(store.reading.find(job))
+    chances = chances_of(found, everything=everything, store=store)
+    retried = store.retrying.retry(found.id, chances)
+    status = JobStatus.read(store, found.id, settings)
+    try:
+        if status.missing_seconds is None and not status.job.closed:
+            send_wakeups(found.spec, store=store, broker=Broker.of(settings))
+    except BrokerUnavailable as error:
+        click.echo(f"workers take it up by themselves: {error}", err=True)
+    for line in retry_lines(status, retried, chances):
+        click.echo(line, err=True)
+
+
+@click.command(cls=Command, epilog="Example: batchmill logs last --level warning --follow")
+@click.argument("which", metavar="[WORKER|JOB]", required=False, shell_complete=complete_job)
+@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option(
+    "--level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="Leave out lines of a lower level.",
+)
+def logs(which: str | None, follow: bool, level: str | None) -> None:
+    """Show what the workers of this machine said, merged by time: of all, of one, or about JOB alone.
+
+    WORKER is a name or an id of `batchmill workers`; JOB an id, the beginning of one, or `last`. The files are in
+    BATCHMILL_HOME/logs, rotated at 10 MiB, and hold nothing of prompts and answers.
+    """
+    from batchmill.jobs.configuration.settings import load_settings
+    from batchmill.producer.cli.logs import choose, show
+
+    chosen = choose(which, level=level, settings=load_settings())
+    show(chosen, follow=follow)
+
+
+COMMANDS: tuple[click.Command, ...] = (status, jobs, workers, wait, results, cancel, retry, logs)

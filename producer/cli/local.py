@@ -1,0 +1,332 @@
+"""The whole mill on one machine: Redis, store and supervised workers, for `run` (one file) and `up` (until Ctrl-C).
+
+It starts processes and reads the store; what a worker does is the worker's own affair, so nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import click
+
+from batchmill.jobs.advice import start_words
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.broker.embedded import EmbeddedRedis, MillLock, start_process, stop_process
+from batchmill.jobs.configuration.settings import Settings, environment_of
+from batchmill.jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.runtime.files.formats import written_as
+from batchmill.jobs.runtime.home import use_store
+from batchmill.jobs.runtime.log_file import rotate_if_large
+from batchmill.jobs.runtime.process.pid_file import PidFile
+from batchmill.jobs.runtime.sizes import size
+from batchmill.jobs.runtime.waiting import telling
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.migrations import open_store
+from batchmill.producer.cli.earlier import choose
+from batchmill.producer.cli.model_name_check import refuse_slip, warn_of_slip
+from batchmill.producer.cli.progress import follow, require_success, say_goes_on
+from batchmill.producer.cli.text.device_lines import memory_lines
+from batchmill.producer.cli.text.finish import finish_line
+from batchmill.producer.files.export import export
+from batchmill.producer.submit import Submission, load_job, send_wakeups
+from batchmill.producer.views.gone_workers import seen_here
+from batchmill.producer.views.status import JobStatus
+
+#: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
+_STOP_MARGIN_SECONDS = 6.0
+#: A worker that gives up says why and shows 15 lines of its children, and then its supervisor says one more.
+_LAST_LOG_LINES = 25
+#: The states of a worker that takes work now, or once it has loaded its model.
+_TAKING = (WorkerState.STARTING, WorkerState.LOADING, WorkerState.READY)
+#: How often a mill that is up looks after its Redis.
+_TEND_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWorker:
+    """The worker that a `run` starts: on this device, with these words more on its command line.
+
+    `is_asked_for`: the user said what it is to be like, so that no other will do.
+    """
+
+    device: str
+    words: Sequence[str]
+    is_asked_for: bool
+
+
+def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new: bool, settings: Settings) -> None:
+    """Runs one file to its end and exports it; a job of the same file and options is continued.
+
+    Where an `up` of this home holds the model, its workers answer. Raises NotAllSucceeded after the export when some
+    requests did not succeed, and AlreadyRunning where another `run` or `up` is of no help.
+    """
+    _require_embedded(settings)
+    spec = submission.spec(str(submission.model))
+    with ExitStack() as stack:
+        stack.enter_context(_ended_by_signal())
+        other = None
+        try:
+            stack.enter_context(MillLock(settings.home))
+        except AlreadyRunning as busy:
+            other = _worker_of_mill(submission, spec, worker, settings=settings, busy=busy)
+        store = open_store(settings)
+        refuse_slip(spec, store=store)
+        job = None if new else _earlier_job(submission, spec, store=store, settings=settings)
+        if job is None or not job.closed:
+            if other is None:
+                job = _work_off(submission, job, spec, worker, new=new, settings=settings, store=store)
+            else:
+                click.echo(f"worker {other}, which holds {spec} here already, answers it", err=True)
+                job = job or _new_job(submission, store=store, settings=settings)
+                _wait_for_mill(job, again=_again(submission, new=new), settings=settings, store=store)
+        _deliver(job.id, store, out, settings)
+
+
+def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, settings: Settings) -> Job | None:
+    """The job that an earlier run of the same file, model and options left, if there is one; and says so."""
+    fingerprint = submission.fingerprint_of_file(spec)
+    if fingerprint is None:
+        return None  # every run of a stream is a new one
+    job = choose(store.reading.resumable(fingerprint), spec, submission.adapters, home=settings.home)
+    if job is not None:
+        said = "has run this file before; --new runs it again" if job.closed else "goes on where it was interrupted"
+        click.echo(f"job {job.id} {said}", err=True)
+    return job
+
+
+def _new_job(
+    submission: Submission, *, store: Store, settings: Settings, stored: Callable[[str], None] = lambda _: None
+) -> Job:
+    """A job of this file; `stored` is called after each page of it."""
+    job_id, spec = load_job(submission, store=store, settings=settings, stored=stored)
+    job = store.reading.job(job_id)
+    click.echo(f"job {job.id}: {counted(job.counts.total, 'request')} for {spec}", err=True)
+    return job
+
+
+def _worker_of_mill(
+    submission: Submission, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, busy: AlreadyRunning
+) -> str:
+    """The worker of the mill that is up that may answer this file; raises what the lock said where there is none."""
+    store = open_store(settings)
+    try:
+        refuse_slip(spec, store=store)
+        rows = [seen_here(each) for each in store.workers.rows(spec=spec)]
+    finally:
+        store.close()
+    serving = [each for each in rows if each.alive and each.only_job is None and each.state in _TAKING]
+    able = [each for each in serving if _holds_all(each.adapters, submission.adapters)]
+    if not able:
+        raise busy
+    if worker.is_asked_for:
+        raise AlreadyRunning(
+            f"{busy}; worker {able[0].name} there holds {spec}, and answers this file if you leave out the flags that "
+            "say how a worker is to work (--device and those of its engine)"
+        )
+    return able[0].name
+
+
+def _holds_all(held: Sequence[Adapter], wanted: Sequence[Adapter]) -> bool:
+    by_name = {each.name: each for each in held}
+    return all(each.name in by_name and each.agrees_with(by_name[each.name]) for each in wanted)
+
+
+def _again(submission: Submission, *, new: bool) -> str | None:
+    """The command that goes on with the job of this one, for people; None where a stream has been read."""
+    if submission.is_stream:
+        return None
+    return "the same command without --new" if new else "the same command"
+
+
+def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: Store) -> None:
+    """Has the mill that is up work the job off, and waits."""
+    try:
+        send_wakeups(job.spec, store=store, broker=Broker.of(settings))
+    except BrokerUnavailable as error:
+        click.echo(f"workers take it up by themselves: {error}", err=True)
+    try:
+        follow(store, job.id, settings=settings)
+    except KeyboardInterrupt:
+        say_goes_on(job.id, again=again or f"`batchmill wait {job.id}`")
+        raise
+
+
+def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[str], settings: Settings) -> None:
+    """Runs Redis and workers until Ctrl-C or SIGTERM; `worker_words`: what else their command line says."""
+    _require_embedded(settings)
+    with MillLock(settings.home), _ended_by_signal(), _redis(settings) as redis, ExitStack() as stack:
+        store = open_store(settings)
+        warn_of_slip(spec, store=store)
+        store.close()
+        stack.enter_context(use_store(settings.home))
+        workers = _Workers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
+        click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C ends it", err=True)
+        try:
+            while not workers.ended(_TEND_SECONDS):
+                redis.tend()
+        except KeyboardInterrupt:
+            click.echo("ending: what is finished is saved, the rest goes back to the queue", err=True)
+        finally:
+            workers.stop()
+        if workers.failed:
+            raise BatchmillError("the workers ended; see the lines above")
+
+
+def _require_embedded(settings: Settings) -> None:
+    for name, url in (("BATCHMILL_BROKER_URL", settings.broker_url), ("BATCHMILL_DATABASE_URL", settings.database_url)):
+        if url:
+            raise UsageError(f"run and up bring their own Redis and store: unset {name}, or use `submit` and `worker`")
+
+
+def _work_off(
+    submission: Submission,
+    job: Job | None,
+    spec: ModelSpec,
+    worker: OwnWorker,
+    *,
+    new: bool,
+    settings: Settings,
+    store: Store,
+) -> Job:
+    """Works this job off, or a new one of the file, whose worker loads the model while the file is being read."""
+    log_path = settings.home / "worker.log"
+    rotate_if_large(log_path)
+    with use_store(settings.home), _redis(settings) as redis, log_path.open("ab") as log, ExitStack() as stack:
+        begins_at = log.tell()
+        workers: list[_Workers] = []
+
+        def work_on(job_id: str) -> None:
+            """Starts the worker once, and raises where it has ended."""
+            if not workers:
+                words = [*worker.words, "--job", job_id]
+                workers.append(_Workers(spec, devices=[worker.device], words=words, settings=settings, log=log))
+                stack.callback(workers[0].stop)
+            workers[0].check(log_path, begins_at)
+            redis.tend()
+
+        if job is None:
+            job = _new_job(submission, store=store, settings=settings, stored=work_on)
+        send_wakeups(spec, store=store, broker=Broker.of(settings))
+        try:
+            follow(store, job.id, name_missing=False, check=partial(work_on, job.id), settings=settings)
+        except KeyboardInterrupt:
+            adapters = [str(each) for each in submission.adapters]
+            up = ["batchmill", "up", *start_words(spec, settings, adapters=adapters)[2:]]
+            again = _again(submission, new=new) or f"`{shlex.join(up)}`"
+            click.echo(f"ending: what is finished is saved; {again} continues job {job.id}", err=True)
+            raise
+    return job
+
+
+def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) -> None:
+    status = JobStatus.read(store, job_id, settings)
+    export(store, status.job, out=out, form=written_as(out), only="all")
+    for line in _report(status):
+        click.echo(line, err=True)
+    if out is not None:
+        click.echo(f"answers: {out}", err=True)
+    require_success(status)
+
+
+def _report(status: JobStatus) -> list[str]:
+    counts, memory = status.job.counts, status.effort.memory
+    return [
+        f"requests   {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
+        *([f"finished   {finished}"] if (finished := finish_line(status.job)) else []),
+        f"tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
+        f"tokens/s   {status.prompt_tokens_per_second:,.1f} prompt, "
+        f"{status.per_second(counts.completion_tokens):,.1f} completion",
+        f"memory     {size(memory.weights_bytes)} weights, peak {size(memory.peak_allocated_bytes)} allocated, "
+        f"{size(memory.peak_reserved_bytes)} reserved of {size(memory.device_total_bytes)}",
+        *(f"{title:<9}  {line}" for title, line in memory_lines(memory)),
+        f"seconds    {status.seconds_line}",
+    ]
+
+
+class _Workers:
+    """The supervisor of this machine's workers, in a session of its own."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        devices: Sequence[str],
+        words: Sequence[str],
+        settings: Settings,
+        log: IO[bytes],
+    ) -> None:
+        self._pid_file = PidFile(settings.home / "worker.pid")
+        self._stop_seconds = settings.drain_seconds + _STOP_MARGIN_SECONDS
+        self._pid_file.end_leftover(settings.home)
+        arguments = [*spec.command_line()[2:], *words]
+        self._process = start_process(
+            [sys.executable, "-P", "-m", "batchmill.worker", *arguments, "--devices", ",".join(devices)],
+            log=log,
+            environ=os.environ | environment_of(settings),
+            blocks_sigterm=True,
+        )
+        self._pid_file.write(self._process.pid)
+
+    @property
+    def failed(self) -> bool:
+        return self._process.returncode not in (None, 0)
+
+    def ended(self, seconds: float) -> bool:
+        """Waits at most so long for the supervisor to end by itself."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
+
+    def check(self, log_path: Path, begins_at: int) -> None:
+        """Raises BatchmillError, with the worker's last lines, when it has ended before the job."""
+        if self.ended(0.0):
+            with log_path.open("rb") as log:
+                log.seek(begins_at)
+                lines = [line.decode(errors="replace").rstrip() for line in deque(log, maxlen=_LAST_LOG_LINES)]
+            raise BatchmillError("\n".join(["the worker ended before the job did; its last lines:", *lines]))
+
+    def stop(self) -> None:
+        with telling("the worker to end"):
+            stop_process(self._process, seconds=self._stop_seconds)
+        self._pid_file.remove()
+
+
+@contextmanager
+def _redis(settings: Settings) -> Iterator[EmbeddedRedis]:
+    redis = EmbeddedRedis(settings.home)
+    redis.start()
+    try:
+        yield redis
+    finally:
+        redis.stop()
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM ends a mill as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,21 @@
+"""What commands do about the name of a model that is likely a slip: warn, or refuse what would wait for nobody."""
+
+from __future__ import annotations
+
+import click
+
+from batchmill.jobs.models import misspellings
+from batchmill.jobs.models.misspellings import meant_instead, slip_line
+from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.store.store import Store
+
+
+def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:
+    """Says so on stderr: the user may know better."""
+    if (meant := meant_instead(spec, served=store.workers.models())) is not None:
+        click.echo(f"warning: {slip_line(spec, meant)}", err=True)
+
+
+def refuse_slip(spec: ModelSpec, *, store: Store) -> None:
+    """Raises UsageError."""
+    misspellings.refuse_slip(spec, served=store.workers.models())

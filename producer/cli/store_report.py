@@ -1,0 +1,33 @@
+"""The report of `batchmill db check`: a line for each thing that is wrong in a store, as it is found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from batchmill.jobs.runtime.command_errors import say
+from batchmill.jobs.store.store import Store
+
+
+def report(store: Store, *, as_json: bool) -> int:
+    """Looks the store over and prints what is wrong: the exit code."""
+    job_ids = store.checking.job_ids()
+    found = []
+    for finding in store.checking.findings(job_ids):
+        found.append(finding)
+        if not as_json:
+            where = f"job {finding.job_id}: " if finding.job_id else ""
+            click.echo(f"FAIL  {finding.check:<6}  {where}{finding.text}")
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found]))
+    looked = f"{len(job_ids)} job{'' if len(job_ids) == 1 else 's'} of {store.database.name} looked over"
+    if not found:
+        say(f"{looked}: nothing is wrong")
+        return 0
+    say(
+        f"{looked}: something is wrong; stop its workers and put a backup in its place, or keep what is answered, "
+        "by `batchmill results JOB -o FILE`"
+    )
+    return 1

@@ -1,0 +1,1 @@
+"""Files of users: prompt files in, answers out."""

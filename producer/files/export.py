@@ -1,0 +1,146 @@
+"""From the store to a file of answers: JSONL, the OpenAI Batch format, or CSV, in file order.
+
+It reads the store alone, in short pages, and holds no transaction while it writes. It owns files and stdout, and does
+not know what a line says (producer.answers does).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from batchmill.jobs.errors import BatchmillError, UsageError, WriteFailed
+from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.runtime.failpoints import failpoint
+from batchmill.jobs.runtime.files.output_file import check_target, replaced, written
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job, OutputRow
+from batchmill.producer.files.result_lines import CSV_COLUMNS, csv_row, jsonl_line, openai_line, to_json
+
+_PAGE = 2_000
+#: What `--only` takes, as the states that it lets through.
+ONLY = {
+    "all": frozenset({RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED}),
+    "succeeded": frozenset({RequestState.SUCCEEDED}),
+    "failed": frozenset({RequestState.FAILED, RequestState.CANCELLED}),
+}
+
+
+def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path]) -> None:
+    """Raises UsageError, before any work is done, for an `out` that could not be written, or that is one of `keep`."""
+    for each in _targets(out, form):
+        check_target(each, keep=keep)
+
+
+def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> int:
+    """Writes a job's outputs to `out`, or to stdout: how many.
+
+    With a file, the OpenAI form puts the successes there and the rest beside it, with `.errors` before the suffix.
+    Files are replaced whole, at the end; a pipe or a device is written to. Raises BatchmillError, which says how to
+    get what is kept.
+    """
+    try:
+        for each in _targets(out, form):
+            _refuse_prompts(each, job)
+        return _export(store, job, out, form=form, only=only)
+    except WriteFailed as error:
+        again = f"the answers are kept in job {job.id}: `batchmill results {job.id} -o FILE` writes them"
+        raise BatchmillError(f"{error}; {again}") from error
+
+
+def _targets(out: Path | None, form: str) -> tuple[Path | None, ...]:
+    return (out,) if out is None or form != "openai" else (out, errors_path(out))
+
+
+def _refuse_prompts(target: Path | None, job: Job) -> None:
+    """Raises UsageError for a file that holds the job's own prompts, whatever its name is by now."""
+    file = target or Path("/dev/stdout")
+    if not file.is_file():
+        return
+    with suppress(OSError), file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() == job.file_sha256:
+            shown = "stdout" if target is None else f"-o {target}"
+            raise UsageError(
+                f"{shown} holds the prompts of job {job.id}, whose answers are kept: "
+                f"`batchmill results {job.id} -o FILE` writes them to another file"
+            )
+
+
+def _export(store: Store, job: Job, out: Path | None, *, form: str, only: str) -> int:
+    pages = store.reading.output_pages(job.id, states=ONLY[only], page=_PAGE)
+    if out is None:
+        with standard_output("the answers") as file:
+            return _write(file, pages, form=form, job=job)
+    if form == "openai":
+        return _export_openai(pages, job, out)
+    with replaced(out) as file:
+        return _write(file, pages, form=form, job=job)
+
+
+def errors_path(out: Path) -> Path:
+    """Where the errors go beside an OpenAI output file: `answers.jsonl` has `answers.errors.jsonl`."""
+    return out.with_suffix(f".errors{out.suffix}")
+
+
+@contextmanager
+def standard_output(what: str) -> Iterator[IO[str]]:
+    """stdout in UTF-8, whatever the locale: an export has the same bytes everywhere. Raises WriteFailed."""
+    if sys.stdout is None:
+        raise WriteFailed(f"cannot write {what} to stdout: it is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="")
+    with written(f"{what} to stdout"):
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise  # whoever read it has seen enough; click ends the command without a word
+        except OSError:
+            # What is left in the buffer would be written once more at the end, and fail with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
+def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> int:
+    count = 0
+    with ExitStack() as stack:
+        good = stack.enter_context(replaced(out))
+        bad = stack.enter_context(replaced(errors_path(out)))
+        stack.enter_context(written(out))  # else the file that was opened last is named for either
+        for page in pages:
+            count += len(page)
+            for row in page:
+                file = good if row.state == RequestState.SUCCEEDED else bad
+                file.write(to_json(openai_line(row, job)) + "\n")
+            failpoint("export.written")
+    return count
+
+
+def _write(file: IO[str], pages: Iterable[list[OutputRow]], *, form: str, job: Job) -> int:
+    line_of: dict[str, Callable[[OutputRow], str]] = {
+        "jsonl": lambda row: to_json(jsonl_line(row)) + "\n",
+        "openai": lambda row: to_json(openai_line(row, job)) + "\n",
+        "csv": lambda row: _csv_text(csv_row(row)),
+    }
+    if form == "csv":
+        file.write(_csv_text(CSV_COLUMNS))
+    count = 0
+    for page in pages:
+        file.write("".join(map(line_of[form], page)))
+        count += len(page)
+        failpoint("export.written")
+    return count
+
+
+def _csv_text(values: Iterable[Any]) -> str:
+    """A line of CSV. Python quotes a lone CR, at which readers would break the line, only where lines end in one."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\r\n").writerow(values)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"

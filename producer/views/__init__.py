@@ -1,0 +1,1 @@
+"""What there is to say about jobs, read and computed. It makes no text."""

@@ -1,0 +1,1 @@
+"""The reason why a job moves or does not."""

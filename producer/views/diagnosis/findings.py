@@ -1,0 +1,391 @@
+"""What can keep a job from its end, a finding each: what it is, in plain words, and what to do about it.
+
+It judges what it is given and asks nobody. No prompt and no address with a password gets into its words.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from batchmill.jobs.advice import mill_lives
+from batchmill.jobs.broker.client import MAX_WAKEUPS
+from batchmill.jobs.models.misspellings import slip_line
+from batchmill.jobs.requests.states import RunOutcome, WorkerState
+from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.store.views.blockers import Crashes, Hold, Seen
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.jobs.store.views.missing_adapters import Lack
+from batchmill.jobs.store.views.usage import RECENT_SECONDS
+from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.producer.cli.text.finish import finish_line
+from batchmill.producer.views.diagnosis.snapshot import Case
+from batchmill.producer.views.status import (
+    IF_NOT_OF_UP,
+    advice,
+    duration,
+    given_up_line,
+    lack_line,
+    one_line,
+    other_line,
+    other_remedy,
+    restarting_line,
+    utc,
+)
+
+_MOST_NAMES = 3
+#: A pending batch beside an idle worker is sent a wake-up in every pass of a reconciler; so many passes are too many.
+_PASSES = 4
+_LONG_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is so. `stuck`: it keeps the job from moving until the user does something."""
+
+    code: str
+    message: str
+    remedy: str = ""
+    stuck: bool = False
+
+
+def closed(job: Job, retry: str) -> Finding:
+    """A job that has ended; `retry`: what a retry of it would do."""
+    counts, finished = job.counts, finish_line(job)
+    message = (
+        f"{job.state.value} since {utc(job.finished_at or job.queued_at)}, {counts.succeeded:,} succeeded,"
+        f" {counts.failed:,} failed, {counts.cancelled:,} cancelled" + (f"; finished: {finished}" if finished else "")
+    )
+    if counts.succeeded == counts.total:
+        return Finding("closed", message, f"`batchmill results {job.id}` writes its outputs")
+    return Finding("closed", message, f"`batchmill results {job.id} --only failed` shows what did not succeed; {retry}")
+
+
+def open_findings(case: Case) -> list[Finding]:
+    """What is so of an open job, what matters most first."""
+    found: list[Finding] = []
+    if case.cancelling:
+        found.append(_cancelling(case))
+    elif case.at_work:
+        found.append(_moving(case))
+    if case.around.pending.batches and not case.cancelling:
+        found += _claimable(case)
+    elif not case.around.holds and not case.cancelling:
+        found.append(_closing(case))
+    found += [_lost(case, each) for each in case.lost]
+    found.append(_progress(case))
+    found += [_held(case, each) for each in case.at_work]
+    found += _suspects(case)
+    found += _crashes(case)
+    return found
+
+
+def _moving(case: Case) -> Finding:
+    last, settings = case.around.last_answer_at, case.settings
+    if last is not None and case.around.now - last <= RECENT_SECONDS:
+        ends = "" if case.status.estimate is None else f"; it ends in {case.status.ends_in}"
+        return Finding("moving", f"the last answer came {case.ago(last)} ago{ends}", "nothing to do")
+    quiet = "no answer yet" if last is None else f"no answer for {case.ago(last)}"
+    return Finding(
+        "at_work",
+        f"it is in the hands of {_names([each.worker for each in case.at_work])}, {quiet}",
+        f"wait: long answers take their time, and a worker that makes no token for {settings.stall_seconds:g} s is"
+        " ended and its batches are taken back; `batchmill logs --level error` on its machine then says where it hung",
+    )
+
+
+def _cancelling(case: Case) -> Finding:
+    if case.at_work:
+        who = _names([each.worker for each in case.at_work])
+        return Finding(
+            "cancelling",
+            f"it is being cancelled and waits for {who} to let go of {_batches(case.at_work)}",
+            f"wait: a worker lets go at its next save, {case.settings.save_seconds:g} s apart, once its step is over",
+        )
+    if case.lost:
+        who = _names([each.worker for each in case.lost])
+        return Finding("cancelling", f"it is being cancelled, and {who} left {_batches(case.lost)} behind")
+    return _closing(case)
+
+
+def _closing(case: Case) -> Finding:
+    """Nothing of the job is open any more; whoever reconciles next closes it."""
+    message = "nothing of it is open any more, and nobody has closed it yet"
+    if case.around.live_workers:
+        return Finding("closing", message, f"wait: it is closed within {case.settings.reconcile_seconds:g} s")
+    return Finding("closing", message, f"`batchmill status {case.job.id}` closes it", stuck=True)
+
+
+def _claimable(case: Case) -> Iterator[Finding]:
+    """Why the pending batches are not claimed."""
+    takers = case.able
+    if case.takers:
+        yield from (_lacking(case, each) for each in case.status.lacks)
+    ready = [each for each in takers if each.state is WorkerState.READY]
+    loading = [each for each in takers if each.state in (WorkerState.STARTING, WorkerState.LOADING)]
+    if ready:
+        yield from _ready(case, ready)
+    elif loading:
+        yield _loading(case, loading)
+    elif takers:
+        yield Finding(
+            "draining",
+            f"who is left is ending and takes no new work: {_names(takers)}",
+            f"start another: {case.start}",
+            stuck=True,
+        )
+    elif not case.takers:
+        yield from _nobody(case)
+    if takers:
+        yield from (_given_up(case, each) for each in case.gone if each.state in GIVEN_UP)
+
+
+def _lacking(case: Case, lack: Lack) -> Finding:
+    """The adapter that nobody holds who could take the job otherwise."""
+    return Finding(
+        "adapter_missing",
+        lack_line(lack),
+        other_remedy(case.job) if lack.changed else f"start a worker that holds it: {case.start}",
+        stuck=not case.takeable_batches,
+    )
+
+
+def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
+    idle = [each for each in ready if not each.batches]
+    if case.queue.error is not None:
+        yield _redis_away(case, idle)
+    for job_id, batches in case.around.older:
+        yield Finding(
+            "older_job_first",
+            f"job {job_id} is older, of the same model, and has {counted(batches, 'batch')} pending, which go first",
+            f"wait, start another worker, or `batchmill cancel {job_id}`",
+        )
+    if idle and case.queue.error is None:
+        yield _not_claimed(case, idle)
+    elif not idle and not case.at_work:
+        yield Finding(
+            "workers_busy",
+            f"who could take it is at other batches: {_names(ready)}",
+            f"wait, or start another: {case.start}",
+        )
+
+
+def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
+    embedded = case.settings.embedded_broker
+    remedy = "start Redis, or mend BATCHMILL_BROKER_URL"
+    if embedded:
+        lives = mill_lives(case.settings.home)
+        remedy = "wait: the mill that is up starts it again" if lives else f"start the mill again: {case.start}"
+    every = duration(case.settings.reconcile_seconds)
+    if idle:
+        message = f"Redis is away; {_names(idle)} finds work without it, in one look every {every}"
+    else:
+        message = f"Redis is away; workers that are at work go on, and idle ones look for work every {every}"
+    return Finding("redis_away", f"{message} ({one_line(case.queue.error or '')})", remedy)
+
+
+def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
+    pending, wakeups = case.around.pending, case.queue.wakeups
+    message = (
+        f"{counted(case.takeable_batches, 'batch')} pending beside idle {_names(idle)},"
+        f" with {counted(wakeups, 'wake-up')} in the queue"
+    )
+    since = max([pending.waits_since or case.around.now, *(each.started_at for each in idle)])
+    if case.around.now - since > max(_LONG_SECONDS, _PASSES * case.settings.reconcile_seconds):
+        return Finding(
+            "not_claimed",
+            f"{message}, for {case.ago(since)}",
+            f"that is too long: look at {_log(idle[0])}, and start it again",
+            stuck=True,
+        )
+    if wakeups < min(case.takeable_batches, MAX_WAKEUPS):
+        within = f"{case.settings.reconcile_seconds:g} s"
+        return Finding("not_claimed", message, f"wait: what wake-ups are missing the workers send within {within}")
+    return Finding("not_claimed", message, "wait: an idle worker takes a wake-up within seconds")
+
+
+def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
+    first = min(loading, key=_began_to_load)
+    since = _began_to_load(first)
+    which = "the first " if len(loading) > 1 else ""
+    again = f"for the {_ordinal(first.generation)} time, " if first.generation > 1 else ""
+    return Finding(
+        "loading_model",
+        f"the model is being loaded by {_names(loading)}, {which}{again}since {utc(since)} ({case.ago(since)} ago)",
+        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; `batchmill workers` says how far it"
+        " is",
+    )
+
+
+def _began_to_load(worker: Seen) -> float:
+    """The time at which a worker's newest child began to load, or the worker itself where it has no child yet."""
+    return worker.started_at if worker.loading_since is None else worker.loading_since
+
+
+def _nobody(case: Case) -> Iterator[Finding]:
+    """No live worker may take this job: the reason first, then who comes near."""
+    gone = case.gone
+    if case.others:
+        first = case.others[0]
+        message = other_line(case.job, first.name, first.host, first.identity)
+        yield Finding("another_model", message, other_remedy(case.job), stuck=True)
+    elif gone and gone[0].state in GIVEN_UP:
+        yield _given_up(case, gone[0], all_of_them=True)
+        gone = gone[1:]
+    elif case.status.restarting is not None:
+        message = restarting_line(case.status.restarting)
+        yield Finding("worker_restarts", message, f"wait; {IF_NOT_OF_UP}: {case.start}")
+    elif case.status.meant is not None:
+        message = slip_line(case.job.spec, case.status.meant)
+        yield Finding("likely_slip", message, f"{case.status.slip_remedy}: {case.start}", stuck=True)
+    else:
+        since = case.status.missing_seconds
+        yield Finding(
+            "no_worker",
+            f"no live worker serves {case.job.spec}" + ("" if since is None else f", for {duration(since)}"),
+            f"start one: {case.start}",
+            stuck=True,
+        )
+    held_by = {each.worker.id for each in case.lost}
+    yield from (_gone(case, each) for each in gone[:_MOST_NAMES] if each.id not in held_by)
+    bound = [each for each in case.around.serving if each.alive and each not in case.others]
+    for each in bound[:_MOST_NAMES]:
+        yield Finding("bound_worker", f"{_who(each)} serves job {each.only_job} alone")
+    yield from (_near_miss(case, each) for each in case.around.others[:_MOST_NAMES])
+
+
+def _near_miss(case: Case, worker: Seen) -> Finding:
+    flags = shlex.join(worker.spec.command_line()[2:])
+    return Finding(
+        "near_miss",
+        f"{_who(worker)} holds {worker.spec}, and this job wants {case.job.spec}",
+        f"if that one was meant: `batchmill cancel {case.job.id}`, and submit again with {flags}",
+    )
+
+
+def _gone(case: Case, worker: Seen) -> Finding:
+    if worker.state in GIVEN_UP:
+        return _given_up(case, worker)
+    ended = "stopped" if worker.state is WorkerState.STOPPED else f"was {worker.state.value} and is dead or cut off"
+    return Finding("worker_gone", f"{_who(worker)} {ended}, last seen {duration(worker.seen_seconds)} ago")
+
+
+def _given_up(case: Case, worker: Seen, *, all_of_them: bool = False) -> Finding:
+    """A worker that is sick, or whose model cannot be loaded."""
+    code = "sick" if worker.state is WorkerState.SICK else "load_failed"
+    before = f"no worker of {case.job.spec} is left: " if all_of_them else ""
+    remedy = f"{advice(worker.state)}{case.start}"
+    message = f"{before}{given_up_line(worker)}"
+    return Finding(f"all_{code}" if all_of_them else f"worker_{code}", message, remedy, stuck=all_of_them)
+
+
+def _lost(case: Case, hold: Hold) -> Finding:
+    """A hold that nobody renews: of a dead worker, or of one that is frozen."""
+    worker, now = hold.worker, case.around.now
+    over_since = case.over_since(hold)
+    if hold.lease_until < now:
+        lease = f"ran out at {utc(hold.lease_until)}, {case.ago(hold.lease_until)} ago"
+    else:
+        lease = f"runs until {utc(hold.lease_until)}, for another {duration(hold.lease_until - now)}"
+        if over_since <= now:
+            lease += ", which no lease does: the store's clock was set back, so it counts as expired"
+    state = "lives but does not renew it" if worker.alive else "has ended or is cut off"
+    message = (
+        f"{_who(worker)} holds {counted(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}) and"
+        f" {state}, last seen {duration(worker.seen_seconds)} ago; the lease {lease}"
+    )
+    if not case.around.live_workers:
+        remedy = f"no worker lives to take it back; start one: {case.start}"
+        if case.cancelling:
+            free_at = utc(over_since + case.settings.lease_seconds)
+            remedy = f"`batchmill status {case.job.id}` takes it back from {free_at} on"
+        return Finding("nobody_reconciles", message, remedy, stuck=True)
+    code = "lease_expired" if over_since <= now else "dead_holder"
+    if now - over_since > case.reaping_seconds:
+        remedy = (
+            "that is too long for the live workers to have seen it; `batchmill logs --level warning` on their machines"
+            " says whether they reach the store"
+        )
+        return Finding(code, message, remedy, stuck=True)
+    within = duration(case.reaping_seconds)
+    return Finding(code, message, f"wait: within {within} of its end a live worker takes it back")
+
+
+def _progress(case: Case) -> Finding:
+    counts, pending = case.job.counts, case.around.pending
+    waits = "" if pending.waits_since is None else f" (the next one for {case.ago(pending.waits_since)})"
+    held = sum(each.batches for each in case.around.holds)
+    return Finding(
+        "progress",
+        f"{counts.total - counts.pending:,} of {counts.total:,} requests ended;"
+        f" {counted(pending.batches, 'batch')} pending{waits}, {held:,} held",
+    )
+
+
+def _held(case: Case, hold: Hold) -> Finding:
+    return Finding(
+        "held",
+        f"{_who(hold.worker)} holds {counted(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}),"
+        f" lease until {utc(hold.lease_until)}",
+    )
+
+
+def _suspects(case: Case) -> Iterator[Finding]:
+    pending = case.around.pending
+    if pending.suspects:
+        yield Finding(
+            "suspects",
+            f"{counted(pending.suspect_requests, 'request')} in {counted(pending.suspects, 'batch')} were in a worker"
+            " when its process died; such a batch runs alone on a worker",
+            "nothing to do: what kills its process again and again ends as the error `poison`",
+        )
+
+
+def _crashes(case: Case) -> Iterator[Finding]:
+    for each in case.around.crashes:
+        died = "died" if each.outcome is RunOutcome.CRASHED else "let its lease run out"
+        yield Finding(
+            "crashed",
+            f"a process of {each.worker.name} on {each.worker.host} {died} at this job, {counted(each.times, 'time')},"
+            f" the last at {utc(each.last_at)}",
+            _where_it_says(case, each),
+        )
+
+
+def _where_it_says(case: Case, crashes: Crashes) -> str:
+    """The log that says how the last of these came about: a process that is killed cannot say it in its own."""
+    log = _log(crashes.worker)
+    if crashes.outcome is not RunOutcome.CRASHED:
+        return f"{log} has what it said then"
+    if case.outlived(crashes):
+        return f"{log} says how"
+    return (
+        f"the worker itself ended: {log} has its last words, and `batchmill logs supervisor` there says how it ended,"
+        " if `up`, `run` or `--devices` started it and outlived it"
+    )
+
+
+def _log(worker: Seen) -> str:
+    return f"`{shlex.join(['batchmill', 'logs', worker.name])}` on {worker.host}"
+
+
+def _who(worker: Seen) -> str:
+    return f"worker {worker.name} on {worker.host} ({worker.device})"
+
+
+def _names(workers: Sequence[Seen]) -> str:
+    """`worker a on host`, or `workers a on host, b on host and 4 more`."""
+    shown = ", ".join(f"{each.name} on {each.host}" for each in workers[:_MOST_NAMES])
+    more = f" and {len(workers) - _MOST_NAMES} more" if len(workers) > _MOST_NAMES else ""
+    return f"worker{'s' if len(workers) > 1 else ''} {shown}{more}"
+
+
+def _batches(holds: Sequence[Hold]) -> str:
+    return counted(sum(each.batches for each in holds), "batch")
+
+
+def _ordinal(number: int) -> str:
+    """`1st`, `2nd`, `13th`."""
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else ends.get(number % 10, 'th')}"

@@ -1,0 +1,111 @@
+"""All that is known of one open job: what the store and Redis say of it, and who of them all matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.jobs.store.leases.queue import NO_ADAPTER
+from batchmill.jobs.store.views.blockers import Around, Crashes, Hold, Seen
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.producer.views.status import JobStatus, duration
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What Redis says: why it is away, or how many wake-ups lie in the job's queue."""
+
+    error: str | None = None
+    wakeups: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All that is known of one open job."""
+
+    status: JobStatus
+    around: Around
+    queue: QueueState
+    settings: Settings
+
+    @property
+    def job(self) -> Job:
+        return self.status.job
+
+    @property
+    def cancelling(self) -> bool:
+        return self.job.state is JobState.CANCELLING
+
+    @property
+    def at_work(self) -> list[Hold]:
+        """Holds of live workers that renew their leases."""
+        return [each for each in self.around.holds if each.worker.alive and not each.expired]
+
+    @property
+    def lost(self) -> list[Hold]:
+        return [each for each in self.around.holds if not each.worker.alive or each.expired]
+
+    @property
+    def moves(self) -> bool:
+        return bool(self.at_work) and not self.cancelling
+
+    @property
+    def takers(self) -> list[Seen]:
+        """Live workers that may take this job."""
+        return [each for each in self._unbound if self.job.is_of(each.identity)]
+
+    @property
+    def others(self) -> list[Seen]:
+        """Live workers that could, and hold another model than it was begun with."""
+        return [each for each in self._unbound if not self.job.is_of(each.identity)]
+
+    @property
+    def _unbound(self) -> list[Seen]:
+        return [each for each in self.around.serving if each.alive and each.only_job in (None, self.job.id)]
+
+    @property
+    def able(self) -> list[Seen]:
+        """Those of the takers that hold what some pending batch needs."""
+        needs, meant = self.around.pending.needs, {each.name: each for each in self.job.adapters}
+        if NO_ADAPTER in needs:
+            return self.takers
+        return [
+            taker
+            for taker in self.takers
+            if any(each.name in needs and meant.get(each.name, each).agrees_with(each) for each in taker.adapters)
+        ]
+
+    @property
+    def takeable_batches(self) -> int:
+        """Pending batches that need no adapter that nobody holds."""
+        return max(0, self.around.pending.batches - sum(each.batches for each in self.status.lacks))
+
+    @property
+    def gone(self) -> list[Seen]:
+        return [each for each in self.around.serving if not each.alive]
+
+    @property
+    def reaping_seconds(self) -> float:
+        """Within so long after its end a lease is taken back: it is seen expired twice, half a lease apart."""
+        return self.settings.lease_seconds / 2 + 2 * self.settings.reconcile_seconds
+
+    def outlived(self, crashes: Crashes) -> bool:
+        """Tells if a worker was heard of after the last of these, so that its log goes on."""
+        worker = crashes.worker
+        ended_itself = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
+        return worker.alive or ended_itself or self.around.now - worker.seen_seconds >= crashes.last_at
+
+    def over_since(self, hold: Hold) -> float:
+        """When a hold's first lease was or will be over; now, if it is further ahead than any can be."""
+        is_ahead = hold.lease_until > self.around.now + self.settings.lease_seconds
+        return self.around.now if is_ahead else hold.lease_until
+
+    @property
+    def start(self) -> str:
+        """The command that starts a worker for this job."""
+        return self.status.start
+
+    def ago(self, at: float) -> str:
+        return duration(max(0.0, self.around.now - at))

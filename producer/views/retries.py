@@ -1,0 +1,94 @@
+"""Retries as a user sees them: what another try can answer, what is left alone and why, and who runs the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+
+from batchmill.jobs.errors import JobStateError
+from batchmill.jobs.requests.causes import Cause, Chances, cause_of
+from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.jobs.store.jobs.retry import Left, Retried
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.producer.views.gone_workers import seen_here
+from batchmill.producer.views.status import JobStatus
+
+
+def chances_of(job: Job, *, everything: bool, store: Store) -> Chances:
+    """Chances of another try of a job that has ended, by the workers that live now.
+
+    Raises JobStateError for an open one that does not end by itself, unless a retry of it was cut short.
+    """
+    if not job.closed:
+        _require_served(job, store)
+    keeps_model = job.counts.succeeded > 0
+    rows = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
+    contexts = [
+        inf if each.context_tokens is None else each.context_tokens
+        for each in rows
+        if each.alive
+        and each.state is WorkerState.READY
+        and each.only_job in (None, job.id)
+        and (job.is_of(each.identity) or not keeps_model)
+    ]
+    return Chances(max(contexts, default=0), keeps_model=keeps_model, everything=everything)
+
+
+def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterator[str]:
+    """What a retry did, what it left alone, and the command that runs what it moved."""
+    job = status.job
+    moved = "1 request is" if retried.moved == 1 else f"{retried.moved:,} requests are"
+    yield f"job {job.id}: {moved} pending again"
+    for code, left in sorted(retried.left.items()):
+        yield f"left alone: {left.count:,} {code} ({_names(left)}): {_reason(code, left, chances)}"
+    if retried.left:
+        yield _all_of_it(job)
+    if not retried.is_whole:
+        yield (
+            "a cancel or another retry of this job came in between, so that some may be left: once it has ended, "
+            f"`batchmill retry {job.id}` runs them"
+        )
+    if retried.moved and not job.closed:
+        yield from status.missing_lines() or [f"its workers take it up; `batchmill wait {job.id}` follows"]
+
+
+def retry_advice(job: Job, store: Store) -> str:
+    """Advice on a job that has ended: the retry, or why one moves nothing and what else there is to do."""
+    chances = chances_of(job, everything=False, store=store)
+    ended = store.retrying.unsuccessful(job.id)
+    if any(chances.are_there(code, prompt_tokens=each.shortest_tokens) for code, each in ended.items()):
+        return f"`batchmill retry {job.id}` runs what another try can answer"
+    reasons = [f"{each.count:,} {code}: {_reason(code, each, chances)}" for code, each in ended.items()]
+    return f"a retry leaves it alone ({'; '.join(reasons)}); {_all_of_it(job)}"
+
+
+def _require_served(job: Job, store: Store) -> None:
+    """Raises JobStateError, with what makes the job go on, where nobody works on it."""
+    if job.state is JobState.CANCELLING or store.retrying.is_cut_short(job.id):
+        return
+    missing = JobStatus.read(store, job.id).missing_lines()
+    if missing:
+        other = f", or at once after `batchmill cancel {job.id}`" if job.counts.failed else ""
+        when = f"retry it once it has ended{other}"
+        raise JobStateError(f"job {job.id} is {job.state.value}: {when}; {' '.join(missing)}")
+
+
+def _all_of_it(job: Job) -> str:
+    return f"`batchmill retry {job.id} --all` runs these too; corrected lines are submitted as a file of their own"
+
+
+def _reason(code: str, left: Left, chances: Chances) -> str:
+    if cause_of(code) is not Cause.LENGTH:
+        return cause_of(code).value
+    shortest = f"the shortest of these prompts has {left.shortest_tokens:,} tokens, and "
+    if not chances.context_tokens:
+        return f"{shortest}no worker lives that holds the model"
+    most = f"{chances.context_tokens:,.0f} with the answer"
+    return f"{shortest}no live worker takes more than {most}; a larger --context helps where its model has one"
+
+
+def _names(left: Left) -> str:
+    """The first of them, counted from 0 as `results` does."""
+    more = f" and {left.count - len(left.indexes):,} more" if left.count > len(left.indexes) else ""
+    return f"index {', '.join(map(str, left.indexes))}{more}"
