@@ -2,7 +2,7 @@
 
 A job may be asked for under a key, of which there is one job alone, however often and at once it is submitted.
 
-It knows neither how a line is read (producer.prompts) nor what the store's tables are.
+It knows neither how a line is read (producer.files.prompt_file) nor what the store's tables are.
 """
 
 from __future__ import annotations

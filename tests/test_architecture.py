@@ -106,7 +106,7 @@ def is_module(name: str) -> bool:
         "import jobs",
         "from worker.cli import main",
         'a = "worker.engine"',
-        'a = "jobs.gate:T"',
+        'a = "jobs.broker.message_filter:T"',
         "a = 'import worker.engine'",
         'a = [sys.executable, "-m", "worker", "-m", "echo"]',
         'module: str = "producer"',

@@ -111,14 +111,14 @@ def test_every_connection_goes_through_the_gate(url: str) -> None:
     with app.connection_for_read() as connection, connection.clone() as cloned:
         for each in (connection, cloned):
             assert type(each.transport).__module__ == "batchmill.jobs.broker.message_filter"
-    assert {TRANSPORT_ALIASES[name] for name in ("redis", "rediss")} == {
-        "batchmill.jobs.broker.message_filter:Transport"
-    }
+    aliases = {TRANSPORT_ALIASES[name] for name in ("redis", "rediss")}
+    assert aliases == {"batchmill.jobs.broker.message_filter:Transport"}
 
 
 def test_a_worker_has_no_task_but_its_own() -> None:
     code = (
-        "import batchmill.worker.process.app; from batchmill.jobs.broker.client import make_app; app = make_app('redis://h');"
+        "import batchmill.worker.process.app; from batchmill.jobs.broker.client import make_app;"
+        "app = make_app('redis://h');"
         "app.loader.import_default_modules(); print(*app.tasks)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

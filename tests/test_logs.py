@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import redis
 
-from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.runtime.logs import FILE_ONLY, configure_logs, get_logger
 
 
@@ -23,7 +22,7 @@ def logs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     before = (root.handlers, root.level)
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    configure_logs(load_settings(log_format=request.param))
+    configure_logs(level="info", form=request.param)
     yield stderr
     root.handlers, root.level = before
     logging.captureWarnings(False)
@@ -70,7 +69,7 @@ def test_the_file_is_told_what_stderr_is_told_and_more(tmp_path: Path, monkeypat
     stderr, path = io.StringIO(), tmp_path / "a.log"
     monkeypatch.setattr(sys, "stderr", stderr)
     try:
-        configure_logs(load_settings(), file=path)
+        configure_logs(level="info", form="console", file=path)
         get_logger("a").info("said to both", job="abcdefgh")
         try:
             raise ValueError("a bug")

@@ -28,7 +28,7 @@ from batchmill.jobs.store import tables
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job, OutputRow
-from batchmill.producer.files import export
+from batchmill.producer.files import export as exporting
 from batchmill.producer.files.export import errors_path, export
 from batchmill.producer.files.result_lines import CSV_COLUMNS, openai_line
 from tests import mill
@@ -346,7 +346,7 @@ def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.fixture
 def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The five outputs are three pages."""
-    monkeypatch.setattr(export, "_PAGE", 2)
+    monkeypatch.setattr(exporting, "_PAGE", 2)
 
 
 @contextmanager

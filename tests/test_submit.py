@@ -59,7 +59,7 @@ def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) ->
 def test_declared_adapters_are_part_of_the_job(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configure_logs(SETTINGS)
+    configure_logs(level=SETTINGS.log_level, form=SETTINGS.log_format)
     path = write(tmp_path / "p.jsonl", {"prompt": "x", "adapter": "sql"}, {"prompt": "y"})
     asked = Submission(path, "echo", options=JobOptions(adapters=("sql", "unused")))
     job_id, spec = load_job(asked, store=store, settings=SETTINGS)

@@ -39,7 +39,7 @@ import os, signal, sys
 from pathlib import Path
 from batchmill.jobs.runtime.logs import configure_logs, get_logger
 from batchmill.jobs.configuration.settings import load_settings
-configure_logs(load_settings(), file=Path(sys.argv[1]))
+configure_logs(level="info", form="console", file=Path(sys.argv[1]))
 get_logger("a").info(sys.argv[2])
 os.kill(os.getpid(), signal.SIGKILL)
 """

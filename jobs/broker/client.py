@@ -1,7 +1,7 @@
 """The Celery app, queue names, and sending wake-ups; the broker's errors become BrokerUnavailable here.
 
 A wake-up is one message with one batch id. It may be lost, doubled or late without harm, since the store decides.
-What a worker takes out of a queue passes jobs.gate first.
+What a worker takes out of a queue passes jobs.broker.message_filter first.
 """
 
 from __future__ import annotations

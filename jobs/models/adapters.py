@@ -26,7 +26,7 @@ _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 class Adapter:
     """A name and what it means: the real path of a folder, or a Hugging Face id with its revision as written.
 
-    `identity`: what lay there (`jobs.identity`); None where nobody has read it.
+    `identity`: what lay there (`jobs.models.identity`); None where nobody has read it.
     """
 
     name: str

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import structlog
 
-from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.runtime.log_file import LogFile
 
 #: Name of the logger of what the file alone is told, since the user is told it in other words.
@@ -31,8 +30,11 @@ def _without_stack(_logger: object, _method: str, event: structlog.typing.EventD
     return event
 
 
-def configure_logs(settings: Settings, *, file: Path | None = None) -> None:
-    """Sends every log line of this process, foreign ones too, to stderr in one form, and to this file."""
+def configure_logs(*, level: str, form: str, file: Path | None = None) -> None:
+    """Sends every log line of this process, foreign ones too, to stderr and to this file.
+
+    `form`: `console` or `json`.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -45,16 +47,16 @@ def configure_logs(settings: Settings, *, file: Path | None = None) -> None:
         cache_logger_on_first_use=True,
     )
     stderr = logging.StreamHandler(sys.stderr)
-    stderr.setFormatter(_formatter(settings, shared, colors=sys.stderr.isatty()))
+    stderr.setFormatter(_formatter(form, shared, colors=sys.stderr.isatty()))
     stderr.addFilter(lambda record: record.name != FILE_ONLY)
     handlers: list[logging.Handler] = [stderr]
     if file is not None:
         handlers.append(LogFile(file))
-        handlers[-1].setFormatter(_formatter(settings, shared, colors=False))
+        handlers[-1].setFormatter(_formatter(form, shared, colors=False))
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers = handlers
-    root.setLevel(settings.log_level.upper())
+    root.setLevel(level.upper())
     # A child that died is told of by the keeper, in one line; Celery adds a traceback of its own pool.
     logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
@@ -63,9 +65,9 @@ def configure_logs(settings: Settings, *, file: Path | None = None) -> None:
 
 
 def _formatter(
-    settings: Settings, shared: Sequence[structlog.typing.Processor], *, colors: bool
+    form: str, shared: Sequence[structlog.typing.Processor], *, colors: bool
 ) -> structlog.stdlib.ProcessorFormatter:
-    if settings.log_format == "json":
+    if form == "json":
         renderers: list[structlog.typing.Processor] = [
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),

@@ -1,10 +1,10 @@
-"""The store's clock: one SQL expression, evaluated by the database at the moment it is read."""
+"""The store's clock: one SQL expression, evaluated by the database at the moment it is read; and what is over by it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Float
+from sqlalchemy import Float, or_
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement
 
@@ -26,3 +26,13 @@ def _sqlite(_element: StoreClock, _compiler: Any, **_kwargs: Any) -> str:
 @compiles(StoreClock, "postgresql")
 def _postgresql(_element: StoreClock, _compiler: Any, **_kwargs: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
+
+
+def is_over(
+    until: ColumnElement[Any], *, now: ColumnElement[float], lease_seconds: float, for_seconds: float = 0.0
+) -> ColumnElement[bool]:
+    """A lease that expired at least so long ago, or that is further ahead than one of `lease_seconds` can be.
+
+    The latter was given before the store's clock was set back; who lives renews it by the new time.
+    """
+    return or_(until < now - for_seconds, until > now + lease_seconds)

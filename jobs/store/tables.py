@@ -1,6 +1,6 @@
 """The tables of the store, their constraints and indexes. Times are seconds since 1970, UTC, by the database's clock.
 
-Core tables rather than mapped classes: no row ever lives as an object, it is turned into a value of jobs.schema.
+Core tables rather than mapped classes: no row ever lives as an object, it is turned into a value of `jobs.requests`.
 """
 
 from __future__ import annotations
@@ -134,6 +134,11 @@ batches = Table(
     _partial("ix_batches_suspects", "job_id", "id", where="crashes > 0"),
     _partial("ix_batches_worker", "worker_id", where="worker_id IS NOT NULL"),
 )
+
+#: What `batches.adapter` holds where the requests name none.
+NO_ADAPTER = ""
+#: The columns of a batch that nobody holds, as an UPDATE sets them.
+NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}
 
 requests = Table(
     "requests",

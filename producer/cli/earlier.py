@@ -1,6 +1,6 @@
 """Which earlier job of the same file, model and options a `run` goes on with, or exports: one of the present model.
 
-A model is known by what it consists of (`jobs.identity`), not by where it lies. Nothing is loaded for it.
+A model is known by what it consists of (`jobs.models.identity`), not by where it lies. Nothing is loaded for it.
 """
 
 from __future__ import annotations

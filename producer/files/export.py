@@ -1,7 +1,7 @@
 """From the store to a file of answers: JSONL, the OpenAI Batch format, or CSV, in file order.
 
 It reads the store alone, in short pages, and holds no transaction while it writes. It owns files and stdout, and does
-not know what a line says (producer.answers does).
+not know what a line says (producer.files.result_lines does).
 """
 
 from __future__ import annotations

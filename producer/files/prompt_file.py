@@ -1,7 +1,7 @@
 """A prompt file -> its Requests, one by one, in constant memory; and every line of it that is bad.
 
-It owns bytes, line ends, UTF-8, the file's hash, and its one model. It does not know JSON (producer.strict_json does),
-nor what the keys of a line mean (producer.lines), nor what other kinds of files look like (jobs.kinds), nor what
+It owns bytes, line ends, UTF-8, the file's hash, and its one model. It does not know JSON or what the keys of a line
+mean (`producer.requests` does), nor what other kinds of files look like (`jobs.runtime.files.formats`), nor what
 becomes of a Request: its caller may `report` more bad lines, such as a custom_id that the store has seen before.
 
 A file is opened once and read once. Lines end at a line feed alone; any other line end of Unicode is text.

@@ -1,7 +1,7 @@
 """Checks of decoded JSON, one value each, and how a bad one is refused: BadLine.
 
 A check takes what a key holds and returns what is kept of it. Checks are made here and put together where keys
-have a meaning (producer.lines, producer.options). What is said of a bad value may show a key or a parameter,
+have a meaning (`generation`, `options`). What is said of a bad value may show a key or a parameter,
 cut short, and never a prompt.
 """
 

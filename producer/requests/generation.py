@@ -1,7 +1,7 @@
 """One line of a prompt file, decoded -> one Request: which keys a line may have, and which values.
 
 It owns the forms of a line, its messages, and what is kept without effect. It does not know what may be asked of
-the sampler (producer.options does), nor files, bytes, JSON text or line numbers (producer.prompts), nor whether a
+the sampler (`options` does), nor files, bytes, JSON text or line numbers (`producer.files.prompt_file`), nor whether a
 custom_id is unique (the store).
 
 Whatever a line says is obeyed, kept and returned, or refused by name; a null asks for nothing.

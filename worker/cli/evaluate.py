@@ -147,7 +147,7 @@ def main(
 def _prepare_process(settings: Settings, device: str) -> None:
     """What has to stand before torch is loaded; progress is shown, so that logs tell of trouble alone."""
     level = "warning" if settings.log_level == "info" else settings.log_level
-    configure_logs(settings.model_copy(update={"log_level": level}))
+    configure_logs(level=level, form=settings.log_format)
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a worker
 

@@ -99,7 +99,7 @@ def main(
     check_label(name)
     placed = {each.setting: flags.pop(each.setting) for each in PLACEMENT_FLAGS}
     settings = load_settings(**flags)
-    configure_logs(settings)
+    configure_logs(level=settings.log_level, form=settings.log_format)
     tell_by(log.warning)
     arm(settings.failpoint, home=settings.home)
     spec = ModelSpec.parse(
@@ -112,7 +112,7 @@ def main(
             raise click.UsageError("--devices starts one worker per device: leave out --device and --name")
         arguments = _arguments(spec, only_job, exit_when_idle, share_device, held)
         make_place(settings.home, SUPERVISOR)
-        configure_logs(settings, file=log_path(settings.home, SUPERVISOR))
+        configure_logs(level=settings.log_level, form=settings.log_format, file=log_path(settings.home, SUPERVISOR))
         Supervisor(
             placements,
             arguments,

@@ -28,7 +28,7 @@ def _finish(**_: object) -> None:
 
 @setup_logging.connect
 def _keep_logging(**_: object) -> None:
-    """Connected so that Celery leaves the logs as jobs.logs configured them."""
+    """Connected so that Celery leaves the logs as jobs.runtime.logs configured them."""
 
 
 @shared_task(name=WAKE_TASK, ignore_result=True)

@@ -63,7 +63,7 @@ DRAIN_SIGNAL = signal.SIGUSR2
 class ChildOrder:
     """What a parent orders its child to be.
 
-    `spec` is canonical, `placement` the JSON of a Placement, `adapters` that of jobs.adapters, `pulse` the path
+    `spec` is canonical, `placement` the JSON of a Placement, `adapters` that of jobs.models.adapters, `pulse` the path
     of the Pulse that it beats, `log_file` the worker's.
     """
 
@@ -161,7 +161,7 @@ def begin() -> Child:
     die_with_parent(signal.SIGKILL, order.parent_pid)
     switch = _DrainSwitch()
     settings = load_settings()
-    configure_logs(settings, file=Path(order.log_file))
+    configure_logs(level=settings.log_level, form=settings.log_format, file=Path(order.log_file))
     tell_by(log.warning)
     arm(settings.failpoint, home=settings.home)
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)

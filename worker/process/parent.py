@@ -50,7 +50,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     device = placement.written
     name = options.name or f"{device.replace(':', '').replace(TOGETHER, '-')}-{os.getpid()}"
     hindrance = make_place(settings.home, name)
-    configure_logs(settings, file=log_path(settings.home, name))
+    configure_logs(level=settings.log_level, form=settings.log_format, file=log_path(settings.home, name))
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement.devices, os.environ)
     os.environ.update(environment_of(settings))
     # torch's threads wait asleep: awake they take the very cores that the slowest of them waits for, and beside one

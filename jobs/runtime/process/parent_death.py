@@ -1,4 +1,4 @@
-"""The signal that comes when a process's parent dies; apart from jobs.signals, since ctypes takes time to import."""
+"""The signal that comes when a process's parent dies; not in `signals`, since ctypes takes time to import."""
 
 from __future__ import annotations
 

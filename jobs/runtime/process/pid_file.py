@@ -1,4 +1,4 @@
-"""A file that names one process of a home, for whoever comes after it has died: the line that jobs.process writes."""
+"""A file that names one process of a home, for whoever comes after it has died, in the line of `process`."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from batchmill.jobs.requests.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchS
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.store.leases.lease import NO_LEASE
-from batchmill.jobs.store.tables import batches, jobs, outputs, requests
+from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, requests
 
 #: One transaction closes or moves at most this many requests; no batch holds more.
 PAGE_REQUESTS = MAX_BATCH_SIZE

@@ -21,12 +21,11 @@ from batchmill.jobs.requests.generation import JobOptions, Provenance, Request
 from batchmill.jobs.requests.ids import new_job_id
 from batchmill.jobs.requests.states import JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import cut, octets, page_of, text_bytes
+from batchmill.jobs.store.clock import is_over
 from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs.rebatch import new_batches
-from batchmill.jobs.store.leases.lease import is_over
-from batchmill.jobs.store.leases.queue import NO_ADAPTER
-from batchmill.jobs.store.tables import batches, jobs, requests
+from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, requests
 
 #: A loading transaction holds at most this many requests, beside the bound of its bytes: others write too.
 MAX_REQUESTS = 4_000

@@ -19,8 +19,7 @@ from batchmill.jobs.store.bounds import octets
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs.close import end_unanswered
 from batchmill.jobs.store.jobs.rebatch import move
-from batchmill.jobs.store.leases.lease import NO_LEASE
-from batchmill.jobs.store.tables import batches, outputs, requests, runs
+from batchmill.jobs.store.tables import NO_LEASE, batches, outputs, requests, runs
 
 #: After its first crash, its second and so on, a suspect runs with at most so many others. One more crash is its last.
 SUSPECT_GROUPS = (16, 4, 1, 1)

@@ -23,8 +23,8 @@ from batchmill.jobs.requests.states import BATCH_BEFORE, JOB_BEFORE, BatchState,
 from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.leases.lease import Claimed, Lease, Seat
-from batchmill.jobs.store.leases.queue import NO_ADAPTER, Among, Need, count_pending, heads, needs_met, waiting
-from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.store.leases.queue import Among, Need, count_pending, heads, needs_met, waiting
+from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, outputs, requests, runs
 from batchmill.jobs.store.workers import idle_workers
 
 #: How far pending batches are counted when they are compared with idle workers.

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, or_, update
+from sqlalchemy import ColumnElement, Connection, update
 
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
@@ -18,15 +17,13 @@ from batchmill.jobs.requests.generation import Output, Request, SamplingParams
 from batchmill.jobs.requests.states import RunOutcome
 from batchmill.jobs.store.tables import runs
 
-#: The columns of a batch that nobody holds.
-NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}
-
 
 @dataclass(frozen=True, slots=True)
 class Seat:
     """Who asks: one generation of one worker, what it holds and what it does where nobody says otherwise.
 
-    `identity`: what its model consists of (`jobs.identity`). `may_begin`: whether it takes jobs that nobody has begun.
+    `identity`: what its model consists of (`jobs.models.identity`).
+    `may_begin`: whether it takes jobs that nobody has begun.
     """
 
     worker_id: int
@@ -103,16 +100,6 @@ class Turned:
     released: frozenset[int] = frozenset()
     claimed: tuple[Claimed, ...] = ()
     drain: bool = False
-
-
-def is_over(
-    until: ColumnElement[Any], *, now: ColumnElement[float], lease_seconds: float, for_seconds: float = 0.0
-) -> ColumnElement[bool]:
-    """A lease that expired at least so long ago, or that is further ahead than one of `lease_seconds` can be.
-
-    The latter was given before the store's clock was set back; who lives renews it by the new time.
-    """
-    return or_(until < now - for_seconds, until > now + lease_seconds)
 
 
 def end_runs(

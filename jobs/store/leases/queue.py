@@ -14,10 +14,8 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, func, literal, li
 
 from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState
-from batchmill.jobs.store.tables import batches, jobs
+from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs
 
-#: What `batches.adapter` holds where the requests name none.
-NO_ADAPTER = ""
 #: Written as the partial index has it.
 _SUSPECT = batches.c.crashes > literal_column("0")
 _JOINED = jobs.join(batches, batches.c.job_id == jobs.c.id)

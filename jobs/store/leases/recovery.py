@@ -21,13 +21,14 @@ from batchmill.jobs.requests.states import (
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.bounds import octets, page_of
+from batchmill.jobs.store.clock import is_over
 from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.blame import Blaming
-from batchmill.jobs.store.leases.lease import NO_LEASE, end_runs, is_over
+from batchmill.jobs.store.leases.lease import end_runs
 from batchmill.jobs.store.leases.queue import Among, needs_met, pending_batches
-from batchmill.jobs.store.tables import batches, jobs, requests, runs, workers
+from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, requests, runs, workers
 from batchmill.jobs.store.workers import alive
 
 #: How many batches one transaction takes back: to blame who was in flight takes ten queries for each.
@@ -68,7 +69,7 @@ class Recovery:
     def take_back(self, worker_id: int, *, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
         """Takes back every lease of this worker's children up to a generation: how many there were.
 
-        After a crash what was in flight is blamed (`jobs.store.blame`); what was released is not.
+        After a crash what was in flight is blamed (`jobs.store.leases.blame`); what was released is not.
         """
         taken = 0
         while page := self._take_page(_of_children(worker_id, generation), outcome):

@@ -21,8 +21,8 @@ from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.claim import Claiming
-from batchmill.jobs.store.leases.lease import NO_LEASE, Claimed, Held, Lease, Seat, Turned, end_runs
-from batchmill.jobs.store.tables import batches, jobs, outputs, runs, workers
+from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Seat, Turned, end_runs
+from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, runs, workers
 from batchmill.jobs.store.workers import GIVEN_UP
 
 _ENDING = GIVEN_UP | {WorkerState.DRAINING, WorkerState.STOPPED}

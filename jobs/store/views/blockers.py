@@ -16,8 +16,8 @@ from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
 from batchmill.jobs.runtime.process.process import Process
+from batchmill.jobs.store.clock import is_over
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.store.leases.lease import is_over
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, workers
 from batchmill.jobs.store.views.missing_adapters import Lack, lacks
 from batchmill.jobs.store.workers import GIVEN_UP, alive

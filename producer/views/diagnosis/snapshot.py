@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.requests.states import JobState, WorkerState
-from batchmill.jobs.store.leases.queue import NO_ADAPTER
+from batchmill.jobs.store.tables import NO_ADAPTER
 from batchmill.jobs.store.views.blockers import Around, Crashes, Hold, Seen
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.workers import GIVEN_UP

@@ -1,6 +1,6 @@
 """Why a job moves or does not: one verdict, the finding that leads to it, and what else is to be known.
 
-It asks the store and Redis (`producer.case`); what each of it means stands in `producer.findings`.
+It asks the store and Redis (`snapshot`); what each of it means stands in `findings`.
 """
 
 from __future__ import annotations
