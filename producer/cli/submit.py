@@ -259,9 +259,8 @@ def _settings(**flags: Any) -> Settings:
     from batchmill.jobs.runtime.logs import configure_logs
 
     settings = load_settings(**flags)
-    configure_logs(
-        level=settings.log_level, form=settings.log_format
-    )  # to stderr: stdout is for a job's id, or its answers
+    # To stderr: stdout is for a job's id, or its answers.
+    configure_logs(level=settings.log_level, form=settings.log_format)
     arm(settings.failpoint, home=settings.home)
     return settings
 
