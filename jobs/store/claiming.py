@@ -250,7 +250,7 @@ class Claiming:
         won: Row[Any],
         in_flight: list[int],
     ) -> int:
-        """The run's id. What its worker's child spent on loading is kept with it, since the next child's replaces it."""
+        """The run's id. What its worker's child spent on loading is kept with it: the next child's replaces it."""
         loading = {name: _of_generation(seat, workers.c[name]) for name in ("loading_since", "torch_load_seconds")}
         run = insert(runs).values(
             job_id=won.job_id,
