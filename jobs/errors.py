@@ -15,7 +15,8 @@
     |-- ModelError                 1   a model that cannot be loaded
     |-- WriteFailed                1   a file of the user's that could not be written
     |-- StoreError                 1   the database
-    |   |-- StoreBusy            (r)   locked by someone else for longer than the busy timeout
+    |   |-- StoreBusy            (r)   someone else is in the way
+    |   |   |-- StoreLocked      (r)   locked by someone else for longer than the busy timeout
     |   |   |-- StoreConflict    (r)   the transaction was ended for another's sake
     |   |   `-- StoreCrowded     (r)   every connection of its server is taken
     |   |-- StoreUnavailable     (r)   not reachable, or the connection broke
@@ -121,11 +122,32 @@ class WriteFailed(BatchmillError):
 class StoreError(BatchmillError):
     """The database refused or failed."""
 
+    @property
+    def hindrance(self) -> str:
+        """What keeps whoever waits for the store, in a few words."""
+        return "the store is away"
+
 
 class StoreBusy(StoreError):
-    """Someone else held the database's lock for longer than the busy timeout."""
+    """Someone else is in the way."""
 
     retryable = True
+
+    @property
+    def hindrance(self) -> str:
+        return "the store is busy"
+
+
+class StoreLocked(StoreBusy):
+    """Someone else, `holder`, held the database's lock for longer than the busy timeout."""
+
+    def __init__(self, message: str, *, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+    @property
+    def hindrance(self) -> str:
+        return f"the store is locked by {self.holder}"
 
 
 class StoreConflict(StoreBusy):

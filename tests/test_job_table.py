@@ -111,10 +111,33 @@ class TestNarrow:
         assert "55 min  55 min" in row
         assert row.endswith("…")
 
+    @pytest.mark.parametrize(
+        ("width", "titles"),
+        [
+            (64, "ID STATE AGE DURATION ANSWERED FAILED MODEL NAME"),
+            (63, "ID STATE DURATION ANSWERED FAILED MODEL NAME"),
+            (56, "ID STATE ANSWERED FAILED MODEL NAME"),
+            (46, "ID STATE ANSWERED FAILED NAME"),
+            (39, "ID STATE ANSWERED FAILED"),
+            (33, "ID STATE ANSWERED"),
+        ],
+    )
+    def test_then_columns_are_left_out_down_to_id_state_and_progress(self, job: Job, width: int, titles: str) -> None:
+        lines = self.lines(self.large(job), width)
+        assert lines[0].split() == titles.split()
+        assert max(map(len, lines)) <= width, lines
+        assert lines[1].startswith(f"{job.id}  queued  ")
+        assert " 0/4" in lines[1]
+        assert " ".join(" ".join(lines[2:]).split()) == self.NOTE
+
+    def test_what_is_left_out_gives_its_room_to_the_rest(self, job: Job) -> None:
+        _, row, *_ = self.lines(self.large(job), 46)
+        assert row.endswith("  nightly-r…")
+
     def test_the_rest_is_never_shortened(self, job: Job) -> None:
-        _, row, _ = self.lines(self.large(job), 20)
-        assert row.startswith(f"{job.id}  queued  1 min  1 min ")
-        assert row.endswith("0/4       0  …nf4)  nig…")
+        header, row, *_ = self.lines(self.large(job), 20)
+        assert header.split() == ["ID", "STATE", "ANSWERED"]
+        assert row.split() == [job.id, "queued", "0/4"]
 
 
 def test_the_command_prints_a_header_and_the_newest_first(

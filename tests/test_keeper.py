@@ -28,6 +28,19 @@ class CeleryWorker:
         self.pool, self._pool, self.ends = self, self, ends
 
 
+def test_the_end_of_a_child_that_celery_is_just_noting_is_waited_for() -> None:
+    class Noted(Ended):
+        """Of which the system tells Celery's thread first."""
+
+        looks = 0
+
+        def poll(self) -> int:
+            self.looks += 1
+            return -9 if self.looks > 2 else None  # type: ignore[return-value]
+
+    assert Pool(CeleryWorker({2: Noted()})).ended_by(2) == "SIGKILL"
+
+
 def test_the_end_of_a_child_is_told_also_where_the_next_one_reported_first(sqlite_url: str) -> None:
     store, settings = Store(sqlite_url), load_settings(database_url=sqlite_url, broker_url="redis://127.0.0.1:1")
     broker, who = Broker.of(settings), mill.seat(store)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
@@ -21,7 +21,7 @@ from batchmill.jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.requests.states import JobState, RequestState
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.tables import REVISION, metadata
+from batchmill.jobs.store.tables import REVISION, metadata, runs
 from batchmill.jobs.store.views.jobs import FinishReasons
 from tests import mill, old_store
 from tests.oracle import violations
@@ -135,9 +135,9 @@ def old_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield server.set(database="old_store").render_as_string(hide_password=False)
 
 
-@pytest.mark.parametrize("revision", ["0004", "0005", "0006", "0007"])
+@pytest.mark.parametrize("revision", ["0004", "0005", "0006", "0007", "0010"])
 class TestBeforeIdentities:
-    """A store of before the identities of models, of processes and stores, finish reasons, or tokens in flight."""
+    """A store of before the identities of models, of processes and stores, finish reasons, or the loading of runs."""
 
     @pytest.fixture
     def store(self, old_url: str, revision: str) -> Iterator[Store]:
@@ -185,6 +185,18 @@ class TestBeforeIdentities:
         mill.work_off(store, mill.seat(store, adapters=[held]))
         assert store.reading.job("queued").counts.finish_reasons == FinishReasons(stop=3, length=0)
         assert store.reading.job("running").counts.finish_reasons is None
+
+    def test_the_loading_is_known_of_runs_that_began_since_alone(self, store: Store) -> None:
+        newer = mill.seat(store)
+        store.workers.imported(newer.worker_id, newer.generation, seconds=4.0)
+        mill.claim(store, newer)
+        with store.database.read() as connection:
+            found = connection.execute(select(runs)).all()
+        known = {row.worker_id for row in found if (row.loading_since is not None, row.torch_load_seconds) == (True, 4)}
+        assert known == {newer.worker_id}
+        assert {row.torch_load_seconds for row in found if row.worker_id != newer.worker_id} == {None}
+        effort = store.effort.of("completed")
+        assert (effort.torch_wait_seconds, effort.model_wait_seconds) == (0.0, 0.0)
 
     def test_what_is_finished_has_none_and_can_be_retried(self, store: Store) -> None:
         assert {store.reading.job(each).identity for each in ("completed", "cancelled")} == {None}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import update
 
 from batchmill.jobs.errors import BatchmillError
@@ -28,6 +29,7 @@ from batchmill.jobs.store import tables
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job, OutputRow
+from batchmill.producer.cli.jobs import results
 from batchmill.producer.files import export as exporting
 from batchmill.producer.files.export import errors_path, export
 from batchmill.producer.files.result_lines import CSV_COLUMNS, openai_line
@@ -71,7 +73,7 @@ def job(store: Store) -> Job:
 
 def test_jsonl_has_the_documented_keys_and_what_was_passed_through(store: Store, job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    assert export(store, job, out=out, form="jsonl", only="all") == 5
+    assert export(store, job, out=out, form="jsonl", only="all").count == 5
     lines = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
     assert lines[0] == {
         "index": 0,
@@ -130,6 +132,26 @@ def test_what_a_user_can_mend_has_status_400_in_the_openai_format(store: Store, 
     response = openai_line(row, job)["response"]
     kind = "server_error" if ours else "invalid_request_error"
     assert (response["status_code"], response["body"]["error"]["type"]) == (500 if ours else 400, kind)
+
+
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        ("all", "wrote 2 of 5 outputs to a.jsonl, 3 to a.errors.jsonl"),
+        ("failed", "wrote 0 of 5 outputs to a.jsonl, 3 to a.errors.jsonl"),
+        ("succeeded", "wrote 2 of 5 outputs to a.jsonl; a.errors.jsonl is empty: none of them failed"),
+    ],
+)
+def test_what_went_to_which_file_is_said(
+    sqlite_url: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: str, said: str
+) -> None:
+    monkeypatch.setenv("BATCHMILL_DATABASE_URL", sqlite_url)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(results, [job.id, "--format", "openai", "-o", "a.jsonl", "--only", only])
+    assert done.stderr == f"{said}\n"
+    assert bool(Path("a.errors.jsonl").read_bytes()) == (only != "succeeded")
+    done = CliRunner().invoke(results, [job.id, "-o", "b.jsonl"])
+    assert done.stderr == "wrote 5 of 5 outputs to b.jsonl\n"
 
 
 def test_the_openai_format_line_by_line(store: Store, job: Job, tmp_path: Path) -> None:
@@ -454,7 +476,7 @@ def test_a_pipe_is_written_to_and_not_replaced(store: Store, job: Job, tmp_path:
 
 def test_a_name_as_long_as_names_may_be(store: Store, job: Job, tmp_path: Path) -> None:
     out = tmp_path / ("\u4f60" * 85)
-    assert export(store, job, out=out, form="jsonl", only="all") == 5
+    assert export(store, job, out=out, form="jsonl", only="all").count == 5
     assert out.is_file()
 
 

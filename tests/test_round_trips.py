@@ -96,7 +96,7 @@ def test_every_form_of_an_export_has_every_answer_whole(
     mill.save(store, who, [Held(claimed.lease, outputs=outputs)])
     job = store.reading.job(job_id)
     for form in ("jsonl", "openai", "csv"):
-        assert export(store, job, out=tmp_path / form, form=form, only="all") == len(pairs)
+        assert export(store, job, out=tmp_path / form, form=form, only="all").count == len(pairs)
     jsonl, good, bad = lines(tmp_path / "jsonl"), lines(tmp_path / "openai"), lines(errors_path(tmp_path / "openai"))
     with (tmp_path / "csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file, strict=True)

@@ -246,14 +246,17 @@ def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(s
         """The line where the load began, and the job was queued, so long before its first run."""
         with store.database.write() as connection:
             started = connection.scalar(select(runs.c.started_at)) or 0.0
-            connection.execute(update(workers).values(loading_since=started - began))
+            connection.execute(update(runs).values(loading_since=started - began))
             connection.execute(update(jobs).values(queued_at=started - queued))
         return JobStatus.read(store, job_id).seconds_line
 
     assert said(began=5, queued=6).startswith("6.0 queued, of which 4.0 importing torch, 0.5 loading the model; ")
     assert said(began=5, queued=3).startswith("3.0 queued, of which 2.0 importing torch, 0.5 loading the model; ")
     assert said(began=60, queued=3).startswith("3.0 queued; "), "the model was there before"
-    assert said(began=-9, queued=3).startswith("3.0 queued; "), "another child loads, since"
+    store.workers.child_died(who.worker_id, who.generation)
+    store.workers.new_generation(who.worker_id, child_pid=3)
+    told = said(began=5, queued=6)
+    assert told.startswith("6.0 queued, of which 4.0 importing torch, 0.5 loading the model; "), "another child loads"
 
 
 class Clocked:
@@ -352,8 +355,15 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
     status = JobStatus.read(store, mill.load(store, 3))
     assert status.missing_seconds is not None
     text = "\n".join(status.lines())
-    assert "no live worker has served echo (none)" in text
+    assert "  waiting    no worker serves echo (none) yet; start one:\n" in text
     assert "batchmill up -m echo" in text
+
+
+def test_a_job_whose_last_worker_has_ended_says_since_when(store: Store) -> None:
+    job_id = mill.load(store, 3)
+    store.workers.enter(mill.seat(store).worker_id, WorkerState.STOPPED)
+    first, _ = JobStatus.read(store, job_id).missing_lines()
+    assert re.fullmatch(r"no live worker has served echo \(none\) for \d+ s; start one:", first)
 
 
 def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) -> None:

@@ -159,6 +159,7 @@ class TestTheStore:
         with transaction(Path(store.database.url.database or "")) as pid, pytest.raises(StoreBusy) as caught:
             mill.load(store, 1)
         assert f"is locked by pid {pid} (database is locked); try again" in str(caught.value)
+        assert caught.value.hindrance == f"the store is locked by pid {pid}"
         store.close()
 
 

@@ -20,11 +20,11 @@ from sqlalchemy.schema import Table
 
 from batchmill.jobs.errors import (
     SettingsError,
-    StoreBusy,
     StoreConflict,
     StoreCrowded,
     StoreError,
     StoreFull,
+    StoreLocked,
     StoreReplaced,
     StoreUnavailable,
 )
@@ -224,7 +224,7 @@ class Database:
             )
         if "locked" in text or "lock timeout" in text or isinstance(error, TimeoutError):
             who = self._holder() or "another connection"
-            return StoreBusy(f"the store {self.name} is locked by {who} ({text}); try again")
+            return StoreLocked(f"the store {self.name} is locked by {who} ({text}); try again", holder=who)
         if isinstance(cause, sqlite3.Error) and (damage := _damage(cause, self.name)):
             return StoreError(damage)
         if "disk is full" in text or "No space left" in text:

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from batchmill.jobs.requests.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0010"
+REVISION = "0011"
 
 metadata = MetaData(
     naming_convention={
@@ -192,6 +192,8 @@ runs = Table(
     Column("device", Text, nullable=False),
     Column("device_uuid", Text),
     Column("model_commit", Text, comment="what the spec's revision resolved to"),
+    Column("loading_since", Float, comment="when the worker's child that claimed it began to load"),
+    Column("torch_load_seconds", Float, comment="what torch and its kin took that child to import"),
     Column("model_load_seconds", Float, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),

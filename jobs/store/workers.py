@@ -347,6 +347,11 @@ class Workers:
             )
         return max(0.0, found or 0.0)
 
+    def ever_served(self, spec: ModelSpec) -> bool:
+        """Whether there has been a worker of this spec."""
+        with self._database.read() as connection:
+            return bool(connection.scalar(select(exists().where(workers.c.spec == spec.canonical))))
+
     def rows(
         self,
         *,

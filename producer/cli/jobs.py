@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.files.formats import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
 from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import LAST, complete_job
@@ -160,9 +159,9 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
     check_out(out, form=form, keep=settings.files)
     store = open_store(settings)
     found = store.reading.job(store.reading.find(job))
-    count = export(store, found, out=out, form=form, only=only)
+    exported = export(store, found, out=out, form=form, only=only)
     if out is not None:
-        click.echo(f"wrote {count:,} of {counted(found.counts.total, 'output')} to {out}", err=True)
+        click.echo(exported.line(out, total=found.counts.total), err=True)
 
 
 @click.command(cls=Command, epilog="Example: batchmill cancel last")

@@ -13,11 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from batchmill.jobs.errors import BatchmillError, UsageError, WriteFailed
 from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.files.output_file import check_target, replaced, written
 from batchmill.jobs.store.store import Store
@@ -33,13 +35,31 @@ ONLY = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """How many outputs were written, and how many of them beside the rest, as errors; None without such a file."""
+
+    count: int
+    errors: int | None = None
+
+    def line(self, out: Path, *, total: int) -> str:
+        """What was written to which file, of so many outputs of the job; an empty file is named, too."""
+        said = f"wrote {self.count - (self.errors or 0):,} of {counted(total, 'output')} to {out}"
+        if self.errors is None:
+            return said
+        beside = errors_path(out)
+        if self.errors == 0:
+            return f"{said}; {beside} is empty: none of them failed"
+        return f"{said}, {self.errors:,} to {beside}"
+
+
 def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path]) -> None:
     """Raises UsageError, before any work is done, for an `out` that could not be written, or that is one of `keep`."""
     for each in _targets(out, form):
         check_target(each, keep=keep)
 
 
-def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> int:
+def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> Exported:
     """Writes a job's outputs to `out`, or to stdout: how many.
 
     With a file, the OpenAI form puts the successes there and the rest beside it, with `.errors` before the suffix.
@@ -73,15 +93,15 @@ def _refuse_prompts(target: Path | None, job: Job) -> None:
             )
 
 
-def _export(store: Store, job: Job, out: Path | None, *, form: str, only: str) -> int:
+def _export(store: Store, job: Job, out: Path | None, *, form: str, only: str) -> Exported:
     pages = store.reading.output_pages(job.id, states=ONLY[only], page=_PAGE)
     if out is None:
         with standard_output("the answers") as file:
-            return _write(file, pages, form=form, job=job)
+            return Exported(_write(file, pages, form=form, job=job))
     if form == "openai":
         return _export_openai(pages, job, out)
     with replaced(out) as file:
-        return _write(file, pages, form=form, job=job)
+        return Exported(_write(file, pages, form=form, job=job))
 
 
 def errors_path(out: Path) -> Path:
@@ -108,8 +128,8 @@ def standard_output(what: str) -> Iterator[IO[str]]:
             raise
 
 
-def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> int:
-    count = 0
+def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> Exported:
+    count = errors = 0
     with ExitStack() as stack:
         good = stack.enter_context(replaced(out))
         bad = stack.enter_context(replaced(errors_path(out)))
@@ -117,10 +137,12 @@ def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> int
         for page in pages:
             count += len(page)
             for row in page:
-                file = good if row.state == RequestState.SUCCEEDED else bad
+                is_good = row.state == RequestState.SUCCEEDED
+                errors += not is_good
+                file = good if is_good else bad
                 file.write(to_json(openai_line(row, job)) + "\n")
             failpoint("export.written")
-    return count
+    return Exported(count, errors)
 
 
 def _write(file: IO[str], pages: Iterable[list[OutputRow]], *, form: str, job: Job) -> int:

@@ -45,7 +45,8 @@ _WIDE = 4
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model.
+    """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model, which
+    nobody ever did where `is_never_served`.
 
     `others`: live workers of its ModelSpec that hold another model than it was begun with, where there are no more.
     `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
@@ -69,6 +70,7 @@ class JobStatus:
     meant: str | None = None
     loading: tuple[WorkerRow, ...] = ()
     restarting: WorkerRow | None = None
+    is_never_served: bool = False
 
     @classmethod
     def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
@@ -106,6 +108,7 @@ class JobStatus:
             meant,
             loading,
             restarting=restarting,
+            is_never_served=missing is not None and not store.workers.ever_served(job.spec),
         )
 
     @property
@@ -274,6 +277,8 @@ class JobStatus:
         if self.restarting is not None:
             return [f"{restarting_line(self.restarting)};", f"{IF_NOT_OF_UP}: {start}"]
         missing = f"no live worker has served {self.job.spec} for {duration(self.missing_seconds)}"
+        if self.is_never_served:
+            missing = f"no worker serves {self.job.spec} yet"
         if self.meant is not None:
             return [f"{missing}: {slip_line(self.job.spec, self.meant)}", f"{self.slip_remedy}:", start]
         if not self.given_up:

@@ -23,7 +23,7 @@ from tests.integration.conftest import until
 #: A user that is no superuser gets three connections fewer.
 _MAX_CONNECTIONS = 5
 _FREE = 2
-_KEEPER_SAYS = re.compile(r"the store is away  +error=.*has no connection left")
+_KEEPER_SAYS = re.compile(r"the store is busy  +error=.*has no connection left")
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,7 @@ def test_a_command_says_who_holds_the_store_and_goes_on(mill: Mill, tmp_path: Pa
 def test_a_worker_that_waits_for_the_store_says_who_holds_it(mill: Mill) -> None:
     with transaction(mill.home / "batchmill.db") as pid:
         worker = mill.start("worker", "-m", "echo")
-        line = said(worker, "the store is away")
-        assert f"is locked by pid {pid} " in line
+        line = said(worker, f"the store is locked by pid {pid}; this process waits for it")
         assert "waited_seconds=" in line
     until(lambda: mill.store.workers.rows(), "it is registered")
 

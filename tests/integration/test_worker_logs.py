@@ -7,9 +7,11 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
+from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.log_file import log_path, logs_folder, worker_of
 from batchmill.producer.cli.jobs import logs
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
@@ -99,6 +101,35 @@ def test_how_a_child_died_is_told_of_its_worker_and_of_its_job(
     assert (died["worker"], died["ended_by"], died["jobs"]) == (1, end, [job_id])
     taken = next(each for each in said if each["event"] == "took back leases")
     assert (taken["worker"], taken["job"], taken["batches"], taken["outcome"]) == (1, job_id, 1, "crashed")
+
+
+def test_how_a_child_died_is_told_also_after_its_tracker_of_semaphores_was_killed(mill: Mill) -> None:
+    worker = mill.start("worker", "-m", "echo", "--name", "a", log_format="json")
+    for generation in (1, 2, 3):  # the second tracker knows the semaphores of the first
+        until(lambda: generation_ready(mill) == generation, "the child has begun")  # noqa: B023
+        if generation < 3:
+            kill(worker.pid, "billiard.semaphore_tracker")
+            kill(worker.pid, "spawn_main")
+    worker.send_signal(signal.SIGTERM)
+    said, _ = worker.communicate(timeout=PATIENCE_SECONDS)
+    assert "Traceback" not in said
+    assert "Error" not in said
+    died = [json.loads(line) for line in said.splitlines() if '"the child died"' in line]
+    assert [each["ended_by"] for each in died] == ["SIGKILL", "SIGKILL"]
+
+
+def generation_ready(mill: Mill) -> int:
+    """The generation of the only worker's child, once it holds its model."""
+    rows = mill.store.workers.rows()
+    return rows[0].generation if rows and rows[0].state is WorkerState.READY else 0
+
+
+def kill(parent: int, what: str) -> None:
+    """Kills the child of which the command line says this, and sees it end."""
+    living = (each for each in psutil.Process(parent).children() if each.status() != psutil.STATUS_ZOMBIE)
+    (found,) = [each for each in living if what in " ".join(each.cmdline())]
+    found.kill()
+    until(lambda: not found.is_running() or found.status() == psutil.STATUS_ZOMBIE, "it has ended")
 
 
 def test_the_end_of_a_worker_that_was_killed_is_in_the_log_of_its_supervisor(mill: Mill, tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ READY = Kind("child killed: replaced and ready", 15.0, ("store", "own", "redis")
 AGAIN = Kind("child killed: its work runs again", 15.0, ("store", "own", "redis"))
 ORPHANS = Kind("parent killed: its leases are taken back", 60.0, ("store",))
 ORPHAN_CHILD = Kind("parent killed: its child is gone")
-DEAD_HOST = Kind("host dead: its leases are taken back", 120.0, ("store",))
-CONTAINER = Kind("container restarted: its leases are taken back", 120.0, ("store",))
+# Leases that `clock` moved were renewed, to whoever watches them expire.
+DEAD_HOST = Kind("host dead: its leases are taken back", 120.0, ("store", "clock"))
+CONTAINER = Kind("container restarted: its leases are taken back", 120.0, ("store", "clock"))
 EMPTIED = Kind("Redis emptied: work is claimed again", 30.0, ("store", "redis", "own"))
 FULL = Kind("Redis full: work is claimed again", 40.0, ("store", "redis", "own"))
 LOCKED_OUT = Kind("Redis with a new password: work is claimed again", 40.0, ("store", "redis", "own"))
@@ -61,7 +62,7 @@ KINDS = (
 
 @dataclass(slots=True)
 class Breakage:
-    """A time in which something was broken: `store`, `redis`, or a worker's name."""
+    """A time in which something was broken: `store`, `redis`, `clock`, or a worker's name."""
 
     scope: str
     began: float

@@ -33,8 +33,11 @@ class StoreFaults(Scene):
             self._found.watch(measures.STORE_BACK, partial(looks.is_saving, self._world, count))
 
     def set_clock_back(self) -> Steps:
-        """Every lease and sign of life is an hour ahead, as after the database's clock was set back by that."""
-        with suppress(StoreError), self._world.store.database.write() as connection:
+        """Every lease and sign of life is an hour ahead, as after the database's clock was set back by that.
+
+        Each lease reads as renewed, so whoever watches it expire begins anew: a real clock would change no lease.
+        """
+        with self._breaking("clock"), suppress(StoreError), self._world.store.database.write() as connection:
             for statement in _AN_HOUR_AHEAD:
                 connection.execute(text(statement))
             self._world.note("the store's clock set back by an hour")

@@ -24,5 +24,5 @@ def outlast(call: Callable[[], T], *, kind: type[StoreError] = StoreError) -> T:
             if not error.retryable:
                 raise
             waited = round(time.monotonic() - began, 1)
-            log.warning("the store is away; this process waits for it", error=str(error), waited_seconds=waited)
+            log.warning(f"{error.hindrance}; this process waits for it", error=str(error), waited_seconds=waited)
             time.sleep(_PAUSE_SECONDS)

@@ -260,7 +260,7 @@ class Saver:
             if not error.retryable:
                 self._spool.append(said.held)
                 raise
-            log.warning("the store is away; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
+            log.warning(f"{error.hindrance}; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
             self._try_at = monotonic() + self._pause
             self._pause = min(2 * self._pause, self._longest_pause)
             return None

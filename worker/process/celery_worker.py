@@ -29,6 +29,7 @@ from redis.exceptions import ResponseError
 from batchmill.jobs.broker.client import make_app
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.runtime.logs import FILE_ONLY, get_logger
+from batchmill.worker.process.semaphore_tracker import outlast_trackers
 
 log = get_logger(__name__)
 #: Celery gives a child so much longer than the watchdog to load its model.
@@ -44,6 +45,7 @@ _REMEMBERED_CHILDREN = 8
 
 def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
     """A Celery worker that takes the wake-ups of one queue; the caller starts it."""
+    outlast_trackers()
     # Celery's advice against root is about pickle; JSON alone is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     logging.getLogger(Consumer.__module__).addFilter(_is_not_told_by_us)

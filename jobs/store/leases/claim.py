@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, insert, select, update
+from sqlalchemy import Column, Connection, Row, ScalarSelect, and_, func, insert, select, update
 
 from batchmill.jobs.errors import StoreBusy
 from batchmill.jobs.models.adapters import from_json, to_json
@@ -24,7 +24,7 @@ from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.leases.lease import Claimed, Lease, Seat
 from batchmill.jobs.store.leases.queue import Among, Need, count_pending, heads, needs_met, waiting
-from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, outputs, requests, runs
+from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, outputs, requests, runs, workers
 from batchmill.jobs.store.workers import idle_workers
 
 #: How far pending batches are counted when they are compared with idle workers.
@@ -250,6 +250,8 @@ class Claiming:
         won: Row[Any],
         in_flight: list[int],
     ) -> int:
+        """The run's id. What its worker's child spent on loading is kept with it: the next child's replaces it."""
+        loading = {name: _of_generation(seat, workers.c[name]) for name in ("loading_since", "torch_load_seconds")}
         run = insert(runs).values(
             job_id=won.job_id,
             batch_id=batch_id,
@@ -263,5 +265,12 @@ class Claiming:
             started_at=self._database.now,
             in_flight=json.dumps(in_flight),
             error_codes="{}",
+            **loading,
         )
         return int(connection.execute(run.returning(runs.c.id)).scalar_one())
+
+
+def _of_generation(seat: Seat, column: Column[float]) -> ScalarSelect[float]:
+    """What the worker's row says of this generation; nothing once it tells of a newer one."""
+    mine = and_(workers.c.id == seat.worker_id, workers.c.generation == seat.generation)
+    return select(column).where(mine).scalar_subquery()

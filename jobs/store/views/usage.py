@@ -48,7 +48,7 @@ class Effort:
     """What a job's runs took. `running_seconds`: in which at least one run was worked on; rates come from these.
 
     `torch_wait_seconds`, `model_wait_seconds`: those of the queued ones in which the worker that began the job imported
-    torch, and loaded the model; both are 0 where it was there before, or has loaded again since.
+    torch, and loaded the model; both are 0 where it was there before, or is not known.
     `recent_requests_per_second`: answers of the last minute in the seconds of it that were worked, each run's spread
     evenly over its time. `memory`: its bytes are those of the run that held most, and its devices those of all runs.
     """
@@ -198,8 +198,7 @@ def late_since(began: float, now: float) -> float:
 def _first_run(connection: Connection, job_id: str) -> Row[Any] | None:
     """The beginning of a job's first run, and how its worker loaded; None where it has no run."""
     found: Sequence[Any] = connection.execute(
-        select(runs.c.started_at, runs.c.model_load_seconds, workers.c.loading_since, workers.c.torch_load_seconds)
-        .join_from(runs, workers, workers.c.id == runs.c.worker_id)
+        select(runs.c.started_at, runs.c.loading_since, runs.c.torch_load_seconds, runs.c.model_load_seconds)
         .where(runs.c.job_id == job_id)
         .order_by(runs.c.started_at, runs.c.id)
         .limit(1)

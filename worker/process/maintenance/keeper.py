@@ -11,7 +11,7 @@ import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import psutil
@@ -41,6 +41,8 @@ _TICK_SECONDS = 0.25
 _MAX_FAILED_LOADS = 3
 #: An ending worker waits so long for its last wake-ups to be sent.
 _LAST_WAKE_SECONDS = 1.0
+#: Celery's thread notes the end of a child at the same moment: what it has asked the system for, nobody else gets.
+_NOTED_SECONDS, _NOTED_TICK_SECONDS = 2.0, 0.02
 #: An ending worker waits so long for a look after its child that an absent store holds up.
 _LAST_LOOK_SECONDS = 2.0
 
@@ -73,8 +75,15 @@ class Pool:
     def ended_by(self, pid: int | None) -> str | None:
         """Signal or exit code that ended a child, also one that was replaced; None where it is not known."""
         end = getattr(self._processes, "ends", {}).get(pid)
-        code = None if end is None else end.poll()
-        return None if code is None else end_of(code)
+        until = monotonic() + _NOTED_SECONDS
+        while end is not None:
+            code = end.poll()
+            if code is not None:
+                return end_of(code)
+            if monotonic() >= until:
+                break
+            sleep(_NOTED_TICK_SECONDS)
+        return None
 
     def signal(self, number: int) -> None:
         for pid in self.pids():
@@ -181,7 +190,7 @@ class Keeper:
             if self.failure is None:
                 self._store.workers.enter(self._worker_id, WorkerState.STOPPED)
         except StoreError as error:
-            log.warning("the store is away; others take back what is left", worker=self._worker_id, error=str(error))
+            log.warning(f"{error.hindrance}; others take back what is left", worker=self._worker_id, error=str(error))
         self._waker.wait(seconds=_LAST_WAKE_SECONDS)
 
     def _run(self) -> None:
@@ -212,7 +221,7 @@ class Keeper:
                     return
                 if isinstance(error, StoreCrowded):
                     self._hindrance, self._hindered_until = str(error), monotonic() + _CROWDED_SECONDS
-                log.warning("the store is away", worker=self._worker_id, error=str(error))
+                log.warning(error.hindrance, worker=self._worker_id, error=str(error))
                 self._over.wait(1.0)
 
     def _look_after(self) -> None:
