@@ -10,6 +10,8 @@ from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.evaluations import DataFile
+from batchmill.producer.cli.text.job_lines import job_lines
+from batchmill.producer.views.public_json import status_json
 from batchmill.producer.views.status import JobStatus
 from tests import mill
 
@@ -62,23 +64,23 @@ def test_another_quantization_or_model_has_no_evaluation(store: Store) -> None:
 
 def test_a_job_shows_what_its_model_was_measured_to_cost(store: Store) -> None:
     job_id = mill.load(store, spec=NF4)
-    assert JobStatus.read(store, job_id).to_json()["evaluation"] is None
-    assert "evaluated" not in "\n".join(JobStatus.read(store, job_id).lines())
+    assert status_json(JobStatus.read(store, job_id))["evaluation"] is None
+    assert "evaluated" not in "\n".join(job_lines(JobStatus.read(store, job_id)))
     add(store, NF4, accuracy={"right": 63, "answers": 64})
-    said = JobStatus.read(store, job_id).to_json()["evaluation"]
+    said = status_json(JobStatus.read(store, job_id))["evaluation"]
     assert list(said) == ["baseline", "data", "device", "measured", "versions", "created_at"]
     assert (said["baseline"], said["data"]) == ("none", {"name": DATA.name, "sha256": DATA.sha256})
     assert said["measured"]["perplexity"] == 8.4
     expected = "  evaluated  perplexity 8.4000 (+5.0% against none), 63 of 64 answers right, with held-out.jsonl on cpu"
-    assert expected in JobStatus.read(store, job_id).lines()
+    assert expected in job_lines(JobStatus.read(store, job_id))
 
 
 def test_a_baseline_is_not_compared_with_itself(store: Store) -> None:
     job_id = mill.load(store, spec=NONE)
     add(store, NONE)
-    assert "  evaluated  perplexity 8.4000, with held-out.jsonl on cpu" in JobStatus.read(store, job_id).lines()
+    assert "  evaluated  perplexity 8.4000, with held-out.jsonl on cpu" in job_lines(JobStatus.read(store, job_id))
     add(store, NONE, baseline=None, baseline_perplexity=None)
-    assert JobStatus.read(store, job_id).to_json()["evaluation"]["baseline"] is None
+    assert status_json(JobStatus.read(store, job_id))["evaluation"]["baseline"] is None
 
 
 def test_what_another_model_cost_is_not_shown(store: Store) -> None:

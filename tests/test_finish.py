@@ -18,8 +18,10 @@ from batchmill.jobs.store.views.jobs import FinishReasons
 from batchmill.migrations import open_store
 from batchmill.producer.cli import jobs
 from batchmill.producer.cli.progress import require_success
-from batchmill.producer.cli.text.finish import answered_line, finish_line
-from batchmill.producer.views.status import JobStatus, job_json
+from batchmill.producer.cli.text.job_lines import job_lines
+from batchmill.producer.views.finish import answered_line, finish_line
+from batchmill.producer.views.public_json import job_json
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 
 RAISE = "raise --max-tokens, or that of the lines"
@@ -96,7 +98,7 @@ def test_the_line_names_the_share_that_was_cut_short_and_the_remedy(store: Store
     job_id = mill.load(store, 4)
     answer(store, mill.seat(store), *given)
     assert finish_line(store.reading.job(job_id)) == line
-    assert f"  finished   {line}" in JobStatus.read(store, job_id).lines()
+    assert f"  finished   {line}" in job_lines(JobStatus.read(store, job_id))
 
 
 def test_a_job_without_answers_has_no_line(store: Store) -> None:
@@ -119,7 +121,7 @@ def test_a_cancelled_job_says_how_many_were_answered(store: Store) -> None:
     store.closing.close_finished()
     status = JobStatus.read(store, job_id)
     assert answered_line(status.job) == "4 of 10 requests were answered"
-    assert status.lines()[0] == f"job {job_id}: cancelled, 4 of 10 requests were answered"
+    assert job_lines(status)[0] == f"job {job_id}: cancelled, 4 of 10 requests were answered"
     with pytest.raises(
         NotAllSucceeded, match="is cancelled: 4 of 10 requests were answered, 0 failed, 6 were cancelled"
     ):

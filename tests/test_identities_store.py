@@ -17,8 +17,10 @@ from batchmill.jobs.requests.states import JobState, RunOutcome, WorkerState
 from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs, workers
+from batchmill.producer.cli.text.job_lines import job_lines
 from batchmill.producer.views.diagnosis.snapshot import QueueState
 from batchmill.producer.views.diagnosis.verdict import Diagnosis, Verdict, diagnose
+from batchmill.producer.views.reasons import missing_lines
 from batchmill.producer.views.status import JobStatus
 from tests import mill
 from tests.oracle import violations
@@ -220,7 +222,7 @@ class TestDoctor:
         remedy = f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
         assert (found.findings[0].message, found.findings[0].remedy) == (message, remedy)
         assert "bound_worker" not in {each.code for each in found.findings}
-        lines = JobStatus.read(store, job_id).lines()
+        lines = job_lines(JobStatus.read(store, job_id))
         assert [line for line in lines if "waiting" in line] == [f"  waiting    {message};", f"  waiting    {remedy}"]
 
     def test_one_worker_that_holds_its_model_is_enough(self, store: Store) -> None:
@@ -228,7 +230,7 @@ class TestDoctor:
         mill.seat(store, name="newer", identity=NEW)
         mill.seat(store, name="same", identity=OLD)
         assert diagnosed(store, job_id).verdict is Verdict.WAITING
-        assert JobStatus.read(store, job_id).missing_lines() == []
+        assert missing_lines(JobStatus.read(store, job_id)) == []
 
     def test_a_worker_that_loads_may_hold_its_model(self, store: Store) -> None:
         job_id = begun_by(store, mill.seat(store, identity=OLD))

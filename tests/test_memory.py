@@ -14,6 +14,7 @@ from batchmill.jobs.requests.generation import Request
 from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
 from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.text.device_lines import device_line, memory_lines
+from batchmill.producer.views.public_json import status_json
 from batchmill.producer.views.status import JobStatus
 from batchmill.worker.loop.holdings import Holdings
 from tests import mill
@@ -109,7 +110,7 @@ def test_a_job_has_the_largest_of_all_its_runs_and_the_sum_of_their_energy(store
         who = mill.seat(store)
         (claimed,) = mill.claim(store, who, wanted=4, room=4)
         mill.save(store, who, [Held(claimed.lease, memory=Memory.of([gpu(peak=peak)], energy_joules=2.0))])
-    status = JobStatus.read(store, job_id).to_json()
+    status = status_json(JobStatus.read(store, job_id))
     assert [each["peak_allocated_bytes"] for each in status["devices"]] == [70]
     assert status["energy_joules"] == 4.0
     assert status["devices"][0]["uuid"] == "GPU-1"

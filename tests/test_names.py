@@ -18,6 +18,7 @@ from batchmill.migrations import open_store
 from batchmill.producer.cli.jobs import workers
 from batchmill.producer.cli.model_name_check import warn_of_slip
 from batchmill.producer.cli.submit import submit
+from batchmill.producer.views.reasons import missing_lines
 from batchmill.producer.views.status import JobStatus
 from tests import mill
 
@@ -56,11 +57,11 @@ def test_what_a_worker_has_held_is_known_and_what_a_job_asked_for_is_not(store: 
 
 def test_the_status_of_a_job_asks_while_nobody_serves_it(store: Store) -> None:
     job_id = mill.load(store, 1, spec=ModelSpec("dmeo"))
-    lines = JobStatus.read(store, job_id).missing_lines()
+    lines = missing_lines(JobStatus.read(store, job_id))
     assert "did you mean demo?" in lines[0]
     assert lines[1].startswith(f"`batchmill cancel {job_id}`, and submit it again with -m demo")
     mill.seat(store, spec=ModelSpec("dmeo"))
-    assert JobStatus.read(store, job_id).missing_lines() == []
+    assert missing_lines(JobStatus.read(store, job_id)) == []
 
 
 def test_up_warns(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

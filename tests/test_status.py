@@ -21,21 +21,18 @@ from batchmill.jobs.requests.generation import ErrorCode, JobOptions, SamplingPa
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.runtime.sizes import size
+from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.leases.lease import Held, Seat
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs, runs, workers
 from batchmill.producer.cli.jobs import COMMANDS
-from batchmill.producer.views.estimate import Estimate
+from batchmill.producer.cli.text.job_lines import job_lines, seconds_line
+from batchmill.producer.cli.text.worker_line import loading_line, worker_line
+from batchmill.producer.views.estimate import Estimate, estimated
 from batchmill.producer.views.gone_workers import seen_here
-from batchmill.producer.views.status import (
-    JobStatus,
-    duration,
-    estimated,
-    job_json,
-    loading_line,
-    worker_json,
-    worker_line,
-)
+from batchmill.producer.views.public_json import job_json, status_json, worker_json
+from batchmill.producer.views.reasons import missing_lines
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 
 NUMBER = (int, float)
@@ -148,7 +145,7 @@ def job_id(store: Store) -> str:
 
 
 def test_the_json_of_a_running_job_has_the_public_keys(store: Store, job_id: str) -> None:
-    status = JobStatus.read(store, job_id).to_json()
+    status = status_json(JobStatus.read(store, job_id))
     check(status, STATUS)
     check(status["workers"][0], WORKER)
     assert status["counts"] == {"total": 10, "succeeded": 2, "failed": 2, "cancelled": 0, "pending": 6}
@@ -165,7 +162,7 @@ def test_an_option_with_a_structure_of_its_own_is_shown_as_json_and_cut_short(st
     options = JobOptions(None, SamplingParams(n=2, response_format={"type": "json_schema", "schema": schema}))
     job_id = mill.load(store, 1, options=options)
     mill.claim(store, mill.seat(store))
-    (line,) = [each for each in JobStatus.read(store, job_id).lines() if each.startswith("  sampling")]
+    (line,) = [each for each in job_lines(JobStatus.read(store, job_id)) if each.startswith("  sampling")]
     assert 'n 2, response_format {"type": "json_schema", "schema": {"type": "object", "d' in line
     assert len(line) < 500
 
@@ -204,7 +201,7 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
         (row,) = store.workers.rows()
         line = loading_line(row)
         assert worker_line(row).endswith(f"  {line}")
-        assert f"  waiting    worker w is {line}" in JobStatus.read(store, job_id).lines()
+        assert f"  waiting    worker w is {line}" in job_lines(JobStatus.read(store, job_id))
         return line
 
     assert said(ago=4_000) == "loading torch 1 h 6 min"
@@ -227,9 +224,9 @@ def test_a_worker_whose_child_died_holds_nothing_and_is_waited_for(store: Store)
     assert (row.weights_bytes, row.engine, row.devices, row.identity) == (0, None, (), None)
     assert "weights" not in worker_line(row)
     said = "  waiting    worker w is starting again, since its process died"
-    assert said in JobStatus.read(store, job_id).lines()
+    assert said in job_lines(JobStatus.read(store, job_id))
     store.workers.new_generation(who.worker_id, child_pid=3)
-    assert said not in JobStatus.read(store, job_id).lines()
+    assert said not in job_lines(JobStatus.read(store, job_id))
     store.workers.enter(who.worker_id, WorkerState.DRAINING)
     store.workers.child_died(who.worker_id, who.generation + 1)
     assert store.workers.rows()[0].state is WorkerState.DRAINING, "none is started again"
@@ -248,7 +245,7 @@ def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(s
             started = connection.scalar(select(runs.c.started_at)) or 0.0
             connection.execute(update(runs).values(loading_since=started - began))
             connection.execute(update(jobs).values(queued_at=started - queued))
-        return JobStatus.read(store, job_id).seconds_line
+        return seconds_line(JobStatus.read(store, job_id))
 
     assert said(began=5, queued=6).startswith("6.0 queued, of which 4.0 importing torch, 0.5 loading the model; ")
     assert said(began=5, queued=3).startswith("3.0 queued, of which 2.0 importing torch, 0.5 loading the model; ")
@@ -299,18 +296,18 @@ class TestEnd(Clocked):
         assert self.read(store).ends_in == ""
         (claimed,) = mill.claim(store, who)
         assert self.read(store).ends_in == "measuring"
-        assert "  ends in    measuring" in self.read(store).lines()
+        assert "  ends in    measuring" in job_lines(self.read(store))
         mill.save(store, who, [replace(mill.answered(claimed, count=0), release=True)])
         self.work(store, who, clock, batches=4)
         status = self.read(store)
         assert status.estimate is not None
         assert status.estimate.seconds == pytest.approx(220 / 4, rel=0.1)
-        said = status.to_json()
+        said = status_json(status)
         assert said["eta_low_seconds"] <= said["eta_seconds"] <= said["eta_high_seconds"]
-        assert f"  ends in    {status.ends_in}" in status.lines()
+        assert f"  ends in    {status.ends_in}" in job_lines(status)
         clock.seconds += 3_600
         gone = self.read(store)
-        assert (gone.estimate, gone.ends_in, gone.to_json()["eta_seconds"]) == (None, "", None)
+        assert (gone.estimate, gone.ends_in, status_json(gone)["eta_seconds"]) == (None, "", None)
         assert gone.rate == pytest.approx(180 / 50), "and the hour in which nobody lived is no work"
 
     def test_status_wait_and_jobs_say_the_same(
@@ -354,7 +351,7 @@ def test_estimates_for_people(found: Estimate, said: str) -> None:
 def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
     status = JobStatus.read(store, mill.load(store, 3))
     assert status.missing_seconds is not None
-    text = "\n".join(status.lines())
+    text = "\n".join(job_lines(status))
     assert "  waiting    no worker serves echo (none) yet; start one:\n" in text
     assert "batchmill up -m echo" in text
 
@@ -362,7 +359,7 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
 def test_a_job_whose_last_worker_has_ended_says_since_when(store: Store) -> None:
     job_id = mill.load(store, 3)
     store.workers.enter(mill.seat(store).worker_id, WorkerState.STOPPED)
-    first, _ = JobStatus.read(store, job_id).missing_lines()
+    first, _ = missing_lines(JobStatus.read(store, job_id))
     assert re.fullmatch(r"no live worker has served echo \(none\) for \d+ s; start one:", first)
 
 
@@ -370,18 +367,18 @@ def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) ->
     job_id = mill.load_named(store, "sql", "x")
     mill.work_off(store, mill.seat(store, adapters=[Adapter("x", "org/x", "v1")]))
     status = JobStatus.read(store, job_id)
-    assert status.missing_lines() == [
+    assert missing_lines(status) == [
         "1 batch waits for the adapter sql, which no live worker holds",
         "start a worker that holds it: batchmill up -m echo --adapter sql=PATH_OR_ID",
     ]
-    text = "\n".join(status.lines())
+    text = "\n".join(job_lines(status))
     assert "  adapters   sql (not used yet), x = org/x@v1\n" in text
     assert "  waiting    start a worker that holds it: batchmill up" in text
-    said = status.to_json()
+    said = status_json(status)
     assert said["adapters"] == {"sql": None, "x": {"path": "org/x", "revision": "v1", "identity": None}}
     assert said["missing_adapters"] == ["sql"]
     store.closing.cancel(job_id)
-    assert JobStatus.read(store, job_id).missing_lines() == []
+    assert missing_lines(JobStatus.read(store, job_id)) == []
 
 
 def test_the_line_and_the_json_of_a_worker_name_its_adapters(store: Store) -> None:
@@ -405,13 +402,13 @@ def test_where_all_workers_gave_up_the_reason_is_given(
     store.workers.enter(mill.seat(store).worker_id, state, error="Xid 79\nfell off the bus")
     status = JobStatus.read(store, job_id)
     assert status.missing_seconds is not None
-    text = "\n".join(status.lines())
+    text = "\n".join(job_lines(status))
     assert re.search(r"no live worker has served echo \(none\) for \d+ s:", text)
     assert said in text
     assert advice in text
     assert "then start it again: batchmill up -m echo" in text
     check(
-        status.to_json()["given_up"][0],
+        status_json(status)["given_up"][0],
         {"name": str, "host": str, "device": str, "state": str, "error": str},
     )
 
@@ -421,8 +418,8 @@ def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> N
     store.workers.enter(mill.seat(store).worker_id, WorkerState.SICK, error="Xid 79")
     mill.seat(store)
     status = JobStatus.read(store, job_id)
-    assert (status.missing_seconds, status.missing_lines()) == (None, [])
-    assert "Xid 79" not in "\n".join(status.lines())
+    assert (status.missing_seconds, missing_lines(status)) == (None, [])
+    assert "Xid 79" not in "\n".join(job_lines(status))
 
 
 def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store, job_id: str) -> None:
@@ -456,7 +453,7 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     home = load_settings().home
     home.mkdir(parents=True, exist_ok=True)
     (home / "mill.pid").write_text(f"{live}\n")
-    lines = JobStatus.read(store, job_id).lines()
+    lines = job_lines(JobStatus.read(store, job_id))
     assert "  waiting    worker ended has ended, and the mill here starts it again within a minute;" in lines
     assert "  waiting    if neither `up` nor `run` had started it, start it again: batchmill worker -m echo" in lines
 
@@ -508,7 +505,7 @@ def test_a_worker_bound_to_another_job_serves_nobody_else(store: Store) -> None:
 
 
 def test_the_lines_for_people_name_what_counts(store: Store, job_id: str) -> None:
-    text = "\n".join(JobStatus.read(store, job_id).lines())
+    text = "\n".join(job_lines(JobStatus.read(store, job_id)))
     assert f"job {job_id} (nightly): running" in text
     assert "10 = 2 succeeded + 2 failed + 0 cancelled + 6 pending" in text
     assert "temperature 0.0" in text

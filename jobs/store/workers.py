@@ -115,6 +115,11 @@ class WorkerRow:
     adapters: tuple[Adapter, ...]
     devices: tuple[DeviceMemory, ...]
 
+    @property
+    def is_loading(self) -> bool:
+        """True for one that does not hold its model yet."""
+        return self.state in (WorkerState.STARTING, WorkerState.LOADING)
+
 
 class Workers:
     """The rows of the workers; a row is one life of one worker's parent process."""

@@ -41,7 +41,9 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
     JOB is an id, the beginning of one, or `last`.
     """
+    from batchmill.producer.cli.text.job_lines import job_lines
     from batchmill.producer.reconcile_once import tidy
+    from batchmill.producer.views.public_json import status_json
     from batchmill.producer.views.status import JobStatus
 
     settings, store = _open()
@@ -52,7 +54,7 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
         wait_for(store, job_id, settings=settings)
     found = JobStatus.read(store, job_id, settings)
-    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    click.echo(json.dumps(status_json(found)) if as_json else "\n".join(job_lines(found)))
 
 
 @click.command(cls=Command, epilog="Example: batchmill jobs --json")
@@ -65,7 +67,8 @@ def jobs(most: int, as_json: bool) -> None:
     """
     from batchmill.jobs.requests.states import JobState
     from batchmill.producer.cli.text.job_table import table
-    from batchmill.producer.views.status import JobStatus, job_json
+    from batchmill.producer.views.public_json import job_json
+    from batchmill.producer.views.status import JobStatus
 
     settings, store = _open()
     found = store.reading.jobs(most=most)
@@ -90,8 +93,9 @@ def workers(everyone: bool, as_json: bool) -> None:
     from batchmill.jobs.advice import start_verb
     from batchmill.jobs.store.workers import GIVEN_UP
     from batchmill.producer.cli.text.device_lines import device_line
+    from batchmill.producer.cli.text.worker_line import worker_line
     from batchmill.producer.views.gone_workers import seen_here
-    from batchmill.producer.views.status import worker_json, worker_line
+    from batchmill.producer.views.public_json import worker_json
 
     settings, store = _open()
     rows = [seen_here(each) for each in store.workers.rows(only_alive=False)]
@@ -122,7 +126,9 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     settings, store = _open()
     found = wait_for(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        from batchmill.producer.views.public_json import status_json
+
+        click.echo(json.dumps(status_json(found)))
     say_ended(found)
     require_success(found)
 
@@ -168,8 +174,8 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
 @click.argument("job", shell_complete=complete_job)
 def cancel(job: str) -> None:
     """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
-    from batchmill.producer.cli.text.finish import answered_line
     from batchmill.producer.reconcile_once import tidy
+    from batchmill.producer.views.finish import answered_line
 
     settings, store = _open()
     job_id = store.reading.find(job)

@@ -43,9 +43,10 @@ from batchmill.producer.cli.earlier import choose
 from batchmill.producer.cli.model_name_check import refuse_slip, warn_of_slip
 from batchmill.producer.cli.progress import follow, require_success, say_goes_on
 from batchmill.producer.cli.text.device_lines import memory_lines
-from batchmill.producer.cli.text.finish import finish_line
+from batchmill.producer.cli.text.job_lines import seconds_line
 from batchmill.producer.files.export import export
 from batchmill.producer.submit import Submission, load_job, send_wakeups
+from batchmill.producer.views.finish import finish_line
 from batchmill.producer.views.gone_workers import seen_here
 from batchmill.producer.views.status import JobStatus
 
@@ -256,7 +257,7 @@ def _report(status: JobStatus) -> list[str]:
         f"memory     {size(memory.weights_bytes)} weights, peak {size(memory.peak_allocated_bytes)} allocated, "
         f"{size(memory.peak_reserved_bytes)} reserved of {size(memory.device_total_bytes)}",
         *(f"{title:<9}  {line}" for title, line in memory_lines(memory)),
-        f"seconds    {status.seconds_line}",
+        f"seconds    {seconds_line(status)}",
     ]
 
 

@@ -16,9 +16,11 @@ from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.waiting import FIRST_SECONDS
 from batchmill.jobs.store.store import Store
-from batchmill.producer.cli.text.finish import answered_line, finish_line
 from batchmill.producer.cli.text.live_line import LiveLine
-from batchmill.producer.views.status import JobStatus, loading_line
+from batchmill.producer.cli.text.worker_line import loading_line
+from batchmill.producer.views.finish import answered_line, finish_line
+from batchmill.producer.views.reasons import missing_lines
+from batchmill.producer.views.status import JobStatus
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -148,7 +150,7 @@ class _Shown:
             self._next_line_at = monotonic() + _LINE_SECONDS
 
     def _advice(self, status: JobStatus) -> tuple[str, ...]:
-        return tuple(status.missing_lines()) if self._name_missing and _is_unserved(status) else ()
+        return tuple(missing_lines(status)) if self._name_missing and _is_unserved(status) else ()
 
     def _note(self, status: JobStatus) -> str:
         if _is_unserved(status):

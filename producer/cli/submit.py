@@ -141,6 +141,7 @@ def submit(wait: bool, **options: Any) -> None:
     from batchmill.producer.cli.progress import require_success, say_ended, wait_for
     from batchmill.producer.files.export import standard_output
     from batchmill.producer.submit import load_once, send_wakeups
+    from batchmill.producer.views.reasons import missing_lines
     from batchmill.producer.views.status import JobStatus
 
     settings = _settings()
@@ -165,7 +166,7 @@ def submit(wait: bool, **options: Any) -> None:
         click.echo("the job is stored, and waits for a worker" if no_mill else unsent, err=True)
     if not is_new:
         click.echo(f"this was submitted before: job {job_id} is {status.job.state.value}", err=True)
-    for line in status.missing_lines():
+    for line in missing_lines(status):
         click.echo(line, err=True)
     if wait:
         ended = wait_for(store, job_id, settings=settings)

@@ -14,6 +14,7 @@ from statistics import fmean, pstdev
 from typing import NamedTuple
 
 from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.views.jobs import Counts
 from batchmill.jobs.store.views.sample import Sampled
 from batchmill.jobs.store.views.usage import Pace
@@ -40,6 +41,8 @@ _FEWEST_SAMPLED = 32
 #: A file looks sorted where one half is so much longer than the other, and nearly each request of it than each there.
 _SORTED_RATIO = 1.5
 _SORTED_PART = 0.8
+#: Where the most is so many times the least, what lies between says nothing.
+_WIDE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,3 +257,13 @@ def _is_sorted(lengths: Sequence[int]) -> bool:
     shorter, longer = sorted((fmean(earlier), fmean(later)))
     before = fmean((bisect_left(earlier, each) + bisect_right(earlier, each)) / 2 / half for each in later)
     return longer > _SORTED_RATIO * shorter and not 1 - _SORTED_PART < before < _SORTED_PART
+
+
+def estimated(found: Estimate) -> str:
+    """When a job ends, for people: `about 40 s (30 s to 1 min 10 s)`."""
+    low, likely, high = map(duration, (found.low_seconds, found.seconds, found.high_seconds))
+    if found.high_seconds > _WIDE * found.low_seconds and low != high:
+        said = f"{low} to {high}"
+    else:
+        said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
+    return f"{said}; the file looks sorted by length, which misleads this" if found.looks_sorted else said

@@ -12,6 +12,7 @@ from batchmill.jobs.store.jobs.retry import Left, Retried
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.producer.views.gone_workers import seen_here
+from batchmill.producer.views.reasons import missing_lines
 from batchmill.producer.views.status import JobStatus
 
 
@@ -50,7 +51,7 @@ def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterat
             f"`batchmill retry {job.id}` runs them"
         )
     if retried.moved and not job.closed:
-        yield from status.missing_lines() or [f"its workers take it up; `batchmill wait {job.id}` follows"]
+        yield from missing_lines(status) or [f"its workers take it up; `batchmill wait {job.id}` follows"]
 
 
 def retry_advice(job: Job, store: Store) -> str:
@@ -67,7 +68,7 @@ def _require_served(job: Job, store: Store) -> None:
     """Raises JobStateError, with what makes the job go on, where nobody works on it."""
     if job.state is JobState.CANCELLING or store.retrying.is_cut_short(job.id):
         return
-    missing = JobStatus.read(store, job.id).missing_lines()
+    missing = missing_lines(JobStatus.read(store, job.id))
     if missing:
         other = f", or at once after `batchmill cancel {job.id}`" if job.counts.failed else ""
         when = f"retry it once it has ended{other}"

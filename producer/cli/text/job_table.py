@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import wrap
 
+from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.producer.views.status import duration
 
 _HEADER = ("ID", "STATE", "AGE", "DURATION", "ANSWERED", "FAILED", "MODEL", "NAME")
 #: Columns of numbers, which end at the same place.

@@ -14,24 +14,24 @@ from batchmill.jobs.broker.client import MAX_WAKEUPS
 from batchmill.jobs.models.misspellings import slip_line
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.runtime.one_line import one_line
+from batchmill.jobs.runtime.times import duration, utc
 from batchmill.jobs.store.views.blockers import Crashes, Hold, Seen
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.views.missing_adapters import Lack
 from batchmill.jobs.store.views.usage import RECENT_SECONDS
 from batchmill.jobs.store.workers import GIVEN_UP
-from batchmill.producer.cli.text.finish import finish_line
 from batchmill.producer.views.diagnosis.snapshot import Case
-from batchmill.producer.views.status import (
+from batchmill.producer.views.finish import finish_line
+from batchmill.producer.views.reasons import (
     IF_NOT_OF_UP,
     advice,
-    duration,
     given_up_line,
     lack_line,
-    one_line,
     other_line,
     other_remedy,
     restarting_line,
-    utc,
+    slip_remedy,
 )
 
 _MOST_NAMES = 3
@@ -238,7 +238,7 @@ def _nobody(case: Case) -> Iterator[Finding]:
         yield Finding("worker_restarts", message, f"wait; {IF_NOT_OF_UP}: {case.start}")
     elif case.status.meant is not None:
         message = slip_line(case.job.spec, case.status.meant)
-        yield Finding("likely_slip", message, f"{case.status.slip_remedy}: {case.start}", stuck=True)
+        yield Finding("likely_slip", message, f"{slip_remedy(case.status)}: {case.start}", stuck=True)
     else:
         since = case.status.missing_seconds
         yield Finding(

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.tables import NO_ADAPTER
 from batchmill.jobs.store.views.blockers import Around, Crashes, Hold, Seen
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.workers import GIVEN_UP
-from batchmill.producer.views.status import JobStatus, duration
+from batchmill.producer.views.status import JobStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,102 @@
+"""Sentences about who is missing for a job, why, and what to do about it: the same in every command."""
+
+from __future__ import annotations
+
+import shlex
+
+from batchmill.jobs.models.identity import differences
+from batchmill.jobs.models.misspellings import slip_line
+from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.counted import counted
+from batchmill.jobs.runtime.one_line import one_line
+from batchmill.jobs.runtime.times import duration
+from batchmill.jobs.store.views.blockers import Seen
+from batchmill.jobs.store.views.jobs import Job
+from batchmill.jobs.store.views.missing_adapters import Lack
+from batchmill.jobs.store.workers import WorkerRow
+from batchmill.producer.views.status import JobStatus
+
+IF_NOT_OF_UP = "if neither `up` nor `run` had started it, start it again"
+_MOST_REASONS = 3
+
+
+def missing_lines(status: JobStatus) -> list[str]:
+    """Who is missing, for how long, why if it is known, and the command that helps; nothing if nobody is."""
+    start = status.start
+    if status.others:
+        first = status.others[0]
+        return [f"{other_line(status.job, first.name, first.host, first.identity)};", other_remedy(status.job)]
+    if status.missing_seconds is None:
+        return _lacking_lines(status) if status.lacks else []
+    if status.restarting is not None:
+        return [f"{restarting_line(status.restarting)};", f"{IF_NOT_OF_UP}: {start}"]
+    missing = f"no live worker has served {status.job.spec} for {duration(status.missing_seconds)}"
+    if status.is_never_served:
+        missing = f"no worker serves {status.job.spec} yet"
+    if status.meant is not None:
+        return [f"{missing}: {slip_line(status.job.spec, status.meant)}", f"{slip_remedy(status)}:", start]
+    if not status.given_up:
+        return [f"{missing}; start one:", start]
+    reasons = [f"{given_up_line(each)};" for each in status.given_up[:_MOST_REASONS]]
+    return [f"{missing}:", *reasons, f"{advice(status.given_up[0].state)}{start}"]
+
+
+def slip_remedy(status: JobStatus) -> str:
+    """What to do about a model's name that is likely a slip, up to the command that starts a worker for it."""
+    again = f"`batchmill cancel {status.job.id}`, and submit it again with -m {shlex.quote(status.meant or '')}"
+    return f"{again}; if {status.job.spec.model} is what you mean, start a worker"
+
+
+def _lacking_lines(status: JobStatus) -> list[str]:
+    changed = any(each.changed for each in status.lacks)
+    return [
+        *map(lack_line, status.lacks),
+        other_remedy(status.job) if changed else f"start a worker that holds it: {status.start}",
+    ]
+
+
+def restarting_line(worker: WorkerRow) -> str:
+    """The worker whose process has just ended, and what becomes of it."""
+    return f"worker {worker.name} has ended, and the mill here starts it again within a minute"
+
+
+def lack_line(lack: Lack) -> str:
+    """The adapter that nobody holds, and who holds another one by its name."""
+    waiting = f"{counted(lack.batches, 'batch')} {'waits' if lack.batches == 1 else 'wait'}"
+    line = f"{waiting} for the adapter {lack.name}, which no live worker holds"
+    if lack.meant is None or not lack.held_otherwise:
+        return line
+    who, other = lack.held_otherwise[0]
+    if lack.changed:
+        return (
+            f"{line}: what lies in {lack.meant.where} has changed since this job used it, and worker {who} holds that"
+        )
+    return f"{line}: to this job it is {lack.meant.where}, and worker {who} holds {other.where} by that name"
+
+
+def other_line(job: Job, worker: str, host: str, identity: str | None) -> str:
+    """The worker that serves a job's ModelSpec, and holds another model than the job was begun with."""
+    changed = differences(job.identity or "", identity or "")
+    return f"it was begun with another model than worker {worker} on {host} holds, changed since: {changed}"
+
+
+def other_remedy(job: Job) -> str:
+    """What to do about it."""
+    return (
+        "to finish it, put the old model back and start a worker again; to have the new one answer all of it, "
+        f"`batchmill cancel {job.id}` and submit the file again"
+    )
+
+
+def given_up_line(worker: Seen) -> str:
+    """Who gave up, and why."""
+    what = "is sick" if worker.state is WorkerState.SICK else "could not load the model"
+    why = one_line(worker.error or "no reason is known")
+    return f"worker {worker.name} on {worker.host} ({worker.device}) {what}: {why}"
+
+
+def advice(state: WorkerState) -> str:
+    """What to do about a worker that gave up, up to the command that starts it again."""
+    if state is WorkerState.SICK:
+        return "look at its device (the driver's log, the worker's log), then start it again: "
+    return "mend that, then start it again: "
