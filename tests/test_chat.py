@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from batchmill.jobs.requests.generation import ErrorCode, Request, SamplingParams
-from batchmill.worker.engine.chat import KEPT_SHAPES, ChatTemplate
 from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.text.chat import KEPT_SHAPES, ChatTemplate
 from batchmill.worker.engine.text.tokenization import Tokenization
 from tests.tiny import build_tokenizer
 

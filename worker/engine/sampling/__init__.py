@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 
 from batchmill.jobs.requests.generation import SamplingParams
+from batchmill.worker.devices.upload import upload
 from batchmill.worker.engine.sampling import draws, nucleus
 from batchmill.worker.engine.sampling.biases import Biases, asks_for_biases
 from batchmill.worker.engine.sampling.bitmask import Bitmask
 from batchmill.worker.engine.sampling.logprobs import Logprobs, RawLogprobs
 from batchmill.worker.engine.sampling.penalties import Penalties, asks_for_penalties
-from batchmill.worker.engine.upload import upload
 
 #: Temperatures below this are greedy: dividing by one of them leaves nothing but the largest logit.
 GREEDY_BELOW = 1e-5

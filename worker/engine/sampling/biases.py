@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from batchmill.jobs.requests.generation import SamplingParams
-from batchmill.worker.engine.upload import upload
+from batchmill.worker.devices.upload import upload
 
 _Places = npt.NDArray[np.intp]
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batchmill.worker.engine.upload import upload
+from batchmill.worker.devices.upload import upload
 
 #: Up to here a CPU sorts whole rows: it takes less time than one call of numpy for each row.
 SORTED_VOCABULARY = 2_048

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from batchmill.jobs.requests.generation import SamplingParams
-from batchmill.worker.engine.upload import upload
+from batchmill.worker.devices.upload import upload
 
 #: A list has places for at least this many tokens.
 LEAST_PLACES = 256

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from batchmill.jobs.requests.generation import Choice, ErrorCode, Request, SamplingParams
-from batchmill.worker.engine.chat import ChatTemplate
 from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.text.chat import ChatTemplate
 from batchmill.worker.engine.text.decoding import CONTEXT_TOKENS, Decoding
 from batchmill.worker.engine.text.tool_calls import Calls
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from batchmill.worker.devices.upload import upload
 from batchmill.worker.engine.continuous.execution.cache import Cache
 from batchmill.worker.engine.continuous.scheduling.step import Piece
-from batchmill.worker.engine.upload import upload
 
 #: Longer pieces are grouped while padding takes at most this many times what they need.
 PADDING = 1.5

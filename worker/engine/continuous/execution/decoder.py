@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from batchmill.jobs.models.quantization import Kind
+from batchmill.worker.devices.upload import upload
 from batchmill.worker.engine.continuous.execution.attention import Attention
 from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
 from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, FlashAttention, serves
@@ -22,7 +23,6 @@ from batchmill.worker.engine.continuous.probe import Unsupported, finds_outliers
 from batchmill.worker.engine.continuous.scheduling.slots import Slots
 from batchmill.worker.engine.continuous.scheduling.step import Copy, Piece, Row
 from batchmill.worker.engine.lora import BASE, Lora, OtherTokens
-from batchmill.worker.engine.upload import upload
 from batchmill.worker.models.load import LoadedModel
 from batchmill.worker.models.loaded.trial import sound_tokens
 

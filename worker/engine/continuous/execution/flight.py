@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from batchmill.worker.devices.selection import is_out_of_memory
+from batchmill.worker.devices.upload import upload
 from batchmill.worker.engine.continuous.answer import ChoiceRow
 from batchmill.worker.engine.continuous.execution.decoder import Decoder
 from batchmill.worker.engine.continuous.scheduling.step import Step
@@ -23,7 +24,6 @@ from batchmill.worker.engine.grammar import fill
 from batchmill.worker.engine.sampling import Sampler
 from batchmill.worker.engine.sampling.logprobs import Logprobs
 from batchmill.worker.engine.text.said import TokenLogprob
-from batchmill.worker.engine.upload import upload
 
 _WORD_BITS = 32
 #: Comes back in place of a token where the logits were no numbers.

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from batchmill.worker.engine.chat.form import arguments_of
+from batchmill.worker.engine.text.chat.form import arguments_of
 
 
 def shape_of(

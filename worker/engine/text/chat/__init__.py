@@ -15,9 +15,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from batchmill.jobs.requests.generation import ErrorCode, Request
-from batchmill.worker.engine.chat.form import Form, forms
-from batchmill.worker.engine.chat.marks import Marked, shape_of
 from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.text.chat.form import Form, forms
+from batchmill.worker.engine.text.chat.marks import Marked, shape_of
 
 #: What `apply_chat_template` takes besides the template's own variables, and a request may not set.
 RESERVED = frozenset(
