@@ -30,6 +30,22 @@ from tests.oracle import violations
 
 LEASE = Lease(3, 1, 5, "job", apart=True)
 HOST = socket.gethostname()
+#: Lines as they were written: of before outputs had timings, by commit 480f1b7, and of before a lease was named.
+OLDEST = (
+    '{"lease":[3,1,5,"job",true],"in_flight":[1],"outputs":[{"key":["job",0],"choices":[{"text":"a",'
+    '"finish_reason":"stop"}],"prompt_tokens":2,"completion_tokens":3,"error":null}]}'
+)
+FORM_1 = (
+    '{"lease":[3,1,5,"job",true],"in_flight":[1],"outputs":[{"key":["job",0],"choices":[{"text":"a",'
+    '"finish_reason":"stop","logprobs":null}],"prompt_tokens":2,"completion_tokens":3,"error":null,'
+    '"timings":{"queued_seconds":0.0,"prefill_seconds":0.25,"decode_seconds":1.5}}]}'
+)
+FORM_2 = (
+    '{"format":2,"lease":[3,1,5,"job",true],"in_flight":[1],"outputs":[{"key":["job",0],"choices":[{"text":"a",'
+    '"finish_reason":"stop","logprobs":null,"tool_calls":null,"content":null}],"prompt_tokens":2,'
+    '"completion_tokens":3,"error":null,"timings":{"queued_seconds":0.0,"prefill_seconds":0.25,'
+    '"decode_seconds":1.5}}]}'
+)
 
 
 def own() -> Process:
@@ -80,17 +96,25 @@ def test_a_line_that_a_crash_cut_off_is_left_out(path: Path) -> None:
     assert len(read(path)[0].outputs) == 1
 
 
-def test_what_an_older_batchmill_spooled_is_read(path: Path) -> None:
+@pytest.mark.parametrize("line", [OLDEST, FORM_1, FORM_2])
+def test_what_an_older_batchmill_spooled_is_read(path: Path, line: str) -> None:
     path.parent.mkdir()
-    output = '{"key":["job",0],"choices":[{"text":"a","finish_reason":"stop"}],"prompt_tokens":2,"completion_tokens":3'
-    path.write_text(f'{{"lease":[3,1,5,"job",true],"in_flight":[1],"outputs":[{output},"error":null}}]}}\n')
-    assert read(path) == [Held(LEASE, outputs=[mill.output("job", 0, text="a")], in_flight=[1])]
+    path.write_text(f"{line}\n")
+    timings = None if line is OLDEST else Timings(0.0, 0.25, 1.5)
+    output = replace(mill.output("job", 0, text="a"), timings=timings)
+    assert read(path) == [Held(LEASE, outputs=[output], in_flight=[1])]
 
 
-def test_it_names_its_form_and_a_newer_one_is_not_read(path: Path) -> None:
+def test_it_is_written_by_name_and_says_its_form(path: Path) -> None:
     Spool(path, limit_bytes=10_000).append([held(0)])
-    assert json.loads(path.read_text())["format"] == 2
-    path.write_text(path.read_text().replace('"format":2', '"format":3'))
+    line = json.loads(path.read_text())
+    assert line["format"] == 3
+    assert line["lease"] == {"batch_id": 3, "fence": 1, "run_id": 5, "job_id": "job", "apart": True}
+
+
+def test_a_newer_form_is_not_read(path: Path) -> None:
+    Spool(path, limit_bytes=10_000).append([held(0)])
+    path.write_text(path.read_text().replace('"format":3', '"format":4'))
     with pytest.raises(NewerSpool):
         read(path)
 
@@ -277,7 +301,7 @@ class TestLeftovers:
     def test_a_spool_of_a_newer_batchmill_is_left_to_it(self, store: Store, settings: Settings) -> None:
         _, who = self.died(store, settings)
         (path,) = (settings.home / "spool").iterdir()
-        path.write_text(path.read_text().replace('"format":2', '"format":3'))
+        path.write_text(path.read_text().replace('"format":3', '"format":4'))
         with capture_logs() as said:
             Leftovers(store, settings).settle(who.worker_id, who.generation)
         assert path.exists()

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from batchmill.jobs.requests.generation import Output
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.store.leases.lease import Held, Lease
 
-#: Each line says that it is written so; lines of before it was said are of form 1, and read alike.
-_FORMAT = 2
+#: Each line says its form. Lines of form 1 did not say it yet. In forms 1 and 2 a lease was a list of these values.
+_FORMAT = 3
+_LEASE_LISTED = ("batch_id", "fence", "run_id", "job_id", "apart")
 _NAME = re.compile(r"(?P<store>[0-9a-f]+)-(?P<worker>[0-9]+)-(?P<generation>[0-9]+)\.jsonl")
 
 
@@ -163,9 +164,9 @@ def read(path: Path) -> list[Held]:
     outputs: dict[Lease, list[Output]] = {}
     in_flight: dict[Lease, list[int]] = {}
     for line in _lines(path):
-        if line.get("format", 1) not in (1, _FORMAT):
+        if line.get("format", 1) > _FORMAT:
             raise NewerSpool
-        lease = Lease(*line["lease"])
+        lease = _lease(line["lease"])
         outputs.setdefault(lease, []).extend(Output.from_json(each) for each in line["outputs"])
         in_flight[lease] = line["in_flight"]
     return [Held(lease, outputs=outputs[lease], in_flight=in_flight[lease]) for lease in outputs]
@@ -180,11 +181,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
+def _lease(written: dict[str, Any] | list[Any]) -> Lease:
+    """The lease of a line of any form."""
+    return Lease(**(dict(zip(_LEASE_LISTED, written, strict=True)) if isinstance(written, list) else written))
+
+
 def _to_line(held: Held, written: int) -> str:
-    lease = held.lease
     line = {
         "format": _FORMAT,
-        "lease": [lease.batch_id, lease.fence, lease.run_id, lease.job_id, lease.apart],
+        "lease": asdict(held.lease),
         "in_flight": list(held.in_flight),
         "outputs": [each.to_json() for each in held.outputs[written:]],
     }
