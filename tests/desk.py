@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import delete, event, text
 
+from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.requests.generation import Request, RequestKey
@@ -123,7 +124,7 @@ class Desk:
 
     def spawn(self) -> None:
         self.generation = self.store.workers.new_generation(self.worker_id, child_pid=self.generation + 1)
-        loaded = Loaded("cpu", None, 0.5, 100, {}, mill.IDENTITY, "echo", self.rows)
+        loaded = Loaded(EngineFacts(EngineLimits("echo", self.rows), mill.IDENTITY), "cpu", None, {})
         self.store.workers.loaded(self.worker_id, self.generation, loaded=loaded)
         spec, seconds = mill.ECHO_SPEC, mill.LEASE_SECONDS
         seat = Seat(self.worker_id, self.generation, spec, "cpu", seconds, mill.IDENTITY, adapters=self.adapters)

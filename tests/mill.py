@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
+from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.models.quantization import Kind, Quantization
@@ -115,7 +116,9 @@ def seat(
     )
     generation = store.workers.new_generation(worker_id, child_pid=2)
     if ready:
-        loaded = Loaded("cpu", None, 0.5, 100, {"torch": "2"}, identity, "echo", 8, 128, 1_024, (), tuple(adapters))
+        limits = EngineLimits("echo", 8, 128, 1_024)
+        facts = EngineFacts(limits, identity, None, tuple(adapters), 0.5, weights_by_device=(100,))
+        loaded = Loaded(facts, "cpu", None, {"torch": "2"})
         store.workers.loaded(worker_id, generation, loaded=loaded)
     return Seat(
         worker_id,

@@ -18,17 +18,17 @@ from batchmill.jobs.requests.generation import ErrorCode, Output, Request, Reque
 from batchmill.worker.cli.worker import _arguments
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine import Engine
-from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
-from batchmill.worker.engine.continuous.probe import cache_shape
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.continuous.probe import Unsupported, cache_shape
 from batchmill.worker.engine.continuous.scheduling.prefixes import BLOCK_TOKENS, Prefixes
 from batchmill.worker.engine.continuous.scheduling.step import Row
 from batchmill.worker.engine.echo.engine import EchoEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.adapters.loading import with_adapters
 from batchmill.worker.models.load import LoadedModel, load
-from batchmill.worker.process.child import ORDER_VARIABLE, ChildOrder
+from batchmill.worker.process.order import ORDER_VARIABLE, ChildOrder
 from tests.families import FAMILIES, loaded
 from tests.lora import alone, greedy, save_random_adapter, save_trained_adapter, sum_question
 
@@ -159,7 +159,7 @@ def test_the_generate_engine_answers_as_each_adapter_does_alone(
     family: str, folders: dict[str, Path], wanted: list[list[int]]
 ) -> None:
     model = with_adapters(random_model(family), adapters(folders))
-    said = texts(GenerateEngine(model, rows=8), requests())
+    said = texts(GenerateEngine(model, options=EngineOptions(max_rows=8)), requests())
     assert said == [model.tokenizer.decode(each, skip_special_tokens=True) for each in wanted]
 
 
@@ -216,7 +216,7 @@ def test_trained_adapters_change_their_own_answers_alone(kind: Kind, engine: str
     model = with_adapters(demo(kind), adapters(trained))
     asked = chats([None, *trained])
     if engine == "generate":
-        said = texts(GenerateEngine(model, rows=16), asked)
+        said = texts(GenerateEngine(model, options=EngineOptions(max_rows=16)), asked)
     else:
         with closing(ContinuousEngine(model, options=EngineOptions(max_rows=16))) as continuous:
             said = texts(continuous, asked)
@@ -358,9 +358,9 @@ def test_a_layer_that_sees_other_tokens_is_served_by_the_generate_engine(
             layers["model.layers.1.mlp.down_proj.inner"] = moved
     with pytest.raises(Unsupported, match="an adapter changes a layer that sees"):
         ContinuousEngine(model, options=EngineOptions())
-    chosen = choose(model, options=EngineOptions(), progress=lambda: False, fits=None)
-    assert isinstance(chosen.engine, GenerateEngine)
-    said = texts(chosen.engine, requests())
+    engine = serve(model, options=EngineOptions())
+    assert isinstance(engine, GenerateEngine)
+    said = texts(engine, requests())
     assert said == [model.tokenizer.decode(each, skip_special_tokens=True) for each in wanted]
 
 

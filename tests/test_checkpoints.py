@@ -23,7 +23,7 @@ from batchmill.jobs.errors import ModelError, UsageError
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
 from batchmill.worker.models.quantization import checkpoint, layers
 from batchmill.worker.models.quantization.checkpoint import Checkpoint
@@ -80,9 +80,9 @@ def meaning(folder: Path, weights: dict[str, Tensor]) -> PreTrainedModel:
 def agrees_with_generate(loaded: LoadedModel, *, tolerance: float = 0.0) -> None:
     """The continuous engine says, greedily and all at once, what transformers' generate says of each prompt alone."""
     expected = greedy(loaded.model, tolerance=tolerance)
-    chosen = choose(loaded, options=EngineOptions(max_rows=4), progress=lambda: False, fits=None)
-    assert chosen.kind == "continuous"
-    assert agree(answers(chosen.engine), expected)
+    engine = serve(loaded, options=EngineOptions(max_rows=4))
+    assert engine.limits.kind == "continuous"
+    assert agree(answers(engine), expected)
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.errors import AlreadyRunning, ModelError, StoreError, StoreUnavailable
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.digests import Digests
@@ -24,13 +25,11 @@ from batchmill.worker.devices import lock as device_lock
 from batchmill.worker.devices.lock import DeviceLock
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.devices.selection import DeviceInfo
-from batchmill.worker.engine.echo.engine import EchoEngine
-from batchmill.worker.engine.registry import Chosen
 from batchmill.worker.loop import outage
 from batchmill.worker.models.sources import Sources
-from batchmill.worker.process import child
-from batchmill.worker.process.child import Child, ChildOrder
-from batchmill.worker.process.held import Held
+from batchmill.worker.process import child, startup
+from batchmill.worker.process.child import Child
+from batchmill.worker.process.order import ORDER_VARIABLE, ChildOrder
 from batchmill.worker.process.pulse import Pulse
 from tests import mill
 
@@ -115,22 +114,6 @@ def test_a_store_that_refuses_is_not_waited_for() -> None:
         outage.outlast(call)
 
 
-def test_an_order_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ChildOrder(
-        7,
-        "echo?quantization=none",
-        Placement(("cpu",)).to_json(),
-        None,
-        True,
-        None,
-        "/proc/1/fd/3",
-        "/home/logs/a.log",
-        1,
-    )
-    monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
-    assert ChildOrder.from_environment() == order
-
-
 class TestBeginning:
     """What a child does that cannot hold its device or its model: it says why, ends its parent and waits."""
 
@@ -143,29 +126,29 @@ class TestBeginning:
             worker_id, mill.ECHO_SPEC.canonical, placement, None, False, None, Pulse.create().path, "", 7
         )
         monkeypatch.setenv("BATCHMILL_DATABASE_URL", sqlite_url)
-        monkeypatch.setenv(child.ORDER_VARIABLE, order.to_environment())
-        monkeypatch.setattr(child, "configure_logs", lambda settings, file: None)
-        monkeypatch.setattr(child, "die_with_parent", lambda number, parent_pid: None)
-        monkeypatch.setattr(child.os, "kill", lambda pid, number: None)
+        monkeypatch.setenv(ORDER_VARIABLE, order.to_environment())
+        monkeypatch.setattr(startup, "configure_logs", lambda settings, file: None)
+        monkeypatch.setattr(startup, "die_with_parent", lambda number, parent_pid: None)
+        monkeypatch.setattr(startup.os, "kill", lambda pid, number: None)
 
         def pause() -> None:
             raise Ended(0)
 
-        monkeypatch.setattr(child.signal, "pause", pause)
-        monkeypatch.setattr(child.signal, "signal", lambda number, handler: None)
+        monkeypatch.setattr(startup.signal, "pause", pause)
+        monkeypatch.setattr(startup.signal, "signal", lambda number, handler: None)
         yield store, worker_id
         store.close()
 
     def gave_up(self, store: Store) -> tuple[WorkerState, str | None]:
         with pytest.raises(Ended):
-            child.begin()
+            startup.begin()
         (row,) = store.workers.rows(only_alive=False)
         return row.state, row.error
 
     def test_whose_parent_is_gone_by_then_ends_at_once(self, worker_id: tuple[Store, int]) -> None:
         """It would hang without anybody to see to it, and send its signals to whoever has become its parent."""
         before = worker_id[0].workers.heartbeat(worker_id[1], beat=5.0)
-        begin = f"{sys.executable} -c 'from batchmill.worker.process.child import begin; begin()'; exit $?"
+        begin = f"{sys.executable} -c 'from batchmill.worker.process.startup import begin; begin()'; exit $?"
         done = subprocess.run(["bash", "-c", begin], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 128 + signal.SIGKILL, done.stderr
         assert worker_id[0].workers.heartbeat(worker_id[1], beat=5.0) == before
@@ -173,7 +156,7 @@ class TestBeginning:
     def test_a_device_that_another_process_holds_is_refused(
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(child, "describe_devices", lambda devices: (DeviceInfo("fake", "GPU-7", 1, "cpu"),))
+        monkeypatch.setattr(startup, "describe_devices", lambda devices: (DeviceInfo("fake", "GPU-7", 1, "cpu"),))
         monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
         monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
         other = DeviceLock("GPU-7")
@@ -185,10 +168,10 @@ class TestBeginning:
     def test_a_device_is_held_as_long_as_the_child_lives(
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(child, "describe_devices", lambda devices: (DeviceInfo("fake", "GPU-7", 1, "cpu"),))
+        monkeypatch.setattr(startup, "describe_devices", lambda devices: (DeviceInfo("fake", "GPU-7", 1, "cpu"),))
         monkeypatch.setattr(device_lock, "_MACHINES_FOLDER", tmp_path)
         monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
-        begun = child.begin()
+        begun = startup.begin()
         gc.collect()
         with pytest.raises(AlreadyRunning):
             DeviceLock("GPU-7").take()
@@ -202,7 +185,7 @@ class TestBeginning:
         def describe(devices: Sequence[str]) -> tuple[DeviceInfo, ...]:
             raise ModelError("cannot load it") from RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
-        monkeypatch.setattr(child, "describe_devices", describe)
+        monkeypatch.setattr(startup, "describe_devices", describe)
         state, error = self.gave_up(worker_id[0])
         assert (state, error) == (WorkerState.SICK, "cannot load it")
 
@@ -212,7 +195,7 @@ class TestBeginning:
         def describe(devices: Sequence[str]) -> tuple[DeviceInfo, ...]:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-        monkeypatch.setattr(child, "describe_devices", describe)
+        monkeypatch.setattr(startup, "describe_devices", describe)
         state, error = self.gave_up(worker_id[0])
         assert state is WorkerState.SICK
         assert "device-side assert" in str(error)
@@ -223,7 +206,7 @@ class TestBeginning:
         def describe(devices: Sequence[str]) -> tuple[DeviceInfo, ...]:
             raise ModelError("too large") from RuntimeError("CUDA error: out of memory")
 
-        monkeypatch.setattr(child, "describe_devices", describe)
+        monkeypatch.setattr(startup, "describe_devices", describe)
         assert self.gave_up(worker_id[0])[0] is WorkerState.FAILED
 
 
@@ -238,12 +221,12 @@ class TestBoundToAJob:
         mill.claim(store, mill.seat(store, identity="weights=1", adapters=[self.A]))
         return store.reading.job(job_id)
 
-    def held(self, identity: str, *adapters: Adapter) -> Held:
-        return Held(Chosen(EchoEngine(), "echo"), identity, adapters)
+    def held(self, identity: str, *adapters: Adapter) -> EngineFacts:
+        return EngineFacts(EngineLimits("echo", 8), identity, adapters=adapters)
 
     def test_the_same_model_and_adapters_are_taken(self, job: Job) -> None:
-        child._refuse_other(job, self.held("weights=1", self.A, Adapter("b", "/adapters/b", identity="weights=9")))
-        child._refuse_other(replace(job, identity=None, adapters=()), self.held("weights=2"))
+        startup._refuse_other(job, self.held("weights=1", self.A, Adapter("b", "/adapters/b", identity="weights=9")))
+        startup._refuse_other(replace(job, identity=None, adapters=()), self.held("weights=2"))
 
     @pytest.mark.parametrize(
         ("identity", "adapter", "changed"),
@@ -252,4 +235,4 @@ class TestBoundToAJob:
     def test_another_one_ends_the_worker(self, job: Job, identity: str, adapter: str, changed: str) -> None:
         held = self.held(identity, replace(self.A, identity=adapter))
         with pytest.raises(ModelError, match=f"was begun with another model, changed since: {changed}; put the old"):
-            child._refuse_other(job, held)
+            startup._refuse_other(job, held)

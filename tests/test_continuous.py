@@ -17,12 +17,13 @@ from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig,
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO, ModelSpec
 from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
-from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.continuous.probe import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.grammar import Grammars, Matcher
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.registry import choose
 from batchmill.worker.engine.sampling.penalties import Penalties
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
 from tests.families import CONTEXT_TOKENS, VOCABULARY, load_alphabet, load_family, loaded
 
@@ -397,7 +398,7 @@ def test_a_model_that_it_cannot_serve_is_served_by_generate(unsupported: tuple[L
     model, reason = unsupported
     with pytest.raises(Unsupported, match=reason):
         ContinuousEngine(model, options=EngineOptions())
-    engine = choose(model, options=EngineOptions(), progress=lambda: False, fits=None).engine
+    engine = serve(model, options=EngineOptions())
     assert isinstance(engine, GenerateEngine)
     engine.add(key(0), prompt(0, "x", max_tokens=3, ignore_eos=True))
     [output] = engine.step()

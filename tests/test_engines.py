@@ -42,7 +42,7 @@ def make(request: pytest.FixtureRequest) -> Make:
         return engine
 
     def make_generate(*, rows: int = 8, progress: Progress = lambda: False) -> Engine:
-        return GenerateEngine(loaded, rows=rows, progress=progress)
+        return GenerateEngine(loaded, options=EngineOptions(max_rows=rows), progress=progress)
 
     return make_continuous if request.param == "continuous" else make_generate
 
@@ -76,6 +76,10 @@ def test_every_request_comes_back_exactly_once(make: Make) -> None:
     assert indices(outputs) == list(range(11))
     assert all(output.error is None and len(output.choices) == 1 for output in outputs)
     assert (engine.waiting, engine.active, engine.step()) == (0, 0, [])
+
+
+def test_an_engine_closes_also_where_it_did_nothing(make: Make) -> None:
+    make().close()
 
 
 def test_a_step_without_requests_gives_nothing(make: Make) -> None:

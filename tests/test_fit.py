@@ -17,17 +17,18 @@ from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ModelSpec
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.placement import Placement
+from batchmill.worker.engine.continuous import sizing
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.scheduling import limits as engine_limits
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
+from batchmill.worker.engine.sizing import Load
 from batchmill.worker.models.load import load
 from batchmill.worker.models.vetting import Refusal
-from batchmill.worker.plan.fit import Load, fit
+from batchmill.worker.plan.fit import fit
 from batchmill.worker.plan.hardware import Hardware, joined, pretended_gpu
 from batchmill.worker.plan.model import PlannedModel
 from batchmill.worker.plan.refusal import refuse_beyond, refuse_too_large
-from batchmill.worker.plan.report import load_of
+from batchmill.worker.plan.report import fit_of
 from tests.bench.models import checkpoint
 
 GIB = 1024**3
@@ -77,15 +78,15 @@ def test_a_plan_says_what_a_started_worker_says(quantization: str, options: Engi
     pretend(64 * 1024**2)
     loaded = load(ModelSpec(DEMO, quantization=Quantization.parse(quantization)), "cpu")
     with closing(ContinuousEngine(loaded, options=options)) as engine:
-        started = (engine.rows, engine.context_tokens, engine.cache_tokens)
+        started = engine.limits
     model = PlannedModel(ModelSpec(DEMO), DEMO_FOLDER)
     holding = model.holding(Quantization.parse(quantization), CPU)
     # What is free while an engine starts is what is left beside weights and copies, which are there already.
     there = holding.footprint.weights_bytes + (
         0 if options.dequantize is Dequantize.NEVER else holding.footprint.copy_bytes
     )
-    found = fit(load_of(model, holding), cpu(64 * 1024**2 + there), options, row_tokens=50)
-    assert (found.engine_rows, found.context_tokens, found.cache_tokens) == started
+    found = fit_of(model, holding, cpu(64 * 1024**2 + there), options, row_tokens=50)
+    assert found.limits == started
     assert loaded.weights_bytes == pytest.approx(holding.footprint.weights_bytes, rel=0.01)
 
 
@@ -93,42 +94,46 @@ def test_a_plan_says_what_the_generate_engine_says(pretend: Any) -> None:
     pretend(10 * 1024**2)
     loaded = load(ModelSpec(DEMO, quantization=Quantization.parse("none")), "cpu")
     engine = GenerateEngine(loaded)
-    asked = Load(1000, 0, loaded.cache_token_bytes, 512, 320, continuous=False)
-    found = fit(asked, cpu(10 * 1024**2 + 1000), EngineOptions(), row_tokens=100)
-    assert (found.engine_rows, found.cache_tokens) == (engine.rows, engine.capacity.limit)
+    asked = Load(1000, 0, loaded.cache_token_bytes, 512, 320)
+    found = fit(asked, cpu(10 * 1024**2 + 1000), EngineOptions(), is_continuous=False, row_tokens=100)
+    assert found.limits == engine.limits
+    assert found.limits.cache_tokens == engine.capacity.limit
     assert found.rows == engine.capacity.limit // 100
 
 
 def test_a_gpu_has_what_its_fraction_leaves_beside_weights_and_buffers() -> None:
     gpu = Hardware("cuda:0", "a GPU", True, 24 * GIB, 23 * GIB, None)
-    asked = Load(14 * GIB, 0, 128 * 1024, 8192, 128_256, continuous=True)
-    found = fit(asked, gpu, EngineOptions(), row_tokens=4096)
-    left = 23 * GIB - 14 * GIB - 14 * GIB // engine_limits.BUFFERS_PART - 24 * GIB // 10
+    asked = Load(14 * GIB, 0, 128 * 1024, 8192, 128_256)
+    found = fit(asked, gpu, EngineOptions(), is_continuous=True, row_tokens=4096)
+    left = 23 * GIB - 14 * GIB - 14 * GIB // sizing.BUFFERS_PART - 24 * GIB // 10
     assert found.rows == left // (128 * 1024 * 4096) == 10
     assert found.fits
     assert found.total_bytes == 14 * GIB + 14 * GIB // 10 + 4096 * 128 * 1024
-    assert not fit(asked, gpu, EngineOptions(max_rows=11), row_tokens=4096).fits
-    assert fit(asked, gpu, EngineOptions(max_rows=11, memory_fraction=1.0), row_tokens=4096).fits
+    assert not fit(asked, gpu, EngineOptions(max_rows=11), is_continuous=True, row_tokens=4096).fits
+    more = EngineOptions(max_rows=11, memory_fraction=1.0)
+    assert fit(asked, gpu, more, is_continuous=True, row_tokens=4096).fits
 
 
 def test_a_large_vocabulary_runs_in_fewer_rows_on_a_cpu() -> None:
     found = [
-        fit(Load(GIB, 0, 1024, 4096, vocabulary, continuous=True), cpu(24 * GIB), EngineOptions(), row_tokens=64)
+        fit(Load(GIB, 0, 1024, 4096, vocabulary), cpu(24 * GIB), EngineOptions(), is_continuous=True, row_tokens=64)
         for vocabulary in (32_000, 128_256, 262_144)
     ]
-    assert [each.engine_rows for each in found] == [256, 130, 64]
+    assert [each.limits.rows for each in found] == [256, 130, 64]
 
 
 def test_weights_larger_than_a_device_fit_no_row() -> None:
-    asked = Load(30 * GIB, 0, 1024, None, 32_000, continuous=True)
-    found = fit(asked, pretended_gpu(24 * GIB), EngineOptions(), row_tokens=64)
+    asked = Load(30 * GIB, 0, 1024, None, 32_000)
+    found = fit(asked, pretended_gpu(24 * GIB), EngineOptions(), is_continuous=True, row_tokens=64)
     assert (found.rows, found.fits) == (0, False)
 
 
 def test_a_model_over_two_gpus_has_their_memory_together() -> None:
     two = joined([Hardware(f"cuda:{index}", "one", True, 24 * GIB, 22 * GIB, None) for index in range(2)])
     assert (two.device, two.name, two.total_bytes, two.free_bytes) == ("cuda:0+cuda:1", "2 x one", 48 * GIB, 44 * GIB)
-    assert fit(Load(30 * GIB, 0, 1024, None, 32_000, continuous=True), two, EngineOptions(), row_tokens=64).fits
+    found = fit(Load(30 * GIB, 0, 1024, None, 32_000), two, EngineOptions(), is_continuous=True, row_tokens=64)
+    assert found.fits
+    assert found.limits.kind == "generate", "no other engine takes layers that are spread"
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -139,16 +144,16 @@ def test_exactly_what_fits_is_loaded(
     options = EngineOptions(context_tokens=context)
     model = PlannedModel(spec(folder, quantization), folder)
     before_weights = partial(refuse_too_large, options=options)
-    row = context or engine_limits.ROW_TOKENS
+    row = context or sizing.ROW_TOKENS
     holding = model.holding(Quantization.parse(quantization), CPU)
-    needed = holding.footprint.weights_bytes + engine_limits.CPU_PARTS * row * holding.token.bytes
+    needed = holding.footprint.weights_bytes + sizing.CPU_PARTS * row * holding.token.bytes
     pretend(needed)
     loaded = load(spec(folder, quantization), "cpu", before_weights=before_weights)
     assert loaded.model.get_memory_footprint() <= needed
     # And there is room for that row when it is served.
     pretend(needed - holding.footprint.weights_bytes)
     with closing(ContinuousEngine(loaded, options=options)) as engine:
-        assert engine.context_tokens >= row
+        assert (engine.limits.context_tokens or 0) >= row
     pretend(needed - 1)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ModelError, match="it does not fit on cpu: weights"):

@@ -16,6 +16,7 @@ from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine.generate.engine import GenerateEngine
+from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import CONTEXT_TOKENS, build_tokenizer, save_tiny_model
 
@@ -94,7 +95,10 @@ def error(output: Output) -> tuple[str, str]:
 def test_greedy_answers_are_those_of_transformers_one_by_one(loaded: LoadedModel) -> None:
     model = LlamaForCausalLM.from_pretrained(loaded.spec.model)
     texts = ["a", "some longer prompt of more words", "xyz", "medium length", "some other prompt, of its own length"]
-    outputs = answers(GenerateEngine(loaded, rows=8), *(prompt(place, text) for place, text in enumerate(texts)))
+    outputs = answers(
+        GenerateEngine(loaded, options=EngineOptions(max_rows=8)),
+        *(prompt(place, text) for place, text in enumerate(texts)),
+    )
     for text, output in zip(texts, outputs, strict=True):
         tokens = loaded.tokenizer(text, return_tensors="pt")
         whole = model.generate(**tokens, max_new_tokens=20, do_sample=False, eos_token_id=[END, OTHER_END])[0]
@@ -125,7 +129,7 @@ def test_an_end_token_in_the_last_place_is_a_stop(loaded: LoadedModel, alphabet:
 
 def test_stop_strings_are_found_across_tokens_each_row_for_itself(loaded: LoadedModel, alphabet: Alphabet) -> None:
     outputs = answers(
-        GenerateEngine(loaded, rows=8),
+        GenerateEngine(loaded, options=EngineOptions(max_rows=8)),
         prompt(0, "a", stop=("efg",)),
         prompt(1, "a", stop=("xyz", "ij", "hijk")),
         prompt(2, "a"),
@@ -269,7 +273,7 @@ def test_out_of_memory_halves_the_micro_batch_until_it_fits_and_remembers(
     loaded: LoadedModel, alphabet: Alphabet, most_rows: int, failure: Exception
 ) -> None:
     alphabet.most_rows, alphabet.error = most_rows, failure
-    engine = GenerateEngine(loaded, rows=16)
+    engine = GenerateEngine(loaded, options=EngineOptions(max_rows=16))
     outputs = answers(engine, *(prompt(index, "a", max_tokens=2) for index in range(16)))
     assert [output.choices[0].text for output in outputs] == ["bc"] * 16
     failed = [rows for rows in alphabet.rows if rows > most_rows]

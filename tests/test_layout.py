@@ -18,7 +18,7 @@ from batchmill.jobs.requests.generation import Request, RequestKey, SamplingPara
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.options import Dequantize, EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.layout import Layout
 from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import save_tiny_model
@@ -54,16 +54,14 @@ def logits(loaded: LoadedModel) -> torch.Tensor:
     return found
 
 
-def answers(loaded: LoadedModel, engine: str = "continuous") -> list[str]:
-    chosen = choose(loaded, options=OPTIONS, progress=lambda: False, fits=None)
-    assert chosen.kind == engine
+def answers(loaded: LoadedModel, kind: str = "continuous") -> list[str]:
+    engine = serve(loaded, options=OPTIONS)
+    assert engine.limits.kind == kind
     for index in range(6):
-        chosen.engine.add(
-            RequestKey("j", index), Request(index, f"r{index}", prompt="ab" * (index + 1), sampling=GREEDY)
-        )
+        engine.add(RequestKey("j", index), Request(index, f"r{index}", prompt="ab" * (index + 1), sampling=GREEDY))
     outputs = []
-    while chosen.engine.waiting or chosen.engine.active:
-        outputs += chosen.engine.step()
+    while engine.waiting or engine.active:
+        outputs += engine.step()
     return [each.choices[0].text for each in sorted(outputs, key=lambda each: each.key)]
 
 
@@ -158,7 +156,7 @@ def test_several_devices_fall_back_to_generate_with_the_reason(
     spread = Layout((("model.layers.0", "cuda:0"), ("model", "cuda:1")), (("cuda:0", 1), ("cuda:1", 1)))
     assert spread.spread
     loaded = replace(load(spec(folder), "cpu"), layout=spread)
-    assert len(answers(loaded, engine="generate")) == 6
+    assert len(answers(loaded, kind="generate")) == 6
     assert "its layers are spread over several devices" in capsys.readouterr().out
 
 

@@ -19,6 +19,7 @@ from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
 from batchmill.worker.engine.generate.engine import GenerateEngine
+from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models import load as loader
 from batchmill.worker.models import source
 from batchmill.worker.models.load import load, loading
@@ -81,7 +82,7 @@ def test_a_model_is_quantized_by_bitsandbytes_and_answers(
     if layer == "Linear4bit":
         assert {each.weight.quant_type for each in projections} == {quantization}
         assert asked.bnb_4bit_use_double_quant
-    engine = GenerateEngine(loaded, rows=4)
+    engine = GenerateEngine(loaded, options=EngineOptions(max_rows=4))
     for index, temperature in enumerate([0.0, 1.0, 0.0]):
         sampling = SamplingParams(max_tokens=6, temperature=temperature)
         engine.add(RequestKey("job", index), Request(index, str(index), prompt="hello " * index, sampling=sampling))

@@ -20,10 +20,10 @@ from batchmill.jobs.requests.generation import Output, Request, RequestKey, Samp
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
-from batchmill.worker.engine.options import EngineKind, EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.options import EngineChoice, EngineOptions
 from batchmill.worker.engine.sampling import Sampler
 from batchmill.worker.engine.sampling.logprobs import LEAST_LOGPROB
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
 from tests.families import load_alphabet, load_family
 from tests.tiny import build_tokenizer, save_tiny_model
@@ -68,7 +68,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 
     def make_engine(model: LoadedModel, *, rows: int = 8, **given: Any) -> Engine:
         if request.param == "generate":
-            return GenerateEngine(model, rows=rows)
+            return GenerateEngine(model, options=EngineOptions(max_rows=rows))
         options = EngineOptions(max_rows=rows)
         engine = ContinuousEngine(model, options=options, ahead=request.param == "ahead", **given)
         request.addfinalizer(engine.close)
@@ -229,10 +229,10 @@ def test_a_model_without_any_numbers_is_refused_by_name(tmp_path: Path, name: st
 
 def test_a_model_without_numbers_for_some_tokens_is_served_by_the_engine_that_it_would_have(tmp_path: Path) -> None:
     loaded = load(spoil(save_tiny_model(tmp_path), "model.embed_tokens.weight", slice(0, 100)), "cpu")
-    chosen = choose(loaded, options=EngineOptions(max_rows=2), progress=lambda: False, fits=None)
-    assert isinstance(chosen.engine, ContinuousEngine)
-    chosen.engine.close()
-    assert chosen.kind == EngineKind.CONTINUOUS.value
+    engine = serve(loaded, options=EngineOptions(max_rows=2))
+    assert isinstance(engine, ContinuousEngine)
+    engine.close()
+    assert engine.limits.kind == EngineChoice.CONTINUOUS.value
 
 
 def test_prompts_are_padded_with_a_token_that_has_numbers(tmp_path: Path) -> None:

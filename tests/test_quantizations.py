@@ -34,8 +34,8 @@ from transformers import (
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.worker.engine.options import EngineKind, EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.options import EngineChoice, EngineOptions
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import load, loading, read_model
 from batchmill.worker.models.quantization.precision import precision
 from tests.checkpoints import SHAPES, save_bitsandbytes, save_shape
@@ -175,11 +175,11 @@ def test_both_engines_say_what_generate_says_of_the_same_model(
 ) -> None:
     of = spec(folder_for(row, folders[shape], tmp_path), written(row, shape))
     expected = greedy(load(of, "cpu").model, tolerance=tolerance(row))
-    for kind in (EngineKind.AUTO, EngineKind.GENERATE):
+    for kind in (EngineChoice.AUTO, EngineChoice.GENERATE):
         options = EngineOptions(kind=kind, max_rows=4)
-        chosen = choose(load(of, "cpu"), options=options, progress=lambda: False, fits=None)
-        assert chosen.kind == ("continuous" if kind is EngineKind.AUTO else "generate")
-        assert agree(answers(chosen.engine), expected)
+        engine = serve(load(of, "cpu"), options=options)
+        assert engine.limits.kind == ("continuous" if kind is EngineChoice.AUTO else "generate")
+        assert agree(answers(engine), expected)
 
 
 @pytest.mark.parametrize(("row", "shape"), PAIRS)

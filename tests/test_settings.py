@@ -11,7 +11,7 @@ from batchmill.jobs.configuration.flags import ENGINE_FLAGS, FLAG_OF_SETTING
 from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.errors import SettingsError
 from batchmill.jobs.runtime.home import socket_path
-from batchmill.worker.engine.options import Dequantize, EngineKind
+from batchmill.worker.engine.options import Dequantize, EngineChoice
 
 
 def test_flags_win_over_environment_over_file_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_every_flag_gives_a_setting_and_no_two_the_same() -> None:
 
 
 def test_the_engine_has_every_word_of_the_settings() -> None:
-    for name, words in (("engine", EngineKind), ("dequantize", Dequantize)):
+    for name, words in (("engine", EngineChoice), ("dequantize", Dequantize)):
         assert get_args(Settings.model_fields[name].annotation) == tuple(word.value for word in words)
 
 

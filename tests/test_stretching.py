@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
 from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
-from batchmill.worker.engine.continuous.engine import ContinuousEngine, Unsupported
+from batchmill.worker.engine.continuous.engine import ContinuousEngine
+from batchmill.worker.engine.continuous.probe import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel
@@ -71,13 +72,13 @@ def answers(engine: GenerateEngine, *requests: Request) -> list[Output]:
 
 def test_an_answer_does_not_depend_on_how_long_its_neighbours_are(model: LoadedModel) -> None:
     asked = [request(index, *lengths) for index, lengths in enumerate(LENGTHS)]
-    outputs = answers(GenerateEngine(model, rows=16), *asked)
+    outputs = answers(GenerateEngine(model, options=EngineOptions(max_rows=16)), *asked)
     assert [each.prompt_tokens for each in outputs] == [prompt_tokens for prompt_tokens, _ in LENGTHS]
     assert [each.choices[0].text for each in outputs] == [alone(model, each) for each in asked]
 
 
 def test_rows_that_turn_the_same_run_together(model: LoadedModel) -> None:
-    engine = GenerateEngine(model, rows=16)
+    engine = GenerateEngine(model, options=EngineOptions(max_rows=16))
     for index in range(8):
         asked = request(index, 20, 10) if index % 2 else request(index, 100, 10)
         engine.add(RequestKey("job", index), asked)

@@ -9,8 +9,8 @@ import pytest
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
-from batchmill.worker.engine.options import EngineKind, EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.options import EngineChoice, EngineOptions
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
 from tests.tiny import build_tokenizer, save_tiny_model
 
@@ -27,9 +27,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu")
 
 
-def answers(loaded: LoadedModel, kind: EngineKind, *requests: Request) -> list[Output]:
+def answers(loaded: LoadedModel, kind: EngineChoice, *requests: Request) -> list[Output]:
     options = EngineOptions(kind=kind, max_rows=4)
-    engine = choose(loaded, options=options, progress=lambda: False, fits=None).engine
+    engine = serve(loaded, options=options)
     for request in requests:
         engine.add(RequestKey("job", request.index), request)
     outputs: list[Output] = []
@@ -38,8 +38,8 @@ def answers(loaded: LoadedModel, kind: EngineKind, *requests: Request) -> list[O
     return sorted(outputs, key=lambda output: output.key.index)
 
 
-@pytest.mark.parametrize("kind", [EngineKind.CONTINUOUS, EngineKind.GENERATE])
-def test_a_token_without_an_embedding_is_an_error_of_its_own(loaded: LoadedModel, kind: EngineKind) -> None:
+@pytest.mark.parametrize("kind", [EngineChoice.CONTINUOUS, EngineChoice.GENERATE])
+def test_a_token_without_an_embedding_is_an_error_of_its_own(loaded: LoadedModel, kind: EngineChoice) -> None:
     chat = ({"role": "user", "content": "x <|first|>"},)
     fine, plain, message = answers(
         loaded,
@@ -57,8 +57,10 @@ def test_a_token_without_an_embedding_is_an_error_of_its_own(loaded: LoadedModel
         assert output.prompt_tokens == prompt_tokens
 
 
-@pytest.mark.parametrize("kind", [EngineKind.CONTINUOUS, EngineKind.GENERATE])
-def test_an_end_and_a_stop_string_that_the_model_cannot_write_never_come(loaded: LoadedModel, kind: EngineKind) -> None:
+@pytest.mark.parametrize("kind", [EngineChoice.CONTINUOUS, EngineChoice.GENERATE])
+def test_an_end_and_a_stop_string_that_the_model_cannot_write_never_come(
+    loaded: LoadedModel, kind: EngineChoice
+) -> None:
     sampling = SamplingParams(max_tokens=3, temperature=0.0, stop=("<|first|>",), min_tokens=1)
     [output] = answers(loaded, kind, Request(0, "0", prompt="abc", sampling=sampling))
     assert output.error is None

@@ -17,6 +17,7 @@ from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
 from batchmill.jobs.requests.generation import ErrorCode, Request, RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
+from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import load
 from batchmill.worker.models.vetting import Refusal, vet, weights
 from tests.tiny import save_tiny_model
@@ -278,7 +279,9 @@ HOSTILE_TEMPLATES: dict[str, Callable[[Path], str]] = {
 def test_a_hostile_chat_template_runs_in_a_sandbox(folder: Path, tmp_path: Path, name: str) -> None:
     proof = tmp_path / "proof"
     (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name](proof))
-    engine = GenerateEngine(load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu"), rows=1)
+    engine = GenerateEngine(
+        load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu"), options=EngineOptions(max_rows=1)
+    )
     engine.add(RequestKey("job", 0), Request(0, "0", messages=({"role": "user", "content": "{{ 7 * 7 }}"},)))
     (output,) = engine.step()
     assert output.error is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, insert, or_, select, update
 
+from batchmill.jobs.engine_facts import EngineFacts
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.adapters import Adapter, from_json, to_json
 from batchmill.jobs.models.device_memory import DeviceMemory, devices_from_text, devices_text
@@ -55,25 +56,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a child says of itself once it holds its model.
+    """A child's account of itself once its engine is open."""
 
-    Its engine works on `engine_rows` requests at once, each of at most `context_tokens` (None: no limit) with its
-    answer; its cache holds `cache_tokens` of them together (None: it has no cache). `devices`: what each held so far.
-    `identity`: what the model consists of; that of each of `adapters` is known, too.
-    """
-
+    facts: EngineFacts
     device_name: str
     device_uuid: str | None
-    model_load_seconds: float
-    weights_bytes: int
     versions: Mapping[str, str]
-    identity: str
-    engine: str
-    engine_rows: int
-    context_tokens: int | None = None
-    cache_tokens: int | None = None
+    #: What each device held so far.
     devices: tuple[DeviceMemory, ...] = ()
-    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +247,8 @@ class Workers:
     @retried
     def loaded(self, worker_id: int, generation: int, *, loaded: Loaded) -> None:
         """The child holds its model and may be given work."""
-        adapters = {"adapters": to_json(loaded.adapters)} if loaded.adapters else {}
+        facts, limits = loaded.facts, loaded.facts.limits
+        adapters = {"adapters": to_json(facts.adapters)} if facts.adapters else {}
         with self._database.write() as connection:
             connection.execute(
                 update(workers)
@@ -267,15 +258,15 @@ class Workers:
                     state=WorkerState.READY.value,
                     device_name=loaded.device_name,
                     device_uuid=loaded.device_uuid,
-                    model_load_seconds=loaded.model_load_seconds,
-                    weights_bytes=loaded.weights_bytes,
+                    model_load_seconds=facts.load_seconds,
+                    weights_bytes=facts.weights_bytes,
                     versions=json.dumps(dict(loaded.versions)),
-                    engine=loaded.engine,
-                    engine_rows=loaded.engine_rows,
-                    context_tokens=loaded.context_tokens,
-                    cache_tokens=loaded.cache_tokens,
+                    engine=limits.kind,
+                    engine_rows=limits.rows,
+                    context_tokens=limits.context_tokens,
+                    cache_tokens=limits.cache_tokens,
                     devices=devices_text(loaded.devices),
-                    identity=loaded.identity,
+                    identity=facts.identity,
                     **adapters,
                 )
             )

@@ -62,7 +62,7 @@ def drive(engine: Any, requests: Sequence[Request], feed: str) -> tuple[list[Out
     """The outputs of these requests, and the seconds within the engine."""
     ahead = deque(requests)
     outputs: list[Output] = []
-    fill = len(requests) if feed == AT_ONCE else engine.rows + engine.rows // 4
+    fill = len(requests) if feed == AT_ONCE else engine.limits.rows + engine.limits.rows // 4
     begin = perf_counter()
     while ahead or engine.waiting or engine.active:
         while ahead and engine.waiting < fill:
@@ -115,5 +115,6 @@ class GenerateContestant(_Ours):
 
     def engine(self, loaded: Any) -> Any:
         from batchmill.worker.engine.generate.engine import GenerateEngine
+        from batchmill.worker.engine.options import EngineOptions
 
-        return GenerateEngine(loaded, rows=_ROWS)
+        return GenerateEngine(loaded, options=EngineOptions(max_rows=_ROWS))

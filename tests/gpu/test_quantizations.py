@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.registry import choose
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import load
 from batchmill.worker.models.quantization.quantized_copy import save_quantized
 from tests.checkpoints import save_compressed, save_shape
@@ -150,5 +150,5 @@ def test_compressed_tensors_answer_on_the_device(tmp_path: Path, shape: str, for
     in_fp8 = form == "float-quantized" and torch.cuda.get_device_capability() >= (8, 9)
     assert (torch.float8_e4m3fn in held) == in_fp8
     expected = greedy(loaded.model, tolerance=ROUNDED)
-    chosen = choose(loaded, options=EngineOptions(max_rows=4), progress=lambda: False, fits=None)
-    assert agree(answers(chosen.engine), expected)
+    engine = serve(loaded, options=EngineOptions(max_rows=4))
+    assert agree(answers(engine), expected)

@@ -1,15 +1,27 @@
-"""What turns Requests into Outputs on a device: the protocol, and its implementations in files of their own.
+"""The protocols of an engine: a kind opens its own model, and the engine then turns Requests into Outputs on a device.
 
-An engine knows no SQL, no Redis and no files. One thread drives it: `add` requests, `step`, take the outputs.
+The implementations are in files of their own. An engine knows no SQL, no Redis and no files. One thread drives it:
+`add` requests, `step`, take the outputs, and `close` at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
+from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
+from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import Content
+from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.capacity import Capacity
+from batchmill.worker.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from batchmill.worker.models.load import BeforeWeights
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from
 #: `step` as soon as it can, without what is unfinished.
@@ -40,8 +52,10 @@ class Engine(Protocol):
     device's or the engine's fault, and ends the process.
     """
 
-    #: How many requests the device works on at once; the runner keeps about as many again waiting.
-    rows: int
+    #: How much it takes on at once; the runner keeps about as many requests waiting as there are rows.
+    limits: EngineLimits
+    #: Bytes that keys and values take, or may take; 0 for an engine that has no cache.
+    cache_bytes: int
     #: What the model's generation_config asks for where neither request nor job does.
     defaults: SamplingParams
     #: What the device holds at once; kept for the next process of this device once its memory ran out.
@@ -69,3 +83,44 @@ class Engine(Protocol):
 
         When `progress` answered True, the unfinished requests are kept: as they are, or waiting again in their order.
         """
+
+    def close(self) -> None:
+        """Ends what the engine keeps running beside its steps; it is not used afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The order to an engine kind to open a model, and the means for it."""
+
+    spec: ModelSpec
+    placement: Placement
+    #: The placement's devices as torch calls them, the first one first.
+    devices: Sequence[str]
+    adapters: Sequence[Adapter]
+    options: EngineOptions
+    #: The digests that are known of the model's files.
+    digests: Digests
+    #: Asked before weights are read onto one device; it refuses a model that does not fit there.
+    before_weights: BeforeWeights
+    progress: Progress
+    #: What the devices were found to hold, in the engine's unit; None until their memory ran out once.
+    known_capacity: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEngine:
+    """An engine with its model, ready for requests."""
+
+    engine: Engine
+    facts: EngineFacts
+    #: What model and adapters were loaded from.
+    sources: tuple[Content, ...] = ()
+    #: Those of the sources that are still read while the model works.
+    read_at_work: tuple[Content, ...] = ()
+
+
+class EngineKind(Protocol):
+    """A kind of engine. It loads the models that it serves by itself, so nobody else has to know how that is done."""
+
+    def open(self, opening: Opening) -> OpenEngine:
+        """Loads the model and puts it into an engine. Raises ModelError, which says what to do."""

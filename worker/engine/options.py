@@ -8,8 +8,8 @@ from enum import StrEnum
 from batchmill.jobs.configuration.settings import Settings
 
 
-class EngineKind(StrEnum):
-    """Which engine serves a model; `auto` is the continuous one wherever the model allows it."""
+class EngineChoice(StrEnum):
+    """The engine that a worker's user asks for; `auto` is the continuous one wherever the model allows it."""
 
     AUTO = "auto"
     CONTINUOUS = "continuous"
@@ -26,26 +26,27 @@ class Dequantize(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """None leaves the choice to the engine, which decides by the memory that is free.
+    """The wishes for an engine; None leaves the choice to the engine, which decides by the memory that is free."""
 
-    `max_rows`: requests that the device works on at once. `context_tokens`: the most that prompt and answer have
-    together. `memory_fraction`: the part of a GPU's memory that weights and cache may take. `cache_bytes`: what keys
-    and values may take. `deterministic`: an answer does not depend on what else runs.
-    """
-
-    kind: EngineKind = EngineKind.AUTO
+    kind: EngineChoice = EngineChoice.AUTO
+    #: Requests that the device works on at once.
     max_rows: int | None = None
+    #: The most tokens that prompt and answer have together.
     context_tokens: int | None = None
+    #: The part of a GPU's memory that weights and cache may take.
     memory_fraction: float | None = None
+    #: Bytes that keys and values may take.
     cache_bytes: int | None = None
+    #: Copies of 4-bit weights in full precision.
     dequantize: Dequantize = Dequantize.AUTO
+    #: An answer does not depend on what else runs.
     deterministic: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> EngineOptions:
         """What the settings ask for."""
         return cls(
-            EngineKind(settings.engine),
+            EngineChoice(settings.engine),
             max_rows=settings.engine_rows,
             context_tokens=settings.context_tokens,
             memory_fraction=settings.gpu_memory_fraction,

@@ -20,14 +20,14 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.selection import CPU
-from batchmill.worker.engine.continuous.scheduling.limits import ROW_TOKENS
+from batchmill.worker.engine.continuous.sizing import ROW_TOKENS
 from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.models.vetting import Refusal, weights
 from batchmill.worker.plan.choices import choices
-from batchmill.worker.plan.fit import SPLIT_PART, Fit, fit
+from batchmill.worker.plan.fit import SPLIT_PART, Fit
 from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.model import PlannedModel
-from batchmill.worker.plan.report import load_of
+from batchmill.worker.plan.report import fit_of
 
 _DEFAULTS = EngineOptions()
 _MOST_CHOICES = 3
@@ -71,7 +71,7 @@ def _fit(
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal:
         return None
-    return fit(load_of(model, holding), hardware, options, row_tokens=row_tokens)
+    return fit_of(model, holding, hardware, options, row_tokens=row_tokens)
 
 
 def _sum(found: Fit, hardware: Hardware, row_tokens: int) -> str:

@@ -13,11 +13,12 @@ import torch
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.views.speeds import Speed
-from batchmill.worker.engine.continuous.scheduling.limits import CONTEXT_TOKENS, MEMORY_FRACTION
+from batchmill.worker.engine.continuous.sizing import CONTEXT_TOKENS, MEMORY_FRACTION
 from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.sizing import Load
 from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.choices import choices
-from batchmill.worker.plan.fit import Fit, Load, fit
+from batchmill.worker.plan.fit import Fit, fit
 from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.model import Holding, PlannedModel
 from batchmill.worker.plan.speed import Work, expert_part, tokens_per_second
@@ -95,7 +96,7 @@ def _line(
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal as refusal:
         return Line(quantization, refused=str(refusal))
-    found = fit(load_of(model, holding), hardware, options, row_tokens=row_tokens)
+    found = fit_of(model, holding, hardware, options, row_tokens=row_tokens)
     work = Work(
         holding.footprint,
         holding.token.bytes,
@@ -112,16 +113,18 @@ def _line(
     return Line(quantization, "", holding, found, tuple(speeds), recorded)
 
 
-def load_of(model: PlannedModel, holding: Holding) -> Load:
-    """What a device gets to hold."""
-    return Load(
+def fit_of(
+    model: PlannedModel, holding: Holding, hardware: Hardware, options: EngineOptions, *, row_tokens: int
+) -> Fit:
+    """Plans a worker with these options on a device that gets to hold this."""
+    load = Load(
         holding.footprint.weights_bytes,
         holding.footprint.copy_bytes,
         holding.token.bytes,
         model.context_tokens,
         model.vocabulary,
-        holding.token.continuous,
     )
+    return fit(load, hardware, options, is_continuous=holding.token.continuous, row_tokens=row_tokens)
 
 
 def _without_doubles(lines: Sequence[Line]) -> list[Line]:

@@ -6,7 +6,8 @@ from celery import shared_task
 from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
 
 from batchmill.jobs.broker.message_filter import WAKE_TASK
-from batchmill.worker.process.child import Child, begin
+from batchmill.worker.process.child import Child
+from batchmill.worker.process.startup import begin
 
 _child: Child | None = None
 

@@ -21,13 +21,12 @@ from batchmill.worker.engine import Progress
 from batchmill.worker.engine.capacity import Capacity
 from batchmill.worker.engine.continuous.answer import Answer, ChoiceRow
 from batchmill.worker.engine.continuous.execution.decoder import Decoder
-from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, serves
+from batchmill.worker.engine.continuous.execution.flash import serves
 from batchmill.worker.engine.continuous.execution.flight import Flight, Launcher
-from batchmill.worker.engine.continuous.probe import Unsupported, cache_shape, refuse_outliers
-from batchmill.worker.engine.continuous.scheduling.limits import Room, copy_bytes, limits
+from batchmill.worker.engine.continuous.probe import cache_shape, refuse_outliers
 from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
-from batchmill.worker.engine.continuous.scheduling.slots import SMALLEST_TOKENS, Slots
 from batchmill.worker.engine.continuous.scheduling.step import Step
+from batchmill.worker.engine.continuous.sizing import copies_budget_bytes, size
 from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
 from batchmill.worker.engine.grammar import Grammars, Matcher
 from batchmill.worker.engine.grammar.matching import Matching
@@ -35,11 +34,10 @@ from batchmill.worker.engine.lora import Lora
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sizing import Load, MemoryBudget
 from batchmill.worker.engine.text.said import TokenLogprob
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.models.load import LoadedModel
-
-__all__ = ["ContinuousEngine", "Unsupported"]
 
 #: How long a step waits for a grammar while nothing else is to do.
 _COMPILING_SECONDS = 0.05
@@ -48,7 +46,7 @@ _COMPILING_SECONDS = 0.05
 class ContinuousEngine:
     """Iteration-level batching of any decoder model, over a cache of its own.
 
-    `fits`: the tokens of a step that an earlier process of this device found to fit. Tests and benchmarks set
+    `known_capacity`: the tokens of a step that an earlier process of this device found to fit. Tests and benchmarks set
     `share_prefixes`, `step_tokens`, and `ahead`: whether a step is launched before the tokens of the last are known,
     which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
     serve a model.
@@ -60,7 +58,7 @@ class ContinuousEngine:
         *,
         options: EngineOptions,
         progress: Progress = lambda: False,
-        fits: int | None = None,
+        known_capacity: int | None = None,
         share_prefixes: bool = True,
         step_tokens: int | None = None,
         ahead: bool | None = None,
@@ -68,48 +66,31 @@ class ContinuousEngine:
         if options.deterministic:
             refuse_outliers(loaded.model)
         shape = cache_shape(loaded)
+        load = Load.of(loaded, token_bytes=shape.token_bytes)
         #: What was done to the model's weights, for the log.
-        spare = copy_bytes(Room.of(loaded), options)
-        self.prepared = Prepared()
-        if not loaded.layout.offloaded:  # of weights that come and go nothing can be laid out anew
-            self.prepared = prepare(loaded.model, dequantize=options.dequantize, free_bytes=spare)
-        most = limits(
-            Room.of(loaded),
-            options,
-            token_bytes=shape.token_bytes,
-            context_tokens=loaded.context_tokens,
-            vocabulary=loaded.vocabulary,
-        )
+        self.prepared = _prepared(loaded, load, options)
         flash = serves(shape, loaded.device)
-        slots = Slots(
-            most.cache_tokens, longest=most.context_tokens, smallest=PAGE_TOKENS if flash else SMALLEST_TOKENS
-        )
-        self.rows, self.context_tokens, self.cache_tokens = most.rows, most.context_tokens, slots.tokens
-        step_tokens = max(step_tokens or most.step_tokens, most.rows)
-        self.capacity = Capacity(step_tokens, found=fits)
+        planned = size(load, MemoryBudget.of(loaded.device), options, pages=flash)
+        self.limits, slots = planned.limits, planned.slots()
+        rows, step_tokens = self.limits.rows, max(step_tokens or planned.step_tokens, self.limits.rows)
+        self.capacity = Capacity(step_tokens, found=known_capacity)
         self.defaults = loaded.defaults
-        self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=options.deterministic)
-        self._decoder = Decoder(
-            loaded, shape, slots, lora=self._lora, rows=most.rows, tokens=step_tokens, fixed=options.deterministic
-        )
+        fixed = options.deterministic
+        self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=fixed)
+        self._decoder = Decoder(loaded, shape, slots, lora=self._lora, rows=rows, tokens=step_tokens, fixed=fixed)
         self.cache_bytes = self._decoder.cache_bytes
-        self._schedule = Schedule[ChoiceRow](slots, seats=most.rows, close_holes=not flash, alone=options.deterministic)
-        sampler = Sampler(seats=self.rows, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._schedule = Schedule[ChoiceRow](slots, seats=rows, close_holes=not flash, alone=fixed)
+        sampler = Sampler(seats=rows, vocabulary=loaded.vocabulary, device=loaded.device)
         self._launcher = Launcher(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
         self._flight: Flight | None = None
         self._ahead = loaded.device.type == "cuda" if ahead is None else ahead
-        self._tokenization = Tokenization(
-            loaded.tokenizer,
-            vocabulary=loaded.vocabulary,
-            context_tokens=self.context_tokens,
-            end_token_ids=loaded.end_token_ids,
-        )
+        self._tokenization = Tokenization.of(loaded, context_tokens=self.limits.context_tokens)
         self._matching = Matching(
             Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, end_token_ids=loaded.end_token_ids)
         )
         self._loaded = loaded
         self._progress = progress
-        self._share = share_prefixes and not options.deterministic
+        self._share = share_prefixes and not fixed
         self._answers: dict[RequestKey, Answer] = {}
         self._done: list[Output] = []
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="detokenize")
@@ -316,3 +297,11 @@ class ContinuousEngine:
             yield
         finally:
             self._seconds[part] += perf_counter() - begin
+
+
+def _prepared(loaded: LoadedModel, load: Load, options: EngineOptions) -> Prepared:
+    """Lays out the model's weights for speed; not those that come and go."""
+    if loaded.layout.offloaded:
+        return Prepared()
+    spare = copies_budget_bytes(load, MemoryBudget.of(loaded.device), options)
+    return prepare(loaded.model, dequantize=options.dequantize, free_bytes=spare)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Collection, Mapping
 from itertools import islice
 
+from batchmill.jobs.engine_facts import EngineLimits
+from batchmill.jobs.models.spec import ECHO
 from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Progress, not_held
 from batchmill.worker.engine.capacity import Capacity
@@ -33,12 +35,13 @@ class EchoEngine:
         rows: int = ECHO_ROWS,
         progress: Progress = lambda: False,
         seconds_per_step: float = 0.0,
-        fits: int | None = None,
+        known_capacity: int | None = None,
         adapters: Collection[str] = (),
     ) -> None:
-        self.rows = rows
+        self.limits = EngineLimits(ECHO, rows)
+        self.cache_bytes = 0
         self._adapters = frozenset(adapters)
-        self.capacity = Capacity(rows, found=fits)
+        self.capacity = Capacity(rows, found=known_capacity)
         self.defaults = SamplingParams()
         self._progress = progress
         self._seconds_per_step = seconds_per_step
@@ -77,6 +80,9 @@ class EchoEngine:
             self._waiting.pop(output.key, None)
         self.capacity.held(len(outputs))
         return outputs
+
+    def close(self) -> None:
+        """Does nothing: nothing runs beside a step."""
 
     def _answer(self, batch: Mapping[RequestKey, Request]) -> list[Output]:
         return [self._reply(key, request) for key, request in batch.items()]

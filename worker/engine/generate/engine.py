@@ -1,7 +1,7 @@
 """The engine around transformers' own `generate`: one micro-batch after the other, each run to its end.
 
 Owns the queue of one device, and what happens when its memory does not suffice. What runs together is decided in
-`planning`, text and tokens in `tokenization`, the next token in `sampling`, the end of a row in `stopping`; the cache
+`batching`, text and tokens in `tokenization`, the next token in `sampling`, the end of a row in `stopping`; the cache
 and the positions are `generate`'s own. Requests need nothing in common to run together.
 """
 
@@ -10,65 +10,61 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
-from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress, not_a_number
 from batchmill.worker.engine.capacity import Capacity
 from batchmill.worker.engine.generate.batching import Size, plan
 from batchmill.worker.engine.generate.row_sampler import RowSampler
+from batchmill.worker.engine.generate.sizing import size
 from batchmill.worker.engine.lora import Lora
+from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.sizing import Load, MemoryBudget
 from batchmill.worker.engine.stretching import Turns
 from batchmill.worker.engine.text.stopping import RowStopping
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.models.load import LoadedModel
 
-#: How many requests run together where nothing else is asked.
-GENERATE_ROWS = 64
-#: The cache of a micro-batch is planned to take one part of the free memory in this many: a layer's cache is copied
-#: whenever it grows, and reading the prompts takes memory of the same order.
-MEMORY_PARTS = 3
+_DEFAULTS = EngineOptions()
 
 
 class GenerateEngine:
     """Micro-batches of at most `rows` requests of similar length, each through one call of `generate`.
 
     A step runs one micro-batch to its end; progress is called before it and after each of its token steps. When the
-    device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at `fits`
-    where an earlier process found that); a request that fails alone is answered by the error `out_of_memory`. An
-    output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one adapter, or none, and
-    rows that a model would turn the same if each were alone.
+    device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at
+    `known_capacity` where an earlier process found that); a request that fails alone is answered by the error
+    `out_of_memory`. An output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one
+    adapter, or none, and rows that a model would turn the same if each were alone.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         *,
-        rows: int = GENERATE_ROWS,
+        options: EngineOptions = _DEFAULTS,
         progress: Progress = lambda: False,
-        fits: int | None = None,
+        known_capacity: int | None = None,
     ) -> None:
-        self.rows = rows
-        self.defaults = loaded.defaults
-        available = MemoryReader(str(loaded.device)).available_bytes()
+        load = Load.of(loaded, token_bytes=loaded.cache_token_bytes)
+        planned = size(load, MemoryBudget.of(loaded.device), options)
         #: Cache places of a micro-batch.
-        self.capacity = Capacity(available // (MEMORY_PARTS * loaded.cache_token_bytes), found=fits)
+        self.capacity = Capacity(planned.places, found=known_capacity)
+        self.limits = replace(planned.limits, cache_tokens=self.capacity.limit)
+        self.cache_bytes = self.capacity.limit * load.token_bytes
+        self.defaults = loaded.defaults
         self._loaded = loaded
         self._turns = Turns(loaded.model.config.get_text_config(), context_tokens=loaded.context_tokens)
         self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device)
         self._progress = progress
-        self._tokenization = Tokenization(
-            loaded.tokenizer,
-            vocabulary=loaded.vocabulary,
-            context_tokens=loaded.context_tokens,
-            end_token_ids=loaded.end_token_ids,
-        )
+        self._tokenization = Tokenization.of(loaded, context_tokens=loaded.context_tokens)
         self._waiting: dict[RequestKey, Prompt] = {}
         self._refused: dict[RequestKey, Output] = {}
 
@@ -111,7 +107,7 @@ class GenerateEngine:
         while self._waiting and not self._progress():
             keys = self._alike()
             sizes = [Size(len(self._waiting[key].tokens), self._waiting[key].max_tokens) for key in keys]
-            planned = plan(sizes, rows=self.rows, tokens=self.capacity.limit)
+            planned = plan(sizes, rows=self.limits.rows, tokens=self.capacity.limit)
             batch = {keys[place]: self._waiting[keys[place]] for place in planned.places}
             answered = self._answer(batch)
             if answered is not None:
@@ -123,6 +119,9 @@ class GenerateEngine:
                 return outputs + [self._too_large(key) for key in batch]
             self.capacity.too_much(planned.tokens)
         return outputs
+
+    def close(self) -> None:
+        """Does nothing: nothing runs beside a step."""
 
     def _alike(self) -> list[RequestKey]:
         """The waiting requests that may run with the oldest one, oldest first."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,9 @@ from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.chat import ChatTemplate
 from batchmill.worker.engine.text.decoding import CONTEXT_TOKENS, Decoding
 from batchmill.worker.engine.text.tool_calls import Calls
+
+if TYPE_CHECKING:
+    from batchmill.worker.models.load import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,16 @@ class Tokenization:
         self._calls = Calls(tokenizer.chat_template)
         self._call_marks = {self._special[mark] for mark in self._calls.marks if mark in self._special}
         self._begin_token = _begin_token(tokenizer)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, *, context_tokens: int | None) -> Tokenization:
+        """The tokenization of a loaded model, for prompts and answers of so many tokens together."""
+        return cls(
+            loaded.tokenizer,
+            vocabulary=loaded.vocabulary,
+            context_tokens=context_tokens,
+            end_token_ids=loaded.end_token_ids,
+        )
 
     def prompt(self, request: Request) -> Prompt:
         """The prompt of a request whose sampling has max_tokens set. Raises Refused."""

@@ -54,9 +54,7 @@ class Passages:
         self._corpus = corpus
         self._tokenizer = loaded.tokenizer
         self._begin_token = loaded.tokenizer.bos_token_id
-        self._tokenization = Tokenization(
-            loaded.tokenizer, vocabulary=loaded.vocabulary, context_tokens=None, end_token_ids=loaded.end_token_ids
-        )
+        self._tokenization = Tokenization.of(loaded, context_tokens=None)
 
     def scored(self, most_tokens: int) -> tuple[Passage, ...]:
         """The passages of the file's first `most_tokens` scored tokens. Raises UsageError if there are none.

@@ -6,8 +6,8 @@ can be compared. What the answers are compared with is not its matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -15,7 +15,7 @@ from batchmill.jobs.errors import ModelError
 from batchmill.jobs.requests.generation import Output, RequestKey, SamplingParams
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.registry import Chosen, choose
+from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.evaluate.data.passages import Question
 from batchmill.worker.models.load import LoadedModel
 
@@ -44,33 +44,21 @@ def answer(
 
     Raises ModelError where the device cannot hold one.
     """
-    with _engine(loaded, questions, options) as chosen:
-        _warm_up(chosen.engine, questions[0])
+    with closing(_engine(loaded, questions, options)) as engine:
+        _warm_up(engine, questions[0])
         begin = perf_counter()
-        outputs = _outputs(chosen.engine, questions, step)
+        outputs = _outputs(engine, questions, step)
         seconds = perf_counter() - begin
     texts = tuple(each.choices[0].text for each in outputs)
     tokens = tuple(tuple(loaded.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    return Answers(texts, tokens, chosen.kind, sum(each.completion_tokens for each in outputs), seconds)
+    return Answers(texts, tokens, engine.limits.kind, sum(each.completion_tokens for each in outputs), seconds)
 
 
-@contextmanager
-def _engine(loaded: LoadedModel, questions: Sequence[Question], options: EngineOptions) -> Iterator[Chosen]:
+def _engine(loaded: LoadedModel, questions: Sequence[Question], options: EngineOptions) -> Engine:
     longest = max(each.prompt_tokens + (each.request.sampling.max_tokens or 0) for each in questions)
     rows = min(options.max_rows or ROWS, len(questions))
     context = min(longest, options.context_tokens or longest)
-    chosen = choose(
-        loaded,
-        options=replace(options, max_rows=rows, context_tokens=context),
-        progress=lambda: False,
-        fits=None,
-    )
-    try:
-        yield chosen
-    finally:
-        close = getattr(chosen.engine, "close", None)
-        if close is not None:
-            close()
+    return serve(loaded, options=replace(options, max_rows=rows, context_tokens=context))
 
 
 def _warm_up(engine: Engine, question: Question) -> None:

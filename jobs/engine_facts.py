@@ -1,0 +1,48 @@
+"""The facts of an engine whose model is open: values that the engine, the worker's row and people are told alike.
+
+Every fact is spelled here once. Nothing here computes one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchmill.jobs.models.adapters import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """How much an engine takes on at once."""
+
+    #: The engine's name, such as `continuous`.
+    kind: str
+    #: Requests that the device works on at once.
+    rows: int
+    #: Prompt and answer together; None for no limit.
+    context_tokens: int | None = None
+    #: Tokens of all rows that the KV cache holds at once; None for an engine that has none.
+    cache_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """An engine's limits, and the model that it serves."""
+
+    limits: EngineLimits
+    #: What the model consists of (`jobs.identity`).
+    identity: str
+    #: What the model's revision resolved to; None for a folder.
+    commit: str | None = None
+    #: The adapters beside the model, with their identities.
+    adapters: tuple[Adapter, ...] = ()
+    #: How long the model took to load.
+    load_seconds: float = 0.0
+    #: Bytes of the weights on each device, in the placement's order.
+    weights_by_device: tuple[int, ...] = (0,)
+    #: Bytes that keys and values take, or may take, on each device.
+    cache_by_device: tuple[int, ...] = (0,)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights on all devices together."""
+        return sum(self.weights_by_device)
