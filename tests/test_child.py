@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -152,6 +153,16 @@ class TestBeginning:
         done = subprocess.run(["bash", "-c", begin], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 128 + signal.SIGKILL, done.stderr
         assert worker_id[0].workers.heartbeat(worker_id[1], beat=5.0) == before
+
+    def test_an_order_of_another_batchmill_ends_the_worker_in_words(
+        self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order = json.loads(os.environ[ORDER_VARIABLE]) | {"form": 3}
+        monkeypatch.setenv(ORDER_VARIABLE, json.dumps(order))
+        monkeypatch.setattr(startup, "configure_logs", lambda settings: None)
+        state, error = self.gave_up(worker_id[0])
+        assert state is WorkerState.FAILED
+        assert "start the worker again" in str(error)
 
     def test_a_device_that_another_process_holds_is_refused(
         self, worker_id: tuple[Store, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

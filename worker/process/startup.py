@@ -47,7 +47,7 @@ from batchmill.worker.process.announcement import loaded_of, say_ready, seat_of,
 from batchmill.worker.process.child import Child, DrainSwitch
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from batchmill.worker.process.maintenance.waker import Waker
-from batchmill.worker.process.order import ChildOrder
+from batchmill.worker.process.order import ChildOrder, ForeignOrder
 from batchmill.worker.process.pulse import Pulse
 from batchmill.worker.process.watchdog import tell_stacks_when_asked
 
@@ -95,7 +95,10 @@ class _Start:
 
 def begin() -> Child:
     """Loads the model of this process. A model that cannot be loaded ends the worker, not only this process."""
-    order = ChildOrder.from_environment()
+    try:
+        order = ChildOrder.from_environment()
+    except ForeignOrder as error:
+        _refuse(error)
     # Nobody would see to it: it could hang for ever, with its device in its hands.
     die_with_parent(signal.SIGKILL, order.parent_pid)
     switch = DrainSwitch()
@@ -114,6 +117,17 @@ def begin() -> Child:
         _give_up(store, order.worker_id, f"{type(error).__name__}: {error}", sick=is_device_error(error))
     switch.loaded()
     return child
+
+
+def _refuse(foreign: ForeignOrder) -> NoReturn:
+    """Ends the worker of an order that this batchmill cannot follow."""
+    die_with_parent(signal.SIGKILL, foreign.parent_pid)
+    DrainSwitch()
+    settings = load_settings()
+    configure_logs(settings)
+    log.error("this process cannot begin", worker=foreign.worker_id, reason=str(foreign))
+    store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
+    _give_up(store, foreign.worker_id, str(foreign))
 
 
 def _load(start: _Start) -> Child:
