@@ -78,6 +78,25 @@ def test_every_request_comes_back_exactly_once(make: Make) -> None:
     assert (engine.waiting, engine.active, engine.step()) == (0, 0, [])
 
 
+def test_the_order_of_admission_loses_no_request(make: Make) -> None:
+    asked = [request(index, prompt=PROMPT[index:]) for index in range(4)]
+    assert sorted(make().admission_order(asked), key=lambda each: each.index) == asked
+
+
+def test_the_continuous_engine_admits_requests_with_a_common_beginning_beside_each_other() -> None:
+    prompts = ["b, one", "a, one", "b, two", "a, two"]
+    asked = [request(index, prompt=each) for index, each in enumerate(prompts)]
+    assert [each.index for each in ContinuousEngine.admission_order(asked)] == [1, 3, 0, 2]
+    # Tools stand before all messages, and rows of two adapters have no beginning in common.
+    chats = [
+        Request(0, "0", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},)),
+        Request(1, "1", messages=({"role": "user", "content": "b"},), tools=({"name": "clock"},)),
+        Request(2, "2", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},), adapter="x"),
+        Request(3, "3", messages=({"role": "user", "content": "c"},), tools=({"name": "clock"},)),
+    ]
+    assert [each.index for each in ContinuousEngine.admission_order(chats)] == [1, 3, 0, 2]
+
+
 def test_an_engine_closes_also_where_it_did_nothing(make: Make) -> None:
     make().close()
 

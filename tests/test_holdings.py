@@ -90,11 +90,10 @@ def test_a_release_says_so_and_enters_nothing() -> None:
     assert held.in_flight == (0,)
 
 
-def test_requests_with_a_common_beginning_enter_the_engine_beside_each_other() -> None:
-    prompts = ["old", "b, one", "a, one", "b, two", "a, two"]
-    requests = tuple(Request(index, f"r{index}", prompt=each) for index, each in enumerate(prompts))
-    holdings = holding(Claimed(Lease(1, 1, 11, "job"), requests, in_flight=1))
+def test_a_batch_enters_the_engine_in_the_engines_order_after_what_is_recorded() -> None:
+    holdings = Holdings(lambda requests: list(reversed(requests)))
+    turn(holdings, Turned(claimed=(claimed(1, count=5, in_flight=1),)), room=0)
     turn(holdings, Turned(), room=3)
-    assert take(holdings) == [0, 2, 4, 1]
+    assert take(holdings) == [0, 4, 3, 2]
     turn(holdings, Turned(), room=3)
-    assert take(holdings) == [3]
+    assert take(holdings) == [1]

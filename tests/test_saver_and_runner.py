@@ -40,6 +40,7 @@ class Desk:
             store,
             self.seat,
             rows=rows,
+            admission_order=self.engine.admission_order,
             save_seconds=save_seconds,
             peak=lambda: Memory(1, 2, 3, 4),
             wake=self.wake,

@@ -61,6 +61,13 @@ class Engine(Protocol):
     #: What the device holds at once; kept for the next process of this device once its memory ran out.
     capacity: Capacity
 
+    @staticmethod
+    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+        """Orders requests that came together as they are best added.
+
+        It looks at these alone, so that another thread than the engine's may ask.
+        """
+
     @property
     def waiting(self) -> int:
         """Requests that were added and not begun."""

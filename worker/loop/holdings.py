@@ -6,7 +6,7 @@ Plain bookkeeping: no threads, no database, no engine. The saver guards it with 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from batchmill.jobs.models.device_memory import Memory
@@ -33,9 +33,11 @@ class Holdings:
     """All batches that are held, in the order in which they were claimed.
 
     `recorded` are the requests that the store knows to be in flight and that the engine has not got yet.
+    `admission_order`: the engine's, for the requests of one batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admission_order: Callable[[Sequence[Request]], Sequence[Request]] = tuple) -> None:
+        self._admission_order = admission_order
         self._by_batch: dict[int, Holding] = {}
         self._batch_of: dict[RequestKey, int] = {}
         self.recorded: deque[tuple[RequestKey, Request]] = deque()
@@ -124,7 +126,10 @@ class Holdings:
 
     def _hold(self, claimed: Claimed) -> None:
         request_bytes = claimed.size_bytes / max(1, len(claimed.requests))
-        holding = Holding(claimed.lease, deque(_neighbours(claimed)), request_bytes)
+        recorded, rest = claimed.requests[: claimed.in_flight], claimed.requests[claimed.in_flight :]
+        # What the store has recorded as in flight comes first, as it has it.
+        waiting = deque([*recorded, *self._admission_order(rest)])
+        holding = Holding(claimed.lease, waiting, request_bytes)
         self._by_batch[claimed.lease.batch_id] = holding
         self._enter(holding, claimed.in_flight)
 
@@ -150,15 +155,6 @@ class Holdings:
             gone = set(forgotten)
             self.recorded = deque(each for each in self.recorded if each[0] not in gone)
         return forgotten
-
-
-def _neighbours(claimed: Claimed) -> list[Request]:
-    """A batch's requests in an order in which common beginnings meet, so that the engine reads each of them once.
-
-    Those that the store has recorded as in flight come first, as it has them.
-    """
-    recorded = claimed.requests[: claimed.in_flight]
-    return [*recorded, *sorted(claimed.requests[claimed.in_flight :], key=Request.to_body)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,10 @@ class Work:
 class Saver:
     """One for the life of a child; idle between two tasks.
 
-    `rows`: the engine's rows. `peak`: the largest memory read since it was last asked. `wake`: tells other
-    workers that batches became pending. `drain`: once set, everything is saved or handed back, and no more claimed.
-    `capacity_of`: the device as `store.health` knows it. `may_begin`: whether jobs that nobody has begun are claimed.
+    `rows`: the engine's rows. `admission_order`: the engine's, which knows what is best added beside what. `peak`: the
+    largest memory read since it was last asked. `wake`: tells other workers that batches became pending. `drain`: once
+    set, everything is saved or handed back, and no more claimed. `capacity_of`: the device as `store.health` knows it.
+    `may_begin`: whether jobs that nobody has begun are claimed.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Saver:
         seat: Seat,
         *,
         rows: int,
+        admission_order: Callable[[Sequence[Request]], Sequence[Request]],
         save_seconds: float,
         peak: Callable[[], Memory],
         wake: Callable[[], None],
@@ -82,7 +84,7 @@ class Saver:
         self._wake = wake
         self._drain = drain
         self._condition = threading.Condition()
-        self._holdings = Holdings()
+        self._holdings = Holdings(admission_order)
         self._forget: list[RequestKey] = []
         self._engine_waiting = 0
         self._engine_empty = True

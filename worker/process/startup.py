@@ -197,6 +197,7 @@ def _ready(
         store,
         seat_of(order, start.generation, settings, opened, devices),
         rows=opened.facts.limits.rows,
+        admission_order=opened.engine.admission_order,
         save_seconds=settings.save_seconds,
         peak=meter.take,
         wake=waker.wake,

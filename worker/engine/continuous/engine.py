@@ -24,6 +24,7 @@ from batchmill.worker.engine.continuous.execution.decoder import Decoder
 from batchmill.worker.engine.continuous.execution.flash import serves
 from batchmill.worker.engine.continuous.execution.flight import Flight, Launcher
 from batchmill.worker.engine.continuous.probe import cache_shape, refuse_outliers
+from batchmill.worker.engine.continuous.scheduling.prefixes import by_beginning
 from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
 from batchmill.worker.engine.continuous.scheduling.step import Step
 from batchmill.worker.engine.continuous.sizing import copies_budget_bytes, size
@@ -96,6 +97,11 @@ class ContinuousEngine:
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="detokenize")
         self._written: dict[RequestKey, Future[Output]] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @staticmethod
+    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+        """Puts those with a common beginning beside each other, so that each beginning is computed once."""
+        return by_beginning(requests)
 
     @property
     def waiting(self) -> int:

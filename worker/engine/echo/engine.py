@@ -6,7 +6,7 @@ Owns nothing but the requests that wait. It imports no torch, knows no device, a
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
 from batchmill.jobs.engine_facts import EngineLimits
@@ -46,6 +46,11 @@ class EchoEngine:
         self._progress = progress
         self._seconds_per_step = seconds_per_step
         self._waiting: dict[RequestKey, Request] = {}
+
+    @staticmethod
+    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+        """Leaves them as they came."""
+        return requests
 
     @property
     def waiting(self) -> int:

@@ -68,6 +68,11 @@ class GenerateEngine:
         self._waiting: dict[RequestKey, Prompt] = {}
         self._refused: dict[RequestKey, Output] = {}
 
+    @staticmethod
+    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+        """Leaves them as they came: what they begin with is computed anew for each."""
+        return requests
+
     @property
     def waiting(self) -> int:
         """Requests that were added and not answered; those that were refused are answered by the next step."""

@@ -1,6 +1,7 @@
 """Which rows begin with the same tokens, so that what one has computed another copies.
 
-Owns the index of the beginnings of the rows that are in the cache. It knows no tensor and no slot.
+Owns the index of the beginnings of the rows that are in the cache, and the order of requests in which common ones meet.
+It knows no tensor and no slot.
 
 A prompt is cut into blocks; the hash of a block covers everything before it and the adapter, so that one lookup finds
 the row with the longest common beginning. Hashes only propose: adapters and the tokens themselves are compared.
@@ -8,8 +9,11 @@ the row with the longest common beginning. Hashes only propose: adapters and the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
+
+from batchmill.jobs.requests.generation import Request
 
 #: Shorter beginnings are computed again: that costs no more than copying them.
 BLOCK_TOKENS = 32
@@ -47,6 +51,17 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     if one[:length] == other[:length]:
         return length
     return next(place for place in range(length) if one[place] != other[place])
+
+
+def by_beginning(requests: Sequence[Request]) -> list[Request]:
+    """The same requests in an order in which those with a common beginning are neighbours."""
+    return sorted(requests, key=_beginning)
+
+
+def _beginning(request: Request) -> tuple[str, str, str]:
+    """The values that decide the first tokens of a prompt, in this order: adapter, tools, text."""
+    text = json.dumps(request.messages) if request.prompt is None else request.prompt
+    return request.adapter or "", json.dumps(request.tools), text
 
 
 class Prefixes(Generic[B]):
