@@ -28,7 +28,7 @@ from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.workers import GIVEN_UP, Heartbeat
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.child import DRAIN_SIGNAL
-from batchmill.worker.process.early_deaths import EarlyDeaths
+from batchmill.worker.process.maintenance.early_deaths import EarlyDeaths
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from batchmill.worker.process.maintenance.namesakes import Namesakes
 from batchmill.worker.process.maintenance.reconciler import Reconciler
