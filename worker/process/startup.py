@@ -124,7 +124,7 @@ def _refuse(foreign: ForeignOrder) -> NoReturn:
     die_with_parent(signal.SIGKILL, foreign.parent_pid)
     DrainSwitch()
     settings = load_settings()
-    configure_logs(settings)
+    configure_logs(level=settings.log_level, form=settings.log_format)
     log.error("this process cannot begin", worker=foreign.worker_id, reason=str(foreign))
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
     _give_up(store, foreign.worker_id, str(foreign))
