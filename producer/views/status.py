@@ -34,7 +34,7 @@ from batchmill.producer.cli.text.finish import answered_line, finish_line
 from batchmill.producer.views.estimate import Estimate, estimate
 from batchmill.producer.views.gone_workers import seen_here
 
-IF_NOT_OF_UP = "if neither `up` nor `run` had started it, start it again"
+IF_NOT_OF_UP = "if neither `up` nor `run` started it, start it yourself"
 #: A mill starts a worker again within a minute.
 _RESTART_SECONDS = 75.0
 _MOST_REASONS = 3
@@ -306,7 +306,7 @@ def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRo
 
 def restarting_line(worker: WorkerRow) -> str:
     """The worker whose process has just ended, and what becomes of it."""
-    return f"worker {worker.name} has ended, and the mill here starts it again within a minute"
+    return f"worker {worker.name} has ended, and the mill here restarts it within a minute"
 
 
 def lack_line(lack: Lack) -> str:
@@ -317,22 +317,20 @@ def lack_line(lack: Lack) -> str:
         return line
     who, other = lack.held_otherwise[0]
     if lack.changed:
-        return (
-            f"{line}: what lies in {lack.meant.where} has changed since this job used it, and worker {who} holds that"
-        )
-    return f"{line}: to this job it is {lack.meant.where}, and worker {who} holds {other.where} by that name"
+        return f"{line}: {lack.meant.where} has changed since this job used it, and worker {who} holds the new version"
+    return f"{line}: this job means {lack.meant.where}, and worker {who} holds {other.where} under that name"
 
 
 def other_line(job: Job, worker: str, host: str, identity: str | None) -> str:
     """The worker that serves a job's ModelSpec, and holds another model than the job was begun with."""
     changed = differences(job.identity or "", identity or "")
-    return f"it was begun with another model than worker {worker} on {host} holds, changed since: {changed}"
+    return f"it was started with another model than worker {worker} on {host} holds; changed since then: {changed}"
 
 
 def other_remedy(job: Job) -> str:
     """What to do about it."""
     return (
-        "to finish it, put the old model back and start a worker again; to have the new one answer all of it, "
+        "to finish it, restore the old model and restart a worker; to have the new one answer everything, "
         f"`batchmill cancel {job.id}` and submit the file again"
     )
 
@@ -352,8 +350,8 @@ def given_up_line(worker: Seen) -> str:
 def advice(state: WorkerState) -> str:
     """What to do about a worker that gave up, up to the command that starts it again."""
     if state is WorkerState.SICK:
-        return "look at its device (the driver's log, the worker's log), then start it again: "
-    return "mend that, then start it again: "
+        return "check its device (the driver's log, the worker's log), then start it again: "
+    return "fix that, then start it again: "
 
 
 def worker_line(worker: WorkerRow) -> str:
@@ -382,7 +380,7 @@ def loading_line(worker: WorkerRow) -> str:
     """What a worker that loads has spent its time on, and does since: `loading torch 4 s, the model 1 s`."""
     torch_seconds, seconds = worker.torch_load_seconds, worker.loading_seconds
     if seconds is None and worker.generation:
-        return "starting again, since its process died"
+        return "restarting, since its process died"
     if seconds is None:
         return f"starting, for {duration(worker.uptime_seconds)}"
     if worker.spec.model == ECHO:
@@ -483,7 +481,7 @@ def estimated(found: Estimate) -> str:
         said = f"{low} to {high}"
     else:
         said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
-    return f"{said}; the file looks sorted by length, which misleads this" if found.looks_sorted else said
+    return f"{said}; the file looks sorted by length, which makes this unreliable" if found.looks_sorted else said
 
 
 def duration(seconds: float) -> str:
