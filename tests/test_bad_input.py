@@ -233,7 +233,7 @@ def test_a_file_that_is_written_to_meanwhile_leaves_nothing(
         return add(job_id, **page)
 
     monkeypatch.setattr(store.loading, "add", write_to_it)
-    with pytest.raises(PromptFileError, match="changed while it was read"):
+    with pytest.raises(PromptFileError, match="changed while it was being read"):
         load(store, path)
     assert counted(store) == (0, 0, 0)
 

@@ -737,7 +737,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, change:
         lines = iter(prompts)
         next(lines)
         path.write_bytes(change)
-        with pytest.raises(PromptFileError, match="changed while it was read"):
+        with pytest.raises(PromptFileError, match="changed while it was being read"):
             list(lines)
 
 

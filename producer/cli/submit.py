@@ -50,7 +50,7 @@ def _sampling_flag(option: Option, flag: Flag) -> _Command:
     )
 
 
-def _type(flag: Flag) -> click.ParamType | type:
+def _type(flag: Flag) -> click.ParamType[Any] | type:
     if flag.low is None:
         return str if flag.kind is dict else flag.kind
     if flag.kind is int:
