@@ -172,7 +172,7 @@ OPTIONS = (
         "repetition_penalty",
         _number(0, 100, above=True),
         "Penalize tokens that the prompt or the answer contains",
-        "It divides their logits: below 1 it makes them more likely.",
+        "Values above 1 make these tokens less likely, values below 1 more likely.",
         default="1, none",
         flag=Flag(_SAMPLING, float, hint="values above 1"),
     ),
