@@ -342,7 +342,7 @@ class TestReadyWorkers:
         place.later(61, who)
         reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.STUCK, "not_claimed")
         assert "with 3 wake-ups in the queue, for 1 min 1 s" in reason.message
-        assert "look at `batchmill logs w` on host" in reason.remedy
+        assert "see `batchmill logs w` on host" in reason.remedy
 
     def test_an_older_job_goes_first(self, place: Place) -> None:
         who = mill.seat(place.store)
