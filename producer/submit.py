@@ -76,7 +76,7 @@ class Submission:
         if key is None:
             return
         if self.once:
-            raise UsageError("--once makes a key of its own: leave --idempotency-key out, or --once")
+            raise UsageError("--once and --idempotency-key exclude each other: give one of them")
         if not (0 < len(key) <= KEY_LENGTH and key.isprintable()) or key.startswith(_ONCE):
             raise UsageError(
                 f"--idempotency-key takes 1 to {KEY_LENGTH} printable characters that do not begin with {_ONCE!r}"
@@ -85,7 +85,7 @@ class Submission:
     def _check_adapters(self) -> None:
         names = self.options.adapters
         if self.model in names:
-            raise UsageError(f"--adapter {self.model} is the name of the model, too; choose another for the adapter")
+            raise UsageError(f"--adapter {self.model} is also the name of the model; rename the adapter")
         if names and self._is_text:
             raise UsageError(
                 f"{self.path}: lines of plain text name no adapter; write each as "
@@ -345,7 +345,7 @@ def _lacks_chat_template(spec: ModelSpec) -> bool:
 
 def _model_of(prompts: PromptFile) -> str:
     if prompts.model is None:
-        raise UsageError(f"{prompts.name} names no model: pass one by -m")
+        raise UsageError(f"{prompts.name} names no model: pass one with -m")
     return prompts.model
 
 

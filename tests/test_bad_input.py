@@ -233,7 +233,7 @@ def test_a_file_that_is_written_to_meanwhile_leaves_nothing(
         return add(job_id, **page)
 
     monkeypatch.setattr(store.loading, "add", write_to_it)
-    with pytest.raises(PromptFileError, match="changed while it was read"):
+    with pytest.raises(PromptFileError, match="changed while it was being read"):
         load(store, path)
     assert counted(store) == (0, 0, 0)
 
@@ -471,12 +471,10 @@ def test_what_is_said_of_an_endless_line(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_bytes(b'{"prompt":"fine"}\nbad\n' + bytes(4 << 20) + b"\nbad\n")
     with PromptFile(str(path), max_line_bytes=1 << 20) as prompts:
         assert [line.number for line in prompts] == [1]
-        with pytest.raises(
-            PromptFileError, match="2 bad lines; it was read no further than 2 MiB into the last"
-        ) as said:
+        with pytest.raises(PromptFileError, match="2 bad lines; reading stopped 2 MiB into the last one") as said:
             prompts.raise_if_bad()
     assert (
-        said.value.problems[1] == f"{path}:3: longer than 1048576 bytes; the setting max_line_bytes takes longer ones"
+        said.value.problems[1] == f"{path}:3: longer than 1048576 bytes; raise the setting max_line_bytes to allow it"
     )
 
 

@@ -104,7 +104,7 @@ def test_the_command_tells_what_is_wrong_and_changes_no_byte(tmp_path: Path) -> 
     old_store.build(f"sqlite:///{file}", revision="head")
     done = command(tmp_path, "db", "check")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == f"batchmill: 5 jobs of sqlite:///{file} looked over: nothing is wrong\n"
+    assert done.stderr == f"batchmill: 5 jobs of sqlite:///{file} checked: no problems\n"
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE batches SET succeeded = 0 WHERE job_id = 'completed'")
     connection.close()

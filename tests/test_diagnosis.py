@@ -84,15 +84,15 @@ class TestClosedAndMoving:
         mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.ENGINE_ERROR)
         reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
         assert "3 failed" in reason.message
-        assert reason.remedy.endswith(f"; `batchmill retry {job_id}` runs what another try can answer")
+        assert reason.remedy.endswith(f"; `batchmill retry {job_id}` runs those that may succeed now")
 
     def test_a_retry_that_would_move_nothing_is_not_advised(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
         mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.EMPTY_PROMPT)
         assert expect(place.diagnose(job_id), Verdict.CLOSED, "closed").remedy == (
-            f"`batchmill results {job_id} --only failed` shows what did not succeed; a retry leaves it alone"
+            f"`batchmill results {job_id} --only failed` shows what did not succeed; a retry would skip them"
             f" (3 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too;"
-            " corrected lines are submitted as a file of their own"
+            " submit corrected lines as a new file"
         )
 
     def test_answers_in_the_last_minute_are_moving_with_an_end(self, place: Place) -> None:
@@ -112,7 +112,7 @@ class TestClosedAndMoving:
             in finding(diagnosis, "progress").message
         )
         assert "worker w on host (cpu) holds 1 batch since" in finding(diagnosis, "held").message
-        assert "at work go on" in finding(diagnosis, "redis_away").message
+        assert "busy workers go on" in finding(diagnosis, "redis_away").message
 
     def test_a_held_batch_without_answers_yet_is_in_somebodys_hands(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -168,7 +168,7 @@ class TestAdapters:
         place.later(30)
         mill.seat(place.store, name="newer", adapters=[Adapter("sql", "/b")])
         found = expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
-        assert found.message.endswith(": to this job it is org/sql@v1, and worker newer on host holds /b by that name")
+        assert found.message.endswith(": this job means org/sql@v1, and worker newer on host holds /b under that name")
         assert found.remedy.endswith("--adapter sql=org/sql@v1")
 
     def test_idle_workers_without_the_adapter_are_not_said_to_be_late(self, place: Place) -> None:
@@ -209,7 +209,7 @@ class TestNobodyServes:
         diagnosis = place.diagnose(job_id)
         expect(diagnosis, Verdict.STUCK, "no_worker")
         near = finding(diagnosis, "near_miss")
-        assert "worker near on host (cpu) holds org/Llama@v2 (int8), and this job wants org/llama (nf4)" in near.message
+        assert "worker near on host (cpu) holds org/Llama@v2 (int8), and this job needs org/llama (nf4)" in near.message
         assert near.remedy.endswith("submit again with -m org/Llama -q int8 --revision v2")
         assert "far" not in "\n".join(diagnosis.lines())
 
@@ -228,11 +228,11 @@ class TestNobodyServes:
         mill.seat(place.store, name="two")
         place.later(300)
         gone = finding(place.diagnose(job_id), "worker_gone").message
-        assert "worker two on host (cpu) was ready and is dead or cut off, last seen 5 min 0 s ago" in gone
+        assert "worker two on host (cpu) was ready and is dead or unreachable, last seen 5 min 0 s ago" in gone
 
     @pytest.mark.parametrize(
         ("state", "code", "advice"),
-        [(WorkerState.SICK, "all_sick", "look at its device"), (WorkerState.FAILED, "all_load_failed", "mend that")],
+        [(WorkerState.SICK, "all_sick", "check its device"), (WorkerState.FAILED, "all_load_failed", "fix that")],
     )
     def test_workers_that_gave_up_say_why(self, place: Place, state: WorkerState, code: str, advice: str) -> None:
         job_id = mill.load(place.store, 3)
@@ -265,7 +265,7 @@ class TestNobodyServes:
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
         assert reason.message.startswith("the model is being loaded by worker w on host, since ")
         assert reason.message.endswith("(1 min 30 s ago)")
-        assert reason.remedy.endswith("; `batchmill workers` says how far it is")
+        assert reason.remedy.endswith("; `batchmill workers` shows its progress")
 
     def test_a_load_is_counted_and_timed_from_its_own_beginning(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
@@ -301,8 +301,8 @@ class TestReadyWorkers:
         job_id = mill.load(place.store, 3)
         mill.seat(place.store)
         reason = expect(place.diagnose(job_id, AWAY), Verdict.WAITING, "redis_away")
-        assert "worker w on host finds work without it, in one look every 15 s" in reason.message
-        assert reason.remedy == "start Redis, or mend BATCHMILL_BROKER_URL"
+        assert "worker w on host checks the store for work every 15 s" in reason.message
+        assert reason.remedy == "start Redis, or correct BATCHMILL_BROKER_URL"
         embedded = place.diagnose(job_id, AWAY, external=False)
         assert embedded.findings[0].remedy == "start the mill again: batchmill up -m echo"
         home = Settings().home
@@ -321,7 +321,7 @@ class TestReadyWorkers:
         home.mkdir(parents=True, exist_ok=True)
         (home / "mill.pid").write_text(f"{live}\n")
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "worker_restarts")
-        assert reason.message == "worker w has ended, and the mill here starts it again within a minute"
+        assert reason.message == "worker w has ended, and the mill here restarts it within a minute"
 
     def test_missing_wakeups_follow_with_the_next_pass(self, place: Place) -> None:
         job_id = mill.load(place.store, 10)
@@ -342,7 +342,7 @@ class TestReadyWorkers:
         place.later(61, who)
         reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.STUCK, "not_claimed")
         assert "with 3 wake-ups in the queue, for 1 min 1 s" in reason.message
-        assert "look at `batchmill logs w` on host" in reason.remedy
+        assert "see `batchmill logs w` on host" in reason.remedy
 
     def test_an_older_job_goes_first(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -352,9 +352,10 @@ class TestReadyWorkers:
         mill.claim(place.store, who)
         diagnosis = place.diagnose(job_id)
         reason = expect(diagnosis, Verdict.WAITING, "older_job_first")
-        assert f"job {older} is older, of the same model, and has 4 batches pending" in reason.message
+        assert f"job {older} of the same model is older, and its 4 pending batches go first" in reason.message
         assert f"batchmill cancel {older}" in reason.remedy
-        assert "who could take it is at other batches: worker w on host" in finding(diagnosis, "workers_busy").message
+        busy = finding(diagnosis, "workers_busy").message
+        assert "the workers that could take it are busy with other batches: worker w on host" in busy
 
 
 class TestLeases:
@@ -367,14 +368,14 @@ class TestLeases:
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "dead_holder")
         assert "worker dead on host (cpu) holds 1 batch since 1970-01-12 13:46:40 UTC (30 s)" in reason.message
         assert "last seen 30 s ago; the lease runs until 1970-01-12 13:47:40 UTC, for another 30 s" in reason.message
-        assert "within 1 min 0 s of its end a live worker takes it back" in reason.remedy
+        assert "a live worker requeues them within 1 min 0 s of the lease's end" in reason.remedy
 
     def test_a_lease_without_anybody_alive_is_never_taken_back(self, place: Place) -> None:
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, mill.seat(place.store))
         place.later(100)
         reason = expect(place.diagnose(job_id), Verdict.STUCK, "nobody_reconciles")
-        assert "the lease ran out at 1970-01-12 13:47:40 UTC, 40 s ago" in reason.message
+        assert "the lease expired at 1970-01-12 13:47:40 UTC, 40 s ago" in reason.message
         assert reason.remedy.endswith(f"start one: {START}")
 
     def test_a_killed_worker_of_this_machine_is_known_to_be_gone_at_once(self, place: Place) -> None:
@@ -387,7 +388,7 @@ class TestLeases:
         mill.claim(place.store, who)
         place.later(3)
         reason = expect(place.diagnose(job_id), Verdict.STUCK, "nobody_reconciles")
-        assert "has ended or is cut off, last seen 3 s ago" in reason.message
+        assert "has ended or is unreachable, last seen 3 s ago" in reason.message
         mill.seat(place.store, name="other", spec=LLAMA)
         expect(place.diagnose(job_id), Verdict.WAITING, "dead_holder")
 
@@ -397,7 +398,7 @@ class TestLeases:
         mill.claim(place.store, who)
         place.later(70, who)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "lease_expired")
-        assert "lives but does not renew it" in reason.message
+        assert "is alive but does not renew it" in reason.message
 
     def test_a_lease_that_live_workers_leave_alone_is_a_reason_to_act(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -415,7 +416,7 @@ class TestLeases:
         place.later(-3_600, who)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "lease_expired")
         assert "which no lease does: the store's clock was set back" in reason.message
-        assert "a live worker takes it back" in reason.remedy
+        assert "a live worker requeues them" in reason.remedy
 
     def test_suspects_and_crashes_are_named(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -425,8 +426,8 @@ class TestLeases:
         diagnosis = place.diagnose(job_id)
         assert "4 requests in 1 batch were in a worker when its process died" in finding(diagnosis, "suspects").message
         crashed = finding(diagnosis, "crashed")
-        assert "a process of w on host died at this job, 1 time, the last at" in crashed.message
-        assert crashed.remedy == "`batchmill logs w` on host says how"
+        assert "a process of w on host died on this job, 1 time, the last at" in crashed.message
+        assert crashed.remedy == "`batchmill logs w` on host shows why"
 
     def test_a_worker_that_ended_itself_is_told_by_the_log_of_its_supervisor(self, place: Place) -> None:
         live = Process.own()
@@ -437,8 +438,8 @@ class TestLeases:
         place.later(3)
         place.store.recovery.take_back(who.worker_id, generation=1)
         assert finding(place.diagnose(job_id), "crashed").remedy == (
-            "the worker itself ended: `batchmill logs 'gpu 1'` on host has its last words, and `batchmill logs"
-            " supervisor` there says how it ended, if `up`, `run` or `--devices` started it and outlived it"
+            "the worker itself ended: `batchmill logs 'gpu 1'` on host has its last lines, and `batchmill logs"
+            " supervisor` there shows how it ended, if `up`, `run` or `--devices` started it and outlived it"
         )
 
     @pytest.mark.parametrize("then", ["lives on", "stops"])
@@ -453,7 +454,7 @@ class TestLeases:
         else:
             place.later(1, who)
         place.later(600)
-        assert finding(place.diagnose(job_id), "crashed").remedy == "`batchmill logs w` on host says how"
+        assert finding(place.diagnose(job_id), "crashed").remedy == "`batchmill logs w` on host shows why"
 
     def test_a_lease_that_ran_out_is_no_death(self, place: Place) -> None:
         who = mill.seat(place.store)
@@ -462,8 +463,8 @@ class TestLeases:
         place.later(100, who)
         place.store.recovery.reap(place.store.recovery.expired(lease_seconds=mill.LEASE_SECONDS))
         crashed = finding(place.diagnose(job_id), "crashed")
-        assert "let its lease run out" in crashed.message
-        assert crashed.remedy == "`batchmill logs w` on host has what it said then"
+        assert "let its lease expire" in crashed.message
+        assert crashed.remedy == "`batchmill logs w` on host has its log of that time"
 
 
 class TestEnding:
@@ -473,7 +474,7 @@ class TestEnding:
         mill.claim(place.store, who)
         place.store.closing.cancel(job_id)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "cancelling")
-        assert "waits for worker w on host to let go of 1 batch" in reason.message
+        assert "waits for worker w on host to release 1 batch" in reason.message
 
     def test_a_cancel_of_what_the_dead_hold_is_ended_by_status(self, place: Place) -> None:
         job_id = mill.load(place.store, 8)
@@ -482,7 +483,7 @@ class TestEnding:
         place.later(30)
         diagnosis = place.diagnose(job_id)
         reason = expect(diagnosis, Verdict.STUCK, "nobody_reconciles")
-        assert f"`batchmill status {job_id}` takes it back from 1970-01-12 13:48:40 UTC on" in reason.remedy
+        assert f"`batchmill status {job_id}` requeues them from 1970-01-12 13:48:40 UTC on" in reason.remedy
         assert "worker w on host left 1 batch behind" in finding(diagnosis, "cancelling").message
 
     def test_a_job_with_nothing_open_is_closed_by_the_next_pass(self, place: Place) -> None:

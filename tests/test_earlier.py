@@ -87,9 +87,9 @@ def test_what_changed_and_what_to_do_is_said(
     Path(spec.model, "model.safetensors").write_text("another")
     Path(spec.model, "tokenizer.json").write_text("another")
     assert chosen(store, spec) is None
-    begin = f"job {job_id} {'has run this file' if finished else 'was begun'} with another model, changed since:"
+    begin = f"job {job_id} {'ran this file' if finished else 'was started'} with another model; changed since then:"
     remedy = f"results {job_id}` writes its answers" if finished else f"cancel {job_id}` closes it"
-    assert capsys.readouterr().err == f"{begin} tokenizer and weights (`batchmill {remedy}); the file is run anew\n"
+    assert capsys.readouterr().err == f"{begin} tokenizer and weights (`batchmill {remedy}); running the file again\n"
 
 
 def test_nothing_is_looked_at_without_an_earlier_job(store: Store) -> None:
@@ -112,7 +112,7 @@ def test_a_job_of_before_is_gone_on_with_and_a_finished_one_run_anew(
     with store.database.write() as connection:
         connection.execute(update(jobs).values(identity=None))
     assert (chosen(store, spec) is None) == finished
-    assert ("before batchmill kept what a model consists of" in capsys.readouterr().err) == finished
+    assert ("before batchmill recorded model files" in capsys.readouterr().err) == finished
 
 
 class TestHub:

@@ -406,7 +406,7 @@ def test_doctor_says_whether_workers_can_start_offline(machine: Machine) -> None
     assert machine.run("-c", code, HF_HUB_OFFLINE="1").stdout.strip() == f"{said} -> {fix}"
     machine.pull()
     done = machine.run("-c", code, HF_HUB_OFFLINE="1")
-    assert done.stdout.strip() == f"True True {MODEL} is in the cache: workers start offline ->"
+    assert done.stdout.strip() == f"True True {MODEL} is in the cache: workers can start offline ->"
 
 
 def test_a_whole_run_starts_offline_from_the_cache(machine: Machine, hub: Hub) -> None:

@@ -29,7 +29,7 @@ from tests.test_races import at_once
 OLD, NEW = "tokenizer=1 weights=1", "tokenizer=1 weights=2"
 A = Adapter("a", "/adapters/a")
 OLD_A, NEW_A = replace(A, identity="weights=1"), replace(A, identity="weights=2")
-REMEDY = "to finish it, put the old model back and start a worker again; to have the new one answer all of it, "
+REMEDY = "to finish it, restore the old model and restart a worker; to have the new one answer everything, "
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ class TestAdapters:
         found = diagnosed(store, job_id)
         assert found.verdict is Verdict.STUCK
         assert found.findings[0].message == (
-            "1 batch waits for the adapter a, which no live worker holds: what lies in /adapters/a has changed since"
-            " this job used it, and worker newer on host holds that"
+            "1 batch waits for the adapter a, which no live worker holds: /adapters/a has changed since"
+            " this job used it, and worker newer on host holds the new version"
         )
         assert found.findings[0].remedy == f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
 
@@ -218,7 +218,7 @@ class TestDoctor:
         mill.seat(store, name="newer", identity=NEW)
         found = diagnosed(store, job_id)
         assert (found.verdict, found.findings[0].code) == (Verdict.STUCK, "another_model")
-        message = "it was begun with another model than worker newer on host holds, changed since: weights"
+        message = "it was started with another model than worker newer on host holds; changed since then: weights"
         remedy = f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
         assert (found.findings[0].message, found.findings[0].remedy) == (message, remedy)
         assert "bound_worker" not in {each.code for each in found.findings}

@@ -102,7 +102,9 @@ def test_ctrl_c_gives_the_terminal_back_and_no_color_is_kept(job_id: str) -> Non
     with wait(job_id, NO_COLOR="1") as terminal:
         terminal.until("batchmill up -m echo")
         assert terminal.interrupt() == 130
-    goes_on = f"job {job_id} goes on; `batchmill wait {job_id}` waits again, `batchmill cancel {job_id}` ends it"
+    goes_on = (
+        f"job {job_id} keeps running; `batchmill wait {job_id}` waits again, `batchmill cancel {job_id}` cancels it"
+    )
     assert goes_on in terminal.shown
     assert "batchmill: interrupted" in terminal.shown
     assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l"), "the cursor is seen again"

@@ -474,7 +474,7 @@ def test_only_the_first_hundred_bad_lines_are_named(tmp_path: Path) -> None:
     caught = error(path)
     assert len(caught.problems) == 100
     assert caught.problems[-1].startswith(f"{path}:100: ")
-    assert str(caught) == f"{path}: 250 bad lines, of which 150 with still other errors are not named"
+    assert str(caught) == f"{path}: 250 bad lines, of which 150 with other errors are not listed"
 
 
 def test_the_caller_reports_lines_of_its_own(tmp_path: Path) -> None:
@@ -614,7 +614,7 @@ def test_a_txt_file_has_one_prompt_per_line_used_as_it_is(tmp_path: Path) -> Non
     [
         (b"SECRET a\0", "holds a NUL character"),
         (b"caf\xe9", "not UTF-8: byte 3 is 0xe9"),
-        (b"a" * (MAX_LINE_BYTES + 1), "longer than 16777216 bytes; the setting max_line_bytes takes longer ones"),
+        (b"a" * (MAX_LINE_BYTES + 1), "longer than 16777216 bytes; raise the setting max_line_bytes to allow it"),
     ],
 )
 def test_a_bad_line_of_text_is_refused(problem: Callable[..., str], data: bytes, said: str) -> None:
@@ -631,7 +631,7 @@ def test_a_line_may_have_16_mebibytes_and_no_byte_more(tmp_path: Path, begin: by
     for more in (1, 2, 3, 4, 7, 100):
         caught = error(write(tmp_path, begin + most + b"a" * more + end + b"\n\nlast", "p.txt"))
         (text,) = caught.problems
-        assert text.endswith(":1: longer than 16777216 bytes; the setting max_line_bytes takes longer ones")
+        assert text.endswith(":1: longer than 16777216 bytes; raise the setting max_line_bytes to allow it")
 
 
 def test_an_endless_line_is_skipped_without_holding_it(tmp_path: Path) -> None:
@@ -737,7 +737,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, change:
         lines = iter(prompts)
         next(lines)
         path.write_bytes(change)
-        with pytest.raises(PromptFileError, match="changed while it was read"):
+        with pytest.raises(PromptFileError, match="changed while it was being read"):
             list(lines)
 
 

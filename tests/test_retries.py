@@ -207,22 +207,22 @@ class TestAdvice:
     def test_a_retry_is_advised_where_it_would_move_something(self, store: Store) -> None:
         job_id = ended(store, {0: None, 1: ErrorCode.EMPTY_PROMPT, 2: ErrorCode.POISON})
         advice = retry_advice(store.reading.job(job_id), store)
-        assert advice == f"`batchmill retry {job_id}` runs what another try can answer"
+        assert advice == f"`batchmill retry {job_id}` runs those that may succeed now"
 
     def test_else_the_reasons_are_named_and_what_there_is_to_do(self, store: Store) -> None:
         ends = {0: None, 1: ErrorCode.EMPTY_PROMPT, 2: ErrorCode.CONTEXT_LENGTH_EXCEEDED, 3: ErrorCode.EMPTY_PROMPT}
         job_id = ended(store, ends, tokens=700)
         assert store.retrying.retry(job_id, some(context=128)).moved == 0
         assert retry_advice(store.reading.job(job_id), store) == (
-            "a retry leaves it alone (1 context_length_exceeded: the shortest of these prompts has 700 tokens, and no"
-            " live worker takes more than 128 with the answer; a larger --context helps where its model has one;"
-            f" 2 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too; corrected"
-            " lines are submitted as a file of their own"
+            "a retry would skip them (1 context_length_exceeded: the shortest of these prompts has 700 tokens, and no"
+            " live worker takes more than 128 with the answer; a larger --context helps if the model supports it;"
+            f" 2 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too; submit"
+            " corrected lines as a new file"
         )
 
     def test_a_worker_with_a_larger_context_makes_a_retry_worth_it(self, store: Store) -> None:
         job_id = ended(store, {0: None, 1: ErrorCode.CONTEXT_LENGTH_EXCEEDED}, tokens=100)
-        assert "runs what another try can answer" in retry_advice(store.reading.job(job_id), store)
+        assert "runs those that may succeed now" in retry_advice(store.reading.job(job_id), store)
 
 
 def test_the_table_loads_no_database() -> None:

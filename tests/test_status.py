@@ -223,7 +223,7 @@ def test_a_worker_whose_child_died_holds_nothing_and_is_waited_for(store: Store)
     (row,) = store.workers.rows()
     assert (row.weights_bytes, row.engine, row.devices, row.identity) == (0, None, (), None)
     assert "weights" not in worker_line(row)
-    said = "  waiting    worker w is starting again, since its process died"
+    said = "  waiting    worker w is restarting, since its process died"
     assert said in job_lines(JobStatus.read(store, job_id))
     store.workers.new_generation(who.worker_id, child_pid=3)
     assert said not in job_lines(JobStatus.read(store, job_id))
@@ -340,7 +340,7 @@ class TestEnd(Clocked):
         (Estimate(5.0, 1.0, 60.0, False), "1 s to 1 min 0 s"),
         (
             Estimate(40.0, 30.0, 70.0, True),
-            "about 40 s (30 s to 1 min 10 s); the file looks sorted by length, which misleads this",
+            "about 40 s (30 s to 1 min 10 s); the file looks sorted by length, which makes this unreliable",
         ),
     ],
 )
@@ -391,8 +391,8 @@ def test_the_line_and_the_json_of_a_worker_name_its_adapters(store: Store) -> No
 @pytest.mark.parametrize(
     ("state", "said", "advice"),
     [
-        (WorkerState.SICK, "worker w on host (cpu) is sick: Xid 79 fell off the bus;", "look at its device"),
-        (WorkerState.FAILED, "worker w on host (cpu) could not load the model: Xid 79 fell", "mend that"),
+        (WorkerState.SICK, "worker w on host (cpu) is sick: Xid 79 fell off the bus;", "check its device"),
+        (WorkerState.FAILED, "worker w on host (cpu) could not load the model: Xid 79 fell", "fix that"),
     ],
 )
 def test_where_all_workers_gave_up_the_reason_is_given(
@@ -454,8 +454,8 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     home.mkdir(parents=True, exist_ok=True)
     (home / "mill.pid").write_text(f"{live}\n")
     lines = job_lines(JobStatus.read(store, job_id))
-    assert "  waiting    worker ended has ended, and the mill here starts it again within a minute;" in lines
-    assert "  waiting    if neither `up` nor `run` had started it, start it again: batchmill worker -m echo" in lines
+    assert "  waiting    worker ended has ended, and the mill here restarts it within a minute;" in lines
+    assert "  waiting    if neither `up` nor `run` started it, start it yourself: batchmill worker -m echo" in lines
 
 
 class TestUptime(Clocked):

@@ -78,7 +78,7 @@ def test_declared_adapters_are_part_of_the_job(
 @pytest.mark.parametrize(
     ("path", "model", "said"),
     [
-        ("p.jsonl", "sql", "is the name of the model, too"),
+        ("p.jsonl", "sql", "is also the name of the model"),
         ("p.txt", "echo", '{"prompt": "...", "adapter": "sql"}'),
     ],
 )

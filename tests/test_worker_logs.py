@@ -193,7 +193,7 @@ def test_who_has_no_log_is_told(tmp_path: Path) -> None:
 def test_that_there_is_no_such_line_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "a.log"
     path.write_text(CONSOLE)
-    rest = "; `batchmill logs` has what they said of themselves\n"
+    rest = "; `batchmill logs` shows all of their lines\n"
     for chosen, told in (
         (
             Chosen(folder, job_id="yyyyyyyy"),

@@ -37,7 +37,7 @@ _CONNECT_SECONDS = 5
 _REMEDIES = {
     "mismatch, certificate is not valid": "; name the host as its certificate does",
     "CERTIFICATE_VERIFY_FAILED": "; name who signed its certificate by BATCHMILL_BROKER_CA_FILE",
-    "invalid username-password pair": "; mend BATCHMILL_BROKER_URL",
+    "invalid username-password pair": "; correct BATCHMILL_BROKER_URL",
     "NOPERM": "; its user lacks a right that deploy/redis-users.acl gives",
 }
 #: Words of a Redis that answers and takes no writes, each with the remedy.

@@ -22,28 +22,28 @@ class Flag:
     help: str
 
 
-QUANTIZATION_HELP = "nf4 (default), fp4, int8, none or checkpoint, with options: nf4:double_quant=false."
+QUANTIZATION_HELP = "nf4 (default), fp4, int8, none or checkpoint; options follow a colon: nf4:double_quant=false."
 ENGINE_FLAGS = (
-    Flag("--engine", "engine", "auto|continuous|generate", "auto (default): continuous wherever the model allows it."),
-    Flag("--max-rows", "engine_rows", "N", "Most requests that the device works on at once."),
-    Flag("--context", "context_tokens", "N", "Most tokens of a prompt and its answer together."),
-    Flag("--gpu-memory-fraction", "gpu_memory_fraction", "F", "Part of a GPU for weights and cache (default 0.9)."),
+    Flag("--engine", "engine", "auto|continuous|generate", "auto (default) is continuous if the model allows it."),
+    Flag("--max-rows", "engine_rows", "N", "Maximum number of requests processed at once."),
+    Flag("--context", "context_tokens", "N", "Maximum number of tokens in a prompt and its answer together."),
+    Flag("--gpu-memory-fraction", "gpu_memory_fraction", "F", "Fraction of GPU memory to use (default 0.9)."),
     Flag(
         "--dequantize",
         "dequantize",
         "auto|never|always",
-        "Full-precision copies of 4-bit weights for large batches: auto (default) where memory is left.",
+        "Keep full-precision copies of 4-bit weights for large batches; auto (default): if memory allows.",
     ),
-    Flag("--deterministic", "deterministic", None, "An answer does not depend on what else runs; slower."),
+    Flag("--deterministic", "deterministic", None, "Make answers independent of other requests; slower."),
 )
 #: Of these flags no setting is given: `setting` is the name of the worker's own parameter.
 PLACEMENT_FLAGS = (
-    Flag("--max-memory", "max_memory", "DEVICE=SIZE,...", "Most that weights take: cuda:0=20GiB,cpu=60GiB."),
-    Flag("--device-map", "device_map", "FILE", "JSON object of module and device, instead of an even split."),
-    Flag("--offload", "offload", "cpu|disk", "Where weights wait that do not fit on the device; slow."),
-    Flag("--offload-folder", "offload_folder", "DIR", "For --offload disk: files of weights that wait."),
+    Flag("--max-memory", "max_memory", "DEVICE=SIZE,...", "Maximum memory for weights: cuda:0=20GiB,cpu=60GiB."),
+    Flag("--device-map", "device_map", "FILE", "JSON file that maps modules to devices, instead of an even split."),
+    Flag("--offload", "offload", "cpu|disk", "Offload weights that do not fit on the device; slow."),
+    Flag("--offload-folder", "offload_folder", "DIR", "Folder for the weights that --offload disk writes."),
 )
-DEVICE_HELP = "auto (default), cpu, cuda, cuda:N or a GPU's UUID; cuda:0+cuda:1 splits one model over two."
+DEVICE_HELP = "auto (default), cpu, cuda, cuda:N or a GPU's UUID; cuda:0+cuda:1 splits the model over both."
 FLAG_OF_SETTING = {each.setting: each.name for each in ENGINE_FLAGS}
 
 

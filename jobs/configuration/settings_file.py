@@ -42,7 +42,7 @@ def _content(path: Path) -> bytes:
             _refuse_writers(found, path)
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}; mend it, or start in another folder") from None
+        raise SettingsError(f"{path} cannot be read: {error.strerror}; fix it, or start in another folder") from None
     if len(content) > _MOST_BYTES:
         raise SettingsError(f"{path} has more than {_MOST_BYTES:,} bytes, which no settings have")
     return content

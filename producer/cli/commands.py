@@ -32,33 +32,33 @@ class Entry(NamedTuple):
 
 SECTIONS: dict[str, dict[str, Entry]] = {
     "Answer a file on this machine": {
-        "run": Entry("batchmill.producer.cli.submit", "Answer the prompts of a file: all in one, nothing to set up."),
-        "up": Entry("batchmill.producer.cli.submit", "Stay up for other terminals: Redis, store and workers."),
+        "run": Entry("batchmill.producer.cli.submit", "Answer a file of prompts in one command, without any setup."),
+        "up": Entry("batchmill.producer.cli.submit", "Run Redis, the store and workers for other terminals."),
     },
     "Jobs": {
-        "submit": Entry("batchmill.producer.cli.submit", "Store a file as a job and wake its workers."),
-        "status": Entry("batchmill.producer.cli.jobs", "Show how far a job is, who works on it, and when it ends."),
-        "wait": Entry("batchmill.producer.cli.jobs", "Wait until a job has ended."),
+        "submit": Entry("batchmill.producer.cli.submit", "Store a file as a job and notify its workers."),
+        "status": Entry("batchmill.producer.cli.jobs", "Show a job's progress, its workers, and when it ends."),
+        "wait": Entry("batchmill.producer.cli.jobs", "Wait until a job ends."),
         "results": Entry("batchmill.producer.cli.jobs", "Write the outputs of a job in file order."),
         "jobs": Entry("batchmill.producer.cli.jobs", "List the newest jobs."),
-        "cancel": Entry("batchmill.producer.cli.jobs", "Cancel a job; what is finished is kept."),
-        "retry": Entry("batchmill.producer.cli.jobs", "Run what failed or was cancelled again."),
+        "cancel": Entry("batchmill.producer.cli.jobs", "Cancel a job; finished outputs are kept."),
+        "retry": Entry("batchmill.producer.cli.jobs", "Retry failed and cancelled requests."),
     },
     "Models": {
-        "plan": Entry(_WORKERS_ROOM, "Show what a model takes in each quantization, and what fits, unloaded."),
-        "models": Entry(_WORKERS_ROOM, "Fetch a model, or save a quantized copy of one."),
-        "evaluate": Entry(_WORKERS_ROOM, "Measure what quantization costs on your own text."),
+        "plan": Entry(_WORKERS_ROOM, "Show how much memory a model needs in each quantization, without loading it."),
+        "models": Entry(_WORKERS_ROOM, "Download a model, or save a quantized copy of one."),
+        "evaluate": Entry(_WORKERS_ROOM, "Measure the cost of quantization on your own text."),
     },
     "Workers": {
         "worker": Entry(_WORKERS_ROOM, "Run a worker: one quantized model on one device."),
-        "workers": Entry("batchmill.producer.cli.jobs", "List the live workers and what they hold."),
-        "logs": Entry("batchmill.producer.cli.jobs", "Show what the workers of this machine said."),
+        "workers": Entry("batchmill.producer.cli.jobs", "List the live workers and their models."),
+        "logs": Entry("batchmill.producer.cli.jobs", "Show the logs of this machine's workers."),
     },
     "This installation": {
         "doctor": Entry(
-            "batchmill.producer.cli.installation", "Check what batchmill needs, or say why a job does not move."
+            "batchmill.producer.cli.installation", "Check this installation, or explain why a job makes no progress."
         ),
-        "db": Entry("batchmill.producer.cli.installation", "Look after the tables of the store: upgrade, check."),
+        "db": Entry("batchmill.producer.cli.installation", "Manage the tables of the store: upgrade, check."),
     },
 }
 ENTRIES = {name: entry for section in SECTIONS.values() for name, entry in section.items()}

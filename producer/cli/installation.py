@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @click.group(epilog="Example: batchmill db upgrade")
 def db() -> None:
-    """The tables of the store."""
+    """Manage the tables of the store."""
 
 
 @db.command(
     cls=Command,
-    short_help="Bring the tables to this batchmill's revision.",
+    short_help="Upgrade the tables to this version's revision.",
     epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/mill batchmill db upgrade",
 )
 def upgrade() -> None:
-    """Bring the store's tables to the revision that this batchmill works with."""
+    """Upgrade the store's tables to the revision that this version of batchmill uses."""
     from batchmill import migrations
     from batchmill.jobs.configuration.settings import load_settings
 
@@ -41,9 +41,9 @@ def upgrade() -> None:
 
 
 @db.command(cls=Command, short_help="Show the revision of the tables.", epilog="Example: batchmill db current --json")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def current(as_json: bool) -> None:
-    """Show the revision of the store, and the one that this batchmill works with."""
+    """Show the revision of the store, and the one that this version of batchmill uses."""
     import json
 
     found, works_with = _revision()
@@ -56,14 +56,14 @@ def current(as_json: bool) -> None:
 @db.command(
     "new-id",
     cls=Command,
-    short_help="Give a copy of a store an id of its own.",
+    short_help="Give a copied store its own id.",
     epilog="Example: BATCHMILL_DATABASE_URL=postgresql://mill@db/copy batchmill db new-id",
 )
 def new_id() -> None:
-    """Give a copy of a store an id of its own, so that it shares no queue and no spool with the original.
+    """Give a copied store its own id, so that it shares no queue and no spool with the original.
 
-    A store that was restored in the place of the original keeps its id. Stop the copy's workers before, and start them
-    again afterwards.
+    A store that was restored in place of the original keeps its id. Stop the copy's workers first, and start them again
+    afterwards.
     """
     from batchmill import migrations
     from batchmill.jobs.configuration.settings import load_settings
@@ -76,13 +76,13 @@ def new_id() -> None:
 
 
 @db.command(
-    cls=Command, short_help="Look the whole store over without writing.", epilog="Example: batchmill db check --json"
+    cls=Command, short_help="Check the whole store without writing.", epilog="Example: batchmill db check --json"
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(as_json: bool) -> None:
-    """Look the whole store over without writing: damage, lost rows, counts against sums, states.
+    """Check the whole store without writing: damage, lost rows, wrong counts and states.
 
-    A line for each thing that is wrong, and exit code 1 if there is one. Workers may go on meanwhile.
+    Prints a line for each problem; the exit code is 1 if there is one. Workers may keep running.
     """
     from batchmill.producer.cli.store_report import report
 
@@ -116,13 +116,13 @@ def _read_only_store() -> Iterator[Store]:
 
 @click.command(cls=Command, epilog="Example: batchmill doctor last")
 @click.argument("job", required=False, shell_complete=complete_job)
-@click.option("-m", "--model", shell_complete=complete_model, help="A model that is to be readable here (without JOB).")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("-m", "--model", shell_complete=complete_model, help="Also check that this model can be read here.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(job: str | None, model: str | None, as_json: bool) -> None:
-    """Check what batchmill needs, or say why JOB does not move and what to do.
+    """Check this installation, or explain why JOB makes no progress and what to do.
 
-    Without JOB: a line for each need, with the fix; exit code 1 if a required one fails. With JOB (an id, the
-    beginning of one, or `last`): exit code 1 if it is stuck until you act, 0 if it moves, waits or has ended.
+    Without JOB: a line for each check, with the fix; exit code 1 if a required one fails. With JOB (an id, the
+    beginning of one, or `last`): exit code 1 if it is stuck until you act, 0 if it runs, waits or has ended.
     """
     from batchmill.jobs.configuration.settings import load_settings
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batchmill.jobs.configuration.settings import Settings
     from batchmill.jobs.store.store import Store
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _MOST_JOBS = 20
 #: A worker whose model cannot be loaded, or whose device is sick, is shown for so long.
 _GIVEN_UP_SHOWN_SECONDS = 86_400
@@ -34,10 +34,10 @@ def _open() -> tuple[Settings, Store]:
 
 @click.command(cls=Command, epilog="Example: batchmill status last --watch")
 @click.argument("job", default=LAST, shell_complete=complete_job)
-@click.option("--watch", is_flag=True, help="Follow it until it has ended.")
+@click.option("--watch", is_flag=True, help="Follow the job until it ends.")
 @_JSON
 def status(job: str, watch: bool, as_json: bool) -> None:
-    """Show how far JOB is, who works on it, how fast, and when it ends.
+    """Show the progress of JOB, its workers, its speed, and when it ends.
 
     JOB is an id, the beginning of one, or `last`.
     """
@@ -58,12 +58,14 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
 
 @click.command(cls=Command, epilog="Example: batchmill jobs --json")
-@click.option("-n", "most", type=click.IntRange(1), default=_MOST_JOBS, show_default=True, help="How many.")
+@click.option(
+    "-n", "most", type=click.IntRange(1), default=_MOST_JOBS, show_default=True, help="Number of jobs to list."
+)
 @_JSON
 def jobs(most: int, as_json: bool) -> None:
     """List the newest jobs: when each was submitted, how long it has run, and how many requests it has answered.
 
-    DURATION goes from the first batch to the end of the job, or to now.
+    DURATION is the time from the first batch to the end of the job, or until now.
     """
     from batchmill.jobs.requests.states import JobState
     from batchmill.producer.cli.text.job_table import table
@@ -78,7 +80,7 @@ def jobs(most: int, as_json: bool) -> None:
         click.echo(json.dumps([job_json(each, estimates.get(each.id)) for each in found]))
         return
     if not found:
-        click.echo("no jobs yet; `batchmill run` and `batchmill submit` make one", err=True)
+        click.echo("no jobs yet; `batchmill run` and `batchmill submit` create one", err=True)
         return
     notes = {job_id: f"ends in {each.ends_in}" if each.estimate else each.ends_in for job_id, each in at_work.items()}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -86,10 +88,10 @@ def jobs(most: int, as_json: bool) -> None:
 
 
 @click.command(cls=Command, epilog="Example: batchmill workers --all")
-@click.option("--all", "everyone", is_flag=True, help="Those that have ended, too.")
+@click.option("--all", "everyone", is_flag=True, help="Include workers that have ended.")
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
-    """List the live workers: what each holds, on which device, and what it is at; and who gave up since yesterday."""
+    """List the live workers with their model, device and state, and those that gave up in the last 24 hours."""
     from batchmill.jobs.advice import start_verb
     from batchmill.jobs.store.workers import GIVEN_UP
     from batchmill.producer.cli.text.device_lines import device_line
@@ -117,10 +119,12 @@ def workers(everyone: bool, as_json: bool) -> None:
 
 @click.command(cls=Command, epilog="Example: batchmill wait last --timeout 3600")
 @click.argument("job", default=LAST, shell_complete=complete_job)
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after so long (exit 124).")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after this time (exit code 124)."
+)
 @_JSON
 def wait(job: str, timeout: float | None, as_json: bool) -> None:
-    """Wait until JOB has ended. Exit code 5 when not every request succeeded."""
+    """Wait until JOB ends. The exit code is 5 if not every request succeeded."""
     from batchmill.producer.cli.progress import require_success, say_ended, wait_for
 
     settings, store = _open()
@@ -147,12 +151,12 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     type=click.Choice(["all", "succeeded", "failed"]),
     default="all",
     show_default=True,
-    help="Which outputs; the cancelled count as failed.",
+    help="Outputs to write; cancelled requests count as failed.",
 )
 def results(job: str, out: Path | None, form: str | None, only: str) -> None:
-    """Write the outputs of JOB in file order; while it runs, those that are there.
+    """Write the outputs of JOB in file order; of a running job, those finished so far.
 
-    With --format openai and -o, errors go to a file beside, with .errors before the suffix.
+    With --format openai and -o, errors go to a second file, with .errors before the suffix.
     """
     from batchmill.jobs.configuration.settings import load_settings
     from batchmill.jobs.runtime.failpoints import arm
@@ -173,7 +177,7 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
 @click.command(cls=Command, epilog="Example: batchmill cancel last")
 @click.argument("job", shell_complete=complete_job)
 def cancel(job: str) -> None:
-    """Cancel JOB: what is finished is kept, the rest ends as `cancelled`."""
+    """Cancel JOB: finished outputs are kept, all other requests end as `cancelled`."""
     from batchmill.producer.reconcile_once import tidy
     from batchmill.producer.views.finish import answered_line
 
@@ -191,12 +195,14 @@ def cancel(job: str) -> None:
 
 @click.command(cls=Command, epilog="Example: batchmill retry last")
 @click.argument("job", shell_complete=complete_job)
-@click.option("--all", "everything", is_flag=True, help="What its line alone decides and what is too long, too.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also retry requests that failed because of their line or length."
+)
 def retry(job: str, everything: bool) -> None:
-    """Run the failed and cancelled requests of JOB again that another try can answer; what succeeded is kept.
+    """Retry the failed and cancelled requests of JOB that may succeed now; successful outputs are kept.
 
-    What depends on its line alone (a bad schema, an option that is not supported) is named and left alone, and so is a
-    prompt that is too long for the context of every live worker.
+    Requests that failed because of their line (a bad schema, an unsupported option) are listed and skipped, as are
+    prompts that are too long for the context of every live worker.
     """
     from batchmill.jobs.broker.client import Broker
     from batchmill.jobs.errors import BrokerUnavailable
@@ -213,24 +219,24 @@ def retry(job: str, everything: bool) -> None:
         if status.missing_seconds is None and not status.job.closed:
             send_wakeups(found.spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
-        click.echo(f"workers take it up by themselves: {error}", err=True)
+        click.echo(f"workers will find it without a wake-up: {error}", err=True)
     for line in retry_lines(status, retried, chances):
         click.echo(line, err=True)
 
 
 @click.command(cls=Command, epilog="Example: batchmill logs last --level warning --follow")
 @click.argument("which", metavar="[WORKER|JOB]", required=False, shell_complete=complete_job)
-@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--follow", is_flag=True, help="Keep printing new lines until Ctrl-C.")
 @click.option(
     "--level",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    help="Leave out lines of a lower level.",
+    help="Show only lines of this level or above.",
 )
 def logs(which: str | None, follow: bool, level: str | None) -> None:
-    """Show what the workers of this machine said, merged by time: of all, of one, or about JOB alone.
+    """Show the logs of this machine's workers, merged by time: of all, of one, or only lines about JOB.
 
-    WORKER is a name or an id of `batchmill workers`; JOB an id, the beginning of one, or `last`. The files are in
-    BATCHMILL_HOME/logs, rotated at 10 MiB, and hold nothing of prompts and answers.
+    WORKER is a name or an id from `batchmill workers`; JOB is an id, the beginning of one, or `last`. The files are in
+    BATCHMILL_HOME/logs, rotated at 10 MiB, and contain no prompts or answers.
     """
     from batchmill.jobs.configuration.settings import load_settings
     from batchmill.producer.cli.logs import choose, show

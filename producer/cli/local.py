@@ -94,7 +94,7 @@ def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new
             if other is None:
                 job = _work_off(submission, job, spec, worker, new=new, settings=settings, store=store)
             else:
-                click.echo(f"worker {other}, which holds {spec} here already, answers it", err=True)
+                click.echo(f"worker {other}, which already holds {spec} here, answers it", err=True)
                 job = job or _new_job(submission, store=store, settings=settings)
                 _wait_for_mill(job, again=_again(submission, new=new), settings=settings, store=store)
         _deliver(job.id, store, out, settings)
@@ -107,7 +107,7 @@ def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, setti
         return None  # every run of a stream is a new one
     job = choose(store.reading.resumable(fingerprint), spec, submission.adapters, home=settings.home)
     if job is not None:
-        said = "has run this file before; --new runs it again" if job.closed else "goes on where it was interrupted"
+        said = "ran this file before; --new runs it again" if job.closed else "continues where it was interrupted"
         click.echo(f"job {job.id} {said}", err=True)
     return job
 
@@ -138,8 +138,8 @@ def _worker_of_mill(
         raise busy
     if worker.is_asked_for:
         raise AlreadyRunning(
-            f"{busy}; worker {able[0].name} there holds {spec}, and answers this file if you leave out the flags that "
-            "say how a worker is to work (--device and those of its engine)"
+            f"{busy}; worker {able[0].name} there holds {spec}, and answers this file if you omit the flags that "
+            "configure a worker (--device and those of the engine)"
         )
     return able[0].name
 
@@ -161,7 +161,7 @@ def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: St
     try:
         send_wakeups(job.spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
-        click.echo(f"workers take it up by themselves: {error}", err=True)
+        click.echo(f"workers will find it without a wake-up: {error}", err=True)
     try:
         follow(store, job.id, settings=settings)
     except KeyboardInterrupt:
@@ -178,12 +178,12 @@ def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[
         store.close()
         stack.enter_context(use_store(settings.home))
         workers = _Workers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
-        click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C ends it", err=True)
+        click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C stops it", err=True)
         try:
             while not workers.ended(_TEND_SECONDS):
                 redis.tend()
         except KeyboardInterrupt:
-            click.echo("ending: what is finished is saved, the rest goes back to the queue", err=True)
+            click.echo("stopping: finished outputs are saved, the rest returns to the queue", err=True)
         finally:
             workers.stop()
         if workers.failed:
@@ -193,7 +193,7 @@ def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[
 def _require_embedded(settings: Settings) -> None:
     for name, url in (("BATCHMILL_BROKER_URL", settings.broker_url), ("BATCHMILL_DATABASE_URL", settings.database_url)):
         if url:
-            raise UsageError(f"run and up bring their own Redis and store: unset {name}, or use `submit` and `worker`")
+            raise UsageError(f"run and up start their own Redis and store: unset {name}, or use `submit` and `worker`")
 
 
 def _work_off(
@@ -231,7 +231,7 @@ def _work_off(
             adapters = [str(each) for each in submission.adapters]
             up = ["batchmill", "up", *start_words(spec, settings, adapters=adapters)[2:]]
             again = _again(submission, new=new) or f"`{shlex.join(up)}`"
-            click.echo(f"ending: what is finished is saved; {again} continues job {job.id}", err=True)
+            click.echo(f"stopping: finished outputs are saved; {again} continues job {job.id}", err=True)
             raise
     return job
 

@@ -39,7 +39,7 @@ class Chosen:
         who = "no worker of this machine has" if self.file is None else f"worker {worker_of(self.file)} has not"
         level = "" if self.level is None else f" of level {self.level} or above"
         about = "" if self.job_id is None else f" about job {self.job_id}"
-        rest = "" if self.job_id is None else "; `batchmill logs` has what they said of themselves"
+        rest = "" if self.job_id is None else "; `batchmill logs` shows all of their lines"
         return f"{who} said anything{level}{about}{rest}"
 
     def paths(self) -> list[Path]:

@@ -27,8 +27,8 @@ def _show_version(ctx: click.Context, _option: click.Parameter, asked: bool) -> 
 def cli() -> None:
     """Turn files of prompts into files of answers, with quantized models on your own GPUs.
 
-    On one machine: `batchmill run prompts.jsonl -m MODEL -o answers.jsonl`. On many: submit jobs to a store and
-    start a worker per GPU.
+    On one machine: `batchmill run prompts.jsonl -m MODEL -o answers.jsonl`. On several: submit jobs to a shared
+    store and start one worker per GPU.
     """
 
 

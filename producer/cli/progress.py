@@ -55,7 +55,8 @@ def follow(
             check()
             left = pause if deadline is None else min(pause, deadline - monotonic())
             if left <= 0:
-                state = "out of sight, the store is away," if status is None else f"still {status.job.state.value}"
+                away = "in an unknown state (the store cannot be reached)"
+                state = away if status is None else f"still {status.job.state.value}"
                 raise WaitTimedOut(f"job {job_id} is {state} after {timeout_seconds:g} s")
             time.sleep(left)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
@@ -74,7 +75,7 @@ def wait_for(
 
 def say_goes_on(job_id: str, *, again: str) -> None:
     """Says that a job outlives the command that followed it; `again`: the one that follows it again."""
-    click.echo(f"job {job_id} goes on; {again} waits again, `batchmill cancel {job_id}` ends it", err=True)
+    click.echo(f"job {job_id} keeps running; {again} waits again, `batchmill cancel {job_id}` cancels it", err=True)
 
 
 def _answered(store: Store, job_id: str, shown: _Shown, settings: Settings | None) -> JobStatus | None:
@@ -154,7 +155,7 @@ class _Shown:
 
     def _note(self, status: JobStatus) -> str:
         if _is_unserved(status):
-            return "" if self._name_missing else "the worker starts"
+            return "" if self._name_missing else "the worker is starting"
         if status.loading and not status.workers:
             first = status.loading[0]
             return f"worker {first.name} is {loading_line(first)}"

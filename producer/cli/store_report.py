@@ -22,12 +22,12 @@ def report(store: Store, *, as_json: bool) -> int:
             click.echo(f"FAIL  {finding.check:<6}  {where}{finding.text}")
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found]))
-    looked = f"{len(job_ids)} job{'' if len(job_ids) == 1 else 's'} of {store.database.name} looked over"
+    looked = f"{len(job_ids)} job{'' if len(job_ids) == 1 else 's'} of {store.database.name} checked"
     if not found:
-        say(f"{looked}: nothing is wrong")
+        say(f"{looked}: no problems")
         return 0
     say(
-        f"{looked}: something is wrong; stop its workers and put a backup in its place, or keep what is answered, "
-        "by `batchmill results JOB -o FILE`"
+        f"{looked}: problems found; stop its workers and restore a backup, or save the answers "
+        "with `batchmill results JOB -o FILE`"
     )
     return 1

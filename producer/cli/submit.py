@@ -20,15 +20,13 @@ from batchmill.jobs.configuration.flags import (
     check_label,
 )
 from batchmill.jobs.configuration.option_groups import DEVICE, ENGINE, MODEL, Groups
-from batchmill.jobs.errors import UsageError
-from batchmill.jobs.models.adapters import Adapter, check_all, check_name
-from batchmill.jobs.requests.generation import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
+from batchmill.jobs.models.adapters import Adapter, check_all
+from batchmill.jobs.requests.generation import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
 from batchmill.jobs.runtime.files.formats import FILE_HELP, OUT_HELP, PROMPTS, written_as
 from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import complete_file, complete_model
-from batchmill.producer.requests.checks import OBJECT, BadLine
-from batchmill.producer.requests.options import sampling_of_flags
-from batchmill.producer.requests.strict_json import json_value
+from batchmill.producer.requests.job_flags import adapter_names, job_options, refuse_no_text
+from batchmill.producer.requests.option_table import FLAG_GROUPS, FLAGS, Flag, Option
 from batchmill.producer.submit import Submission
 
 if TYPE_CHECKING:
@@ -40,57 +38,53 @@ _JOB: Groups = {
     "Job": ("out", "name", "new", "once", "idempotency_key", "wait", "batch_size"),
     "Prompts": ("form", "system", "chat_template_kwargs", "ignore_line_model"),
 }
+_ANSWERS: Groups = {group: tuple(option.name for option, flag in FLAGS if flag.group == group) for group in FLAG_GROUPS}
+
+
+def _sampling_flag(option: Option, flag: Flag) -> _Command:
+    if flag.kind is bool:
+        return click.option(option.flag_name, is_flag=True, help=option.flag_help)
+    metavar = "JSON" if flag.kind is dict else None
+    return click.option(
+        option.flag_name, type=_type(flag), metavar=metavar, multiple=flag.repeatable, help=option.flag_help
+    )
+
+
+def _type(flag: Flag) -> click.ParamType[Any] | type:
+    if flag.low is None:
+        return str if flag.kind is dict else flag.kind
+    if flag.kind is int:
+        return click.IntRange(flag.low, flag.high)
+    return click.FloatRange(flag.low, flag.high, min_open=flag.above)
+
+
 _MODEL = [
     click.option("-q", "--quantization", help=QUANTIZATION_HELP),
-    click.option("--revision", help="Branch, tag or commit of a Hugging Face id."),
+    click.option("--revision", help="Branch, tag or commit on the Hugging Face Hub."),
 ]
 _REQUESTS = [
     click.option("--format", "form", type=click.Choice(PROMPTS), help=FILE_HELP),
-    click.option("--name", help="A name for the job, for people."),
-    click.option("--system", help="A system message for every request that has none of its own."),
-    click.option("--chat-template-kwargs", metavar="JSON", help="An object of the chat template's own variables."),
-    click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, in tokens (default 256)."),
-    click.option("--min-tokens", type=int, help="Shortest answer, in tokens."),
-    click.option("--temperature", type=click.FloatRange(0, 100), help="0 is greedy (default 1.0)."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling."),
-    click.option("--top-k", type=click.IntRange(1), help="Sample from so many tokens."),
-    click.option("--min-p", type=float, help="Sample from what has this share of the likeliest token, 0 to 1."),
-    click.option("--repetition-penalty", type=float, help="Above 1: against what prompt and answer have said."),
-    click.option("--presence-penalty", type=float, help="-2 to 2: against what the answer has said."),
-    click.option("--frequency-penalty", type=float, help="-2 to 2: the same, for each time that it has."),
-    click.option("--n", type=int, help="Choices of each answer, 1 to 128."),
-    click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="A sampler of its own for each request."),
-    click.option("--stop", multiple=True, help="End an answer before this text (repeatable)."),
-    click.option("--ignore-eos", is_flag=True, help="Answer on after the model's end token, up to --max-tokens."),
-    click.option(
-        "--response-format",
-        metavar="JSON",
-        help="What answers have to look like: json_object, or an object as in a line's response_format.",
-    ),
+    click.option("--name", help="Name of the job, shown in lists."),
+    click.option("--system", help="System message for requests that have none."),
+    click.option("--chat-template-kwargs", metavar="JSON", help="JSON object of variables for the chat template."),
+    *(_sampling_flag(option, flag) for option, flag in FLAGS),
     click.option(
         "--batch-size",
         type=click.IntRange(1, MAX_BATCH_SIZE),
         default=DEFAULT_BATCH_SIZE,
         show_default=True,
-        help="Requests that one message hands to one worker.",
+        help="Number of requests that a worker claims together.",
     ),
-    click.option("--ignore-line-model", is_flag=True, help="Run lines that name another model, too."),
+    click.option("--ignore-line-model", is_flag=True, help="Also run lines that name another model."),
 ]
-
-#: Those of the flags above that SamplingParams has by the same name, and with the same value.
-_SAMPLING = (
-    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "n", "seed",
-)  # fmt: skip
-_ANSWERS: Groups = {"Answers": (*_SAMPLING, "stop", "ignore_eos", "response_format")}
 
 _ADAPTER = click.option(
     "--adapter",
     metavar="NAME=PATH_OR_ID[@REVISION]",
     multiple=True,
-    help="A LoRA adapter that lines may name (repeatable).",
+    help="LoRA adapter that lines may name (repeatable).",
 )
-_SHARE = click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
+_SHARE = click.option("--share-device", is_flag=True, help="Share a GPU with another worker.")
 _PLACEMENT = [click.option(each.name, each.setting, metavar=each.values, help=each.help) for each in PLACEMENT_FLAGS]
 _ENGINE = [
     click.option(
@@ -119,19 +113,21 @@ def _with(options: list[_Command]) -> _Command:
     "-m",
     "--model",
     shell_complete=complete_model,
-    help="Hugging Face id, folder, demo or echo (default: the file's one model).",
+    help="Hugging Face id, folder, demo or echo (default: the model that FILE names).",
 )
 @_with(_MODEL)
-@click.option("--remote-path", is_flag=True, help="MODEL is a folder that only the workers have.")
+@click.option("--remote-path", is_flag=True, help="MODEL is a folder that exists only on the workers' machines.")
 @_with(_REQUESTS)
-@click.option("--adapter", metavar="NAME", multiple=True, help="A LoRA adapter that lines may name (repeatable).")
-@click.option("--idempotency-key", metavar="KEY", help="Your name for this job: a second submit of it finds the first.")
-@click.option("--once", is_flag=True, help="Find the job of the same file, model and options, if there is one.")
-@click.option("--wait", is_flag=True, help="Wait until the job has ended.")
+@click.option("--adapter", metavar="NAME", multiple=True, help="LoRA adapter that lines may name (repeatable).")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Unique key of the job: submitting it again finds the first job."
+)
+@click.option("--once", is_flag=True, help="Reuse the job with the same file, model and options, if any.")
+@click.option("--wait", is_flag=True, help="Wait until the job ends.")
 def submit(wait: bool, **options: Any) -> None:
-    """Store FILE (- for stdin) as a job and wake its workers; prints the job's id.
+    """Store FILE (- for stdin) as a job and notify its workers; print the job's id.
 
-    FILE is JSONL (OpenAI Batch lines, {"messages": [...]} or {"prompt": "..."}) or text with a prompt per line.
+    FILE is JSONL (OpenAI Batch lines, {"messages": [...]} or {"prompt": "..."}) or text with one prompt per line.
     """
     from batchmill.jobs.broker.client import Broker
     from batchmill.jobs.errors import BrokerUnavailable
@@ -156,7 +152,7 @@ def submit(wait: bool, **options: Any) -> None:
     try:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
-        unsent = f"the job is stored, and workers take it up by themselves: {error}"
+        unsent = f"the job is stored, and workers will find it without a wake-up: {error}"
     with standard_output(f"the id of job {job_id}") as stdout:
         stdout.write(f"{job_id}\n")
     status = JobStatus.read(store, job_id, settings)
@@ -190,13 +186,13 @@ def submit(wait: bool, **options: Any) -> None:
 @_SHARE
 @_with(_ENGINE)
 @_ADAPTER
-@click.option("--new", is_flag=True, help="Run it anew, even if it has been run before.")
+@click.option("--new", is_flag=True, help="Start a new job, even if this file has been run before.")
 @_with(_REQUESTS)
 def run(out: Path | None, device: str, share_device: bool, new: bool, **options: Any) -> None:
     """Answer the prompts of FILE on this machine: everything in one command, nothing to set up.
 
-    The same command continues a job that was interrupted, and exports one that has ended. Where an `up` of this home
-    holds the model, its workers answer.
+    Run the same command again to continue a job that was interrupted, or to export one that has ended. If
+    `batchmill up` holds the model in the same BATCHMILL_HOME, its workers answer.
     """
     from batchmill.jobs.runtime.files.output_file import model_files
     from batchmill.producer.cli.local import OwnWorker, run_file
@@ -232,7 +228,7 @@ def up(
     share_device: bool,
     **flags: Any,
 ) -> None:
-    """Run Redis, store and workers on this machine until Ctrl-C, so that other terminals can submit."""
+    """Run Redis, the store and workers on this machine until Ctrl-C, so that other terminals can submit jobs."""
     from batchmill.jobs.models.spec import ModelSpec
     from batchmill.producer.cli.local import run_mill
 
@@ -268,9 +264,9 @@ def _settings(**flags: Any) -> Settings:
 
 def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Adapter, ...] | None = None) -> Submission:
     """`adapters`: those that --adapter says all of, where the same command starts the workers."""
-    _refuse_no_text(options)
+    refuse_no_text(options)
     check_label(options["name"])
-    names = _adapter_names(options["adapter"]) if adapters is None else [each.name for each in adapters]
+    names = adapter_names(options["adapter"]) if adapters is None else [each.name for each in adapters]
     declared = tuple(sorted(set(names)))
     return Submission(
         path=options["file"],
@@ -282,7 +278,7 @@ def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Ada
         form=options["form"],
         ignore_line_model=options["ignore_line_model"],
         name=options["name"],
-        options=JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options), declared),
+        options=job_options(options, adapters=declared),
         adapters=adapters or (),
         batch_size=options["batch_size"],
         command=os.fsencode(shlex.join(["batchmill", *sys.argv[1:]])).decode(errors="backslashreplace"),
@@ -293,72 +289,6 @@ def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Ada
 
 def _adapters(written: Sequence[str]) -> tuple[Adapter, ...]:
     return check_all(Adapter.parse(each) for each in written)
-
-
-def _adapter_names(written: Sequence[str]) -> list[str]:
-    for each in written:
-        name, sign, _ = each.partition("=")
-        if sign:
-            raise UsageError(
-                f"--adapter {each!r}: a submit takes the name alone, --adapter {name}; the worker that holds it says "
-                f"where it is: batchmill worker -m MODEL --adapter {each}"
-            )
-    return [check_name(each) for each in written]
-
-
-def _sampling(options: dict[str, Any]) -> SamplingParams:
-    form = options["response_format"]
-    asked = {name: options[name] for name in _SAMPLING} | {
-        "stop": list(options["stop"]),
-        "ignore_eos": options["ignore_eos"] or None,
-        "response_format": form if form is None else _response_format(form),
-    }
-    try:
-        return sampling_of_flags(asked)
-    except BadLine as error:
-        raise _bad_flag(*error.at.split(".", 1), error.what) from None
-
-
-def _response_format(written: str) -> Any:
-    """Whoever writes no JSON names a type alone."""
-    return _json("response_format", written) if written.lstrip().startswith("{") else {"type": written}
-
-
-def _chat_template_kwargs(options: dict[str, Any]) -> dict[str, Any] | None:
-    written = options["chat_template_kwargs"]
-    if written is None:
-        return None
-    try:
-        return OBJECT(_json("chat_template_kwargs", written)) or None
-    except BadLine as error:
-        raise _bad_flag("chat_template_kwargs", str(error)) from None
-
-
-def _json(name: str, written: str) -> Any:
-    try:
-        return json_value(written)
-    except BadLine as error:
-        raise _bad_flag(name, str(error)) from None
-
-
-def _bad_flag(name: str, *what: str) -> UsageError:
-    return UsageError(f"--{name.replace('_', '-')} {' '.join(what)}")
-
-
-def _refuse_no_text(options: dict[str, Any]) -> None:
-    """A file's name may be any bytes; what is stored as text has to be some."""
-    for name, value in options.items():
-        for text in value if isinstance(value, tuple) else (value,):
-            if name != "file" and isinstance(text, str) and not _is_utf8(text):
-                raise UsageError(f"--{name.replace('_', '-')} is not UTF-8; the terminal's locale may be another")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 COMMANDS: tuple[click.Command, ...] = (run, up, submit)

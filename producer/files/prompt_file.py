@@ -124,9 +124,9 @@ class PromptFile:
         if count:
             said = counted(count, "bad line")
             if unsaid:
-                said += f", of which {unsaid:,} with still other errors are not named"
+                said += f", of which {unsaid:,} with other errors are not listed"
             if self._is_endless:
-                said += f"; it was read no further than {ENDLESS_BYTES >> 20} MiB into the last"
+                said += f"; reading stopped {ENDLESS_BYTES >> 20} MiB into the last one"
             problems = self._problems.lines(self._shown_path)
             raise PromptFileError(f"{self._shown_path}: {said}", problems=problems, count=count)
 
@@ -148,14 +148,14 @@ class PromptFile:
                 yield Line(number, request, len(raw))
             index += 1
         if self._fingerprint() != before:
-            self._refuse("changed while it was read; submit it again once nobody writes to it")
+            self._refuse("changed while it was being read; submit it again when nothing writes to it")
         if index == 0:
             self._refuse("holds no prompts")
 
     def _text(self, raw: bytes, offset: int) -> str:
         line = raw.removesuffix(b"\n").removesuffix(b"\r")
         if len(line) > self._max_line_bytes:
-            raise BadLine(f"longer than {self._max_line_bytes} bytes; the setting max_line_bytes takes longer ones")
+            raise BadLine(f"longer than {self._max_line_bytes} bytes; raise the setting max_line_bytes to allow it")
         try:
             return line.decode()
         except UnicodeDecodeError as exc:

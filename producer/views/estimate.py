@@ -266,4 +266,4 @@ def estimated(found: Estimate) -> str:
         said = f"{low} to {high}"
     else:
         said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
-    return f"{said}; the file looks sorted by length, which misleads this" if found.looks_sorted else said
+    return f"{said}; the file looks sorted by length, which makes this unreliable" if found.looks_sorted else said

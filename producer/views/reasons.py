@@ -16,7 +16,7 @@ from batchmill.jobs.store.views.missing_adapters import Lack
 from batchmill.jobs.store.workers import WorkerRow
 from batchmill.producer.views.status import JobStatus
 
-IF_NOT_OF_UP = "if neither `up` nor `run` had started it, start it again"
+IF_NOT_OF_UP = "if neither `up` nor `run` started it, start it yourself"
 _MOST_REASONS = 3
 
 
@@ -57,7 +57,7 @@ def _lacking_lines(status: JobStatus) -> list[str]:
 
 def restarting_line(worker: WorkerRow) -> str:
     """The worker whose process has just ended, and what becomes of it."""
-    return f"worker {worker.name} has ended, and the mill here starts it again within a minute"
+    return f"worker {worker.name} has ended, and the mill here restarts it within a minute"
 
 
 def lack_line(lack: Lack) -> str:
@@ -68,22 +68,20 @@ def lack_line(lack: Lack) -> str:
         return line
     who, other = lack.held_otherwise[0]
     if lack.changed:
-        return (
-            f"{line}: what lies in {lack.meant.where} has changed since this job used it, and worker {who} holds that"
-        )
-    return f"{line}: to this job it is {lack.meant.where}, and worker {who} holds {other.where} by that name"
+        return f"{line}: {lack.meant.where} has changed since this job used it, and worker {who} holds the new version"
+    return f"{line}: this job means {lack.meant.where}, and worker {who} holds {other.where} under that name"
 
 
 def other_line(job: Job, worker: str, host: str, identity: str | None) -> str:
     """The worker that serves a job's ModelSpec, and holds another model than the job was begun with."""
     changed = differences(job.identity or "", identity or "")
-    return f"it was begun with another model than worker {worker} on {host} holds, changed since: {changed}"
+    return f"it was started with another model than worker {worker} on {host} holds; changed since then: {changed}"
 
 
 def other_remedy(job: Job) -> str:
     """What to do about it."""
     return (
-        "to finish it, put the old model back and start a worker again; to have the new one answer all of it, "
+        "to finish it, restore the old model and restart a worker; to have the new one answer everything, "
         f"`batchmill cancel {job.id}` and submit the file again"
     )
 
@@ -98,5 +96,5 @@ def given_up_line(worker: Seen) -> str:
 def advice(state: WorkerState) -> str:
     """What to do about a worker that gave up, up to the command that starts it again."""
     if state is WorkerState.SICK:
-        return "look at its device (the driver's log, the worker's log), then start it again: "
-    return "mend that, then start it again: "
+        return "check its device (the driver's log, the worker's log), then start it again: "
+    return "fix that, then start it again: "

@@ -42,16 +42,16 @@ def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterat
     moved = "1 request is" if retried.moved == 1 else f"{retried.moved:,} requests are"
     yield f"job {job.id}: {moved} pending again"
     for code, left in sorted(retried.left.items()):
-        yield f"left alone: {left.count:,} {code} ({_names(left)}): {_reason(code, left, chances)}"
+        yield f"skipped: {left.count:,} {code} ({_names(left)}): {_reason(code, left, chances)}"
     if retried.left:
         yield _all_of_it(job)
     if not retried.is_whole:
         yield (
-            "a cancel or another retry of this job came in between, so that some may be left: once it has ended, "
+            "another retry or a cancel of this job interfered, so some requests may be left: once it has ended, "
             f"`batchmill retry {job.id}` runs them"
         )
     if retried.moved and not job.closed:
-        yield from missing_lines(status) or [f"its workers take it up; `batchmill wait {job.id}` follows"]
+        yield from missing_lines(status) or [f"workers will pick them up; `batchmill wait {job.id}` follows"]
 
 
 def retry_advice(job: Job, store: Store) -> str:
@@ -59,9 +59,9 @@ def retry_advice(job: Job, store: Store) -> str:
     chances = chances_of(job, everything=False, store=store)
     ended = store.retrying.unsuccessful(job.id)
     if any(chances.are_there(code, prompt_tokens=each.shortest_tokens) for code, each in ended.items()):
-        return f"`batchmill retry {job.id}` runs what another try can answer"
+        return f"`batchmill retry {job.id}` runs those that may succeed now"
     reasons = [f"{each.count:,} {code}: {_reason(code, each, chances)}" for code, each in ended.items()]
-    return f"a retry leaves it alone ({'; '.join(reasons)}); {_all_of_it(job)}"
+    return f"a retry would skip them ({'; '.join(reasons)}); {_all_of_it(job)}"
 
 
 def _require_served(job: Job, store: Store) -> None:
@@ -76,7 +76,7 @@ def _require_served(job: Job, store: Store) -> None:
 
 
 def _all_of_it(job: Job) -> str:
-    return f"`batchmill retry {job.id} --all` runs these too; corrected lines are submitted as a file of their own"
+    return f"`batchmill retry {job.id} --all` runs these too; submit corrected lines as a new file"
 
 
 def _reason(code: str, left: Left, chances: Chances) -> str:
@@ -84,9 +84,9 @@ def _reason(code: str, left: Left, chances: Chances) -> str:
         return cause_of(code).value
     shortest = f"the shortest of these prompts has {left.shortest_tokens:,} tokens, and "
     if not chances.context_tokens:
-        return f"{shortest}no worker lives that holds the model"
+        return f"{shortest}no live worker holds the model"
     most = f"{chances.context_tokens:,.0f} with the answer"
-    return f"{shortest}no live worker takes more than {most}; a larger --context helps where its model has one"
+    return f"{shortest}no live worker takes more than {most}; a larger --context helps if the model supports it"
 
 
 def _names(left: Left) -> str:

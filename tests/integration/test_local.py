@@ -178,12 +178,12 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home,
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, said
-    assert "ending: what is finished is saved; the same command continues job " in said
+    assert "stopping: finished outputs are saved; the same command continues job " in said
     assert not out.exists()
     kept = home.succeeded()
     assert home.processes() == []
     done = home.run("run", file, "-m", "echo", "-o", out)
-    assert "goes on" in done.stderr
+    assert "continues where it was interrupted" in done.stderr
     assert texts(out) == [f"one two three {index}" for index in range(1_000)]
     store = Store(home.settings.database)
     (job,) = store.reading.jobs(most=5)
@@ -231,12 +231,12 @@ def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: H
     mill = home.start("up", "-m", "echo", "--device", "cpu")
     until(lambda: [each["state"] for each in home.workers()] == ["ready"], "a worker is ready")
     done = home.run("run", file, "-m", "echo", "-o", out)
-    assert f"worker {home.workers()[0]['name']}, which holds echo (none) here already, answers it" in done.stderr
+    assert f"worker {home.workers()[0]['name']}, which already holds echo (none) here, answers it" in done.stderr
     assert texts(out) == [f"one two three {index}" for index in range(10)]
     again = home.run("run", file, "-m", "echo", "-o", out).stderr
-    assert "has run this file before" in again
+    assert "ran this file before" in again
     assert "answers it" not in again
-    assert "leave out the flags" in home.run("run", file, "-m", "echo", "--device", "cpu", code=1).stderr
+    assert "omit the flags" in home.run("run", file, "-m", "echo", "--device", "cpu", code=1).stderr
     assert "another `batchmill run` or `up`" in home.run("run", file, "-m", "demo", code=1).stderr
     asked = home.run("submit", file, "-m", "demo")
     assert "batchmill worker -m demo -q nf4" in asked.stderr

@@ -42,10 +42,10 @@ def test_it_names_what_it_leaves_and_the_command_that_runs_the_rest(mill: Mill) 
     said = said_by(mill, job_id)
     assert said[:4] == [
         f"job {job_id}: 1 request is pending again",
-        "left alone: 1 context_length_exceeded (index 3): the shortest of these prompts has 700 tokens, and no worker"
-        " lives that holds the model",
-        "left alone: 1 invalid_response_format (index 1): its line alone decides that",
-        f"`batchmill retry {job_id} --all` runs these too; corrected lines are submitted as a file of their own",
+        "skipped: 1 context_length_exceeded (index 3): the shortest of these prompts has 700 tokens, and no worker"
+        " live worker holds the model",
+        "skipped: 1 invalid_response_format (index 1): its line alone decides that",
+        f"`batchmill retry {job_id} --all` runs these too; submit corrected lines as a new file",
     ]
     assert said[4].endswith("; start one:")
     assert said[5:] == ["batchmill up -m echo"]
@@ -57,11 +57,11 @@ def test_all_of_it_and_a_live_worker(mill: Mill) -> None:
         connection.exec_driver_sql("UPDATE workers SET alive_until = alive_until + 3600")
     said = said_by(mill, job_id)
     assert said[0] == f"job {job_id}: 0 requests are pending again"
-    assert said[1].startswith("left alone: 2 empty_prompt (index 1, 2): ")
+    assert said[1].startswith("skipped: 2 empty_prompt (index 1, 2): ")
     assert len(said) == 3
     assert said_by(mill, job_id, "--all") == [
         f"job {job_id}: 2 requests are pending again",
-        f"its workers take it up; `batchmill wait {job_id}` follows",
+        f"workers will pick them up; `batchmill wait {job_id}` follows",
     ]
     with mill.store.database.read() as connection:
         assert connection.scalars(select(outputs.c.state)).all() == ["succeeded"]

@@ -106,14 +106,14 @@ def test_each_replaced_file_makes_another_model(home: Home, model: Path, file: P
         kept = (model / name).read_bytes()
         replace(model)
         done = home.run("run", file, "-m", model, *WORDS)
-        assert f"has run this file with another model, changed since: {called}" in done.stderr
+        assert f"ran this file with another model; changed since then: {called}" in done.stderr
         assert len(job_ids(home)) == number
         said[name] = answers(done.stdout)
         (model / name).write_bytes(kept)
     assert len({tuple(each) for each in said.values()}) == 1 + len(REPLACED)
     again = home.run("run", file, "-m", model, *WORDS)  # the old model is back, and so are its answers
     assert again.stdout == first
-    assert f"job {old} has run this file before" in again.stderr
+    assert f"job {old} ran this file before" in again.stderr
 
 
 def test_touching_and_copying_files_makes_nothing_stale(home: Home, model: Path, file: Path) -> None:
@@ -126,7 +126,7 @@ def test_touching_and_copying_files_makes_nothing_stale(home: Home, model: Path,
     (model / "README.md").write_text("not read")
     done = home.run("run", file, "-m", model, *WORDS)
     assert done.stdout == first
-    assert "has run this file before; --new runs it again" in done.stderr
+    assert "ran this file before; --new runs it again" in done.stderr
     assert len(job_ids(home)) == 1
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_is_not_finished_by_another_model(home: Home, model: 
     (old,) = job_ids(home)
     other_weights(model)
     done = home.run(*words)
-    assert f"job {old} was begun with another model, changed since: weights (" in done.stderr
+    assert f"job {old} was started with another model; changed since then: weights (" in done.stderr
     mixed = texts(out)
     home.run(*words, "--new")
     assert mixed == texts(out)
@@ -160,7 +160,7 @@ def test_a_replaced_adapter_is_another_one_for_who_used_it(home: Home, model: Pa
     (_, old) = job_ids(home)
     save(folder, model, lora_alpha=128)
     done = home.run("run", used, *words)
-    assert f"job {old} has run this file with another model, changed since: adapter a (" in done.stderr
+    assert f"job {old} ran this file with another model; changed since then: adapter a (" in done.stderr
     assert answers(done.stdout) != answers(first)
     assert home.run("run", unused, *words).stdout == plain
     assert len(job_ids(home)) == 3
@@ -178,7 +178,7 @@ def test_a_finished_job_of_before_is_run_anew_and_says_so(home: Home, file: Path
         connection.execute(update(jobs).values(identity=None))
     store.close()
     done = home.run("run", file, "-m", "echo")
-    assert f"job {old} has run this file before batchmill kept what a model consists of; the file is run" in done.stderr
+    assert f"job {old} ran this file before batchmill recorded model files; running the file" in done.stderr
     assert "--new" in home.run("run", file, "-m", "echo").stderr
     assert len(job_ids(home)) == 2
 
@@ -242,7 +242,7 @@ def test_a_worker_with_another_model_leaves_the_job_and_doctor_says_what_changed
     mill.command("submit", file, *submit, "--wait")  # a later job is begun, so that the worker holds its model
     said = mill.finished("doctor", job)
     assert said.returncode == 1, said.stdout
-    assert f"job {job} is stuck: it was begun with another model than worker " in said.stdout
-    assert "holds, changed since: weights\n  -> to finish it, put the old model back" in said.stdout
+    assert f"job {job} is stuck: it was started with another model than worker " in said.stdout
+    assert "holds; changed since then: weights\n  -> to finish it, restore the old model" in said.stdout
     assert f"`batchmill cancel {job}` and submit the file again" in said.stdout
     assert mill.succeeded(job) == kept

@@ -74,7 +74,7 @@ def test_two_live_stores_of_one_id_are_told_and_the_copy_gets_its_own(mill: Mill
     until(lambda: mill.store.workers.namesakes() and copy.store.workers.namesakes(), "both have met the other")
     found = own_id(mill)
     assert found is not None
-    assert re.search(r"another live store shows this one's id: second on .* works for it", found["found"])
+    assert re.search(r"another live store has the same id: second on .* works for it", found["found"])
     assert "batchmill db new-id" in found["fix"]
     assert "worker second on" in copy.finished("db", "new-id").stderr
     worker.terminate()

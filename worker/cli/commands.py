@@ -37,7 +37,7 @@ def takes_model(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError("name one model: as MODEL, or by -m")
         return command(model=model or named, **others)
 
-    option = click.option("-m", "--model", "named", shell_complete=complete_model, help="The same as MODEL.")
+    option = click.option("-m", "--model", "named", shell_complete=complete_model, help="Same as MODEL.")
     return click.argument("model", required=False, shell_complete=complete_model)(option(run))
 
 

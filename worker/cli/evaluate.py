@@ -56,24 +56,37 @@ _SIZE = click.IntRange(min=2)
     "quantizations",
     multiple=True,
     metavar="LIST",
-    help="nf4,int8:threshold=0,none and such, with their options (default: the setting); repeatable.",
+    help="Quantizations to measure: nf4,int8:threshold=0,none (default: the setting; repeatable).",
 )
 @click.option(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help='.txt: running text; else JSONL of {"text"}, {"prompt", "answer"} or {"messages", "answer"}.',
+    help='Text to measure on: .txt, or JSONL of {"text"}, {"prompt", "answer"} or {"messages", "answer"}.',
 )
-@click.option("--baseline", default="none", show_default=True, help="The quantization that others are compared with.")
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--baseline", default="none", show_default=True, help="Quantization to compare the others with.")
+@click.option("--revision", help="Branch, tag or commit on the Hugging Face Hub.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--share-device", is_flag=True, help="Work on a GPU that a worker holds, too.")
-@click.option("--tokens", type=_SIZE, default=100_000, show_default=True, help="Tokens of the text to score at most.")
-@click.option("--context", "window_tokens", type=_SIZE, help="Tokens of a window: the model's context, at most 2,048.")
-@click.option("--stride", "stride_tokens", type=click.IntRange(min=1), help="Between two windows: half of a window.")
-@click.option("--continuations", type=_COUNT, default=64, show_default=True, help="Greedy answers to compare.")
+@click.option("--share-device", is_flag=True, help="Share a GPU with a worker.")
+@click.option("--tokens", type=_SIZE, default=100_000, show_default=True, help="Maximum number of tokens to score.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens of an answer at most."
+    "--context", "window_tokens", type=_SIZE, help="Tokens in a window (default: the model's context, at most 2,048)."
+)
+@click.option(
+    "--stride",
+    "stride_tokens",
+    type=click.IntRange(min=1),
+    help="Tokens from one window to the next (default: half a window).",
+)
+@click.option(
+    "--continuations", type=_COUNT, default=64, show_default=True, help="Number of greedy answers to compare."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Maximum number of tokens in an answer.",
 )
 @click.option(
     "--kl-places",
@@ -81,17 +94,19 @@ _SIZE = click.IntRange(min=2)
     type=_COUNT,
     default=10_000,
     show_default=True,
-    help="Tokens at which distributions are compared; each takes 4 bytes a token of the vocabulary under TMPDIR.",
+    help="Number of tokens to compute the KL divergence at; each takes 4 bytes per vocabulary entry in TMPDIR.",
 )
 @click.option(
     "--match",
     type=click.Choice(["exact", "regex"]),
     default="exact",
     show_default=True,
-    help="When an answer is right: equal, or found by the regex that the data's answer is.",
+    help="Match answers exactly, or with the data's answers as regexes.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CHART", help="A chart, .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="CHART", help="Write a chart to this .png or .svg file."
+)
 @one_line_errors()
 def main(
     model: str,
@@ -106,11 +121,11 @@ def main(
     match: str,
     **numbers: int,
 ) -> None:
-    """Measure what quantization costs on your own text: quality, memory and speed of each, and which to take.
+    """Measure the cost of quantization on your own text: quality, memory and speed of each, and which to choose.
 
-    Perplexity, the distance of next-token distributions from the baseline's, greedy answers that stay the same, right
-    answers where the data has answers, memory, and tokens per second by batchmill's own engine. One model is in
-    memory at a time. Exit code 5 if some could not be measured, 1 if none could.
+    Measures perplexity, the KL divergence of next-token distributions from the baseline's, how many greedy answers stay
+    the same, accuracy if the data has answers, memory, and tokens per second of batchmill's own engine. Only one model
+    is in memory at a time. The exit code is 5 if some could not be measured, 1 if none could.
     """
     settings = load_settings()
     _prepare_process(settings, device)

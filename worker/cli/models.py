@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 @click.group(name="models", epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct")
 def main() -> None:
-    """Fetch a model, or save a quantized copy of one."""
+    """Download a model, or save a quantized copy of one."""
 
 
 @main.command(
     cls=Command,
-    short_help="Fetch a model or an adapter, so that workers start offline.",
+    short_help="Download a model or an adapter, so that workers can start offline.",
     epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct",
 )
 @click.argument("model")
-@click.option("--revision", help="Branch, tag or commit; without it the repository's main branch.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--revision", help="Branch, tag or commit on the Hugging Face Hub (default: main).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @one_line_errors()
 def pull(model: str, revision: str | None, as_json: bool) -> None:
-    """Fetch a Hugging Face model, or an adapter, so that workers start offline; prints the folder that holds it.
+    """Download a Hugging Face model or adapter, so that workers can start offline; print the folder that holds it.
 
-    Only what is needed comes: safetensors in one form, configuration, vocabularies, chat templates. Where all of it
-    is here already, nothing is fetched. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere.
+    Only the files that workers need are downloaded: safetensors in one form, configuration, vocabularies, chat
+    templates. If all of them are here, nothing is. HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE apply as usual.
     """
     spec = ModelSpec.parse(model, revision=revision)
     if spec.folder is not None or spec.model in (DEMO, ECHO):
@@ -94,15 +94,17 @@ def _as_json(spec: ModelSpec, pulled: Pulled) -> dict[str, object]:
 )
 @click.argument("model", shell_complete=complete_model)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("-q", "--quantization", required=True, help="nf4, fp4 or int8, with options: nf4:double_quant=false.")
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option(
+    "-q", "--quantization", required=True, help="nf4, fp4 or int8; options follow a colon: nf4:double_quant=false."
+)
+@click.option("--revision", help="Branch, tag or commit on the Hugging Face Hub.")
 @click.option("--device", default="auto", help="auto (default), cpu, cuda or cuda:N.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @one_line_errors()
 def quantize(model: str, out: Path, quantization: str, revision: str | None, device: str, as_json: bool) -> None:
     """Save a quantized copy of MODEL in the folder OUT, which must be new or empty.
 
-    It takes a fraction of the disk, and loads without quantizing again: `-m OUT -q checkpoint`.
+    The copy takes a fraction of the disk space, and loads without being quantized again: `-m OUT -q checkpoint`.
     """
     spec = ModelSpec.parse(model, quantization=quantization, revision=revision)
     refuse_slip(spec)

@@ -34,14 +34,19 @@ if TYPE_CHECKING:
     epilog="Example: batchmill plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 24GiB --context 4096",
 )
 @takes_model
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--revision", help="Branch, tag or commit on the Hugging Face Hub.")
 @click.option(
-    "--devices", help="Where: 0,1 or 0+1 (split over both) or all or cpu. Default: the GPUs here, or the CPU."
+    "--devices", help="Devices: 0,1 or 0+1 (split over both), all, or cpu (default: the GPUs here, or the CPU)."
 )
-@click.option("--gpu-memory", metavar="SIZE", help="A GPU of this size that need not be here, such as 24GiB.")
-@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens of a prompt and its answer together.")
-@click.option("--rows", type=click.IntRange(1), metavar="N", help="Requests that shall be worked on at once.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--gpu-memory", metavar="SIZE", help="Plan for a GPU with this much memory, such as 24GiB.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Maximum number of tokens in a prompt and its answer together.",
+)
+@click.option("--rows", type=click.IntRange(1), metavar="N", help="Number of requests to process at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @one_line_errors()
 def main(
     model: str,
@@ -52,10 +57,10 @@ def main(
     rows: int | None,
     as_json: bool,
 ) -> None:
-    """Show what MODEL takes in every quantization, what of it fits, and how fast it can be.
+    """Show how much memory MODEL needs in each quantization, what fits, and how fast it can be.
 
-    Only its configuration is read, and headers of its weights where they are quantized already; no weights are
-    fetched or loaded. MODEL is a Hugging Face id, a folder, or demo.
+    Only its configuration is read, and the headers of its weights if they are quantized already; no weights are
+    downloaded or loaded. MODEL is a Hugging Face id, a folder, or demo.
     """
     if gpu_memory is not None and devices is not None:
         raise click.UsageError("--gpu-memory pretends a GPU, and --devices are real ones: leave one of them out")

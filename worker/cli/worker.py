@@ -55,26 +55,25 @@ def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
     "-m", "--model", required=True, shell_complete=complete_model, help=f"Hugging Face id, folder, {DEMO} or {ECHO}."
 )
 @click.option("-q", "--quantization", help=QUANTIZATION_HELP)
-@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
+@click.option("--revision", help="Branch, tag or commit on the Hugging Face Hub.")
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="NAME=PATH_OR_ID",
-    help="Hold a LoRA adapter beside the model, for requests that name it; a Hugging Face id may end in @REVISION. "
-    "Repeatable.",
+    help="LoRA adapter for requests that name it; a Hugging Face id may end in @REVISION (repeatable).",
 )
 @click.option("--device", default=None, help=DEVICE_HELP)
 @click.option(
     "--devices",
     default=None,
-    help="One worker per device, restarted when it dies: 0,1 or cpu or all; 0+1,2+3 is two workers of two GPUs each.",
+    help="Run a worker per device, restarted if it dies: 0,1 or cpu or all; 0+1,2+3 is two workers of two GPUs each.",
 )
-@click.option("--name", help="Told apart by it in `batchmill workers`.")
+@click.option("--name", help="Name of the worker in `batchmill workers`.")
 @click.option(
-    "--exit-when-idle", type=click.FloatRange(min=0), metavar="SECONDS", help="End after so long without work."
+    "--exit-when-idle", type=click.FloatRange(min=0), metavar="SECONDS", help="Exit after this time without work."
 )
-@click.option("--share-device", is_flag=True, help="Work on a GPU that another worker holds, too.")
+@click.option("--share-device", is_flag=True, help="Share a GPU with another worker.")
 @_flags
 @click.option("--job", "only_job", hidden=True, help="Serve this job alone.")
 @one_line_errors()
@@ -91,10 +90,10 @@ def main(
     only_job: str | None,
     **flags: Any,
 ) -> None:
-    """Run a worker: it holds one quantized model on its device and answers the requests of its queue.
+    """Run a worker, which holds one quantized model on its device and answers requests from its queue.
 
-    It takes batches of every job that names the same model, revision and quantization, until it is told to end
-    (Ctrl-C or SIGTERM): then it saves what is finished and hands the rest back.
+    It takes batches of every job with the same model, revision and quantization, until it is stopped (Ctrl-C or
+    SIGTERM): then it saves finished outputs and returns the rest to the queue.
     """
     check_label(name)
     placed = {each.setting: flags.pop(each.setting) for each in PLACEMENT_FLAGS}

@@ -36,9 +36,9 @@ def _with(form: str) -> str:
 
 
 #: The tables in words, for the help of the options.
-FILE_HELP = f"How FILE is read: text is a prompt per line (default for {', '.join(READ_AS)}), else JSON Lines."
-OUT_HELP = f"Answers go to this file (default: stdout): {_with('csv')} is a table, all else JSON Lines."
-FORMAT_HELP = f"batchmill's lines, the OpenAI Batch API's ({_with('openai')}), or a table ({_with('csv')})."
+FILE_HELP = f"Format of FILE: text has one prompt per line (default for {', '.join(READ_AS)}), jsonl is JSON Lines."
+OUT_HELP = f"File for the answers (default: stdout): {_with('csv')} is a table, anything else JSON Lines."
+FORMAT_HELP = f"batchmill's JSON Lines, OpenAI Batch API output ({_with('openai')}), or a table ({_with('csv')})."
 
 _UTF8_ALONE = "text is read as UTF-8, so convert it: iconv -f"
 _PACKED = "which batchmill does not unpack; run"

@@ -33,7 +33,7 @@ def loading_line(worker: WorkerRow) -> str:
     """What a worker that loads has spent its time on, and does since: `loading torch 4 s, the model 1 s`."""
     torch_seconds, seconds = worker.torch_load_seconds, worker.loading_seconds
     if seconds is None and worker.generation:
-        return "starting again, since its process died"
+        return "restarting, since its process died"
     if seconds is None:
         return f"starting, for {duration(worker.uptime_seconds)}"
     if worker.spec.model == ECHO:

@@ -89,9 +89,9 @@ def _moving(case: Case) -> Finding:
     quiet = "no answer yet" if last is None else f"no answer for {case.ago(last)}"
     return Finding(
         "at_work",
-        f"it is in the hands of {_names([each.worker for each in case.at_work])}, {quiet}",
-        f"wait: long answers take their time, and a worker that makes no token for {settings.stall_seconds:g} s is"
-        " ended and its batches are taken back; `batchmill logs --level error` on its machine then says where it hung",
+        f"it is being worked on by {_names([each.worker for each in case.at_work])}, {quiet}",
+        f"wait: long answers take time, and a worker that generates no token for {settings.stall_seconds:g} s is"
+        " killed and its batches are requeued; `batchmill logs --level error` on its machine then shows where it hung",
     )
 
 
@@ -100,8 +100,8 @@ def _cancelling(case: Case) -> Finding:
         who = _names([each.worker for each in case.at_work])
         return Finding(
             "cancelling",
-            f"it is being cancelled and waits for {who} to let go of {_batches(case.at_work)}",
-            f"wait: a worker lets go at its next save, {case.settings.save_seconds:g} s apart, once its step is over",
+            f"it is being cancelled and waits for {who} to release {_batches(case.at_work)}",
+            f"wait: a worker releases them at its next save, at most {case.settings.save_seconds:g} s after its step",
         )
     if case.lost:
         who = _names([each.worker for each in case.lost])
@@ -111,7 +111,7 @@ def _cancelling(case: Case) -> Finding:
 
 def _closing(case: Case) -> Finding:
     """Nothing of the job is open any more; whoever reconciles next closes it."""
-    message = "nothing of it is open any more, and nobody has closed it yet"
+    message = "all its requests have ended, and it has not been closed yet"
     if case.around.live_workers:
         return Finding("closing", message, f"wait: it is closed within {case.settings.reconcile_seconds:g} s")
     return Finding("closing", message, f"`batchmill status {case.job.id}` closes it", stuck=True)
@@ -131,7 +131,7 @@ def _claimable(case: Case) -> Iterator[Finding]:
     elif takers:
         yield Finding(
             "draining",
-            f"who is left is ending and takes no new work: {_names(takers)}",
+            f"the remaining workers are stopping and take no new work: {_names(takers)}",
             f"start another: {case.start}",
             stuck=True,
         )
@@ -158,7 +158,7 @@ def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
     for job_id, batches in case.around.older:
         yield Finding(
             "older_job_first",
-            f"job {job_id} is older, of the same model, and has {counted(batches, 'batch')} pending, which go first",
+            f"job {job_id} of the same model is older, and its {counted(batches, 'pending batch')} go first",
             f"wait, start another worker, or `batchmill cancel {job_id}`",
         )
     if idle and case.queue.error is None:
@@ -166,22 +166,22 @@ def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
     elif not idle and not case.at_work:
         yield Finding(
             "workers_busy",
-            f"who could take it is at other batches: {_names(ready)}",
+            f"the workers that could take it are busy with other batches: {_names(ready)}",
             f"wait, or start another: {case.start}",
         )
 
 
 def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
     embedded = case.settings.embedded_broker
-    remedy = "start Redis, or mend BATCHMILL_BROKER_URL"
+    remedy = "start Redis, or correct BATCHMILL_BROKER_URL"
     if embedded:
         lives = mill_lives(case.settings.home)
         remedy = "wait: the mill that is up starts it again" if lives else f"start the mill again: {case.start}"
     every = duration(case.settings.reconcile_seconds)
     if idle:
-        message = f"Redis is away; {_names(idle)} finds work without it, in one look every {every}"
+        message = f"Redis cannot be reached; {_names(idle)} checks the store for work every {every}"
     else:
-        message = f"Redis is away; workers that are at work go on, and idle ones look for work every {every}"
+        message = f"Redis cannot be reached; busy workers go on, and idle ones check the store for work every {every}"
     return Finding("redis_away", f"{message} ({one_line(case.queue.error or '')})", remedy)
 
 
@@ -196,12 +196,12 @@ def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
         return Finding(
             "not_claimed",
             f"{message}, for {case.ago(since)}",
-            f"that is too long: look at {_log(idle[0])}, and start it again",
+            f"that is too long: see {_log(idle[0])}, and restart the worker",
             stuck=True,
         )
     if wakeups < min(case.takeable_batches, MAX_WAKEUPS):
         within = f"{case.settings.reconcile_seconds:g} s"
-        return Finding("not_claimed", message, f"wait: what wake-ups are missing the workers send within {within}")
+        return Finding("not_claimed", message, f"wait: workers send the missing wake-ups within {within}")
     return Finding("not_claimed", message, "wait: an idle worker takes a wake-up within seconds")
 
 
@@ -213,8 +213,8 @@ def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
     return Finding(
         "loading_model",
         f"the model is being loaded by {_names(loading)}, {which}{again}since {utc(since)} ({case.ago(since)} ago)",
-        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; `batchmill workers` says how far it"
-        " is",
+        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; `batchmill workers` shows its"
+        " progress",
     )
 
 
@@ -259,15 +259,15 @@ def _near_miss(case: Case, worker: Seen) -> Finding:
     flags = shlex.join(worker.spec.command_line()[2:])
     return Finding(
         "near_miss",
-        f"{_who(worker)} holds {worker.spec}, and this job wants {case.job.spec}",
-        f"if that one was meant: `batchmill cancel {case.job.id}`, and submit again with {flags}",
+        f"{_who(worker)} holds {worker.spec}, and this job needs {case.job.spec}",
+        f"if you meant that one: `batchmill cancel {case.job.id}`, and submit again with {flags}",
     )
 
 
 def _gone(case: Case, worker: Seen) -> Finding:
     if worker.state in GIVEN_UP:
         return _given_up(case, worker)
-    ended = "stopped" if worker.state is WorkerState.STOPPED else f"was {worker.state.value} and is dead or cut off"
+    ended = "stopped" if worker.state is WorkerState.STOPPED else f"was {worker.state.value} and is dead or unreachable"
     return Finding("worker_gone", f"{_who(worker)} {ended}, last seen {duration(worker.seen_seconds)} ago")
 
 
@@ -285,31 +285,31 @@ def _lost(case: Case, hold: Hold) -> Finding:
     worker, now = hold.worker, case.around.now
     over_since = case.over_since(hold)
     if hold.lease_until < now:
-        lease = f"ran out at {utc(hold.lease_until)}, {case.ago(hold.lease_until)} ago"
+        lease = f"expired at {utc(hold.lease_until)}, {case.ago(hold.lease_until)} ago"
     else:
         lease = f"runs until {utc(hold.lease_until)}, for another {duration(hold.lease_until - now)}"
         if over_since <= now:
             lease += ", which no lease does: the store's clock was set back, so it counts as expired"
-    state = "lives but does not renew it" if worker.alive else "has ended or is cut off"
+    state = "is alive but does not renew it" if worker.alive else "has ended or is unreachable"
     message = (
         f"{_who(worker)} holds {counted(hold.batches, 'batch')} since {utc(hold.since)} ({case.ago(hold.since)}) and"
         f" {state}, last seen {duration(worker.seen_seconds)} ago; the lease {lease}"
     )
     if not case.around.live_workers:
-        remedy = f"no worker lives to take it back; start one: {case.start}"
+        remedy = f"no live worker can requeue them; start one: {case.start}"
         if case.cancelling:
             free_at = utc(over_since + case.settings.lease_seconds)
-            remedy = f"`batchmill status {case.job.id}` takes it back from {free_at} on"
+            remedy = f"`batchmill status {case.job.id}` requeues them from {free_at} on"
         return Finding("nobody_reconciles", message, remedy, stuck=True)
     code = "lease_expired" if over_since <= now else "dead_holder"
     if now - over_since > case.reaping_seconds:
         remedy = (
-            "that is too long for the live workers to have seen it; `batchmill logs --level warning` on their machines"
-            " says whether they reach the store"
+            "the live workers should have noticed by now; `batchmill logs --level warning` on their machines"
+            " shows whether they can reach the store"
         )
         return Finding(code, message, remedy, stuck=True)
     within = duration(case.reaping_seconds)
-    return Finding(code, message, f"wait: within {within} of its end a live worker takes it back")
+    return Finding(code, message, f"wait: a live worker requeues them within {within} of the lease's end")
 
 
 def _progress(case: Case) -> Finding:
@@ -338,16 +338,16 @@ def _suspects(case: Case) -> Iterator[Finding]:
             "suspects",
             f"{counted(pending.suspect_requests, 'request')} in {counted(pending.suspects, 'batch')} were in a worker"
             " when its process died; such a batch runs alone on a worker",
-            "nothing to do: what kills its process again and again ends as the error `poison`",
+            "nothing to do: a request that keeps killing its worker ends with the error `poison`",
         )
 
 
 def _crashes(case: Case) -> Iterator[Finding]:
     for each in case.around.crashes:
-        died = "died" if each.outcome is RunOutcome.CRASHED else "let its lease run out"
+        died = "died" if each.outcome is RunOutcome.CRASHED else "let its lease expire"
         yield Finding(
             "crashed",
-            f"a process of {each.worker.name} on {each.worker.host} {died} at this job, {counted(each.times, 'time')},"
+            f"a process of {each.worker.name} on {each.worker.host} {died} on this job, {counted(each.times, 'time')},"
             f" the last at {utc(each.last_at)}",
             _where_it_says(case, each),
         )
@@ -357,11 +357,11 @@ def _where_it_says(case: Case, crashes: Crashes) -> str:
     """The log that says how the last of these came about: a process that is killed cannot say it in its own."""
     log = _log(crashes.worker)
     if crashes.outcome is not RunOutcome.CRASHED:
-        return f"{log} has what it said then"
+        return f"{log} has its log of that time"
     if case.outlived(crashes):
-        return f"{log} says how"
+        return f"{log} shows why"
     return (
-        f"the worker itself ended: {log} has its last words, and `batchmill logs supervisor` there says how it ended,"
+        f"the worker itself ended: {log} has its last lines, and `batchmill logs supervisor` there shows how it ended,"
         " if `up`, `run` or `--devices` started it and outlived it"
     )
 

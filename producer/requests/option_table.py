@@ -1,0 +1,269 @@
+"""The options of the sampler, a row each: what lines, flags and the documentation are told of it.
+
+The names are those of SamplingParams. It knows no command line: what reads one makes a flag of a row's `flag`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from batchmill.jobs.requests.generation import SamplingParams
+from batchmill.producer.requests.checks import BOOLEAN, Check, integer, list_of, number
+from batchmill.producer.requests.sampling_checks import (
+    MAX_BIAS,
+    MAX_INT32,
+    MAX_NAMED,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
+    STRUCTURED,
+    logit_bias,
+    logprobs_or_count,
+    response_format,
+    stop,
+    structured_outputs,
+    top_k,
+)
+
+MAX_CHOICES = 128
+MAX_INT64 = 2**63 - 1
+#: The groups of the flags, in the order of the help.
+FLAG_GROUPS = _ANSWERS, _SAMPLING = ("Answers", "Sampling")
+_FALLBACK = SamplingParams.fallback()
+
+
+class Values(NamedTuple):
+    """The values that an option takes: their check, and the same in words."""
+
+    check: Check
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The flag of `submit` and `run` for an option, in a group of their help.
+
+    `kind`: what follows it: int, float, str, or dict for JSON; bool for a switch, which nothing follows. `low`, `high`:
+    bounds that the command line keeps to; `above`: that `low` is not within them. `hint`: what its help says in
+    parentheses.
+    """
+
+    group: str
+    kind: type
+    low: int | None = None
+    high: int | None = None
+    above: bool = False
+    repeatable: bool = False
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option. `help`: what it does, in one sentence without its full stop; `more`: what the documentation adds.
+
+    `default` says what holds where nobody asks for anything and SamplingParams has no fallback. `spellings`: the checks
+    of the other keys for it. `beside_prompt`: its check in a line of a `prompt`, where that is another one.
+    """
+
+    name: str
+    values: Values
+    help: str
+    more: str = ""
+    default: str = ""
+    flag: Flag | None = None
+    spellings: Mapping[str, Check] = field(default_factory=dict)
+    beside_prompt: Check | None = None
+
+    @property
+    def checks(self) -> dict[str, Check]:
+        """The checks of all its keys, its own name first."""
+        return {self.name: self.values.check, **self.spellings}
+
+    @property
+    def flag_name(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def flag_help(self) -> str:
+        """The sentence of its flag."""
+        fallback = getattr(_FALLBACK, self.name)
+        hint = f"default {fallback}" if fallback is not None else self.flag.hint if self.flag is not None else ""
+        return f"{self.help} ({hint})." if hint else f"{self.help}."
+
+
+def markdown_table() -> str:
+    """The options as a Markdown table for the documentation, which ends in a line feed."""
+    rows = [("Key", "Flag", "Values", "Default", "Meaning"), ("---",) * 5, *map(_cells, OPTIONS)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _cells(option: Option) -> tuple[str, ...]:
+    fallback = getattr(_FALLBACK, option.name)
+    return (
+        ", ".join(f"`{key}`" for key in option.checks),
+        "" if option.flag is None else f"`{option.flag_name}`",
+        option.values.words,
+        option.default if fallback is None else f"{fallback}",
+        f"{option.help}. {option.more}".rstrip(),
+    )
+
+
+def _integer(low: int, high: int) -> Values:
+    return Values(integer(low, high), f"an integer from {low}" + ("" if high == MAX_INT32 else f" to {high}"))
+
+
+def _number(low: int, high: int, *, above: bool = False) -> Values:
+    words = f"above {low} and at most {high}" if above else f"from {low} to {high}"
+    return Values(number(low, high, above=above), f"a number {words}")
+
+
+_BIASES = f'an object of up to {MAX_NAMED:,} token ids, from -{MAX_BIAS} to {MAX_BIAS} each: `{{"50256": -100}}`'
+_TRUE_OR_FALSE = Values(BOOLEAN, "true or false")
+_NUMBER_OF_CHOICES = _integer(1, MAX_CHOICES)
+_TOKENS = _integer(1, MAX_INT32)
+#: In the order of the help and of the documentation.
+OPTIONS = (
+    Option(
+        "max_tokens",
+        _TOKENS,
+        "Maximum number of tokens in an answer",
+        "The context of the model may leave fewer.",
+        flag=Flag(_ANSWERS, int, low=1),
+        spellings={"max_completion_tokens": _TOKENS.check},
+    ),
+    Option(
+        "min_tokens",
+        _integer(0, MAX_INT32),
+        "Minimum number of tokens in an answer",
+        "Until then neither an end-of-sequence token nor `stop` or `stop_token_ids` ends it; a `response_format` may.",
+        default="0",
+        flag=Flag(_ANSWERS, int),
+    ),
+    Option(
+        "temperature",
+        _number(0, 100),
+        "Sampling temperature; 0 is greedy decoding",
+        flag=Flag(_SAMPLING, float, low=0, high=100),
+    ),
+    Option(
+        "top_p",
+        _number(0, 1),
+        "Nucleus sampling: keep the most likely tokens up to this total probability",
+        "At 0 only the most likely token is left.",
+        default="1, all tokens",
+        flag=Flag(_SAMPLING, float, low=0, high=1, above=True),
+    ),
+    Option(
+        "top_k",
+        Values(top_k, "an integer from 1; 0 and -1 for no limit"),
+        "Sample only from the K most likely tokens",
+        default="no limit",
+        flag=Flag(_SAMPLING, int, low=1),
+    ),
+    Option(
+        "min_p",
+        _number(0, 1),
+        "Drop tokens less likely than this fraction of the most likely token's probability",
+        default="0, all tokens",
+        flag=Flag(_SAMPLING, float, hint="0 to 1"),
+    ),
+    Option(
+        "repetition_penalty",
+        _number(0, 100, above=True),
+        "Penalize tokens that the prompt or the answer contains",
+        "Values above 1 make these tokens less likely, values below 1 more likely.",
+        default="1, none",
+        flag=Flag(_SAMPLING, float, hint="values above 1"),
+    ),
+    Option(
+        "presence_penalty",
+        _number(-2, 2),
+        "Penalize tokens that the answer contains",
+        "It is subtracted from their logits.",
+        default="0, none",
+        flag=Flag(_SAMPLING, float, hint="-2 to 2"),
+    ),
+    Option(
+        "frequency_penalty",
+        _number(-2, 2),
+        "Penalize tokens for each time that the answer contains them",
+        "It is subtracted from their logits, once for each occurrence.",
+        default="0, none",
+        flag=Flag(_SAMPLING, float, hint="-2 to 2"),
+    ),
+    Option(
+        "logit_bias",
+        Values(logit_bias, _BIASES),
+        "Numbers to add to the logits of tokens",
+        default="none",
+    ),
+    Option(
+        "n",
+        _NUMBER_OF_CHOICES,
+        "Number of choices to generate for each request",
+        "`best_of` is accepted where it equals `n`: all choices are returned.",
+        default="1",
+        flag=Flag(_ANSWERS, int, hint=f"1 to {MAX_CHOICES}"),
+        spellings={"best_of": _NUMBER_OF_CHOICES.check},
+    ),
+    Option(
+        "seed",
+        Values(integer(-MAX_INT64 - 1, MAX_INT64), "an integer of 64 bits"),
+        "Random seed, for reproducible sampling of each request",
+        "The same seed gives the same answer wherever the request runs in float32, or with `--deterministic`.",
+        default="random",
+        flag=Flag(_SAMPLING, int, low=-MAX_INT64 - 1, high=MAX_INT64),
+    ),
+    Option(
+        "stop",
+        Values(stop, f"a string, or a list of up to {MAX_STOPS}"),
+        "End an answer before this text",
+        default="none",
+        flag=Flag(_ANSWERS, str, repeatable=True, hint="repeatable"),
+    ),
+    Option(
+        "stop_token_ids",
+        Values(list_of(integer(0, MAX_INT32), "token ids", most=MAX_NAMED), f"a list of up to {MAX_NAMED:,} token ids"),
+        "End an answer at any of these tokens",
+        default="none",
+    ),
+    Option(
+        "ignore_eos",
+        _TRUE_OR_FALSE,
+        "Ignore end-of-sequence tokens, and generate up to the maximum number of tokens",
+        default="false",
+        flag=Flag(_ANSWERS, bool),
+    ),
+    Option(
+        "logprobs",
+        _TRUE_OR_FALSE,
+        "Return the log probability of each token of an answer",
+        "Beside a `prompt`, a number from 0 is `top_logprobs`, as in `/v1/completions`.",
+        default="false",
+        beside_prompt=logprobs_or_count,
+    ),
+    Option(
+        "top_logprobs",
+        _integer(0, MAX_TOP_LOGPROBS),
+        "Number of most likely tokens to return with each token of an answer",
+        "It needs `logprobs` to be true.",
+        default="0",
+    ),
+    Option(
+        "response_format",
+        Values(response_format, "an object of `type` `json_object`, `json_schema`, `regex`, `choice` or `text`"),
+        "Format that answers must follow",
+        "The other keys are vLLM's for the same.",
+        default="text",
+        flag=Flag(_ANSWERS, dict, hint="json_object, or an object as in a line's response_format"),
+        spellings={
+            "guided_json": STRUCTURED["json"],
+            "guided_regex": STRUCTURED["regex"],
+            "guided_choice": STRUCTURED["choice"],
+            "structured_outputs": structured_outputs,
+        },
+    ),
+)
+#: The options that have a flag, with it.
+FLAGS = tuple((each, each.flag) for each in OPTIONS if each.flag is not None)
