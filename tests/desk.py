@@ -14,9 +14,9 @@ from typing import Any
 
 from sqlalchemy import delete, event, text
 
-from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.requests.generation import Request, RequestKey
 from batchmill.jobs.requests.states import BatchState
 from batchmill.jobs.store.leases.lease import Lease, Seat

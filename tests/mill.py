@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from sqlalchemy import ColumnElement, Float, bindparam, func, select
 
-from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import (

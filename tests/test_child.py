@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.errors import AlreadyRunning, ModelError, StoreError, StoreUnavailable
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.identity import Content, of_model
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.store.store import Store
@@ -128,7 +128,7 @@ class TestBeginning:
         )
         monkeypatch.setenv("BATCHMILL_DATABASE_URL", sqlite_url)
         monkeypatch.setenv(ORDER_VARIABLE, order.to_environment())
-        monkeypatch.setattr(startup, "configure_logs", lambda settings, file: None)
+        monkeypatch.setattr(startup, "configure_logs", lambda **_: None)
         monkeypatch.setattr(startup, "die_with_parent", lambda number, parent_pid: None)
         monkeypatch.setattr(startup.os, "kill", lambda pid, number: None)
 
@@ -159,7 +159,7 @@ class TestBeginning:
     ) -> None:
         order = json.loads(os.environ[ORDER_VARIABLE]) | {"form": 3}
         monkeypatch.setenv(ORDER_VARIABLE, json.dumps(order))
-        monkeypatch.setattr(startup, "configure_logs", lambda settings: None)
+        monkeypatch.setattr(startup, "configure_logs", lambda **_: None)
         state, error = self.gave_up(worker_id[0])
         assert state is WorkerState.FAILED
         assert "start the worker again" in str(error)

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batchmill.jobs.configuration.settings import Settings, load_settings
-from batchmill.jobs.engine_facts import EngineLimits
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.jobs.models.identity import of_echo
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ECHO, ModelSpec

@@ -170,7 +170,7 @@ class TestOpenJobs:
         with pytest.raises(JobStateError) as refused:
             chances_of(store.reading.job(job_id), everything=False, store=store)
         assert str(refused.value) == (
-            f"job {job_id} is queued: retry it once it has ended; no live worker has served echo (none) for 0 s;"
+            f"job {job_id} is queued: retry it once it has ended; no worker serves echo (none) yet;"
             " start one: batchmill up -m echo"
         )
 

@@ -15,7 +15,7 @@ ROOMS = ("jobs", "migrations", "producer", "worker")
 FLOORS = {
     "worker": ("devices", "models", "engine", "plan", "loop", "evaluate", "process", "cli"),
     "jobs": ("errors", "runtime", "requests", "models", "configuration", "broker", "store", "advice"),
-    "jobs.store": (
+    "jobs/store": (
         "clock",
         "line",
         "postgresql",
@@ -87,8 +87,13 @@ def climbs(graph: Mapping[str, set[str]]) -> list[str]:
 
 def _floor(room: str, name: str) -> int | None:
     """The floor of a room on which a module stands; None for those of other rooms."""
-    inner = name.removeprefix(f"batchmill.{room}.").split(".")[0]
-    return FLOORS[room].index(inner) if name.startswith(f"batchmill.{room}.") and inner in FLOORS[room] else None
+    prefix = _prefix(room)
+    inner = name.removeprefix(prefix).split(".")[0]
+    return FLOORS[room].index(inner) if name.startswith(prefix) and inner in FLOORS[room] else None
+
+
+def _prefix(room: str) -> str:
+    return f"batchmill.{room.replace('/', '.')}."
 
 
 def entries(folder: Path) -> int:
@@ -103,7 +108,7 @@ def test_no_modules_import_each_other_in_a_cycle() -> None:
 
 @pytest.mark.parametrize("room", FLOORS)
 def test_each_module_of_a_room_stands_on_a_floor(room: str) -> None:
-    prefix = f"batchmill.{room}."
+    prefix = _prefix(room)
     inner = {name.removeprefix(prefix).split(".")[0] for name in modules() if name.startswith(prefix)}
     assert inner == {*FLOORS[room]} | APART.get(room, set())
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, insert, or_, select, update
 
-from batchmill.jobs.engine_facts import EngineFacts
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.adapters import Adapter, from_json, to_json
 from batchmill.jobs.models.device_memory import DeviceMemory, devices_from_text, devices_text
+from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import BatchState, WorkerState
 from batchmill.jobs.runtime.process.process import Process

@@ -224,7 +224,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a lease further ahead than any can be is over",
         (
             Edit(
-                "jobs/store/leases/lease.py",
+                "jobs/store/clock.py",
                 "return or_(until < now - for_seconds, until > now + lease_seconds)",
                 "return until < now - for_seconds",
             ),

@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from batchmill.jobs.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.identity import Content
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from batchmill.jobs.engine_facts import EngineLimits
+from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.worker.devices.memory import MemoryReader
 
 if TYPE_CHECKING:

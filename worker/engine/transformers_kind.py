@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from batchmill.jobs.engine_facts import EngineFacts
 from batchmill.jobs.errors import ModelError
+from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.devices.selection import use_all_cores
 from batchmill.worker.engine import Engine, OpenEngine, Opening, Progress

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchmill.jobs.engine_facts import EngineLimits
+from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.worker.engine.continuous import sizing as continuous
 from batchmill.worker.engine.generate import sizing as generate
 from batchmill.worker.engine.options import EngineOptions

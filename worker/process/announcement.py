@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchmill.jobs.configuration.settings import Settings
-from batchmill.jobs.engine_facts import EngineFacts
 from batchmill.jobs.models.device_memory import Memory
+from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.leases.lease import Seat

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.configuration.settings import Settings, load_settings
-from batchmill.jobs.engine_facts import EngineFacts
 from batchmill.jobs.errors import AlreadyRunning, ModelError, NotFound, StoreError
 from batchmill.jobs.models.adapters import from_json
 from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.models.identity import differences
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import WorkerState

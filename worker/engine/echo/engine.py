@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
-from batchmill.jobs.engine_facts import EngineLimits
+from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.jobs.models.spec import ECHO
 from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
 from batchmill.worker.engine import Progress, not_held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchmill.jobs.engine_facts import EngineFacts
+from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.models.identity import of_echo
 from batchmill.worker.engine import OpenEngine, Opening
 from batchmill.worker.engine.echo.chaos import ChaosEngine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchmill.jobs.engine_facts import EngineLimits
+from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
 from batchmill.worker.engine.sizing import Load, MemoryBudget
 
