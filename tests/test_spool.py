@@ -15,7 +15,8 @@ from sqlalchemy import URL, make_url, update
 from structlog.testing import capture_logs
 
 from batchmill.jobs.configuration.settings import Settings, load_settings
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.jobs.requests.generation import Choice
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.jobs.requests.states import JobState, RunOutcome
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.leases.lease import Held, Lease
@@ -89,8 +90,8 @@ def test_what_an_older_batchmill_spooled_is_read(path: Path) -> None:
 
 def test_it_names_its_form_and_a_newer_one_is_not_read(path: Path) -> None:
     Spool(path, limit_bytes=10_000).append([held(0)])
-    assert json.loads(path.read_text())["format"] == 2
-    path.write_text(path.read_text().replace('"format":2', '"format":3'))
+    assert json.loads(path.read_text())["format"] == 3
+    path.write_text(path.read_text().replace('"format":3', '"format":4'))
     with pytest.raises(NewerSpool):
         read(path)
 
@@ -277,7 +278,7 @@ class TestLeftovers:
     def test_a_spool_of_a_newer_batchmill_is_left_to_it(self, store: Store, settings: Settings) -> None:
         _, who = self.died(store, settings)
         (path,) = (settings.home / "spool").iterdir()
-        path.write_text(path.read_text().replace('"format":2', '"format":3'))
+        path.write_text(path.read_text().replace('"format":3', '"format":4'))
         with capture_logs() as said:
             Leftovers(store, settings).settle(who.worker_id, who.generation)
         assert path.exists()

@@ -15,7 +15,8 @@ import pytest
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode, Request, RequestKey
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.models.load import load
 from batchmill.worker.models.vetting import Refusal, vet, weights
@@ -279,7 +280,7 @@ def test_a_hostile_chat_template_runs_in_a_sandbox(folder: Path, tmp_path: Path,
     proof = tmp_path / "proof"
     (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name](proof))
     engine = GenerateEngine(load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu"), rows=1)
-    engine.add(RequestKey("job", 0), Request(0, "0", messages=({"role": "user", "content": "{{ 7 * 7 }}"},)))
+    engine.add(RequestKey("job", 0), GenerationRequest(0, "0", messages=({"role": "user", "content": "{{ 7 * 7 }}"},)))
     (output,) = engine.step()
     assert output.error is not None
     assert output.error.code == ErrorCode.CHAT_TEMPLATE_ERROR

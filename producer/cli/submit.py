@@ -22,7 +22,8 @@ from batchmill.jobs.configuration.flags import (
 from batchmill.jobs.configuration.option_groups import DEVICE, ENGINE, MODEL, Groups
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.adapters import Adapter, check_all, check_name
-from batchmill.jobs.requests.generation import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE, JobOptions, SamplingParams
+from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
+from batchmill.jobs.requests.request import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
 from batchmill.jobs.runtime.files.formats import FILE_HELP, OUT_HELP, PROMPTS, written_as
 from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import complete_file, complete_model
@@ -282,7 +283,7 @@ def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Ada
         form=options["form"],
         ignore_line_model=options["ignore_line_model"],
         name=options["name"],
-        options=JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options), declared),
+        options=GenerationOptions(options["system"], _sampling(options), _chat_template_kwargs(options), declared),
         adapters=adapters or (),
         batch_size=options["batch_size"],
         command=os.fsencode(shlex.join(["batchmill", *sys.argv[1:]])).decode(errors="backslashreplace"),

@@ -6,9 +6,9 @@ An engine knows no SQL, no Redis and no files. One thread drives it: `add` reque
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.capacity import Capacity
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from
@@ -40,10 +40,12 @@ class Engine(Protocol):
     device's or the engine's fault, and ends the process.
     """
 
+    #: The kinds of requests that it answers, by name.
+    kinds: frozenset[str]
     #: How many requests the device works on at once; the runner keeps about as many again waiting.
     rows: int
-    #: What the model's generation_config asks for where neither request nor job does.
-    defaults: SamplingParams
+    #: What the model asks for where neither request nor job does; SamplingParams, of its generation_config.
+    defaults: Any
     #: What the device holds at once; kept for the next process of this device once its memory ran out.
     capacity: Capacity
 
@@ -55,8 +57,8 @@ class Engine(Protocol):
     def active(self) -> int:
         """Requests begun and unfinished between two steps (0 for an engine whose steps run to the end)."""
 
-    def add(self, key: RequestKey, request: Request) -> None:
-        """Takes a request whose `sampling` has at least max_tokens and temperature set."""
+    def add(self, key: RequestKey, request: Any) -> None:
+        """Takes a request of one of its kinds; a generation's `sampling` has at least max_tokens and temperature."""
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; keys that it does not hold are ignored. They give no output."""

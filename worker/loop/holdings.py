@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from operator import methodcaller
 
 from batchmill.jobs.models.device_memory import Memory
-from batchmill.jobs.requests.generation import MAX_BATCH_SIZE, Output, Request, RequestKey
+from batchmill.jobs.requests.request import MAX_BATCH_SIZE, Output, Request, RequestKey
 from batchmill.jobs.store.bounds import cut
 from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
 
@@ -158,7 +159,7 @@ def _neighbours(claimed: Claimed) -> list[Request]:
     Those that the store has recorded as in flight come first, as it has them.
     """
     recorded = claimed.requests[: claimed.in_flight]
-    return [*recorded, *sorted(claimed.requests[claimed.in_flight :], key=Request.to_body)]
+    return [*recorded, *sorted(claimed.requests[claimed.in_flight :], key=methodcaller("to_body"))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,19 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchmill.jobs.requests.generation import Output
+from batchmill.jobs.requests.kinds import KINDS
+from batchmill.jobs.requests.request import FIRST_KIND, Output
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.store.leases.lease import Held, Lease
 
-#: Each line says that it is written so; lines of before it was said are of form 1, and read alike.
-_FORMAT = 2
+#: Each line says that it is written so; lines of before it was said are of form 1.
+_FORMAT = 3
+#: Older forms name no kind, and have choices for a payload.
+_READ = frozenset({1, 2, _FORMAT})
 _NAME = re.compile(r"(?P<store>[0-9a-f]+)-(?P<worker>[0-9]+)-(?P<generation>[0-9]+)\.jsonl")
 
 
@@ -163,10 +166,11 @@ def read(path: Path) -> list[Held]:
     outputs: dict[Lease, list[Output]] = {}
     in_flight: dict[Lease, list[int]] = {}
     for line in _lines(path):
-        if line.get("format", 1) not in (1, _FORMAT):
+        kind = KINDS.get(line.get("kind", FIRST_KIND))
+        if line.get("format", 1) not in _READ or kind is None:
             raise NewerSpool
-        lease = Lease(*line["lease"])
-        outputs.setdefault(lease, []).extend(Output.from_json(each) for each in line["outputs"])
+        lease = replace(Lease(*line["lease"]), kind=kind.name)
+        outputs.setdefault(lease, []).extend(Output.from_json(each, kind) for each in line["outputs"])
         in_flight[lease] = line["in_flight"]
     return [Held(lease, outputs=outputs[lease], in_flight=in_flight[lease]) for lease in outputs]
 
@@ -184,6 +188,7 @@ def _to_line(held: Held, written: int) -> str:
     lease = held.lease
     line = {
         "format": _FORMAT,
+        "kind": lease.kind,
         "lease": [lease.batch_id, lease.fence, lease.run_id, lease.job_id, lease.apart],
         "in_flight": list(held.in_flight),
         "outputs": [each.to_json() for each in held.outputs[written:]],

@@ -286,6 +286,7 @@ def _seat(order: ChildOrder, generation: int, held: Held, devices: Sequence[Devi
         versions=versions(),
         only_job=order.only_job,
         adapters=held.adapters,
+        kinds=held.chosen.engine.kinds,
     )
 
 
@@ -303,6 +304,7 @@ def _loaded(held: Held, devices: Sequence[DeviceInfo], memory: Memory) -> Loaded
         cache_tokens=held.chosen.cache_tokens,
         devices=memory.devices,
         adapters=held.adapters,
+        kinds=held.chosen.engine.kinds,
     )
 
 

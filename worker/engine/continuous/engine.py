@@ -15,7 +15,8 @@ from time import monotonic, perf_counter
 
 import torch
 
-from batchmill.jobs.requests.generation import Output, Request, RequestKey
+from batchmill.jobs.requests.generation import GENERATION, GenerationRequest
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress
 from batchmill.worker.engine.capacity import Capacity
@@ -53,6 +54,8 @@ class ContinuousEngine:
     which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
     serve a model.
     """
+
+    kinds = frozenset({GENERATION.name})
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class ContinuousEngine:
         """Requests begun and unfinished, those whose text is being written included."""
         return self._schedule.running + len(self._written)
 
-    def add(self, key: RequestKey, request: Request) -> None:
+    def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         with self._refusing(key):
             prompt = self._tokenization.prompt(request)

@@ -9,7 +9,8 @@ import time
 from collections.abc import Collection, Mapping
 from itertools import islice
 
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GENERATION, Choice, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.engine import Progress, not_held
 from batchmill.worker.engine.capacity import Capacity
 
@@ -27,6 +28,8 @@ class EchoEngine:
     `seconds_per_step` and answers at most `rows` requests.
     """
 
+    kinds = frozenset({GENERATION.name})
+
     def __init__(
         self,
         *,
@@ -42,7 +45,7 @@ class EchoEngine:
         self.defaults = SamplingParams()
         self._progress = progress
         self._seconds_per_step = seconds_per_step
-        self._waiting: dict[RequestKey, Request] = {}
+        self._waiting: dict[RequestKey, GenerationRequest] = {}
 
     @property
     def waiting(self) -> int:
@@ -54,7 +57,7 @@ class EchoEngine:
         """Always 0: a step runs to its end."""
         return 0
 
-    def add(self, key: RequestKey, request: Request) -> None:
+    def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens set."""
         self._waiting[key] = request
 
@@ -78,10 +81,10 @@ class EchoEngine:
         self.capacity.held(len(outputs))
         return outputs
 
-    def _answer(self, batch: Mapping[RequestKey, Request]) -> list[Output]:
+    def _answer(self, batch: Mapping[RequestKey, GenerationRequest]) -> list[Output]:
         return [self._reply(key, request) for key, request in batch.items()]
 
-    def _reply(self, key: RequestKey, request: Request) -> Output:
+    def _reply(self, key: RequestKey, request: GenerationRequest) -> Output:
         if request.adapter is not None and request.adapter not in self._adapters:
             return Output.failed(key, ErrorCode.UNSUPPORTED_BY_WORKER, not_held(request.adapter, self._adapters))
         return _echo(key, request)
@@ -97,7 +100,7 @@ class EchoEngine:
         return True
 
 
-def prompt_of(request: Request) -> str:
+def prompt_of(request: GenerationRequest) -> str:
     """What is echoed: the prompt, or the last message of the user."""
     if request.prompt is not None:
         return request.prompt
@@ -105,7 +108,7 @@ def prompt_of(request: Request) -> str:
     return next((each["content"] for each in reversed(messages) if each["role"] == "user"), "")
 
 
-def _echo(key: RequestKey, request: Request) -> Output:
+def _echo(key: RequestKey, request: GenerationRequest) -> Output:
     text = prompt_of(request)
     prompt_tokens = completion_tokens = len(text.split())
     if request.messages is not None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import GENERATION, GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.devices.memory import MemoryReader
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress, not_a_number
@@ -45,6 +46,8 @@ class GenerateEngine:
     output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one adapter, or none, and
     rows that a model would turn the same if each were alone.
     """
+
+    kinds = frozenset({GENERATION.name})
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class GenerateEngine:
         """Always 0: a step runs to its end."""
         return 0
 
-    def add(self, key: RequestKey, request: Request) -> None:
+    def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         try:
             _refuse_unsupported(request)
@@ -230,7 +233,7 @@ def _not_a_number(key: RequestKey, prompt: Prompt, answered: int) -> Output:
     return Output.failed(key, ErrorCode.NOT_A_NUMBER, not_a_number(answered), prompt_tokens=len(prompt.tokens))
 
 
-def _refuse_unsupported(request: Request) -> None:
+def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raises Refused for an option that one call of `generate` cannot give to one row alone."""
     asked = request.sampling
     wanted = {"n": (asked.n or 1) > 1, "logprobs": asked.logprobs, "response_format": asked.response_format is not None}

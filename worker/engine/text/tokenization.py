@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Request, SamplingParams
+from batchmill.jobs.requests.generation import Choice, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.chat import ChatTemplate
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.decoding import CONTEXT_TOKENS, Decoding
@@ -65,7 +66,7 @@ class Tokenization:
         self._call_marks = {self._special[mark] for mark in self._calls.marks if mark in self._special}
         self._begin_token = _begin_token(tokenizer)
 
-    def prompt(self, request: Request) -> Prompt:
+    def prompt(self, request: GenerationRequest) -> Prompt:
         """The prompt of a request whose sampling has max_tokens set. Raises Refused."""
         if request.messages is not None:
             tokens, tail = self._tokens(self._chat.rendered(request), special=False), []
