@@ -574,4 +574,9 @@ MUTANTS: tuple[Mutant, ...] = (
         (Edit("jobs/store/workers.py", "if not kinds.issubset(json.loads(row.kinds)):", "if False:"),),
         ("tests/test_request_kinds.py::TestToyKind",),
     ),
+    Mutant(
+        "an embedded store at work is not upgraded",
+        (Edit("migrations/__init__.py", "        _refuse_at_work(settings, store)\n", ""),),
+        ("tests/test_upgrade_at_work.py",),
+    ),
 )
