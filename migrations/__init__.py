@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import make_url
 
+from batchmill.jobs.advice import mill_lives
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import AlreadyRunning, SchemaMismatch, StoreError
 from batchmill.jobs.runtime.command_errors import say
 from batchmill.jobs.runtime.files.disks import Disk, disk_of
 from batchmill.jobs.runtime.files.locks import acquire, held_by
 from batchmill.jobs.runtime.home import make_home, make_store
+from batchmill.jobs.runtime.process.pid_file import PidFile
+from batchmill.jobs.store.leases.older_workers import older_workers
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION
 
@@ -59,8 +62,8 @@ def alembic_config(url: str) -> Config:
 def open_store(settings: Settings) -> Store:
     """The store of these settings, at the right revision.
 
-    The embedded store is made, or upgraded after a copy was kept beside it; any other has to be at the revision
-    already. Raises SchemaMismatch, StoreError, AlreadyRunning.
+    The embedded store is made, or upgraded after a copy was kept beside it, unless a worker of an older batchmill is at
+    work on it; any other has to be at the revision already. Raises SchemaMismatch, StoreError, AlreadyRunning.
     """
     if settings.embedded_store:
         make_home(settings.home)
@@ -113,6 +116,7 @@ def _upgrade_alone(settings: Settings, store: Store) -> None:
         return
     if found is not None:
         _refuse_newer(found, settings)
+        _refuse_at_work(settings, store)
         _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
     upgrade(settings.database)
 
@@ -121,6 +125,22 @@ def _copy(source: Path, copy: Path) -> None:
     """A consistent copy of a SQLite file that others may be using."""
     with closing(sqlite3.connect(source)) as reading, closing(sqlite3.connect(copy)) as writing:
         reading.backup(writing)
+
+
+def _refuse_at_work(settings: Settings, store: Store) -> None:
+    """Raises AlreadyRunning while workers of an older batchmill could not save what they are answering any more."""
+    found = older_workers(store.database)
+    if not found:
+        return
+    names = ", ".join(f"{each.name} (pid {each.pid} on {each.host})" for each in found)
+    mill = PidFile(settings.home / "mill.pid")
+    pids = [mill.pid] if mill.pid and mill_lives(settings.home) else [each.pid for each in found]
+    lasting = [each.lease_seconds for each in found if each.lease_seconds is not None]
+    wait = f", or wait {max(lasting):.0f} s for the leases of the dead" if len(lasting) == len(found) else ""
+    raise AlreadyRunning(
+        f"the store in {settings.home} needs an upgrade, and a worker of an older batchmill is at work on it: {names}; "
+        f"end it by `kill {' '.join(map(str, pids))}`, upon which it saves its answers and hands the rest back{wait}"
+    )
 
 
 def _refuse_newer(found: str, settings: Settings) -> None:

@@ -24,7 +24,8 @@ from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.folder import no_model
 from batchmill.jobs.models.quantization import Kind
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import DEFAULT_BATCH_SIZE, JobOptions, Provenance
+from batchmill.jobs.requests.generation import GenerationOptions
+from batchmill.jobs.requests.request import DEFAULT_BATCH_SIZE, JobOptions, Provenance
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.files import formats
 from batchmill.jobs.runtime.logs import get_logger
@@ -32,6 +33,8 @@ from batchmill.jobs.store.bounds import PAGE_BYTES
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.prompt_file import Line, PromptFile
+from batchmill.producer.requests.chat_template import lacks_chat_template, refuse_chat_options, refuse_messages
+from batchmill.producer.requests.kinds import forms_of
 
 log = get_logger(__name__)
 #: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases
@@ -63,7 +66,7 @@ class Submission:
     form: str | None = None
     ignore_line_model: bool = False
     name: str | None = None
-    options: JobOptions = field(default_factory=JobOptions)
+    options: JobOptions = field(default_factory=GenerationOptions)
     adapters: tuple[Adapter, ...] = ()
     batch_size: int = DEFAULT_BATCH_SIZE
     command: str = ""
@@ -216,6 +219,7 @@ def load_job(
                 _refuse_no_model(spec)
                 vet(spec)
             fingerprint = submission.fingerprint(spec, prompts.sha256)
+            assert prompts.kind is not None  # a file without a request is bad
             store.loading.open(
                 job_id,
                 spec=spec,
@@ -223,6 +227,7 @@ def load_job(
                 fingerprint=fingerprint,
                 lease_seconds=lease_seconds,
                 idempotency_key=submission.key(fingerprint),
+                kind=prompts.kind,
             )
         except BaseException as error:
             _discard(store, job_id)
@@ -265,12 +270,13 @@ def _stream(
     lease_seconds: float,
 ) -> Iterator[None]:
     """Stores the lines of the file; yields after each page."""
-    plain_only = spec if spec is not None and _lacks_chat_template(spec) else None
+    plain_only = spec if spec is not None and lacks_chat_template(spec) else None
     if plain_only is not None:
-        _refuse_chat_options(submission.options, plain_only)
+        refuse_chat_options(submission.options, plain_only)
     for page in _pages(prompts):
+        _refuse_options(submission.options, page[0].request.kind)
         if plain_only is not None:
-            _refuse_messages(page, plain_only)
+            refuse_messages(((each.number, each.request) for each in page), plain_only)
         duplicates = store.loading.add(
             job_id,
             prompts=[line.request for line in page],
@@ -309,38 +315,11 @@ def _refuse_no_model(spec: ModelSpec) -> None:
             raise UsageError(why)
 
 
-def _refuse_chat_options(options: JobOptions, spec: ModelSpec) -> None:
-    lacking = f"the model folder {spec.model} has no chat template"
-    if options.system is not None:
-        raise UsageError(f"--system makes chats, and {lacking}")
-    if options.chat_template_kwargs is not None:
-        raise UsageError(f"--chat-template-kwargs is for a chat template, and {lacking}")
-
-
-def _refuse_messages(page: list[Line], spec: ModelSpec) -> None:
-    first = next((line for line in page if line.request.messages is not None), None)
-    if first is not None:
-        raise UsageError(
-            f"line {first.number} has messages, and the model folder {spec.model} has no chat template: "
-            "add chat_template.jinja to it, or submit plain prompts"
-        )
-
-
-def _lacks_chat_template(spec: ModelSpec) -> bool:
-    """Whether this is a folder here whose files hold no chat template."""
-    folder = spec.folder
-    if folder is None or not folder.is_dir():
-        return False
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json", "chat_templates")):
-        return False
-    config = folder / "tokenizer_config.json"
-    try:
-        written = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
-    except ValueError:
-        return True
-    except OSError:
-        return False  # the workers may be allowed to read it, and say so if not
-    return not (isinstance(written, dict) and written.get("chat_template"))
+def _refuse_options(options: JobOptions, kind: str) -> None:
+    """Raises UsageError for flags that requests of this kind do not know."""
+    foreign = sorted(options.to_json().keys() - forms_of(kind).options)
+    if foreign:
+        raise UsageError(f"the file holds requests of kind {kind}, for which no flag sets {', '.join(foreign)}")
 
 
 def _model_of(prompts: PromptFile) -> str:

@@ -17,7 +17,8 @@ from sqlalchemy import delete, event, text
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
-from batchmill.jobs.requests.generation import Request, RequestKey
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.jobs.requests.states import BatchState
 from batchmill.jobs.store.leases.lease import Lease, Seat
 from batchmill.jobs.store.store import Store
@@ -57,7 +58,7 @@ class Child:
     spool: Spool
     rows: int
     holdings: Holdings = field(default_factory=Holdings)
-    engine: list[tuple[RequestKey, Request]] = field(default_factory=list)
+    engine: list[tuple[RequestKey, GenerationRequest]] = field(default_factory=list)
     open: bool = True
     away: bool = False
     full: bool = False

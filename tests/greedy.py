@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from tests.tiny import build_tokenizer
@@ -61,13 +62,13 @@ def answers(engine: Engine) -> list[str]:
     """What an engine answers greedily to all prompts at once."""
     for index, text in enumerate(PROMPTS):
         sampling = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
-        engine.add(RequestKey("job", index), Request(index, str(index), prompt=text, sampling=sampling))
+        engine.add(RequestKey("job", index), GenerationRequest(index, str(index), prompt=text, sampling=sampling))
     outputs = []
     while engine.waiting or engine.active:
         outputs += engine.step()
     if isinstance(engine, ContinuousEngine):
         engine.close()
-    return [each.choices[0].text for each in sorted(outputs, key=lambda each: each.key.index)]
+    return [each.payload[0].text for each in sorted(outputs, key=lambda each: each.key.index)]
 
 
 def agree(found: Sequence[str], expected: Sequence[Greedy]) -> bool:

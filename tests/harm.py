@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from sqlalchemy import create_engine, text
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata
 from tests.mill import answered, claim, load, save, seat, work_off

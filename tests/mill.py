@@ -12,16 +12,8 @@ from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import (
-    Choice,
-    ErrorCode,
-    JobOptions,
-    Output,
-    Provenance,
-    Request,
-    RequestKey,
-    SamplingParams,
-)
+from batchmill.jobs.requests.generation import Choice, GenerationOptions, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import FIRST_KIND, ErrorCode, Output, Provenance, RequestKey
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.leases.lease import Claimed, Held, Seat, Turned
 from batchmill.jobs.store.store import Store
@@ -49,7 +41,7 @@ def load(
     *,
     batch_size: int = 4,
     spec: ModelSpec = ECHO_SPEC,
-    options: JobOptions | None = None,
+    options: GenerationOptions | None = None,
     name: str | None = None,
     fingerprint: str = "fingerprint",
 ) -> str:
@@ -60,21 +52,25 @@ def load(
     return job_id
 
 
-def begin(store: Store, *, batch_size: int = 4, options: JobOptions | None = None, name: str | None = None) -> str:
+def begin(
+    store: Store, *, batch_size: int = 4, options: GenerationOptions | None = None, name: str | None = None
+) -> str:
     return store.loading.begin(
         name=name,
-        options=options or JobOptions(),
+        options=options or GenerationOptions(),
         batch_size=batch_size,
         provenance=Provenance("prompts.jsonl", "", "batchmill submit prompts.jsonl", {"batchmill": "1"}),
         lease_seconds=LEASE_SECONDS,
     )
 
 
-def prompts(count: int, *, first: int = 0) -> list[Request]:
-    return [Request(index, f"request-{index}", prompt=f"prompt {index}") for index in range(first, first + count)]
+def prompts(count: int, *, first: int = 0) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(index, f"request-{index}", prompt=f"prompt {index}") for index in range(first, first + count)
+    ]
 
 
-def named(*adapters: str | None, first: int = 0) -> list[Request]:
+def named(*adapters: str | None, first: int = 0) -> list[GenerationRequest]:
     """A request for each of these adapters, None for the model alone."""
     return [
         replace(each, adapter=name) for each, name in zip(prompts(len(adapters), first=first), adapters, strict=True)
@@ -84,7 +80,7 @@ def named(*adapters: str | None, first: int = 0) -> list[Request]:
 def load_named(store: Store, *adapters: str | None, batch_size: int = 4, spec: ModelSpec = ECHO_SPEC) -> str:
     """A queued job of one request for each of these adapters: its id."""
     declared = tuple(sorted({each for each in adapters if each is not None}))
-    job_id = begin(store, batch_size=batch_size, options=JobOptions(adapters=declared))
+    job_id = begin(store, batch_size=batch_size, options=GenerationOptions(adapters=declared))
     store.loading.add(job_id, prompts=named(*adapters), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
     store.loading.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint="f", lease_seconds=LEASE_SECONDS)
     return job_id
@@ -101,6 +97,7 @@ def seat(
     identity: str = IDENTITY,
     host: str = "host",
     process: Process | None = None,
+    kinds: frozenset[str] = frozenset({FIRST_KIND}),
 ) -> Seat:
     """A live worker, ready unless told otherwise."""
     worker_id = store.workers.register(
@@ -117,7 +114,7 @@ def seat(
     generation = store.workers.new_generation(worker_id, child_pid=2)
     if ready:
         limits = EngineLimits("echo", 8, 128, 1_024)
-        facts = EngineFacts(limits, identity, None, tuple(adapters), 0.5, weights_by_device=(100,))
+        facts = EngineFacts(limits, identity, None, tuple(adapters), 0.5, weights_by_device=(100,), kinds=kinds)
         loaded = Loaded(facts, "cpu", None, {"torch": "2"})
         store.workers.loaded(worker_id, generation, loaded=loaded)
     return Seat(
@@ -132,6 +129,7 @@ def seat(
         versions={"torch": "2"},
         only_job=only_job,
         adapters=tuple(adapters),
+        kinds=kinds,
     )
 
 

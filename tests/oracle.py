@@ -97,9 +97,9 @@ _ALWAYS: tuple[tuple[str, str], ...] = (
            WHERE o.job_id IS NULL AND j.state IN ('completed', 'cancelled')""",
     ),
     (
-        "the output of job {job_id}, index {place}, is {state} with the error {error_code} and {choices} [I3]",
-        """SELECT job_id, "index" AS place, state, error_code, choices FROM outputs
-           WHERE (state = 'succeeded') <> (error_code IS NULL) OR (state = 'succeeded' AND choices = '[]')""",
+        "the output of job {job_id}, index {place}, is {state} with the error {error_code} and {payload} [I3]",
+        """SELECT job_id, "index" AS place, state, error_code, payload FROM outputs
+           WHERE (state = 'succeeded') <> (error_code IS NULL) OR (state = 'succeeded' AND payload = '[]')""",
     ),
     # --- counts
     (
@@ -282,7 +282,7 @@ def violations(store: Store, *, closed: bool = True) -> list[str]:
 
 def accepted(store: Store) -> dict[tuple[str, int], tuple[Any, ...]]:
     """The successful outputs that are there now; nothing may change them, and nothing takes them away."""
-    chosen = """SELECT job_id, "index", choices, prompt_tokens, completion_tokens, run_id, finished_at
+    chosen = """SELECT job_id, "index", payload, prompt_tokens, completion_tokens, run_id, finished_at
                 FROM outputs WHERE state = 'succeeded'"""
     with store.database.read() as connection:
         return {(row[0], row[1]): tuple(row[2:]) for row in connection.execute(text(chosen)).all()}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.adapters import Adapter
-from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.adapters.loading import with_adapters
@@ -49,7 +50,7 @@ def answer(base: LoadedModel, folder: Path) -> list[int]:
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     with closing(ContinuousEngine(held, options=EngineOptions(max_rows=4))) as engine:
         for index, name in enumerate([None, "a", None]):
-            request = Request(index, str(index), prompt=PROMPT, sampling=sampling, adapter=name)
+            request = GenerationRequest(index, str(index), prompt=PROMPT, sampling=sampling, adapter=name)
             engine.add(RequestKey("job", index), request)
         rows = [each.rows[0] for each in engine._answers.values()]
         while engine.waiting or engine.active:

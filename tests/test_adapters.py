@@ -14,7 +14,8 @@ import torch
 from batchmill.jobs.models.adapters import Adapter, check_all, from_json, to_json
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO, ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.cli.worker import _arguments
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine import Engine
@@ -66,12 +67,12 @@ def adapters(folders: Folders) -> list[Adapter]:
     return [Adapter(name, str(folder)) for name, folder in folders.items() if name is not None]
 
 
-def request(index: int, prompt: str, name: str | None, **sampling: Any) -> Request:
+def request(index: int, prompt: str, name: str | None, **sampling: Any) -> GenerationRequest:
     asked = SamplingParams(**{"temperature": 0.0, "max_tokens": 24} | sampling)
-    return Request(index, str(index), prompt=prompt, sampling=asked, adapter=name)
+    return GenerationRequest(index, str(index), prompt=prompt, sampling=asked, adapter=name)
 
 
-def outputs(engine: Engine, requests: Sequence[Request]) -> list[Output]:
+def outputs(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Output]:
     """In the order of the requests."""
     for each in requests:
         engine.add(RequestKey("job", each.index), each)
@@ -81,8 +82,8 @@ def outputs(engine: Engine, requests: Sequence[Request]) -> list[Output]:
     return [found[each.index] for each in requests]
 
 
-def texts(engine: Engine, requests: Sequence[Request]) -> list[str]:
-    return [each.choices[0].text for each in outputs(engine, requests)]
+def texts(engine: Engine, requests: Sequence[GenerationRequest]) -> list[str]:
+    return [each.payload[0].text for each in outputs(engine, requests)]
 
 
 def random_model(family: str) -> LoadedModel:
@@ -123,7 +124,7 @@ def wanted(family: str, folders: dict[str, Path]) -> list[list[int]]:
     return [found[place] for place in range(len(PROMPTS))]
 
 
-def requests() -> list[Request]:
+def requests() -> list[GenerationRequest]:
     return [
         request(index, prompt, name, max_tokens=tokens, ignore_eos=True)
         for index, (prompt, name, tokens) in enumerate(zip(PROMPTS, NAMES, ANSWER_TOKENS, strict=True))
@@ -181,11 +182,13 @@ def demo(kind: Kind) -> LoadedModel:
     return load(ModelSpec(DEMO, quantization=Quantization(kind)), "cpu")
 
 
-def chats(names: Sequence[str | None]) -> list[Request]:
+def chats(names: Sequence[str | None]) -> list[GenerationRequest]:
     """Every question to every adapter, in turn."""
     asked = SamplingParams(temperature=0.0, max_tokens=24)
     return [
-        Request(index, str(index), messages=({"role": "user", "content": question},), sampling=asked, adapter=name)
+        GenerationRequest(
+            index, str(index), messages=({"role": "user", "content": question},), sampling=asked, adapter=name
+        )
         for index, (question, name) in enumerate((question, name) for question in QUESTIONS for name in names)
     ]
 
@@ -246,8 +249,8 @@ def test_every_choice_of_a_request_is_its_adapters(family: str, folders: dict[st
             request(2, SHARED, adapter, max_tokens=9),
         ]
         base, several, single = outputs(engine, mixed)
-    assert [each.text for each in several.choices] == [single.choices[0].text] * 3
-    assert base.choices[0].text == base.choices[1].text != single.choices[0].text
+    assert [each.text for each in several.payload] == [single.payload[0].text] * 3
+    assert base.payload[0].text == base.payload[1].text != single.payload[0].text
 
 
 @pytest.mark.parametrize("family", ["llama-grouped", "gpt2"], indirect=True)
@@ -257,9 +260,9 @@ def test_deterministic_answers_are_equal_bits_alone_and_in_company_of_other_adap
     model = with_adapters(random_model(family), adapters(folders))
     options = EngineOptions(max_rows=5, deterministic=True)
 
-    def said(chosen: Sequence[Request]) -> dict[int, Any]:
+    def said(chosen: Sequence[GenerationRequest]) -> dict[int, Any]:
         with closing(ContinuousEngine(model, options=options)) as engine:
-            return {each.key.index: each.choices for each in outputs(engine, chosen)}
+            return {each.key.index: each.payload for each in outputs(engine, chosen)}
 
     asked = [replace(each, sampling=replace(each.sampling, logprobs=True, top_logprobs=5)) for each in requests()]
     together = said(asked)
@@ -312,7 +315,7 @@ def test_a_step_without_adapters_runs_as_if_there_were_none(family: str, folders
     plain = ContinuousEngine(random_model(family), options=EngineOptions(max_rows=8))
     with closing(plain), closing(ContinuousEngine(model, options=EngineOptions(max_rows=8))) as engine:
         asked = [request(index, PROMPTS[index], None, logprobs=True) for index in range(4)]
-        assert [each.choices for each in outputs(engine, asked)] == [each.choices for each in outputs(plain, asked)]
+        assert [each.payload for each in outputs(engine, asked)] == [each.payload for each in outputs(plain, asked)]
 
 
 @pytest.mark.parametrize("kind", ["echo", "generate", "continuous"])
@@ -329,7 +332,7 @@ def test_an_adapter_that_is_not_held_is_an_error_and_never_the_models_own_answer
     assert unknown.error is not None
     assert unknown.error.code == ErrorCode.UNSUPPORTED_BY_WORKER
     assert "does not hold the adapter 'other' (it holds wide)" in unknown.error.message
-    assert not unknown.choices
+    assert not unknown.payload
     assert all(each.error is None for each in answered)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from batchmill.jobs.errors import StoreBusy, UsageError
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode, RequestKey
+from batchmill.jobs.requests.request import ErrorCode, RequestKey
 from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
 from batchmill.jobs.store.store import Store
@@ -300,4 +300,4 @@ def test_an_unanswered_request_of_a_lost_worker_is_written_once(store: Store) ->
     mill.save(store, next_one, [mill.answered(again)])
     ((row,),) = store.reading.output_pages(job_id, states=ALL, page=5)
     assert RequestKey(job_id, row.index) == RequestKey(job_id, 0)
-    assert "late" not in row.choices
+    assert "late" not in row.payload

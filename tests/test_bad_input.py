@@ -24,7 +24,8 @@ from sqlalchemy import Engine, event
 
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import PromptFileError, UsageError
-from batchmill.jobs.requests.generation import Choice, Output, RequestKey
+from batchmill.jobs.requests.generation import Choice
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files import prompt_file as prompts_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.store.leases.blame import SUSPECT_GROUPS
 from batchmill.jobs.store.leases.lease import Claimed, Seat

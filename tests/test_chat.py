@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from batchmill.jobs.requests.generation import ErrorCode, Request, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.chat import KEPT_SHAPES, ChatTemplate
 from batchmill.worker.engine.text.tokenization import Tokenization
@@ -40,8 +41,8 @@ RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-def asking(*messages: dict[str, Any], **more: Any) -> Request:
-    return Request(0, "0", messages=messages, sampling=SamplingParams(max_tokens=1, temperature=0.0), **more)
+def asking(*messages: dict[str, Any], **more: Any) -> GenerationRequest:
+    return GenerationRequest(0, "0", messages=messages, sampling=SamplingParams(max_tokens=1, temperature=0.0), **more)
 
 
 def tokens(template: str, *messages: dict[str, Any]) -> int:

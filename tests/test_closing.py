@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from batchmill.jobs.errors import JobStateError
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import JobState, RequestState
 from batchmill.jobs.store.jobs import retry
 from batchmill.jobs.store.leases.lease import Held

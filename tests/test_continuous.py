@@ -16,7 +16,8 @@ from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig,
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO, ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.probe import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
@@ -60,11 +61,11 @@ def key(index: int) -> RequestKey:
     return RequestKey("job", index)
 
 
-def prompt(index: int, text: str, **sampling: Any) -> Request:
-    return Request(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
+def prompt(index: int, text: str, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
 
 
-def answers(engine: ContinuousEngine, *requests: Request, until: int = sys.maxsize) -> list[Output]:
+def answers(engine: ContinuousEngine, *requests: GenerationRequest, until: int = sys.maxsize) -> list[Output]:
     """The outputs of these requests, and of those that are there, in their order; or the first of them alone."""
     for request in requests:
         engine.add(key(request.index), request)
@@ -93,7 +94,7 @@ def error(output: Output) -> tuple[str, str]:
 
 
 def said(outputs: list[Output]) -> list[tuple[str, str, int]]:
-    return [(each.choices[0].text, each.choices[0].finish_reason, each.completion_tokens) for each in outputs]
+    return [(each.payload[0].text, each.payload[0].finish_reason, each.completion_tokens) for each in outputs]
 
 
 def token(model: LoadedModel, text: str) -> int:
@@ -152,10 +153,10 @@ def test_logprobs_are_those_of_the_model_for_every_token(llama: LoadedModel, mak
     [output, plain] = answers(
         make(llama), prompt(0, text, logprobs=True, top_logprobs=3, max_tokens=tokens, ignore_eos=True), prompt(1, text)
     )
-    content = (output.choices[0].logprobs or {})["content"]
+    content = (output.payload[0].logprobs or {})["content"]
     ids = [llama.tokenizer.convert_tokens_to_ids(each["token"]) for each in content]
     assert len(ids) == tokens
-    assert plain.choices[0].logprobs is None
+    assert plain.payload[0].logprobs is None
     prompt_ids = llama.tokenizer.encode(text)
     row = torch.tensor([prompt_ids])
     for each in content:
@@ -171,8 +172,8 @@ def test_n_choices_come_as_one_output_each_with_its_own_draws(llama: LoadedModel
     asked = {"n": 4, "temperature": 1.0, "seed": 3, "max_tokens": 12, "ignore_eos": True}
     [output, alone] = answers(make(llama, rows=3), prompt(0, "x", **asked), prompt(1, "x", **asked | {"n": 1}))
     assert output.completion_tokens == 4 * 12
-    assert len({choice.text for choice in output.choices}) == 4
-    assert output.choices[0] == alone.choices[0]
+    assert len({choice.text for choice in output.payload}) == 4
+    assert output.payload[0] == alone.payload[0]
 
 
 def test_the_same_seed_gives_the_same_answer_in_any_company(llama: LoadedModel, make: Make) -> None:
@@ -187,7 +188,7 @@ def test_the_same_seed_gives_the_same_answer_in_any_company(llama: LoadedModel, 
     requests = [prompt(index, f"prompt {index}" * (index + 1), **each, n=2) for index, each in enumerate(asked)]
     together = answers(make(llama, rows=5, step_tokens=16), *requests)
     alone = [answers(make(llama, rows=1), request)[0] for request in requests]
-    assert [each.choices for each in together] == [each.choices for each in alone]
+    assert [each.payload for each in together] == [each.payload for each in alone]
 
 
 def test_a_response_format_shapes_the_answer_of_its_row_alone(llama: LoadedModel, make: Make) -> None:
@@ -205,10 +206,10 @@ def test_a_response_format_shapes_the_answer_of_its_row_alone(llama: LoadedModel
         prompt(3, "x"),
         prompt(4, "x", response_format={"type": "regex", "regex": "([0-9"}),
     )
-    assert json.loads(outputs[0].choices[0].text).keys() == {"a"}
-    assert outputs[1].choices[0].text in ("yes", "no")
-    assert outputs[2].choices[0].text[3] == "-"
-    assert {each.choices[0].finish_reason for each in outputs[:3]} == {"stop"}
+    assert json.loads(outputs[0].payload[0].text).keys() == {"a"}
+    assert outputs[1].payload[0].text in ("yes", "no")
+    assert outputs[2].payload[0].text[3] == "-"
+    assert {each.payload[0].finish_reason for each in outputs[:3]} == {"stop"}
     assert said(outputs[3:4]) == said(answers(make(llama), prompt(3, "x")))
     assert error(outputs[4])[0] == "invalid_response_format"
 
@@ -263,7 +264,7 @@ def test_rows_go_on_while_a_grammar_is_compiled(
     if cancelled:
         engine.cancel([key(0)])
     go_on.set()
-    assert [each.choices[0].text for each in answers(engine)] == ([] if cancelled else ["abc"])
+    assert [each.payload[0].text for each in answers(engine)] == ([] if cancelled else ["abc"])
     assert (engine.waiting, engine.active) == (0, 0)
 
 
@@ -414,13 +415,13 @@ def test_deterministic_answers_are_the_same_alone_and_in_company_bit_for_bit(qua
         for index, text in enumerate(texts)
     ]
 
-    def run(*some: Request) -> list[Output]:
+    def run(*some: GenerationRequest) -> list[Output]:
         options = EngineOptions(max_rows=4, deterministic=True)
         with closing(ContinuousEngine(model, options=options)) as engine:
             return answers(engine, *some)
 
     together = run(*requests)
-    assert [each.choices for each in together] == [run(request)[0].choices for request in requests]
+    assert [each.payload for each in together] == [run(request)[0].payload for request in requests]
 
 
 def test_int8_is_refused_where_answers_have_to_be_deterministic() -> None:

@@ -15,7 +15,7 @@ from batchmill.jobs.errors import NotFound
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.leases.lease import Held, Seat

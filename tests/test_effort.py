@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store

@@ -9,7 +9,8 @@ import pytest
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine import Engine, Progress
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.echo.engine import EchoEngine
@@ -51,9 +52,9 @@ def key(index: int) -> RequestKey:
     return RequestKey("job", index)
 
 
-def request(index: int, *, prompt: str = PROMPT, **sampling: object) -> Request:
+def request(index: int, *, prompt: str = PROMPT, **sampling: object) -> GenerationRequest:
     asked = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
-    return Request(index, f"id-{index}", prompt=prompt, sampling=asked)
+    return GenerationRequest(index, f"id-{index}", prompt=prompt, sampling=asked)
 
 
 def drain(engine: Engine) -> list[Output]:
@@ -74,7 +75,7 @@ def test_every_request_comes_back_exactly_once(make: Make) -> None:
         engine.add(key(index), request(index, prompt=PROMPT * (1 + index % 3), max_tokens=1 + index))
     outputs = drain(engine)
     assert indices(outputs) == list(range(11))
-    assert all(output.error is None and len(output.choices) == 1 for output in outputs)
+    assert all(output.error is None and len(output.payload) == 1 for output in outputs)
     assert (engine.waiting, engine.active, engine.step()) == (0, 0, [])
 
 
@@ -89,10 +90,12 @@ def test_the_continuous_engine_admits_requests_with_a_common_beginning_beside_ea
     assert [each.index for each in ContinuousEngine.admission_order(asked)] == [1, 3, 0, 2]
     # Tools stand before all messages, and rows of two adapters have no beginning in common.
     chats = [
-        Request(0, "0", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},)),
-        Request(1, "1", messages=({"role": "user", "content": "b"},), tools=({"name": "clock"},)),
-        Request(2, "2", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},), adapter="x"),
-        Request(3, "3", messages=({"role": "user", "content": "c"},), tools=({"name": "clock"},)),
+        GenerationRequest(0, "0", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},)),
+        GenerationRequest(1, "1", messages=({"role": "user", "content": "b"},), tools=({"name": "clock"},)),
+        GenerationRequest(
+            2, "2", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},), adapter="x"
+        ),
+        GenerationRequest(3, "3", messages=({"role": "user", "content": "c"},), tools=({"name": "clock"},)),
     ]
     assert [each.index for each in ContinuousEngine.admission_order(chats)] == [1, 3, 0, 2]
 
@@ -181,9 +184,9 @@ def test_the_same_seed_gives_the_same_answer_alone_and_in_company(make: Make) ->
     engine = make(rows=8)
     for index, seed in enumerate([5, None, 5, 6]):
         engine.add(key(index), request(index, temperature=1.0, seed=seed, max_tokens=20))
-    together = {output.key.index: output.choices for output in drain(engine)}
+    together = {output.key.index: output.payload for output in drain(engine)}
     engine.add(key(9), request(9, temperature=1.0, seed=5, max_tokens=20))
-    alone = drain(engine)[0].choices
+    alone = drain(engine)[0].payload
     assert alone == together[0] == together[2]
 
 
@@ -193,24 +196,26 @@ def test_an_answer_is_cut_at_its_own_max_tokens(make: Make) -> None:
         engine.add(key(index), request(index, max_tokens=most))
     for output in drain(engine):
         assert output.completion_tokens == [1, 3, 2][output.key.index]
-        assert output.choices[0].finish_reason == "length"
+        assert output.payload[0].finish_reason == "length"
         assert output.prompt_tokens >= len(PROMPT.split())
 
 
 def test_an_answer_is_cut_before_its_stop_string(make: Make) -> None:
     engine = make()
     engine.add(key(0), request(0, max_tokens=6))
-    whole = drain(engine)[0].choices[0].text
+    whole = drain(engine)[0].payload[0].text
     stop = whole[2:4]
     engine.add(key(1), request(1, max_tokens=6, stop=("not there", stop)))
-    choice = drain(engine)[0].choices[0]
+    choice = drain(engine)[0].payload[0]
     assert (choice.text, choice.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
 def test_messages_are_answered(make: Make) -> None:
     messages = ({"role": "system", "content": "be kind"}, {"role": "user", "content": "say something"})
     engine = make()
-    engine.add(key(0), Request(0, "id", messages=messages, sampling=SamplingParams(max_tokens=9, temperature=0.0)))
+    engine.add(
+        key(0), GenerationRequest(0, "id", messages=messages, sampling=SamplingParams(max_tokens=9, temperature=0.0))
+    )
     output = drain(engine)[0]
     assert output.error is None
     assert output.prompt_tokens >= 4
@@ -221,7 +226,7 @@ def test_echo_answers_with_the_prompt_word_for_word() -> None:
     engine.add(key(0), request(0, prompt="  one\n two  three ", max_tokens=3))
     engine.add(key(1), request(1, prompt="  one\n two  three ", max_tokens=2))
     engine.add(key(2), request(2, prompt=""))
-    said = [(each.choices[0].text, each.choices[0].finish_reason, each.completion_tokens) for each in engine.step()]
+    said = [(each.payload[0].text, each.payload[0].finish_reason, each.completion_tokens) for each in engine.step()]
     assert said == [("  one\n two  three ", "stop", 3), ("  one\n two", "length", 2), ("", "stop", 0)]
 
 
@@ -229,9 +234,11 @@ def test_echo_answers_with_the_last_message_of_the_user() -> None:
     said = [("user", "first"), ("assistant", "hm"), ("user", "the last one"), ("assistant", "and")]
     engine = EchoEngine()
     messages = tuple({"role": role, "content": content} for role, content in said)
-    engine.add(key(0), Request(0, "id", messages=messages, sampling=SamplingParams(max_tokens=9, temperature=0.0)))
+    engine.add(
+        key(0), GenerationRequest(0, "id", messages=messages, sampling=SamplingParams(max_tokens=9, temperature=0.0))
+    )
     output = engine.step()[0]
-    assert (output.choices[0].text, output.prompt_tokens, output.completion_tokens) == ("the last one", 6, 3)
+    assert (output.payload[0].text, output.prompt_tokens, output.completion_tokens) == ("the last one", 6, 3)
 
 
 def test_a_slow_echo_reports_while_it_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:

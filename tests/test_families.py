@@ -15,8 +15,10 @@ import torch
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO, ModelSpec
-from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
-from batchmill.producer.requests.generation import json_request
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import RequestKey
+from batchmill.producer.requests.kinds import FORMS
+from batchmill.producer.requests.lines import Lines
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import Dequantize, EngineOptions
@@ -72,7 +74,7 @@ def answered(loaded: LoadedModel, *, rows: int, cache_tokens: int | None = None,
     with closing(ContinuousEngine(loaded, options=options, **given)) as engine:
         for index, (prompt, tokens) in enumerate(zip(PROMPTS, ANSWER_TOKENS, strict=True)):
             sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-            engine.add(RequestKey("job", index), Request(index, str(index), prompt=prompt, sampling=sampling))
+            engine.add(RequestKey("job", index), GenerationRequest(index, str(index), prompt=prompt, sampling=sampling))
         rows_of = {key.index: answer.rows[0] for key, answer in engine._answers.items()}
         while engine.waiting or engine.active:
             for output in engine.step():
@@ -118,7 +120,7 @@ def test_the_demo_model_gives_the_answers_of_generate_in_every_quantization(kind
     options = EngineOptions(max_rows=1, dequantize=Dequantize.NEVER)
     with closing(ContinuousEngine(loaded, options=options)) as engine:
         for index, line in enumerate(lines):
-            request = json_request(line, index, adapter_of=lambda _model, adapter: adapter)
+            request = Lines(FORMS.values()).request(line, index, adapter_of=lambda _model, adapter: adapter)
             sampling = SamplingParams(max_tokens=24, temperature=0.0)
             engine.add(RequestKey("job", index), replace(request, sampling=sampling))
         rows = [answer.rows[0] for answer in engine._answers.values()]

@@ -10,7 +10,8 @@ from sqlalchemy import text
 
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import NotAllSucceeded
-from batchmill.jobs.requests.generation import Choice, ErrorCode, JobOptions, Output, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import Choice, GenerationOptions, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
 from batchmill.jobs.store.store import Store
@@ -106,7 +107,7 @@ def test_a_job_without_answers_has_no_line(store: Store) -> None:
 
 
 def test_answers_that_were_to_be_as_long_as_they_may_need_no_remedy(store: Store) -> None:
-    job_id = mill.load(store, 4, options=JobOptions(sampling=SamplingParams(ignore_eos=True)))
+    job_id = mill.load(store, 4, options=GenerationOptions(sampling=SamplingParams(ignore_eos=True)))
     answer(store, mill.seat(store), "length")
     assert finish_line(store.reading.job(job_id)) == "0 stop, 1 length (100 %)"
 

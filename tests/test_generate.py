@@ -14,7 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel, load
@@ -68,7 +69,7 @@ def key(index: int) -> RequestKey:
     return RequestKey("job", index)
 
 
-def answers(engine: GenerateEngine, *requests: Request) -> list[Output]:
+def answers(engine: GenerateEngine, *requests: GenerationRequest) -> list[Output]:
     """The outputs of these requests, in their order."""
     for request in requests:
         engine.add(key(request.index), request)
@@ -78,13 +79,13 @@ def answers(engine: GenerateEngine, *requests: Request) -> list[Output]:
     return sorted(outputs, key=lambda output: output.key.index)
 
 
-def prompt(index: int, text: str, **sampling: Any) -> Request:
-    return Request(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
+def prompt(index: int, text: str, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
 
 
-def chat(*contents: str, role: str = "user", **values: Any) -> Request:
+def chat(*contents: str, role: str = "user", **values: Any) -> GenerationRequest:
     messages = tuple({"role": role, "content": content} for content in contents)
-    return Request(0, "0", messages=messages, sampling=GREEDY, **values)
+    return GenerationRequest(0, "0", messages=messages, sampling=GREEDY, **values)
 
 
 def error(output: Output) -> tuple[str, str]:
@@ -103,14 +104,14 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(loaded: LoadedModel
         tokens = loaded.tokenizer(text, return_tensors="pt")
         whole = model.generate(**tokens, max_new_tokens=20, do_sample=False, eos_token_id=[END, OTHER_END])[0]
         generated = whole[tokens.input_ids.shape[1] :]
-        assert output.choices[0].text == loaded.tokenizer.decode(generated, skip_special_tokens=True)
+        assert output.payload[0].text == loaded.tokenizer.decode(generated, skip_special_tokens=True)
         assert (output.prompt_tokens, output.completion_tokens) == (tokens.input_ids.shape[1], len(generated))
 
 
 def test_an_end_token_ends_the_answer_and_counts(loaded: LoadedModel, alphabet: Alphabet) -> None:
     [output] = answers(GenerateEngine(loaded), prompt(0, "z"))
-    assert output.choices[0].text == "{|}~"
-    assert (output.choices[0].finish_reason, output.completion_tokens, output.prompt_tokens) == ("stop", 5, 2)
+    assert output.payload[0].text == "{|}~"
+    assert (output.payload[0].finish_reason, output.completion_tokens, output.prompt_tokens) == ("stop", 5, 2)
 
 
 @pytest.mark.parametrize("token", [END, OTHER_END])
@@ -119,12 +120,12 @@ def test_every_end_token_of_checkpoint_and_tokenizer_ends_an_answer(
 ) -> None:
     alphabet.after[alphabet.after == END] = token
     [output] = answers(GenerateEngine(loaded), prompt(0, "}"))
-    assert (output.choices[0].text, output.choices[0].finish_reason) == ("~", "stop")
+    assert (output.payload[0].text, output.payload[0].finish_reason) == ("~", "stop")
 
 
 def test_an_end_token_in_the_last_place_is_a_stop(loaded: LoadedModel, alphabet: Alphabet) -> None:
     outputs = answers(GenerateEngine(loaded), prompt(0, "}", max_tokens=2), prompt(1, "}", max_tokens=1))
-    assert [output.choices[0].finish_reason for output in outputs] == ["stop", "length"]
+    assert [output.payload[0].finish_reason for output in outputs] == ["stop", "length"]
 
 
 def test_stop_strings_are_found_across_tokens_each_row_for_itself(loaded: LoadedModel, alphabet: Alphabet) -> None:
@@ -136,7 +137,7 @@ def test_stop_strings_are_found_across_tokens_each_row_for_itself(loaded: Loaded
         prompt(3, "c", stop=("ab", "abc", "bcd")),
         prompt(4, "a", stop=("b",)),
     )
-    said = [(each.choices[0].text, each.choices[0].finish_reason, each.completion_tokens) for each in outputs]
+    said = [(each.payload[0].text, each.payload[0].finish_reason, each.completion_tokens) for each in outputs]
     assert said[:2] == [("bcd", "stop", 6), ("bcdefgh", "stop", 9)]
     assert said[2:] == [("bcdefghijklmnopqrstu", "length", 20), ("defghijklmnopqrstuvw", "length", 20), ("", "stop", 1)]
 
@@ -148,7 +149,7 @@ def test_a_special_token_may_be_a_stop_string(loaded: LoadedModel, alphabet: Alp
     outputs = answers(
         GenerateEngine(own_end), prompt(0, "!", stop=("<|end|>",)), prompt(1, "!", max_tokens=4, stop=("never",))
     )
-    said = [(each.choices[0].text, each.choices[0].finish_reason, each.completion_tokens) for each in outputs]
+    said = [(each.payload[0].text, each.payload[0].finish_reason, each.completion_tokens) for each in outputs]
     assert said == [("", "stop", 1), ("!!", "length", 4)]
 
 
@@ -163,7 +164,7 @@ def test_progress_keeps_what_has_ended_and_lets_the_rest_wait_in_order(loaded: L
     for index, text in enumerate(["a", "|", "b", "}"]):
         engine.add(key(index), prompt(index, text))
     first = engine.step()
-    assert [(output.key.index, output.choices[0].text) for output in first] == [(1, "}~"), (3, "~")]
+    assert [(output.key.index, output.payload[0].text) for output in first] == [(1, "}~"), (3, "~")]
     assert engine.waiting == 2
     assert [output.key.index for output in engine.step()] == [0, 2]
     assert len(steps) == 4 + 1 + 20, "once before each micro-batch, and once per token step"
@@ -175,7 +176,7 @@ def test_a_prompt_beyond_the_context_is_an_error_of_its_own(loaded: LoadedModel,
     assert error(long)[0] == "context_length_exceeded"
     assert long.prompt_tokens == len(text) + 1
     assert "secret" not in error(long)[1]
-    assert fitting.choices[0].text == "b"
+    assert fitting.payload[0].text == "b"
 
 
 def test_max_tokens_is_shortened_to_the_context(loaded: LoadedModel, alphabet: Alphabet) -> None:
@@ -184,8 +185,8 @@ def test_max_tokens_is_shortened_to_the_context(loaded: LoadedModel, alphabet: A
     outputs = answers(
         GenerateEngine(loaded), *(prompt(place, text, max_tokens=10**9) for place, text in enumerate(texts))
     )
-    assert [output.choices[0].text for output in outputs[:2]] == ["!", "!" * 10]
-    assert outputs[0].choices[0].finish_reason == "length"
+    assert [output.payload[0].text for output in outputs[:2]] == ["!", "!" * 10]
+    assert outputs[0].payload[0].finish_reason == "length"
     assert error(outputs[2])[0] == "context_length_exceeded"
     assert alphabet.rows == [2] * 10, "they ran together"
     assert alphabet.largest_position < CONTEXT_TOKENS
@@ -218,7 +219,7 @@ def test_without_a_chat_template_messages_are_an_error(loaded: LoadedModel, alph
     ],
 )  # fmt: skip
 def test_what_a_chat_template_refuses_is_the_error_of_one_request(
-    loaded: LoadedModel, given: Request, message: str
+    loaded: LoadedModel, given: GenerationRequest, message: str
 ) -> None:
     [output] = answers(GenerateEngine(loaded), given)
     assert error(output) == ("chat_template_error", message)
@@ -258,7 +259,7 @@ def test_the_default_of_several_chat_templates_needs_no_name(loaded: LoadedModel
 def test_a_prompt_that_no_tokenizer_takes_is_an_error_of_its_own(loaded: LoadedModel, alphabet: Alphabet) -> None:
     broken, fine = answers(GenerateEngine(loaded), prompt(0, "\ud800"), prompt(1, "a", max_tokens=1))
     assert error(broken)[0] == "engine_error"
-    assert fine.choices[0].text == "b"
+    assert fine.payload[0].text == "b"
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_out_of_memory_halves_the_micro_batch_until_it_fits_and_remembers(
     alphabet.most_rows, alphabet.error = most_rows, failure
     engine = GenerateEngine(loaded, options=EngineOptions(max_rows=16))
     outputs = answers(engine, *(prompt(index, "a", max_tokens=2) for index in range(16)))
-    assert [output.choices[0].text for output in outputs] == ["bc"] * 16
+    assert [output.payload[0].text for output in outputs] == ["bc"] * 16
     failed = [rows for rows in alphabet.rows if rows > most_rows]
     assert failed == [rows for rows in (16, 8, 4, 2) if rows > most_rows]
     alphabet.rows.clear()
@@ -290,7 +291,7 @@ def test_a_request_that_fails_alone_is_an_error_of_its_own(loaded: LoadedModel, 
     assert [error(output)[0] for output in outputs] == ["out_of_memory"] * 2
     assert not any("secret" in error(output)[1] for output in outputs)
     alphabet.most_rows = 1
-    assert answers(engine, prompt(0, "a", max_tokens=1))[0].choices[0].text == "b"
+    assert answers(engine, prompt(0, "a", max_tokens=1))[0].payload[0].text == "b"
 
 
 def test_other_failures_of_the_device_are_raised(loaded: LoadedModel, alphabet: Alphabet) -> None:
@@ -313,4 +314,4 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 def test_the_answer_to_a_prompt_continues_its_text(loaded: LoadedModel, alphabet: Alphabet) -> None:
     words = replace(loaded, tokenizer=sentencepiece_like())
     [output] = answers(GenerateEngine(words), prompt(0, "one", max_tokens=4, stop=(" three",)))
-    assert (output.choices[0].text, output.completion_tokens) == (" two", 2)
+    assert (output.payload[0].text, output.completion_tokens) == (" two", 2)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from batchmill.jobs.models.spec import DEMO_FOLDER
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.grammar import Grammars, Matcher, fill
 from batchmill.worker.engine.grammar.response_format import MAX_TEXT_LENGTH
 from batchmill.worker.engine.refused import Refused

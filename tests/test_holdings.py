@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from batchmill.jobs.models.device_memory import Memory
-from batchmill.jobs.requests.generation import Request, RequestKey
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.jobs.store.leases.lease import Claimed, Lease, Turned
 from batchmill.worker.loop.holdings import Holdings
 from tests.mill import output
 
 
 def claimed(batch_id: int = 1, *, first: int = 0, count: int = 3, in_flight: int = 0) -> Claimed:
-    prompts = tuple(Request(index, f"r{index}", prompt="x") for index in range(first, first + count))
+    prompts = tuple(GenerationRequest(index, f"r{index}", prompt="x") for index in range(first, first + count))
     return Claimed(Lease(batch_id, 1, 10 + batch_id, "job"), prompts, in_flight)
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import update
 
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import KeyTaken, PromptFileError, UsageError
-from batchmill.jobs.requests.generation import JobOptions, SamplingParams
+from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs
@@ -182,7 +182,7 @@ def test_the_same_key_with_other_content_is_refused(
     first = submit(store, asked)
     if source == "stdin":
         asked = replace(asked, path="-")
-    other_options = replace(asked, options=JobOptions(None, SamplingParams(max_tokens=5)))
+    other_options = replace(asked, options=GenerationOptions(None, SamplingParams(max_tokens=5)))
     other_model = replace(asked, model="demo")
     from_stdin(LINES)
     for other in (other_options, other_model):
@@ -204,8 +204,8 @@ def test_once_tells_jobs_apart_by_what_they_ask(store: Store, file: str, tmp_pat
         asked,
         replace(asked, model="demo"),
         replace(asked, model="demo", quantization="int8"),
-        replace(asked, options=JobOptions("be brief")),
-        replace(asked, options=JobOptions(None, SamplingParams(seed=1))),
+        replace(asked, options=GenerationOptions("be brief")),
+        replace(asked, options=GenerationOptions(None, SamplingParams(seed=1))),
         replace(asked, form="text"),  # the same bytes, and other prompts
     ]
     found = [submit(store, each) for each in different]

@@ -12,7 +12,7 @@ from sqlalchemy import update
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import StoreBusy
 from batchmill.jobs.models.adapters import Adapter
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import JobState, RunOutcome, WorkerState
 from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
 from batchmill.jobs.store.store import Store

@@ -14,7 +14,8 @@ import torch
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.options import Dequantize, EngineOptions
@@ -58,11 +59,13 @@ def answers(loaded: LoadedModel, kind: str = "continuous") -> list[str]:
     engine = serve(loaded, options=OPTIONS)
     assert engine.limits.kind == kind
     for index in range(6):
-        engine.add(RequestKey("j", index), Request(index, f"r{index}", prompt="ab" * (index + 1), sampling=GREEDY))
+        engine.add(
+            RequestKey("j", index), GenerationRequest(index, f"r{index}", prompt="ab" * (index + 1), sampling=GREEDY)
+        )
     outputs = []
     while engine.waiting or engine.active:
         outputs += engine.step()
-    return [each.choices[0].text for each in sorted(outputs, key=lambda each: each.key)]
+    return [each.payload[0].text for each in sorted(outputs, key=lambda each: each.key)]
 
 
 def test_a_model_that_fits_is_whole_and_has_no_hooks(folder: Path, tmp_path: Path) -> None:

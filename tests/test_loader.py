@@ -17,7 +17,8 @@ from batchmill.jobs.models.digests import Digests
 from batchmill.jobs.models.identity import of_commit, of_model
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models import load as loader
@@ -85,7 +86,9 @@ def test_a_model_is_quantized_by_bitsandbytes_and_answers(
     engine = GenerateEngine(loaded, options=EngineOptions(max_rows=4))
     for index, temperature in enumerate([0.0, 1.0, 0.0]):
         sampling = SamplingParams(max_tokens=6, temperature=temperature)
-        engine.add(RequestKey("job", index), Request(index, str(index), prompt="hello " * index, sampling=sampling))
+        engine.add(
+            RequestKey("job", index), GenerationRequest(index, str(index), prompt="hello " * index, sampling=sampling)
+        )
     outputs = engine.step()
     assert sorted(output.key.index for output in outputs) == [0, 1, 2]
     assert all(output.error is None for output in outputs)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, event, select
 
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.models.device_memory import Memory
-from batchmill.jobs.requests.generation import Request
+from batchmill.jobs.requests.generation import GenerationRequest
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store import bounds
 from batchmill.jobs.store.bounds import PAGE_BYTES, cut
@@ -29,13 +29,13 @@ MIB = 1024**2
 ALL = frozenset(RequestState)
 
 
-def long(count: int, *, mib: float = 3.0, first: int = 0) -> list[Request]:
+def long(count: int, *, mib: float = 3.0, first: int = 0) -> list[GenerationRequest]:
     """Requests of two characters of three bytes each, again and again."""
     text = "\u4f60\u597d" * int(mib * MIB / 6)
-    return [Request(index, f"request-{index}", prompt=text) for index in range(first, first + count)]
+    return [GenerationRequest(index, f"request-{index}", prompt=text) for index in range(first, first + count)]
 
 
-def load(store: Store, *pages: list[Request], batch_size: int = 64) -> str:
+def load(store: Store, *pages: list[GenerationRequest], batch_size: int = 64) -> str:
     job_id = mill.begin(store, batch_size=batch_size)
     for page in pages:
         store.loading.add(job_id, prompts=page, batch_size=batch_size, lease_seconds=60)
@@ -210,7 +210,7 @@ def test_a_page_of_a_submit_is_one_line_where_lines_are_long(store: Store, tmp_p
     sizes: list[int] = []
     add = store.loading.add
 
-    def seen(job_id: str, *, prompts: list[Request], **more: Any) -> Any:
+    def seen(job_id: str, *, prompts: list[GenerationRequest], **more: Any) -> Any:
         sizes.append(len(prompts))
         return add(job_id, prompts=prompts, **more)
 

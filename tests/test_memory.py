@@ -10,7 +10,7 @@ from batchmill.jobs.models.device_memory import (
     largest,
     largest_of_texts,
 )
-from batchmill.jobs.requests.generation import Request
+from batchmill.jobs.requests.generation import GenerationRequest
 from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
 from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.text.device_lines import device_line, memory_lines
@@ -54,8 +54,10 @@ def test_devices_survive_the_store() -> None:
 def holding(*batches: tuple[int, int]) -> Holdings:
     """Batches by id, with so many of their two requests in flight."""
     holdings = Holdings()
-    prompts = {number: tuple(Request(2 * number + place, f"r{number}-{place}", prompt="x") for place in (0, 1))
-               for number, _ in batches}  # fmt: skip
+    prompts = {
+        number: tuple(GenerationRequest(2 * number + place, f"r{number}-{place}", prompt="x") for place in (0, 1))
+        for number, _ in batches
+    }
     claimed = tuple(Claimed(Lease(number, 1, number, "job"), prompts[number], begun) for number, begun in batches)
     holdings.absorb(holdings.said(room=0, memory=Memory(), release=False), Turned(claimed=claimed))
     return holdings

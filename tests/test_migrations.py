@@ -12,7 +12,6 @@ import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, select, text
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from batchmill import migrations
@@ -116,28 +115,13 @@ def test_a_store_of_before_timings_keeps_its_outputs(tmp_path: Path) -> None:
         connection.execute(text(OLD_OUTPUT))
     migrations.upgrade(url)
     ((row,),) = store.reading.output_pages("old", states=frozenset(RequestState), page=10)
-    assert (row.choices, row.queued_seconds) == ('[{"text":"a","finish_reason":"stop"}]', None)
+    assert (row.payload, row.queued_seconds) == ('[{"text":"a","finish_reason":"stop"}]', None)
     store.close()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def old_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A database without tables."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/old.db"
-        return
-    server = make_url(request.getfixturevalue("postgresql_server"))
-    admin = create_engine(server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text("DROP DATABASE IF EXISTS old_store WITH (FORCE)"))
-        connection.execute(text("CREATE DATABASE old_store"))
-    admin.dispose()
-    yield server.set(database="old_store").render_as_string(hide_password=False)
-
-
-@pytest.mark.parametrize("revision", ["0004", "0005", "0006", "0007", "0010"])
+@pytest.mark.parametrize("revision", ["0004", "0005", "0006", "0007", "0010", "0011"])
 class TestBeforeIdentities:
-    """A store of before the identities of models, of processes and stores, finish reasons, or the loading of runs."""
+    """A store of before the identities of models, of processes and stores, finish reasons, runs' loading, or kinds."""
 
     @pytest.fixture
     def store(self, old_url: str, revision: str) -> Iterator[Store]:
@@ -161,6 +145,7 @@ class TestBeforeIdentities:
         assert [row.state for row in rows] == ["succeeded", "failed", "succeeded"]
         assert {(row.identity, row.process) for row in store.workers.rows(only_alive=False)} == {(None, None)}
         assert {each.process for each in store.recovery.holders("host")} == {None}
+        assert {job.kind for job in found.values()} == {"generation"}
 
     def test_what_is_unfinished_takes_the_model_of_its_next_claim(self, store: Store) -> None:
         held = Adapter("a", "/adapters/a", identity="weights=7")

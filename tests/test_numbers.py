@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
@@ -77,11 +78,11 @@ def make(request: pytest.FixtureRequest) -> Make:
     return make_engine
 
 
-def asked(index: int, text: str, **sampling: Any) -> Request:
-    return Request(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
+def asked(index: int, text: str, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
 
 
-def answers(engine: Engine, *requests: Request) -> list[Output]:
+def answers(engine: Engine, *requests: GenerationRequest) -> list[Output]:
     for request in requests:
         engine.add(RequestKey("job", request.index), request)
     outputs: list[Output] = []
@@ -91,7 +92,7 @@ def answers(engine: Engine, *requests: Request) -> list[Output]:
 
 
 def said(output: Output) -> list[str]:
-    return [each.text for each in output.choices]
+    return [each.text for each in output.payload]
 
 
 def code(output: Output) -> str | None:
@@ -126,7 +127,7 @@ def test_a_prompt_without_numbers_is_an_error_and_its_neighbours_are_answered_as
         assert said(outputs[place]) == said(answers(alone, asked(place, texts[place], **options))[0])
     for place in (1, 3):
         bad = outputs[place]
-        assert (bad.choices, bad.prompt_tokens, bad.completion_tokens) == ((), 1 + len(texts[place]), 0)
+        assert (bad.payload, bad.prompt_tokens, bad.completion_tokens) == ((), 1 + len(texts[place]), 0)
         assert bad.error is not None
         assert "logits for token 1 of the answer are not numbers" in bad.error.message
 
@@ -137,19 +138,19 @@ def test_numbers_may_end_in_the_middle_of_an_answer(make: Make) -> None:
     assert [code(each) for each in outputs] == ["not_a_number", None, "not_a_number"]
     assert outputs[0].error is not None
     assert "token 13 of the answer" in outputs[0].error.message
-    assert outputs[1].choices[0].text == "opqrstuvwxyz{|}~"
+    assert outputs[1].payload[0].text == "opqrstuvwxyz{|}~"
 
 
 def test_what_a_row_would_say_after_its_end_counts_for_nothing(make: Make) -> None:
     outputs = answers(make(spoiled(load_alphabet(), "</s>")), asked(0, "{"), asked(1, "a", max_tokens=40))
-    assert [each.choices[0].text for each in outputs] == ["|}~", "bcdefghijklmnopqrstuvwxyz{|}~"]
+    assert [each.payload[0].text for each in outputs] == ["|}~", "bcdefghijklmnopqrstuvwxyz{|}~"]
 
 
 def test_a_place_of_the_cache_is_clean_for_the_next_row(clean: LoadedModel, broken: LoadedModel, make: Make) -> None:
     engine = make(broken, rows=1)
     bad, good = asked(0, "a prompt that is longer than the next one, with Z"), asked(1, "short")
     assert code(answers(engine, bad)[0]) == "not_a_number"
-    assert answers(engine, good)[0].choices == answers(make(clean), good)[0].choices
+    assert answers(engine, good)[0].payload == answers(make(clean), good)[0].payload
 
 
 def test_a_beginning_is_not_taken_from_a_row_without_numbers(
@@ -159,7 +160,7 @@ def test_a_beginning_is_not_taken_from_a_row_without_numbers(
     bad, good = asked(0, f"{begin}and then Z{'z' * 60}", max_tokens=1), asked(1, f"{begin}no more")
     outputs = answers(make(broken, rows=2, step_tokens=40), bad, good)
     assert code(outputs[0]) == "not_a_number"
-    assert outputs[1].choices == answers(make(clean), good)[0].choices
+    assert outputs[1].payload == answers(make(clean), good)[0].payload
 
 
 def test_a_row_without_numbers_may_be_cancelled(broken: LoadedModel, make: Make) -> None:
@@ -204,8 +205,8 @@ def test_what_is_impossible_has_a_logprob_that_json_can_say(clean: LoadedModel, 
         [output] = answers(engine, asked(0, "abc", max_tokens=2, logprobs=True, top_logprobs=3))
     finally:
         hook.remove()
-    assert output.choices[0].text == "xx"
-    written = json.loads(output.choices_json(), parse_constant=pytest.fail)
+    assert output.payload[0].text == "xx"
+    written = json.loads(output.payload_text(), parse_constant=pytest.fail)
     for each in written[0]["logprobs"]["content"]:
         assert each["logprob"] == 0.0
         assert [top["logprob"] for top in each["top_logprobs"]] == [0.0, LEAST_LOGPROB, LEAST_LOGPROB]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.requests.generation import JobOptions, Request, SamplingParams
+from batchmill.jobs.requests.generation import GenerationOptions, GenerationRequest, SamplingParams
 from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.submit import _submission, submit
 from batchmill.producer.requests.checks import BadLine
-from batchmill.producer.requests.generation import json_request
+from batchmill.producer.requests.kinds import FORMS
+from batchmill.producer.requests.lines import Lines
 from batchmill.producer.submit import Submission, load_job
 from tests import mill
 
@@ -31,8 +32,8 @@ OF_REGEX, OF_CHOICE = {"type": "regex", "regex": "[ab]+"}, {"type": "choice", "c
 JSON_OBJECT = {"type": "json_object"}
 
 
-def read(line: dict[str, Any]) -> Request:
-    return json_request(line, 0, adapter_of=lambda _model, adapter: adapter)
+def read(line: dict[str, Any]) -> GenerationRequest:
+    return Lines(FORMS.values()).request(line, 0, adapter_of=lambda _model, adapter: adapter)
 
 
 def asked(line: dict[str, Any]) -> SamplingParams:
@@ -281,10 +282,10 @@ def test_the_fuzz_knows_every_option() -> None:
 def test_what_is_asked_for_survives_its_json(
     sampling: SamplingParams, template: dict[str, Any] | None, ascii_only: bool
 ) -> None:
-    request = Request(0, "request-0", messages=({"role": "user", "content": "x"},), sampling=sampling)
-    assert Request.from_body(0, "request-0", request.to_body()) == request
-    options = JobOptions("s", sampling, template)
-    assert JobOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
+    request = GenerationRequest(0, "request-0", messages=({"role": "user", "content": "x"},), sampling=sampling)
+    assert GenerationRequest.from_body(0, "request-0", request.to_body()) == request
+    options = GenerationOptions("s", sampling, template)
+    assert GenerationOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
     line = {"prompt": "x"} | sampling.to_json()
     assert asked(json.loads(json.dumps(line, ensure_ascii=ascii_only))) == sampling
     assert SamplingParams().over(sampling) == sampling.over(SamplingParams()) == sampling
@@ -302,7 +303,7 @@ def test_a_worker_claims_what_was_asked_for(
     path = tmp_path / "p.jsonl"
     message = {"role": "user", "content": "x"}
     path.write_text("".join(json.dumps({"messages": [message]} | each.to_json()) + "\n" for each in sampling))
-    options = JobOptions(None, flags, template)
+    options = GenerationOptions(None, flags, template)
     job_id, spec = load_job(Submission(str(path), "echo", options=options), store=store, settings=load_settings())
     (claimed,) = mill.claim(store, mill.seat(store, spec=spec, only_job=job_id))
     model = SamplingParams(top_k=7).over(SamplingParams.fallback())
@@ -312,8 +313,8 @@ def test_a_worker_claims_what_was_asked_for(
 
 
 def test_a_lines_template_variables_win_over_the_jobs() -> None:
-    own = Request(0, "a", messages=({"role": "user", "content": "x"},), chat_template_kwargs={"a": 1})
-    options = JobOptions(chat_template_kwargs={"a": 2, "b": 3})
+    own = GenerationRequest(0, "a", messages=({"role": "user", "content": "x"},), chat_template_kwargs={"a": 1})
+    options = GenerationOptions(chat_template_kwargs={"a": 2, "b": 3})
     assert own.under(options).chat_template_kwargs == {"a": 1, "b": 3}
 
 
@@ -385,6 +386,9 @@ def test_once_tells_jobs_apart_by_every_flag() -> None:
 
 
 def test_the_order_of_keys_makes_no_other_job() -> None:
-    one, other = JobOptions(chat_template_kwargs={"a": 1, "b": 2}), JobOptions(chat_template_kwargs={"b": 2, "a": 1})
+    one, other = (
+        GenerationOptions(chat_template_kwargs={"a": 1, "b": 2}),
+        GenerationOptions(chat_template_kwargs={"b": 2, "a": 1}),
+    )
     asked_for = [Submission("p.jsonl", "echo", options=each) for each in (one, other)]
     assert len({each.fingerprint(mill.ECHO_SPEC, "0" * 64) for each in asked_for}) == 1

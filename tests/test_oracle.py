@@ -25,7 +25,7 @@ CASES = {
     "has no output, and its batch 1 is done [I5]": 'DELETE FROM outputs WHERE run_id = 1 AND "index" = 0',
     "is completed, and its index 7 has no output [I6]": 'DELETE FROM outputs WHERE run_id = 2 AND "index" = 7',
     "is succeeded with the error oops": "UPDATE outputs SET error_code = 'oops' WHERE run_id = 2",
-    "is succeeded with the error None and []": "UPDATE outputs SET choices = '[]' WHERE run_id = 2",
+    "is succeeded with the error None and []": "UPDATE outputs SET payload = '[]' WHERE run_id = 2",
     "has total=5 and 4 requests [I4]": "UPDATE batches SET total = 5 WHERE id = 5",
     "says succeeded=3, its outputs say 2": "UPDATE batches SET succeeded = 3 WHERE id = 4",
     "says failed=1, its outputs say 0": "UPDATE batches SET failed = 1 WHERE id = 4",
@@ -106,7 +106,7 @@ def test_many_violations_of_a_kind_are_cut_short(store: Store) -> None:
     load(store, 40)
     work_off(store, seat(store))
     with store.database.write() as connection:
-        connection.execute(text("UPDATE outputs SET choices = '[]'"))
+        connection.execute(text("UPDATE outputs SET payload = '[]'"))
     found = violations(store)
     assert len(found) == 11
     assert found[-1] == "(and 30 more like the last)"
@@ -136,7 +136,7 @@ def test_an_output_that_changes_or_goes_is_seen_between_two_looks(store: Store) 
     before = accepted(store)
     assert changed(before, store) == []
     with store.database.write() as connection:
-        connection.execute(text("""UPDATE outputs SET choices = '["other"]' WHERE run_id = 3 AND "index" = 0"""))
+        connection.execute(text("""UPDATE outputs SET payload = '["other"]' WHERE run_id = 3 AND "index" = 0"""))
         connection.execute(text('DELETE FROM outputs WHERE run_id = 3 AND "index" = 1'))
     said = changed(before, store)
     assert [each.partition(", ")[2] for each in sorted(said)] == ["index 0, has changed [I2]", "index 1, is gone [I2]"]

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchmill.jobs.errors import PromptFileError
-from batchmill.jobs.requests.generation import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
-from batchmill.jobs.requests.generation import NO_SAMPLING, Request, SamplingParams
+from batchmill.jobs.requests.generation import NO_SAMPLING, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
 from batchmill.producer.files.prompt_file import Line, PromptFile
-from batchmill.producer.requests.generation import ROLES
+from batchmill.producer.requests.messages import ROLES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"role": "user", "content": "hello"}
@@ -35,7 +35,7 @@ def write(folder: Path, data: bytes, name: str = "prompts.jsonl") -> str:
     return str(path)
 
 
-def requests(path: str, **options: Any) -> list[Request]:
+def requests(path: str, **options: Any) -> list[GenerationRequest]:
     with PromptFile(path, **options) as prompts:
         found = [line.request for line in prompts]
         prompts.raise_if_bad()
@@ -53,10 +53,10 @@ def openai(body: dict[str, Any], url: Any = CHAT, **more: Any) -> dict[str, Any]
 
 
 @pytest.fixture
-def one(tmp_path: Path) -> Callable[..., Request]:
+def one(tmp_path: Path) -> Callable[..., GenerationRequest]:
     """Reads a file of one line."""
 
-    def read(line: dict[str, Any], **options: Any) -> Request:
+    def read(line: dict[str, Any], **options: Any) -> GenerationRequest:
         [request] = requests(write(tmp_path, json.dumps(line).encode()), **options)
         return request
 
@@ -102,17 +102,17 @@ def test_every_form_of_line_is_read_from_one_file(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, "\n".join(map(json.dumps, lines)).encode())
     assert requests(path) == [
-        Request(0, "request-0", "one"),
-        Request(1, "request-1", messages=(HELLO,)),
-        Request(2, "mine", "", sampling=SamplingParams(max_tokens=5)),
-        Request(3, "chat", messages=(HELLO,), sampling=SamplingParams(temperature=0.0)),
-        Request(4, "completion", "two", sampling=SamplingParams(seed=-1)),
-        Request(5, "request-5", "three"),
-        Request(6, "request-6", messages=(HELLO,)),
+        GenerationRequest(0, "request-0", "one"),
+        GenerationRequest(1, "request-1", messages=(HELLO,)),
+        GenerationRequest(2, "mine", "", sampling=SamplingParams(max_tokens=5)),
+        GenerationRequest(3, "chat", messages=(HELLO,), sampling=SamplingParams(temperature=0.0)),
+        GenerationRequest(4, "completion", "two", sampling=SamplingParams(seed=-1)),
+        GenerationRequest(5, "request-5", "three"),
+        GenerationRequest(6, "request-6", messages=(HELLO,)),
     ]
 
 
-def test_every_sampling_key_arrives(one: Callable[..., Request]) -> None:
+def test_every_sampling_key_arrives(one: Callable[..., GenerationRequest]) -> None:
     asked = {
         "max_tokens": 7, "temperature": 1, "top_p": 0.5, "top_k": 40, "min_p": 0, "repetition_penalty": 1.1,
         "stop": ["a", "b"], "seed": 3,
@@ -143,27 +143,27 @@ def test_every_sampling_key_arrives(one: Callable[..., Request]) -> None:
     ],
     ids=str,
 )
-def test_the_outermost_values_are_accepted(one: Callable[..., Request], edge: dict[str, Any]) -> None:
+def test_the_outermost_values_are_accepted(one: Callable[..., GenerationRequest], edge: dict[str, Any]) -> None:
     assert one({"prompt": "x"} | edge).sampling == SamplingParams(**edge)
 
 
 @pytest.mark.parametrize("custom_id", ["i" * 256, " ", "0", "../../x", "'; --", "\U0001f600", "e\u0301"])
-def test_a_custom_id_is_kept_as_it_is(one: Callable[..., Request], custom_id: str) -> None:
+def test_a_custom_id_is_kept_as_it_is(one: Callable[..., GenerationRequest], custom_id: str) -> None:
     assert one({"prompt": "x", "custom_id": custom_id}).custom_id == custom_id
     assert one(openai({"messages": [HELLO]}, custom_id=custom_id)).custom_id == custom_id
 
 
-def test_max_completion_tokens_is_max_tokens(one: Callable[..., Request]) -> None:
+def test_max_completion_tokens_is_max_tokens(one: Callable[..., GenerationRequest]) -> None:
     assert one({"prompt": "x", "max_completion_tokens": 9}).sampling == SamplingParams(max_tokens=9)
     both = {"max_tokens": 9, "max_completion_tokens": 9}
     assert one({"prompt": "x"} | both).sampling == SamplingParams(max_tokens=9)
 
 
-def test_one_stop_string_is_a_list_of_one(one: Callable[..., Request]) -> None:
+def test_one_stop_string_is_a_list_of_one(one: Callable[..., GenerationRequest]) -> None:
     assert one({"prompt": "x", "stop": "END"}).sampling.stop == ("END",)
 
 
-def test_a_line_that_asks_for_nothing_shares_its_sampling(one: Callable[..., Request]) -> None:
+def test_a_line_that_asks_for_nothing_shares_its_sampling(one: Callable[..., GenerationRequest]) -> None:
     assert one({"prompt": "x"}).sampling is NO_SAMPLING
     assert one({"prompt": "x", "max_tokens": None, "stop": "", "top_k": -1}).sampling is NO_SAMPLING
 
@@ -179,12 +179,12 @@ NOTHING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("nothing", NOTHING, ids=json.dumps)
-def test_what_asks_for_nothing_is_accepted(one: Callable[..., Request], nothing: dict[str, Any]) -> None:
-    assert one({"prompt": "x"} | nothing) == Request(0, "request-0", "x")
-    assert one({"messages": [HELLO]} | nothing) == Request(0, "request-0", messages=(HELLO,))
+def test_what_asks_for_nothing_is_accepted(one: Callable[..., GenerationRequest], nothing: dict[str, Any]) -> None:
+    assert one({"prompt": "x"} | nothing) == GenerationRequest(0, "request-0", "x")
+    assert one({"messages": [HELLO]} | nothing) == GenerationRequest(0, "request-0", messages=(HELLO,))
 
 
-def test_what_has_no_effect_is_kept_to_be_returned(one: Callable[..., Request]) -> None:
+def test_what_has_no_effect_is_kept_to_be_returned(one: Callable[..., GenerationRequest]) -> None:
     kept = {"user": "u", "metadata": {"a": [1, None]}, "store": False, "service_tier": "auto"}
     assert one(openai({"messages": [HELLO]} | kept)).passthrough == kept
     request = one({"prompt": "x", "user": "u"})
@@ -192,35 +192,37 @@ def test_what_has_no_effect_is_kept_to_be_returned(one: Callable[..., Request]) 
     assert request.sampling is NO_SAMPLING
 
 
-def test_chat_template_kwargs_go_with_messages(one: Callable[..., Request]) -> None:
+def test_chat_template_kwargs_go_with_messages(one: Callable[..., GenerationRequest]) -> None:
     template = {"enable_thinking": False}
     assert one({"messages": [HELLO], "chat_template_kwargs": template}).chat_template_kwargs == template
     assert one({"messages": [HELLO], "chat_template_kwargs": {}}).chat_template_kwargs is None
 
 
 @pytest.mark.parametrize(("url", "body"), [(CHAT, {"messages": [HELLO]}), (COMPLETIONS, {"prompt": "x"})])
-def test_urls_have_a_version_or_none_as_azures(one: Callable[..., Request], url: str, body: dict[str, Any]) -> None:
+def test_urls_have_a_version_or_none_as_azures(
+    one: Callable[..., GenerationRequest], url: str, body: dict[str, Any]
+) -> None:
     assert one(openai(body, url.removeprefix("/v1"))) == one(openai(body, url))
 
 
-def test_a_top_p_of_nothing_is_kept(one: Callable[..., Request]) -> None:
+def test_a_top_p_of_nothing_is_kept(one: Callable[..., GenerationRequest]) -> None:
     assert one({"prompt": "x", "top_p": 0}).sampling.top_p == 0.0
 
 
-def test_text_parts_are_joined(one: Callable[..., Request]) -> None:
+def test_text_parts_are_joined(one: Callable[..., GenerationRequest]) -> None:
     parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
     joined = {"role": "user", "content": "a\nb"}
     assert one({"messages": [{"role": "user", "content": parts}]}).messages == (joined,)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_messages_keep_role_name_and_order(one: Callable[..., Request], role: str) -> None:
+def test_messages_keep_role_name_and_order(one: Callable[..., GenerationRequest], role: str) -> None:
     nothing: dict[str, Any] = {"refusal": None, "tool_calls": None, "annotations": [], "function_call": None}
     named = {"role": role, "content": "", "name": "n"}
     assert one({"messages": [HELLO, named | nothing, HELLO]}).messages == (HELLO, named, HELLO)
 
 
-def test_calls_of_tools_and_their_results_are_kept_in_openais_form(one: Callable[..., Request]) -> None:
+def test_calls_of_tools_and_their_results_are_kept_in_openais_form(one: Callable[..., GenerationRequest]) -> None:
     called = {"id": "c", "type": "function", "function": {"name": "w", "arguments": '{"city": "Köln"}'}}
     asked = {"role": "assistant", "content": None, "tool_calls": [called]}
     result = {"role": "tool", "content": "sunny", "tool_call_id": "c"}
@@ -233,7 +235,7 @@ def test_calls_of_tools_and_their_results_are_kept_in_openais_form(one: Callable
 
 @pytest.mark.parametrize(("choice", "calls"), [(None, True), ("auto", True), ("none", False)])
 def test_tools_are_kept_with_whether_the_answer_may_call_them(
-    one: Callable[..., Request], choice: str | None, calls: bool
+    one: Callable[..., GenerationRequest], choice: str | None, calls: bool
 ) -> None:
     line = {"messages": [HELLO], "tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": True}
     assert (one(line).tools, one(line).calls_tools) == ((TOOL,), calls)
@@ -606,7 +608,7 @@ def test_a_txt_file_has_one_prompt_per_line_used_as_it_is(tmp_path: Path) -> Non
     found = requests(write(tmp_path, data, "Prompts.TXT"))
     assert [each.prompt for each in found] == ["one", ' {"prompt": "two"} ', "thr\ree\u2028\x1b", "last"]
     assert [each.custom_id for each in found] == [f"request-{index}" for index in range(4)]
-    assert found[0] == Request(0, "request-0", "one")
+    assert found[0] == GenerationRequest(0, "request-0", "one")
 
 
 @pytest.mark.parametrize(
@@ -839,7 +841,7 @@ ANY_LINE = st.one_of(
 )
 
 
-def read_bytes(data: bytes, name: str) -> list[Request] | None:
+def read_bytes(data: bytes, name: str) -> list[GenerationRequest] | None:
     """The requests of these bytes, or None where they are refused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -852,11 +854,11 @@ def read_bytes(data: bytes, name: str) -> list[Request] | None:
             return None
 
 
-def assert_storable(found: list[Request] | None) -> None:
+def assert_storable(found: list[GenerationRequest] | None) -> None:
     for request in found or ():
         body = request.to_body()
         assert "\\u0000" not in body.replace("\\\\", "")
-        assert Request.from_body(request.index, request.custom_id, body) == request
+        assert GenerationRequest.from_body(request.index, request.custom_id, body) == request
         assert (request.custom_id + body).encode()
 
 

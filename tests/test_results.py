@@ -21,7 +21,8 @@ from sqlalchemy import update
 
 from batchmill.jobs.errors import BatchmillError
 from batchmill.jobs.models.adapters import Adapter
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, Timings
+from batchmill.jobs.requests.generation import Choice, GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.runtime.failpoints import arm
 from batchmill.jobs.runtime.files.output_file import replaced
@@ -32,18 +33,18 @@ from batchmill.jobs.store.views.jobs import Job, OutputRow
 from batchmill.producer.cli.jobs import results
 from batchmill.producer.files import export as exporting
 from batchmill.producer.files.export import errors_path, export
-from batchmill.producer.files.result_lines import CSV_COLUMNS, openai_line
+from batchmill.producer.requests.result_lines import csv_columns, openai_line
 from tests import mill
 
 ROOT = Path(__file__).parent.parent
 FORMS = ["jsonl", "openai", "csv"]
 PASSED = {"user": "u", "metadata": {"a": "b"}}
 REQUESTS = [
-    Request(0, "chat", messages=({"role": "user", "content": "hi"},), passthrough=PASSED),
-    Request(1, "plain", prompt='it says "messages": here'),
-    Request(2, "too long", prompt="x"),
-    Request(3, "no memory", prompt="x"),
-    Request(4, "left", prompt="x"),
+    GenerationRequest(0, "chat", messages=({"role": "user", "content": "hi"},), passthrough=PASSED),
+    GenerationRequest(1, "plain", prompt='it says "messages": here'),
+    GenerationRequest(2, "too long", prompt="x"),
+    GenerationRequest(3, "no memory", prompt="x"),
+    GenerationRequest(4, "left", prompt="x"),
 ]
 
 
@@ -106,7 +107,7 @@ def test_what_was_once_stored_as_no_number_is_exported_as_strict_json(
         '[{"text":"x","finish_reason":"stop","logprobs":{"content":[{"token":"x","logprob":NaN,"top_logprobs":[]}]}}]'
     )
     with store.database.write() as connection:
-        connection.execute(update(tables.outputs).where(tables.outputs.c.state == "succeeded").values(choices=kept))
+        connection.execute(update(tables.outputs).where(tables.outputs.c.state == "succeeded").values(payload=kept))
     out = tmp_path / f"out.{form}"
     export(store, job, out=out, form=form, only="succeeded")
     text = out.read_text()
@@ -227,7 +228,7 @@ def test_answers_of_an_adapter_name_it(store: Store, capsys: pytest.CaptureFixtu
 def test_csv_quotes_what_needs_it(store: Store, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     export(store, job, out=None, form="csv", only="all")
     header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
-    assert tuple(header) == CSV_COLUMNS
+    assert tuple(header) == csv_columns("generation")
     assert rows[1][:4] == ["1", "plain", 'a,"b"\nc', "length"]
     assert dict(zip(header, rows[0], strict=True))["metadata"] == '{"a":"b"}'
     assert rows[2][6:8] == ["context_length_exceeded", "too long"]
@@ -323,7 +324,7 @@ def test_csv_keeps_its_columns_and_has_the_first_choice(
 ) -> None:
     export(store, rich, out=None, form="csv", only="all")
     header, first, _ = csv.reader(io.StringIO(capsys.readouterr().out))
-    assert tuple(header) == CSV_COLUMNS
+    assert tuple(header) == csv_columns("generation")
     assert first[:4] == ["0", "chat", "hey", "stop"]
 
 

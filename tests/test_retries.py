@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from batchmill.jobs.errors import JobStateError
 from batchmill.jobs.requests.causes import CAUSES, Cause, Chances, cause_of
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import BatchState, JobState, WorkerState
 from batchmill.jobs.store.jobs import retry
 from batchmill.jobs.store.leases.lease import Held

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import Choice, GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import errors_path, export
-from batchmill.producer.files.result_lines import CSV_COLUMNS, PASSTHROUGH
+from batchmill.producer.requests.forms import KEPT
+from batchmill.producer.requests.result_lines import csv_columns
 from tests import mill
 
 AWKWARD = "\0\r\n\t\x0b\x1c\x85\u2028\u2029\ufeff\ufffe\U0001f600\"',;= \\a"
@@ -52,7 +54,7 @@ def choices(draw: st.DrawFn) -> Choice:
 
 
 @st.composite
-def answered(draw: st.DrawFn) -> tuple[Request, Output]:
+def answered(draw: st.DrawFn) -> tuple[GenerationRequest, Output]:
     """A request with its output; the index is 0."""
     passed = st.fixed_dictionaries(
         {},
@@ -61,7 +63,7 @@ def answered(draw: st.DrawFn) -> tuple[Request, Output]:
     asked: dict[str, Any] = draw(
         st.sampled_from([{"prompt": "x"}, {"prompt": '"messages":'}, {"messages": ({"role": "user", "content": "x"},)}])
     )
-    request = Request(0, draw(NAME), passthrough=draw(passed) or None, **asked)
+    request = GenerationRequest(0, draw(NAME), passthrough=draw(passed) or None, **asked)
     key = RequestKey("", 0)
     if draw(st.booleans()):
         code = draw(st.sampled_from([each for each in ErrorCode if each is not ErrorCode.CANCELLED]))
@@ -84,7 +86,7 @@ def test_a_message_of_what_no_database_can_hold_is_told_with_marks(store: Store)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(answered(), min_size=1, max_size=4))
 def test_every_form_of_an_export_has_every_answer_whole(
-    store: Store, tmp_path: Path, pairs: list[tuple[Request, Output]]
+    store: Store, tmp_path: Path, pairs: list[tuple[GenerationRequest, Output]]
 ) -> None:
     requests = [replace(one, index=index, custom_id=f"{index}{one.custom_id}") for index, (one, _) in enumerate(pairs)]
     job_id = mill.begin(store)
@@ -100,7 +102,7 @@ def test_every_form_of_an_export_has_every_answer_whole(
     jsonl, good, bad = lines(tmp_path / "jsonl"), lines(tmp_path / "openai"), lines(errors_path(tmp_path / "openai"))
     with (tmp_path / "csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file, strict=True)
-    assert tuple(header) == CSV_COLUMNS
+    assert tuple(header) == csv_columns("generation")
     by_id = {line["custom_id"]: line for line in good + bad}
     assert len(jsonl) == len(rows) == len(by_id) == len(good + bad) == len(pairs)
     for request, output, line, row in zip(requests, outputs, jsonl, rows, strict=True):
@@ -114,21 +116,21 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_bytes().decode().split("\n")[:-1]]
 
 
-def check_jsonl(request: Request, output: Output, line: dict[str, Any]) -> None:
-    first = output.choices[0] if output.choices else None
+def check_jsonl(request: GenerationRequest, output: Output, line: dict[str, Any]) -> None:
+    first = output.payload[0] if output.payload else None
     assert (line["index"], line["custom_id"]) == (request.index, request.custom_id)
     assert line["error"] == (output.error and {"code": output.error.code, "message": output.error.message})
     assert (line["text"], line["finish_reason"]) == ((first.text, first.finish_reason) if first else (None, None))
     for name in ("logprobs", "tool_calls"):
         assert line.get(name) == (first and getattr(first, name))
     told = [(each["text"], each.get("logprobs"), each.get("tool_calls")) for each in line.get("choices", [])]
-    more = output.choices if len(output.choices) > 1 else ()
+    more = output.payload if len(output.payload) > 1 else ()
     assert told == [(each.text, each.logprobs, each.tool_calls) for each in more]
-    assert {name: line[name] for name in PASSTHROUGH if name in line} == (request.passthrough or {})
+    assert {name: line[name] for name in KEPT if name in line} == (request.passthrough or {})
 
 
-def check_csv(request: Request, output: Output, row: dict[str, str]) -> None:
-    first, error, passed = (output.choices or [None])[0], output.error, request.passthrough or {}
+def check_csv(request: GenerationRequest, output: Output, row: dict[str, str]) -> None:
+    first, error, passed = (output.payload or [None])[0], output.error, request.passthrough or {}
     assert (row["index"], row["custom_id"]) == (str(request.index), request.custom_id)
     assert (row["text"], row["finish_reason"]) == ((first.text, first.finish_reason) if first else ("", ""))
     assert (row["error_code"], row["error_message"]) == ((error.code, error.message) if error else ("", ""))
@@ -139,14 +141,14 @@ def check_csv(request: Request, output: Output, row: dict[str, str]) -> None:
         assert (json.loads(row[name]) if row[name] else None) == passed.get(name)
 
 
-def check_openai(request: Request, output: Output, line: dict[str, Any]) -> None:
+def check_openai(request: GenerationRequest, output: Output, line: dict[str, Any]) -> None:
     body = line["response"]["body"]
     if output.error is not None:
         assert (body["error"]["code"], body["error"]["message"]) == (output.error.code, output.error.message)
         return
-    assert {name: body[name] for name in PASSTHROUGH if name in body} == (request.passthrough or {})
-    assert len(body["choices"]) == len(output.choices)
-    for said, choice in zip(body["choices"], output.choices, strict=True):
+    assert {name: body[name] for name in KEPT if name in body} == (request.passthrough or {})
+    assert len(body["choices"]) == len(output.payload)
+    for said, choice in zip(body["choices"], output.payload, strict=True):
         if request.messages is None:
             assert said["text"] == choice.text
             tokens = [each["token"] for each in choice.logprobs["content"]] if choice.logprobs else []

@@ -11,7 +11,7 @@ import pytest
 
 from batchmill.jobs.errors import StoreUnavailable
 from batchmill.jobs.models.device_memory import Memory
-from batchmill.jobs.requests.generation import RequestKey
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.jobs.requests.states import JobState, RequestState, WorkerState
 from batchmill.jobs.store.leases.lease import Turned
 from batchmill.jobs.store.store import Store

@@ -8,17 +8,15 @@ import re
 import pytest
 
 from batchmill.jobs.requests.generation import (
+    GENERATION,
     NO_SAMPLING,
     Choice,
-    ErrorCode,
-    JobOptions,
-    Output,
-    Request,
-    RequestKey,
+    GenerationOptions,
+    GenerationRequest,
     SamplingParams,
-    Timings,
 )
 from batchmill.jobs.requests.ids import new_job_id
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.jobs.requests.states import RequestState
 
 
@@ -30,20 +28,20 @@ def test_the_request_wins_over_the_job_over_the_model_over_the_fallback() -> Non
 
 
 def test_the_jobs_system_message_goes_where_there_is_none() -> None:
-    options = JobOptions("be brief", SamplingParams(seed=1))
-    own = Request(0, "a", messages=({"role": "system", "content": "x"}, {"role": "user", "content": "y"}))
-    plain = Request(1, "b", prompt="y")
+    options = GenerationOptions("be brief", SamplingParams(seed=1))
+    own = GenerationRequest(0, "a", messages=({"role": "system", "content": "x"}, {"role": "user", "content": "y"}))
+    plain = GenerationRequest(1, "b", prompt="y")
     assert own.under(options).messages == own.messages
     assert plain.under(options).messages == (
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "y"},
     )
     assert plain.under(options).prompt is None
-    assert plain.under(JobOptions()) == plain
+    assert plain.under(GenerationOptions()) == plain
 
 
 def test_requests_and_options_survive_their_json() -> None:
-    full = Request(
+    full = GenerationRequest(
         3,
         "c",
         messages=({"role": "user", "content": "\u2028 ü"},),
@@ -54,13 +52,13 @@ def test_requests_and_options_survive_their_json() -> None:
         tools=({"type": "function", "function": {"name": "w"}},),
         calls_tools=False,
     )
-    bare = Request(4, "d", prompt="")
+    bare = GenerationRequest(4, "d", prompt="")
     for request in (full, bare):
-        assert Request.from_body(request.index, request.custom_id, request.to_body()) == request
-    assert Request.from_body(4, "d", bare.to_body()).sampling is NO_SAMPLING
-    options = JobOptions("s", full.sampling, {"enable_thinking": True}, ("a", "b"))
+        assert GenerationRequest.from_body(request.index, request.custom_id, request.to_body()) == request
+    assert GenerationRequest.from_body(4, "d", bare.to_body()).sampling is NO_SAMPLING
+    options = GenerationOptions("s", full.sampling, {"enable_thinking": True}, ("a", "b"))
     assert full.under(options).adapter == "sql"
-    assert JobOptions.from_json(options.to_json()) == options
+    assert GenerationOptions.from_json(options.to_json()) == options
 
 
 def test_outputs_survive_their_json_and_so_do_those_of_before_timings() -> None:
@@ -70,7 +68,7 @@ def test_outputs_survive_their_json_and_so_do_those_of_before_timings() -> None:
     full = Output(key, choices, prompt_tokens=2, completion_tokens=3, timings=Timings(0.1, 0.2, 0.3))
     failed = Output.failed(key, ErrorCode.UNSUPPORTED_OPTION, "it has no logprobs", prompt_tokens=2)
     for output in (full, failed):
-        assert Output.from_json(json.loads(json.dumps(output.to_json()))) == output
+        assert Output.from_json(json.loads(json.dumps(output.to_json())), GENERATION) == output
     before = {
         "key": ["job", 3],
         "choices": [{"text": "x", "finish_reason": "stop"}],
@@ -78,12 +76,12 @@ def test_outputs_survive_their_json_and_so_do_those_of_before_timings() -> None:
         "completion_tokens": 3,
         "error": None,
     }
-    assert Output.from_json(before) == Output(key, (Choice("x", "stop"),), 2, 3)
+    assert Output.from_json(before, GENERATION) == Output(key, (Choice("x", "stop"),), 2, 3)
 
 
 def test_choices_are_kept_with_their_logprobs_and_nothing_where_there_are_none() -> None:
     output = Output(RequestKey("job", 0), (Choice("x", "stop"), Choice("y", "length", {"content": []})))
-    assert output.choices_json() == (
+    assert output.payload_text() == (
         '[{"text":"x","finish_reason":"stop"},{"text":"y","finish_reason":"length","logprobs":{"content":[]}}]'
     )
 
@@ -91,7 +89,7 @@ def test_choices_are_kept_with_their_logprobs_and_nothing_where_there_are_none()
 @pytest.mark.parametrize("body", ['{"prompt": "x", "colour": 1}', '{"sampling": {"warmth": 1}}'])
 def test_unknown_keys_of_a_stored_request_are_refused(body: str) -> None:
     with pytest.raises(TypeError):
-        Request.from_body(0, "a", body)
+        GenerationRequest.from_body(0, "a", body)
 
 
 def test_an_outputs_state_follows_from_its_error() -> None:

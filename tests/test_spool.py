@@ -15,7 +15,8 @@ from sqlalchemy import URL, make_url, update
 from structlog.testing import capture_logs
 
 from batchmill.jobs.configuration.settings import Settings, load_settings
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.jobs.requests.generation import Choice
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.jobs.requests.states import JobState, RunOutcome
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.leases.lease import Held, Lease
@@ -109,7 +110,14 @@ def test_it_is_written_by_name_and_says_its_form(path: Path) -> None:
     Spool(path, limit_bytes=10_000).append([held(0)])
     line = json.loads(path.read_text())
     assert line["format"] == 3
-    assert line["lease"] == {"batch_id": 3, "fence": 1, "run_id": 5, "job_id": "job", "apart": True}
+    assert line["lease"] == {
+        "batch_id": 3,
+        "fence": 1,
+        "run_id": 5,
+        "job_id": "job",
+        "apart": True,
+        "kind": "generation",
+    }
 
 
 def test_a_newer_form_is_not_read(path: Path) -> None:

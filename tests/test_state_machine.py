@@ -37,7 +37,8 @@ from batchmill.jobs.errors import JobStateError, LoadingLost, StoreUnavailable
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.requests.causes import Chances
-from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, BatchState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.store.jobs import create, retry
 from batchmill.jobs.store.leases import sync
@@ -55,7 +56,7 @@ _MOST_JOBS = 3
 #: An innocent is alone after so many crashes that poison caused, and then answers.
 _INNOCENT_CRASHES = len(SUSPECT_GROUPS) - 1
 
-_OUTPUT_COLUMNS = ("state", "run_id", "choices", "error_code", "finished_at")
+_OUTPUT_COLUMNS = ("state", "run_id", "payload", "error_code", "finished_at")
 _RUN_COLUMNS = ("id", "job_id", "batch_id", "fence", "worker_id", "worker_generation", "outcome", "in_flight")
 #: The oracle's sentences that compare two times.
 _OF_TIMES = re.compile(r"^\(and|began after it ended|began before the run ahead|was written while its run")
@@ -134,7 +135,7 @@ class Mill(RuleBasedStateMachine):
         """One that can work everything off."""
         return self.new_desk()
 
-    def prompts(self, count: int, first: int) -> list[Request]:
+    def prompts(self, count: int, first: int) -> list[GenerationRequest]:
         return mill.prompts(count, first=first)
 
     # --- submits ----------------------------------------------------------------------------------------------
@@ -687,7 +688,7 @@ class MillWithAdapters(Mill):
     def last_desk(self) -> Desk:
         return Desk(self.store, self.bed, self.queues, self.rows, next(self.numbers), _ADAPTERS)
 
-    def prompts(self, count: int, first: int) -> list[Request]:
+    def prompts(self, count: int, first: int) -> list[GenerationRequest]:
         names = itertools.cycle((None, *(each.name for each in _ADAPTERS)))
         return mill.named(*itertools.islice(names, first, first + count), first=first)
 

@@ -17,7 +17,8 @@ from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import DeviceMemory
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode, JobOptions, SamplingParams
+from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.runtime.sizes import size
@@ -80,6 +81,7 @@ STATUS: dict[str, Any] = {
     "given_up": list,
     "options": dict,
     "sampling": dict,
+    "kind": str,
     "batch_size": int,
     "runs": int,
     "file": {"name": str, "sha256": str},
@@ -133,7 +135,7 @@ def check(value: dict[str, Any], shape: dict[str, Any]) -> None:
 @pytest.fixture
 def job_id(store: Store) -> str:
     """A job of ten requests: two succeeded, two failed, one worker at work."""
-    flags = JobOptions(None, SamplingParams(temperature=0.0))
+    flags = GenerationOptions(None, SamplingParams(temperature=0.0))
     job_id = mill.load(store, 10, name="nightly", options=flags)
     who = mill.seat(store)
     (claimed,) = mill.claim(store, who)
@@ -159,7 +161,7 @@ def test_the_json_of_a_running_job_has_the_public_keys(store: Store, job_id: str
 
 def test_an_option_with_a_structure_of_its_own_is_shown_as_json_and_cut_short(store: Store) -> None:
     schema = {"type": "object", "description": "x" * 1_000}
-    options = JobOptions(None, SamplingParams(n=2, response_format={"type": "json_schema", "schema": schema}))
+    options = GenerationOptions(None, SamplingParams(n=2, response_format={"type": "json_schema", "schema": schema}))
     job_id = mill.load(store, 1, options=options)
     mill.claim(store, mill.seat(store))
     (line,) = [each for each in job_lines(JobStatus.read(store, job_id)) if each.startswith("  sampling")]
@@ -276,7 +278,7 @@ class TestEnd(Clocked):
     @pytest.fixture
     def who(self, store: Store) -> Seat:
         """A worker of eight rows, and a job of 400 requests, which are answered with three tokens each."""
-        mill.load(store, 400, batch_size=40, options=JobOptions(None, SamplingParams(max_tokens=4)))
+        mill.load(store, 400, batch_size=40, options=GenerationOptions(None, SamplingParams(max_tokens=4)))
         return mill.seat(store)
 
     def work(self, store: Store, who: Seat, clock: mill.Clock, *, batches: int) -> None:

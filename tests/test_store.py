@@ -10,15 +10,8 @@ from sqlalchemy import select, update
 from batchmill.jobs.errors import LoadingLost, NotFound
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import (
-    Choice,
-    ErrorCode,
-    JobOptions,
-    Output,
-    RequestKey,
-    SamplingParams,
-    Timings,
-)
+from batchmill.jobs.requests.generation import Choice, GenerationOptions, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
@@ -150,7 +143,7 @@ class TestClaiming:
         assert mill.claim(store, other)[0].lease.batch_id == second.lease.batch_id
 
     def test_what_held_for_the_sampling_is_settled_by_the_first_claim(self, store: Store) -> None:
-        flags = JobOptions("be brief", SamplingParams(temperature=0.0, stop=("x",)))
+        flags = GenerationOptions("be brief", SamplingParams(temperature=0.0, stop=("x",)))
         job_id = mill.load(store, 8, options=flags)
         claimed = mill.claim(store, mill.seat(store))[0]
         expected = SamplingParams(max_tokens=256, temperature=0.0, top_k=7, stop=("x",))
@@ -191,7 +184,7 @@ class TestSaving:
         counts = store.reading.job(job_id).counts
         assert (counts.succeeded, counts.prompt_tokens) == (2, 4)
         page = next(store.reading.output_pages(job_id, states=ALL, page=10))
-        assert '"answer 0"' in page[0].choices
+        assert '"answer 0"' in page[0].payload
 
     def test_timings_and_every_choice_are_kept(self, store: Store) -> None:
         job_id = mill.load(store, 2)
@@ -202,11 +195,11 @@ class TestSaving:
         mill.save(store, who, [Held(claimed.lease, outputs=[timed, mill.output(job_id, 1)])])
         ((one, other),) = store.reading.output_pages(job_id, states=frozenset(RequestState), page=10)
         assert (one.queued_seconds, one.prefill_seconds, one.decode_seconds) == (0.0, 0.25, 1.5)
-        assert one.choices == timed.choices_json()
+        assert one.payload == timed.payload_text()
         assert (other.queued_seconds, other.prefill_seconds, other.decode_seconds) == (None, None, None)
 
     def test_the_jobs_template_variables_reach_every_claim(self, store: Store) -> None:
-        mill.load(store, 2, batch_size=1, options=JobOptions(chat_template_kwargs={"enable_thinking": False}))
+        mill.load(store, 2, batch_size=1, options=GenerationOptions(chat_template_kwargs={"enable_thinking": False}))
         for name in ("first", "second"):
             (claimed,) = mill.claim(store, mill.seat(store, name=name))
             assert claimed.requests[0].chat_template_kwargs == {"enable_thinking": False}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.probe import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
@@ -43,14 +44,14 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
     return loaded(config)
 
 
-def request(index: int, prompt_tokens: int, max_tokens: int) -> Request:
+def request(index: int, prompt_tokens: int, max_tokens: int) -> GenerationRequest:
     """A prompt of so many tokens, `<s>` included."""
     text = "".join(chr(ord("a") + (7 * index + place * place) % 26) for place in range(prompt_tokens - 1))
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return Request(index, str(index), prompt=text, sampling=sampling)
+    return GenerationRequest(index, str(index), prompt=text, sampling=sampling)
 
 
-def alone(model: LoadedModel, asked: Request) -> str:
+def alone(model: LoadedModel, asked: GenerationRequest) -> str:
     """What transformers says."""
     ids = torch.tensor([model.tokenizer.encode(asked.prompt or "")])
     whole = model.model.generate(
@@ -61,7 +62,7 @@ def alone(model: LoadedModel, asked: Request) -> str:
     return text
 
 
-def answers(engine: GenerateEngine, *requests: Request) -> list[Output]:
+def answers(engine: GenerateEngine, *requests: GenerationRequest) -> list[Output]:
     for each in requests:
         engine.add(RequestKey("job", each.index), each)
     outputs: list[Output] = []
@@ -74,7 +75,7 @@ def test_an_answer_does_not_depend_on_how_long_its_neighbours_are(model: LoadedM
     asked = [request(index, *lengths) for index, lengths in enumerate(LENGTHS)]
     outputs = answers(GenerateEngine(model, options=EngineOptions(max_rows=16)), *asked)
     assert [each.prompt_tokens for each in outputs] == [prompt_tokens for prompt_tokens, _ in LENGTHS]
-    assert [each.choices[0].text for each in outputs] == [alone(model, each) for each in asked]
+    assert [each.payload[0].text for each in outputs] == [alone(model, each) for each in asked]
 
 
 def test_rows_that_turn_the_same_run_together(model: LoadedModel) -> None:

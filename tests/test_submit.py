@@ -17,7 +17,7 @@ import pytest
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import LoadingLost, PromptFileError, UsageError
 from batchmill.jobs.models.adapters import Adapter
-from batchmill.jobs.requests.generation import JobOptions, SamplingParams
+from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.runtime.logs import configure_logs
 from batchmill.jobs.store.store import Store
@@ -43,7 +43,7 @@ def write(path: Path, *lines: object) -> str:
 
 def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "x"}, {"prompt": "y"})
-    options = JobOptions("be brief", SamplingParams(max_tokens=5))
+    options = GenerationOptions("be brief", SamplingParams(max_tokens=5))
     asked = Submission(path, "echo", name="n", options=options, batch_size=1, command="batchmill submit p.jsonl")
     job_id, spec = load_job(asked, store=store, settings=SETTINGS)
     job = store.reading.job(job_id)
@@ -61,7 +61,7 @@ def test_declared_adapters_are_part_of_the_job(
 ) -> None:
     configure_logs(level=SETTINGS.log_level, form=SETTINGS.log_format)
     path = write(tmp_path / "p.jsonl", {"prompt": "x", "adapter": "sql"}, {"prompt": "y"})
-    asked = Submission(path, "echo", options=JobOptions(adapters=("sql", "unused")))
+    asked = Submission(path, "echo", options=GenerationOptions(adapters=("sql", "unused")))
     job_id, spec = load_job(asked, store=store, settings=SETTINGS)
     job = store.reading.job(job_id)
     assert (job.options, job.adapters) == ({"adapters": ["sql", "unused"]}, ())
@@ -69,7 +69,7 @@ def test_declared_adapters_are_part_of_the_job(
     said = capsys.readouterr().err
     assert "unused" in said
     assert "sql" not in said
-    plain = Submission(path, "echo", options=JobOptions(adapters=("sql",)))
+    plain = Submission(path, "echo", options=GenerationOptions(adapters=("sql",)))
     meant = replace(plain, adapters=(Adapter("sql", "/a"),))
     prints = {each.fingerprint(spec, "0") for each in (asked, plain, meant, replace(meant, adapters=(B,)))}
     assert len(prints) == 4
@@ -84,7 +84,7 @@ def test_declared_adapters_are_part_of_the_job(
 )
 def test_adapters_that_no_line_could_name_are_refused(path: str, model: str, said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        Submission(path, model, options=JobOptions(adapters=("sql",)))
+        Submission(path, model, options=GenerationOptions(adapters=("sql",)))
     assert said in str(refused.value)
 
 
@@ -161,10 +161,10 @@ def test_messages_for_a_folder_without_a_chat_template_are_refused(sqlite_store:
     plain = write(tmp_path / "plain.jsonl", {"prompt": "x"})
     with pytest.raises(UsageError, match=r"line 2 has messages.*chat_template"):
         load_job(Submission(chat, str(model)), store=sqlite_store, settings=SETTINGS)
-    asked = Submission(plain, str(model), options=JobOptions("be brief"))
+    asked = Submission(plain, str(model), options=GenerationOptions("be brief"))
     with pytest.raises(UsageError, match="--system"):
         load_job(asked, store=sqlite_store, settings=SETTINGS)
-    asked = Submission(plain, str(model), options=JobOptions(chat_template_kwargs={"enable_thinking": False}))
+    asked = Submission(plain, str(model), options=GenerationOptions(chat_template_kwargs={"enable_thinking": False}))
     with pytest.raises(UsageError, match="--chat-template-kwargs is for a chat template"):
         load_job(asked, store=sqlite_store, settings=SETTINGS)
     load_job(Submission(plain, str(model)), store=sqlite_store, settings=SETTINGS)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from batchmill.jobs.requests.generation import Choice, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GENERATION, Choice, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import export
@@ -35,7 +36,7 @@ def said(template: str, text: str, *, stop: tuple[str, ...] = (), calls_tools: b
     tokenizer.add_tokens([AddedToken(each, special=True) for each in marks], special_tokens=True)
     held = Tokenization(tokenizer, vocabulary=300, context_tokens=None, end_token_ids=[1])
     sampling = SamplingParams(max_tokens=1, temperature=0.0, stop=stop)
-    prompt = held.prompt(Request(0, "0", None, (USER,), sampling, tools=(TOOL,), calls_tools=calls_tools))
+    prompt = held.prompt(GenerationRequest(0, "0", None, (USER,), sampling, tools=(TOOL,), calls_tools=calls_tools))
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return held.choice(prompt, tokens[:most] if most else [*tokens, 1], named="job/0/0")
 
@@ -115,12 +116,12 @@ def test_both_kinds_of_lines_have_the_calls(sqlite_url: str, capsys: pytest.Capt
     calling = Choice("x <call>", "stop", None, [call], "x")
     choices = (calling, Choice("<call>", "length", None, [call]), Choice("y", "stop"))
     job_id = mill.begin(store, batch_size=4)
-    store.loading.add(job_id, prompts=[Request(0, "a", None, (USER,))], batch_size=4, lease_seconds=60)
+    store.loading.add(job_id, prompts=[GenerationRequest(0, "a", None, (USER,))], batch_size=4, lease_seconds=60)
     store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
     who = mill.seat(store)
     (claimed,) = mill.claim(store, who)
     output = Output(RequestKey(job_id, 0), choices, 3, 5)
-    assert Output.from_json(json.loads(json.dumps(output.to_json()))) == output
+    assert Output.from_json(json.loads(json.dumps(output.to_json())), GENERATION) == output
     mill.save(store, who, [Held(claimed.lease, outputs=[output])])
     for form in ("jsonl", "openai"):
         export(store, store.reading.job(job_id), out=None, form=form, only="all")

@@ -8,7 +8,8 @@ import pytest
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
 from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
@@ -27,7 +28,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu")
 
 
-def answers(loaded: LoadedModel, kind: EngineChoice, *requests: Request) -> list[Output]:
+def answers(loaded: LoadedModel, kind: EngineChoice, *requests: GenerationRequest) -> list[Output]:
     options = EngineOptions(kind=kind, max_rows=4)
     engine = serve(loaded, options=options)
     for request in requests:
@@ -44,12 +45,12 @@ def test_a_token_without_an_embedding_is_an_error_of_its_own(loaded: LoadedModel
     fine, plain, message = answers(
         loaded,
         kind,
-        Request(0, "0", prompt="abc", sampling=SAMPLING),
-        Request(1, "1", prompt="x <|first|><|second|>", sampling=SAMPLING),
-        Request(2, "2", messages=chat, sampling=SAMPLING),
+        GenerationRequest(0, "0", prompt="abc", sampling=SAMPLING),
+        GenerationRequest(1, "1", prompt="x <|first|><|second|>", sampling=SAMPLING),
+        GenerationRequest(2, "2", messages=chat, sampling=SAMPLING),
     )
     assert fine.error is None
-    assert len(fine.choices) == 1
+    assert len(fine.payload) == 1
     for output, token, prompt_tokens in ((plain, 261, 5), (message, 260, 21)):
         assert output.error is not None
         assert output.error.code == "unknown_token"
@@ -62,6 +63,6 @@ def test_an_end_and_a_stop_string_that_the_model_cannot_write_never_come(
     loaded: LoadedModel, kind: EngineChoice
 ) -> None:
     sampling = SamplingParams(max_tokens=3, temperature=0.0, stop=("<|first|>",), min_tokens=1)
-    [output] = answers(loaded, kind, Request(0, "0", prompt="abc", sampling=sampling))
+    [output] = answers(loaded, kind, GenerationRequest(0, "0", prompt="abc", sampling=sampling))
     assert output.error is None
     assert output.completion_tokens == 3

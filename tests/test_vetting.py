@@ -15,7 +15,7 @@ import pytest
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode, Request, RequestKey
+from batchmill.jobs.requests.request import ErrorCode, RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import load
@@ -282,7 +282,7 @@ def test_a_hostile_chat_template_runs_in_a_sandbox(folder: Path, tmp_path: Path,
     engine = GenerateEngine(
         load(ModelSpec(str(folder), quantization=Quantization(Kind.NONE)), "cpu"), options=EngineOptions(max_rows=1)
     )
-    engine.add(RequestKey("job", 0), Request(0, "0", messages=({"role": "user", "content": "{{ 7 * 7 }}"},)))
+    engine.add(RequestKey("job", 0), GenerationRequest(0, "0", messages=({"role": "user", "content": "{{ 7 * 7 }}"},)))
     (output,) = engine.step()
     assert output.error is not None
     assert output.error.code == ErrorCode.CHAT_TEMPLATE_ERROR

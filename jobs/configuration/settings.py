@@ -26,7 +26,7 @@ from batchmill.jobs.configuration.flags import FLAG_OF_SETTING
 from batchmill.jobs.configuration.settings_file import TOML_FILE, read_settings_file
 from batchmill.jobs.errors import SettingsError, UsageError
 from batchmill.jobs.models.quantization import Quantization
-from batchmill.jobs.requests.generation import DEFAULT_LINE_BYTES, MAX_LINE_BYTES
+from batchmill.jobs.requests.request import DEFAULT_LINE_BYTES, MAX_LINE_BYTES
 from batchmill.jobs.runtime.command_errors import say
 from batchmill.jobs.runtime.home import socket_path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.requests.request import FIRST_KIND
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class EngineFacts:
     """An engine's limits, and the model that it serves."""
 
     limits: EngineLimits
-    #: What the model consists of (`jobs.identity`).
+    #: What the model consists of (`jobs.models.identity`).
     identity: str
     #: What the model's revision resolved to; None for a folder.
     commit: str | None = None
@@ -41,6 +42,8 @@ class EngineFacts:
     weights_by_device: tuple[int, ...] = (0,)
     #: Bytes that keys and values take, or may take, on each device.
     cache_by_device: tuple[int, ...] = (0,)
+    #: The kinds of requests that the engine answers, by name.
+    kinds: frozenset[str] = frozenset({FIRST_KIND})
 
     @property
     def weights_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The values that travel between modules: SamplingParams, Request, Output and what they are made of.
+"""Generation, the kind of request that is answered with text: what its requests, options and choices are.
 
 Everything here is frozen and changed by copy. Nothing here knows SQL, Redis, files or tensors.
 """
@@ -6,43 +6,14 @@ Everything here is frozen and changed by copy. Nothing here knows SQL, Redis, fi
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from enum import StrEnum
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, cast
 
-from batchmill.jobs.requests.states import RequestState
+from batchmill.jobs.requests.request import FIRST_KIND, Kind, Output, to_text
 
-#: A request's custom_id has 1 to this many characters.
-CUSTOM_ID_LENGTH = 256
-DEFAULT_BATCH_SIZE = 64
-#: A line of a prompt file has at most so many bytes where the settings say nothing else.
-DEFAULT_LINE_BYTES = 16 * 1024**2
-#: The settings may say at most this: longer texts do not go into every database.
-MAX_LINE_BYTES = 256 * 1024**2
 #: About what one logprob takes in the store.
 _LOGPROB_BYTES = 80
-#: A batch is closed or retried within one transaction of at most half a second, so it is bounded.
-MAX_BATCH_SIZE = 5_000
-
-
-class ErrorCode(StrEnum):
-    """The codes of error outputs."""
-
-    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-    EMPTY_PROMPT = "empty_prompt"
-    UNKNOWN_TOKEN = "unknown_token"
-    NO_CHAT_TEMPLATE = "no_chat_template"
-    CHAT_TEMPLATE_ERROR = "chat_template_error"
-    INVALID_RESPONSE_FORMAT = "invalid_response_format"
-    UNSUPPORTED_OPTION = "unsupported_option"  #: by batchmill, or by the model of the job
-    UNSUPPORTED_BY_WORKER = "unsupported_by_worker"  #: its engine or its adapters; another one may answer it
-    OUT_OF_MEMORY = "out_of_memory"
-    NOT_A_NUMBER = "not_a_number"
-    ENGINE_ERROR = "engine_error"
-    POISON = "poison"
-    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +82,16 @@ _SAMPLING_NAMES = tuple(each.name for each in fields(SamplingParams))
 NO_SAMPLING = SamplingParams()
 
 
-class RequestKey(NamedTuple):
-    """What names a request everywhere: its job and its place in the file, from 0."""
-
-    job_id: str
-    index: int  # type: ignore[assignment]  # the word for a place in the file, not tuple.index
-
-
 @dataclass(frozen=True, slots=True)
-class Request:
+class GenerationRequest:
     """One prompt with its sampling parameters: either `prompt` or `messages` is set, never both.
 
     `passthrough` holds what is kept and returned without effect (user, metadata, store, service_tier). `adapter`: the
     name of the one that answers it, None for the model alone. `tools`: those that the model is told of, as OpenAI
     writes them; `calls_tools`: whether its answer may call them.
     """
+
+    kind: ClassVar[str] = FIRST_KIND
 
     index: int
     custom_id: str
@@ -139,7 +105,7 @@ class Request:
     calls_tools: bool = True
 
     def to_body(self) -> str:
-        """The JSON text that the store keeps: everything but index and custom_id."""
+        """The JSON text that the store keeps: everything but kind, index and custom_id."""
         body: dict[str, Any] = {}
         if self.prompt is not None:
             body["prompt"] = self.prompt
@@ -157,10 +123,10 @@ class Request:
             body["tools"] = self.tools
         if not self.calls_tools:
             body["calls_tools"] = False
-        return _to_json(body)
+        return to_text(body)
 
     @classmethod
-    def from_body(cls, index: int, custom_id: str, body: str) -> Request:
+    def from_body(cls, index: int, custom_id: str, body: str) -> GenerationRequest:
         """The inverse of `to_body`; an unknown key is refused."""
         values = json.loads(body)
         if "sampling" in values:
@@ -171,7 +137,7 @@ class Request:
             values["tools"] = tuple(values["tools"])
         return cls(index, custom_id, **values)
 
-    def under(self, options: JobOptions) -> Request:
+    def under(self, options: GenerationOptions) -> GenerationRequest:
         """This request as its job wants it run: sampling and chat_template_kwargs filled up, the job's system message
         in front.
 
@@ -189,13 +155,8 @@ class Request:
         return replace(request, prompt=None, messages=messages)
 
 
-#: NUL and half a surrogate pair: a template's own words, say, may hold them.
-_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
-_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-
-
 @dataclass(frozen=True, slots=True)
-class JobOptions:
+class GenerationOptions:
     """What a job's flags ask for all of its requests. `adapters`: the names that a request may name, sorted."""
 
     system: str | None = None
@@ -210,11 +171,25 @@ class JobOptions:
         return {key: each for key, each in own.items() if each is not None} | self.sampling.to_json()
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> JobOptions:
+    def from_json(cls, value: Mapping[str, Any]) -> GenerationOptions:
         """The inverse of `to_json`; an unknown key is refused."""
         sampling = SamplingParams.from_json({key: each for key, each in value.items() if key not in _OWN_OPTIONS})
         adapters = tuple(value.get("adapters", ()))
         return cls(value.get("system"), sampling, value.get("chat_template_kwargs"), adapters)
+
+    def settled(self) -> dict[str, Any]:
+        """The sampling alone, which is filled up from the model's defaults: the rest holds as it was asked for."""
+        return self.sampling.to_json()
+
+    @classmethod
+    def filled(
+        cls, asked: Mapping[str, Any], settled: Mapping[str, Any] | None, defaults: SamplingParams | None
+    ) -> GenerationOptions:
+        """What holds for a job's requests: what was settled, or else what was asked for, over the model's defaults."""
+        options = cls.from_json(asked)
+        if settled is not None:
+            return replace(options, sampling=SamplingParams.from_json(settled))
+        return replace(options, sampling=options.sampling.over(defaults or NO_SAMPLING).over(SamplingParams.fallback()))
 
 
 #: What a job's flags ask for besides the sampling.
@@ -241,6 +216,11 @@ class Choice:
         content = () if self.logprobs is None else self.logprobs["content"]
         return sum(1 + len(each["top_logprobs"]) for each in content)
 
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes in the store, told without writing it down."""
+        return len(self.text) + _LOGPROB_BYTES * self.logprob_count
+
     def to_json(self) -> dict[str, Any]:
         """Ready for json; `logprobs` and `tool_calls` only where there are some."""
         logprobs = {} if self.logprobs is None else {"logprobs": self.logprobs}
@@ -248,82 +228,21 @@ class Choice:
         return {"text": self.text, "finish_reason": self.finish_reason} | logprobs | calls
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds that one request waited in the engine, that its prompt took, and that its answer took."""
-
-    queued_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
+def choices_of(output: Output) -> tuple[Choice, ...]:
+    """The parts of an output of this kind."""
+    return cast("tuple[Choice, ...]", output.payload)
 
 
-@dataclass(frozen=True, slots=True)
-class OutputError:
-    """Why a request has no answer: a code of ErrorCode, and a sentence for the user."""
-
-    code: str
-    message: str
+def _request(index: int, custom_id: str, body: str, options: GenerationOptions) -> GenerationRequest:
+    return GenerationRequest.from_body(index, custom_id, body).under(options)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What came back for one request: choices, token counts and timings, or an error.
-
-    `timings` is None where the engine answers a whole micro-batch at once. `completion_tokens`: of all choices.
-    """
-
-    key: RequestKey
-    choices: tuple[Choice, ...] = ()
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: OutputError | None = None
-    timings: Timings | None = None
-
-    @property
-    def state(self) -> RequestState:
-        if self.error is None:
-            return RequestState.SUCCEEDED
-        cancelled = self.error.code == ErrorCode.CANCELLED
-        return RequestState.CANCELLED if cancelled else RequestState.FAILED
-
-    @property
-    def size_bytes(self) -> int:
-        """About what its choices take in the store, told without writing them down."""
-        return sum(len(each.text) + _LOGPROB_BYTES * each.logprob_count for each in self.choices)
-
-    def choices_json(self) -> str:
-        """The choices as the store keeps them."""
-        return _to_json([choice.to_json() for choice in self.choices])
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return asdict(self) | {"key": list(self.key)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Output:
-        """The inverse of `to_json`, also of what was written before outputs had timings."""
-        error, timings = value["error"], value.get("timings")
-        return cls(
-            RequestKey(*value["key"]),
-            tuple(Choice(**each) for each in value["choices"]),
-            value["prompt_tokens"],
-            value["completion_tokens"],
-            None if error is None else OutputError(**error),
-            None if timings is None else Timings(**timings),
-        )
-
-    @classmethod
-    def failed(cls, key: RequestKey, code: ErrorCode, message: str, *, prompt_tokens: int = 0) -> Output:
-        """The error output of one request; what no database can hold of its message is replaced by U+FFFD."""
-        told = _UNSTORABLE.sub("\ufffd", message)
-        return cls(key, prompt_tokens=prompt_tokens, error=OutputError(code.value, told))
+def _part(value: Mapping[str, Any]) -> Choice:
+    return Choice(**value)
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a job came from: its file, the command line, and the versions that it was submitted with."""
+def _finish_reasons(output: Output) -> Iterator[str]:
+    return (each.finish_reason for each in choices_of(output))
 
-    file_name: str
-    file_sha256: str
-    command: str
-    versions: Mapping[str, str] = field(default_factory=dict)
+
+GENERATION = Kind(GenerationRequest.kind, _request, GenerationOptions.filled, _part, _finish_reasons)

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from batchmill.jobs.requests.states import BatchState, JobState, RunOutcome, WorkerState
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
-REVISION = "0011"
+REVISION = "0012"
 
 metadata = MetaData(
     naming_convention={
@@ -91,6 +91,7 @@ jobs = Table(
     Column("loading_until", Float, comment="the submit's lease while loading"),
     Column("retry_started_at", Float, comment="set while a retry moves requests to new batches"),
     Column("idempotency_key", Text, comment="set in the flip to queued; a second submit of it finds this job"),
+    Column("kind", Text, nullable=False, server_default=text("'generation'"), comment="of all of its requests"),
     _one_of("state", JobState),
     CheckConstraint("state = 'loading' OR (spec IS NOT NULL AND queued_at IS NOT NULL)", name="queued"),
     Index("ix_jobs_spec_queued", "spec", "queued_at", "id"),
@@ -160,7 +161,7 @@ outputs = Table(
     Column("index", Integer, nullable=False),
     Column("run_id", _Id, ForeignKey("runs.id"), comment="who wrote it; none for what a cancel closed"),
     Column("state", String(_STATE_LENGTH), nullable=False),
-    Column("choices", Text, nullable=False, comment="JSON: list of {text, finish_reason, logprobs where asked for}"),
+    Column("payload", Text, nullable=False, comment="JSON: list of what its job's kind is answered with"),
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("error_code", Text),
@@ -260,6 +261,13 @@ workers = Table(
     Column("devices", Text, comment="JSON: list of memory by device"),
     Column("identity", Text, comment="what the model consists of that its newest child holds; none while it loads"),
     Column("adapters", Text, comment="JSON: {name: {path, revision, identity}} that it holds"),
+    Column(
+        "kinds",
+        Text,
+        nullable=False,
+        server_default=text("'[\"generation\"]'"),
+        comment="JSON: list of the kinds of requests that its engine serves",
+    ),
     Column("versions", Text, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("heartbeat_at", Float, nullable=False),

@@ -21,7 +21,7 @@ from batchmill.jobs.configuration.flags import (
 )
 from batchmill.jobs.configuration.option_groups import DEVICE, ENGINE, MODEL, Groups
 from batchmill.jobs.models.adapters import Adapter, check_all
-from batchmill.jobs.requests.generation import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
+from batchmill.jobs.requests.request import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
 from batchmill.jobs.runtime.files.formats import FILE_HELP, OUT_HELP, PROMPTS, written_as
 from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import complete_file, complete_model

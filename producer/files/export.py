@@ -1,7 +1,7 @@
 """From the store to a file of answers: JSONL, the OpenAI Batch format, or CSV, in file order.
 
 It reads the store alone, in short pages, and holds no transaction while it writes. It owns files and stdout, and does
-not know what a line says (producer.files.result_lines does).
+not know what a line says (producer.requests.result_lines does).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.files.output_file import check_target, replaced, written
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job, OutputRow
-from batchmill.producer.files.result_lines import CSV_COLUMNS, csv_row, jsonl_line, openai_line, to_json
+from batchmill.producer.requests.result_lines import csv_columns, csv_row, jsonl_line, openai_line, to_json
 
 _PAGE = 2_000
 #: What `--only` takes, as the states that it lets through.
@@ -147,12 +147,12 @@ def _export_openai(pages: Iterable[list[OutputRow]], job: Job, out: Path) -> Exp
 
 def _write(file: IO[str], pages: Iterable[list[OutputRow]], *, form: str, job: Job) -> int:
     line_of: dict[str, Callable[[OutputRow], str]] = {
-        "jsonl": lambda row: to_json(jsonl_line(row)) + "\n",
+        "jsonl": lambda row: to_json(jsonl_line(row, job)) + "\n",
         "openai": lambda row: to_json(openai_line(row, job)) + "\n",
-        "csv": lambda row: _csv_text(csv_row(row)),
+        "csv": lambda row: _csv_text(csv_row(row, job)),
     }
     if form == "csv":
-        file.write(_csv_text(CSV_COLUMNS))
+        file.write(_csv_text(csv_columns(job.kind)))
     count = 0
     for page in pages:
         file.write("".join(map(line_of[form], page)))

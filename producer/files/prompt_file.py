@@ -1,8 +1,9 @@
 """A prompt file -> its Requests, one by one, in constant memory; and every line of it that is bad.
 
-It owns bytes, line ends, UTF-8, the file's hash, and its one model. It does not know JSON or what the keys of a line
-mean (`producer.requests` does), nor what other kinds of files look like (`jobs.runtime.files.formats`), nor what
-becomes of a Request: its caller may `report` more bad lines, such as a custom_id that the store has seen before.
+It owns bytes, line ends, UTF-8, the file's hash, its one model, and the one kind of its requests. It does not know JSON
+or what the keys of a line mean (`producer.requests` does), nor what other kinds of files look like
+(`jobs.runtime.files.formats`), nor what becomes of a Request: its caller may `report` more bad lines, such as a
+custom_id that the store has seen before.
 
 A file is opened once and read once. Lines end at a line feed alone; any other line end of Unicode is text.
 """
@@ -21,12 +22,14 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from batchmill.jobs.errors import PromptFileError
-from batchmill.jobs.requests.generation import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
+from batchmill.jobs.requests.request import DEFAULT_LINE_BYTES, MAX_LINE_BYTES, Request
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.files import formats
 from batchmill.producer.files.problems import Problems
 from batchmill.producer.requests.checks import BadLine, shown
-from batchmill.producer.requests.generation import json_request, text_request
+from batchmill.producer.requests.generation import text_request
+from batchmill.producer.requests.kinds import FORMS
+from batchmill.producer.requests.lines import Lines
 from batchmill.producer.requests.strict_json import json_value
 
 #: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
@@ -76,6 +79,9 @@ class PromptFile:
         self._shown_path = "stdin" if path == "-" else _printable(path)
         self.name = PurePath(self._shown_path).name
         self.model: str | None = None
+        #: Of all its requests, as its first has it; None until that was read.
+        self.kind: str | None = None
+        self._lines = Lines(FORMS.values())
         self._models = frozenset(models)
         self._adapters = frozenset(adapters)
         self._named: set[str] = set()
@@ -162,9 +168,19 @@ class PromptFile:
             raise BadLine(f"not UTF-8: byte {offset + exc.start} is 0x{line[exc.start]:02x}") from None
 
     def _request(self, text: str, index: int) -> Request:
+        request: Request
         if self._read_as == "text":
-            return text_request(text, index)
-        return json_request(json_value(text), index, adapter_of=self._adapter_of)
+            request = text_request(text, index)
+        else:
+            request = self._lines.request(json_value(text), index, adapter_of=self._adapter_of)
+        if self.kind is None:
+            self.kind = request.kind
+        elif request.kind != self.kind:
+            raise BadLine(
+                f"is a request of kind {request.kind}, and the file's first is one of kind {self.kind}; "
+                "put each kind into a file of its own"
+            )
+        return request
 
     def _adapter_of(self, model: str | None, adapter: str | None) -> str | None:
         """The adapter that a line names, by its key or by its model's."""

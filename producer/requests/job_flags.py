@@ -1,4 +1,4 @@
-"""The flags of `submit` and `run` for all requests of a job -> its JobOptions, or UsageError by the flag's name.
+"""The flags of `submit` and `run` for all requests of a job -> its GenerationOptions, or UsageError by the flag's name.
 
 It takes what the command line made of the flags, by the names of its parameters, and knows no command line itself.
 """
@@ -10,16 +10,16 @@ from typing import Any
 
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.adapters import check_name
-from batchmill.jobs.requests.generation import JobOptions, SamplingParams
+from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.producer.requests.checks import OBJECT, BadLine
 from batchmill.producer.requests.option_table import FLAGS, Flag
 from batchmill.producer.requests.options import sampling_of_flags
 from batchmill.producer.requests.strict_json import json_value
 
 
-def job_options(options: Mapping[str, Any], *, adapters: tuple[str, ...]) -> JobOptions:
+def job_options(options: Mapping[str, Any], *, adapters: tuple[str, ...]) -> GenerationOptions:
     """The options of a job that declares these adapters. Raises UsageError."""
-    return JobOptions(options["system"], _sampling(options), _chat_template_kwargs(options), adapters)
+    return GenerationOptions(options["system"], _sampling(options), _chat_template_kwargs(options), adapters)
 
 
 def adapter_names(written: Sequence[str]) -> list[str]:

@@ -57,6 +57,7 @@ def status_json(status: JobStatus) -> dict[str, Any]:
         ],
         "options": dict(job.options),
         "sampling": None if job.sampling is None else dict(job.sampling),
+        "kind": job.kind,
         "batch_size": job.batch_size,
         "runs": effort.runs,
         "file": {"name": job.file_name, "sha256": job.file_sha256},

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 from batchmill.jobs.models.quantization import Quantization
-from batchmill.jobs.requests.generation import RequestKey
+from batchmill.jobs.requests.request import RequestKey
 from tests.bench.contestant import Answers
 from tests.bench.engines import ContinuousContestant
 from tests.bench.peers.transformers import GenerateBatch, Setting, SortedGenerate

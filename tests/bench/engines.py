@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from tests.bench.contestant import Answers, Contestant
 from tests.bench.workloads import Ask, Workload
 
@@ -49,16 +50,16 @@ class _Ours(Contestant):
         counts = {output.key.index: output.completion_tokens for output in outputs}
         return Answers([counts[index] for index in range(len(workload.asks))], split=split)
 
-    def _request(self, index: int, ask: Ask) -> Request:
+    def _request(self, index: int, ask: Ask) -> GenerationRequest:
         sampling = SamplingParams(max_tokens=ask.answer_tokens, temperature=0.0, ignore_eos=self.ignore_eos)
-        return Request(index, f"r{index}", prompt=ask.text, sampling=sampling)
+        return GenerationRequest(index, f"r{index}", prompt=ask.text, sampling=sampling)
 
     def _split(self) -> dict[str, float]:
         split: Callable[[], Mapping[str, float]] | None = getattr(self._engine, "split", None)
         return {} if split is None else dict(split())
 
 
-def drive(engine: Any, requests: Sequence[Request], feed: str) -> tuple[list[Output], float]:
+def drive(engine: Any, requests: Sequence[GenerationRequest], feed: str) -> tuple[list[Output], float]:
     """The outputs of these requests, and the seconds within the engine."""
     ahead = deque(requests)
     outputs: list[Output] = []
@@ -82,7 +83,7 @@ class ContinuousContestant(_Ours):
     def ready(self, workload: Workload, setting: Any) -> None:
         """Another request takes out of the cache what the rows that ended last left there, to be shared again."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-        drive(self._engine, [Request(0, "forget", prompt="a", sampling=sampling)], AT_ONCE)
+        drive(self._engine, [GenerationRequest(0, "forget", prompt="a", sampling=sampling)], AT_ONCE)
 
     def engine(self, loaded: Any) -> Any:
         from batchmill.worker.engine.continuous.engine import ContinuousEngine

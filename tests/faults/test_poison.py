@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import WorkerState
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until
 from tests.oracle import violations

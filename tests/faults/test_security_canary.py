@@ -154,7 +154,7 @@ def test_nothing_is_said_of_them_when_a_bug_is_told_of_by_the_database(
     watched: Watched, site: Site, tmp_path: Path
 ) -> None:
     """A statement that the database refuses for a reason that nobody foresaw: its error has the row in it."""
-    site.as_superuser(f"ALTER TABLE outputs ADD CONSTRAINT bug CHECK (choices NOT LIKE '%{WORD}%') NOT VALID")
+    site.as_superuser(f"ALTER TABLE outputs ADD CONSTRAINT bug CHECK (payload NOT LIKE '%{WORD}%') NOT VALID")
     site.as_superuser(f"ALTER TABLE requests ADD CONSTRAINT bug CHECK (body NOT LIKE '%unloadable {WORD}%') NOT VALID")
     try:
         watched.start("worker", "-m", "echo", log_level="debug", **as_worker(site))

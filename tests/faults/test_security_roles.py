@@ -198,10 +198,10 @@ def test_roles_of_postgresql_may_not_change_tables(site_mill: Mill, site: Site, 
 
 
 FORBIDDEN_ROWS = {
-    "producer": ["UPDATE outputs SET choices = '[]'", "DELETE FROM runs", "UPDATE workers SET pid = 1"],
+    "producer": ["UPDATE outputs SET payload = '[]'", "DELETE FROM runs", "UPDATE workers SET pid = 1"],
     "worker": [
         "DELETE FROM outputs",
-        "UPDATE outputs SET choices = '[]'",
+        "UPDATE outputs SET payload = '[]'",
         "DELETE FROM runs",
         "DELETE FROM workers",
         "INSERT INTO jobs (id) VALUES ('a')",

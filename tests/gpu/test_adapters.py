@@ -14,7 +14,8 @@ import torch
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO, ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.models.adapters.loading import with_adapters
@@ -40,15 +41,15 @@ def held(folders: dict[str, Path], dtype: torch.dtype) -> LoadedModel:
     return with_adapters(on_cuda(dtype), [Adapter(name, str(folder)) for name, folder in folders.items()])
 
 
-def requests() -> list[Request]:
+def requests() -> list[GenerationRequest]:
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, logprobs=True)
     return [
-        Request(index, str(index), prompt=prompt, sampling=sampling, adapter=name)
+        GenerationRequest(index, str(index), prompt=prompt, sampling=sampling, adapter=name)
         for index, (prompt, name) in enumerate(zip(PROMPTS, NAMES, strict=True))
     ]
 
 
-def answered(engine: ContinuousEngine, chosen: Sequence[Request]) -> dict[int, Output]:
+def answered(engine: ContinuousEngine, chosen: Sequence[GenerationRequest]) -> dict[int, Output]:
     for each in chosen:
         engine.add(RequestKey("job", each.index), each)
     found: dict[int, Output] = {}
@@ -64,32 +65,32 @@ def test_float32_rows_of_several_adapters_give_the_tokens_of_peft(folders: dict[
     for index, (prompt, name) in enumerate(zip(PROMPTS, NAMES, strict=True)):
         base = on_cuda(torch.float32)
         tokens = greedy(alone(base.model, folders[name] if name else None), base, base.tokenizer.encode(prompt), TOKENS)
-        assert found[index].choices[0].text == base.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert found[index].payload[0].text == base.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_graphs_hold_the_model_alone_before_and_after_steps_with_adapters(folders: dict[str, Path]) -> None:
     plain = [each for each in requests() if each.adapter is None]
     with closing(ContinuousEngine(on_cuda(torch.bfloat16), options=EngineOptions(max_rows=8))) as engine:
-        wanted = answered(engine, plain)[0].choices
+        wanted = answered(engine, plain)[0].payload
     with closing(ContinuousEngine(held(folders, torch.bfloat16), options=EngineOptions(max_rows=8))) as engine:
         graphs = engine._decoder._graphs
         assert graphs is not None
         tried = set(graphs._graphs)  # by the trial of the model
         answered(engine, [each for each in requests() if each.adapter == "wide"])
         assert set(graphs._graphs) == tried, "steps with adapters are launched"
-        assert answered(engine, plain)[0].choices == wanted
+        assert answered(engine, plain)[0].payload == wanted
         with_adapter = answered(engine, requests())
-        assert with_adapter[1].choices != wanted
-        assert answered(engine, plain)[0].choices == wanted
+        assert with_adapter[1].payload != wanted
+        assert answered(engine, plain)[0].payload == wanted
 
 
 def test_deterministic_answers_do_not_depend_on_the_adapters_beside_them(folders: dict[str, Path]) -> None:
     model = held(folders, torch.bfloat16)
     options = EngineOptions(max_rows=4, deterministic=True)
 
-    def said(chosen: Sequence[Request]) -> dict[int, Any]:
+    def said(chosen: Sequence[GenerationRequest]) -> dict[int, Any]:
         with closing(ContinuousEngine(model, options=options)) as engine:
-            return {index: output.choices for index, output in answered(engine, chosen).items()}
+            return {index: output.payload for index, output in answered(engine, chosen).items()}
 
     together = said(requests())
     for each in requests():
@@ -111,4 +112,4 @@ def test_adapters_over_quantized_weights_give_the_tokens_of_peft(kind: Kind, tmp
     peft = alone(base.model, folder)
     for each in asked:
         tokens = greedy(peft, base, base.tokenizer.encode(each.prompt), TOKENS)
-        assert found[each.index].choices[0].text == base.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert found[each.index].payload[0].text == base.tokenizer.decode(tokens, skip_special_tokens=True)

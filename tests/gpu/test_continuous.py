@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.execution.flash import FlashAttention
 from batchmill.worker.engine.options import EngineOptions
@@ -40,7 +41,7 @@ def answered(model: LoadedModel, *, graphs: bool = True, **given: Any) -> list[O
             engine._decoder._graphs = None
         for index, text in enumerate(PROMPTS):
             sampling = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=True)
-            engine.add(RequestKey("job", index), Request(index, str(index), prompt=text, sampling=sampling))
+            engine.add(RequestKey("job", index), GenerationRequest(index, str(index), prompt=text, sampling=sampling))
         while engine.waiting or engine.active:
             outputs += engine.step()
     return sorted(outputs, key=lambda each: each.key.index)
@@ -51,7 +52,7 @@ def test_float32_gives_the_tokens_of_generate() -> None:
     for text, output in zip(PROMPTS, answered(model, step_tokens=64), strict=True):
         ids = torch.tensor([model.tokenizer.encode(text)], device="cuda")
         found = model.model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=2)[0, -20:]
-        assert output.choices[0].text == model.tokenizer.decode(found, skip_special_tokens=True)
+        assert output.payload[0].text == model.tokenizer.decode(found, skip_special_tokens=True)
 
 
 def test_half_precision_runs_on_the_flash_kernel() -> None:
@@ -63,7 +64,7 @@ def test_half_precision_runs_on_the_flash_kernel() -> None:
 
 def test_a_captured_step_gives_what_a_launched_one_gives() -> None:
     model = on_cuda(torch.bfloat16)
-    assert [each.choices for each in answered(model)] == [each.choices for each in answered(model, graphs=False)]
+    assert [each.payload for each in answered(model)] == [each.payload for each in answered(model, graphs=False)]
 
 
 def test_deterministic_answers_do_not_depend_on_company() -> None:
@@ -75,10 +76,10 @@ def test_deterministic_answers_do_not_depend_on_company() -> None:
         with closing(ContinuousEngine(model, options=options)) as engine:
             for index in indices:
                 sampling = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=True)
-                request = Request(index, str(index), prompt=PROMPTS[index], sampling=sampling)
+                request = GenerationRequest(index, str(index), prompt=PROMPTS[index], sampling=sampling)
                 engine.add(RequestKey("job", index), request)
             while engine.waiting or engine.active:
-                found.update({output.key.index: output.choices for output in engine.step()})
+                found.update({output.key.index: output.payload for output in engine.step()})
         return found
 
     together = run(range(len(PROMPTS)))

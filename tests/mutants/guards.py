@@ -42,7 +42,7 @@ _LAST_OUTPUT_WINS = Edit(
     ".values(finished_at=self._database.now).on_conflict_do_nothing()\n",
     ".values(finished_at=self._database.now)\n"
     "        statement = statement.on_conflict_do_update(\n"
-    "            index_elements=['job_id', 'index'], set_={'choices': statement.excluded.choices}\n"
+    "            index_elements=['job_id', 'index'], set_={'payload': statement.excluded.payload}\n"
     "        )\n",
 )
 
@@ -563,5 +563,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "what a model computes whose files were written is not saved",
         (Edit("worker/loop/runner.py", "if outputs and not self._is_whole():", "if False:"),),
         ("tests/test_saver_and_runner.py::test_what_a_model_that_is_no_more_the_same_computed_is_not_saved",),
+    ),
+    Mutant(
+        "a worker takes the kinds of requests that its engine serves",
+        (Edit("jobs/store/leases/queue.py", "    chosen = chosen.where(jobs.c.kind.in_(sorted(among.kinds)))\n", ""),),
+        ("tests/test_request_kinds.py::TestToyKind",),
+    ),
+    Mutant(
+        "nothing is kept for an idle worker that serves less",
+        (Edit("jobs/store/workers.py", "if not kinds.issubset(json.loads(row.kinds)):", "if False:"),),
+        ("tests/test_request_kinds.py::TestToyKind",),
+    ),
+    Mutant(
+        "an embedded store at work is not upgraded",
+        (Edit("migrations/__init__.py", "        _refuse_at_work(settings, store)\n", ""),),
+        ("tests/test_upgrade_at_work.py",),
     ),
 )

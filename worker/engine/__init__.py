@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.digests import Digests
 from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.models.identity import Content
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine.capacity import Capacity
 from batchmill.worker.engine.options import EngineOptions
@@ -56,13 +56,15 @@ class Engine(Protocol):
     limits: EngineLimits
     #: Bytes that keys and values take, or may take; 0 for an engine that has no cache.
     cache_bytes: int
-    #: What the model's generation_config asks for where neither request nor job does.
-    defaults: SamplingParams
+    #: What the model asks for where neither request nor job does; SamplingParams, of its generation_config.
+    defaults: Any
+    #: The kinds of requests that it answers, by name.
+    kinds: frozenset[str]
     #: What the device holds at once; kept for the next process of this device once its memory ran out.
     capacity: Capacity
 
     @staticmethod
-    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+    def admission_order(requests: Sequence[Any]) -> Sequence[Any]:
         """Orders requests that came together as they are best added.
 
         It looks at these alone, so that another thread than the engine's may ask.
@@ -76,8 +78,8 @@ class Engine(Protocol):
     def active(self) -> int:
         """Requests begun and unfinished between two steps (0 for an engine whose steps run to the end)."""
 
-    def add(self, key: RequestKey, request: Request) -> None:
-        """Takes a request whose `sampling` has at least max_tokens and temperature set."""
+    def add(self, key: RequestKey, request: Any) -> None:
+        """Takes a request of one of its kinds; a generation's `sampling` has at least max_tokens and temperature."""
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; keys that it does not hold are ignored. They give no output."""

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine import not_held
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.models.adapters.low_rank import LoadedAdapter, LowRank

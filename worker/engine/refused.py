@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 
 
 class Refused(Exception):

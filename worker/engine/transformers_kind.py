@@ -53,6 +53,7 @@ class TransformersKind:
             round(loaded.load_seconds, 3),
             (loaded.weights_bytes - sum(elsewhere), *elsewhere),
             tuple(int(part * engine.cache_bytes) for part in loaded.layout.parts(opening.devices)),
+            engine.kinds,
         )
         return OpenEngine(engine, facts, sources, read_on(sources, from_disk=loaded.layout.on_disk))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from batchmill.jobs.models.device_memory import Memory
-from batchmill.jobs.requests.generation import MAX_BATCH_SIZE, Output, Request, RequestKey
+from batchmill.jobs.requests.request import MAX_BATCH_SIZE, Output, Request, RequestKey
 from batchmill.jobs.store.bounds import cut
 from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
 

@@ -16,7 +16,7 @@ from time import monotonic
 
 from batchmill.jobs.errors import StoreError
 from batchmill.jobs.models.device_memory import Memory
-from batchmill.jobs.requests.generation import Output, Request, RequestKey
+from batchmill.jobs.requests.request import Output, Request, RequestKey
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.leases.lease import Seat, Turned

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchmill.jobs.requests.generation import Output
+from batchmill.jobs.requests.kinds import KINDS
+from batchmill.jobs.requests.request import Output
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.store.leases.lease import Held, Lease
 
@@ -167,7 +168,10 @@ def read(path: Path) -> list[Held]:
         if line.get("format", 1) > _FORMAT:
             raise NewerSpool
         lease = _lease(line["lease"])
-        outputs.setdefault(lease, []).extend(Output.from_json(each) for each in line["outputs"])
+        kind = KINDS.get(lease.kind)
+        if kind is None:
+            raise NewerSpool
+        outputs.setdefault(lease, []).extend(Output.from_json(each, kind) for each in line["outputs"])
         in_flight[lease] = line["in_flight"]
     return [Held(lease, outputs=outputs[lease], in_flight=in_flight[lease]) for lease in outputs]
 

@@ -44,6 +44,7 @@ def seat_of(
         versions=versions(),
         only_job=order.only_job,
         adapters=facts.adapters,
+        kinds=facts.kinds,
     )
 
 

@@ -36,6 +36,13 @@ class PidFile:
             return Lives.UNKNOWN if text.isdecimal() else Lives.NO
         return named.lives()
 
+    @property
+    def pid(self) -> int | None:
+        """The pid that is named, None where none is."""
+        text = self._text()
+        named = Process.parse(text)
+        return named.pid if named is not None else int(text) if text.isdecimal() else None
+
     def shown(self) -> str:
         """The process for people."""
         text = self._text()

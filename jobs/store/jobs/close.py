@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select, update
 
-from batchmill.jobs.requests.generation import MAX_BATCH_SIZE, ErrorCode
+from batchmill.jobs.requests.request import MAX_BATCH_SIZE, ErrorCode
 from batchmill.jobs.requests.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.store.conflicts import retried
@@ -157,7 +157,7 @@ def end_unanswered(
         "index": requests.c.index,
         "run_id": literal(run_id, Integer),
         "state": literal(state.value),
-        "choices": literal("[]"),
+        "payload": literal("[]"),
         "prompt_tokens": literal(0, Integer),
         "completion_tokens": literal(0, Integer),
         "error_code": literal(code.value),

@@ -17,8 +17,8 @@ from sqlalchemy.exc import IntegrityError
 
 from batchmill.jobs.errors import KeyTaken, LoadingLost
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import JobOptions, Provenance, Request
 from batchmill.jobs.requests.ids import new_job_id
+from batchmill.jobs.requests.request import FIRST_KIND, JobOptions, Provenance, Request
 from batchmill.jobs.requests.states import JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import cut, octets, page_of, text_bytes
 from batchmill.jobs.store.clock import is_over
@@ -114,8 +114,9 @@ class Loading:
         fingerprint: str,
         lease_seconds: float,
         idempotency_key: str | None = None,
+        kind: str = FIRST_KIND,
     ) -> None:
-        """Flips the job to `queued`: from now on it is seen and claimed.
+        """Flips the job to `queued`: from now on it is seen and claimed. `kind`: of all of its requests.
 
         Of all jobs one alone is opened under a key. Raises LoadingLost, KeyTaken.
         """
@@ -128,6 +129,7 @@ class Loading:
             "file_sha256": file_sha256,
             "fingerprint": fingerprint,
             "idempotency_key": idempotency_key,
+            "kind": kind,
             "queued_at": self._database.now,
             "loading_until": None,
         }

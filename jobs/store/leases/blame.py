@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, select, update
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import BATCH_BEFORE, BatchState, RequestState
 from batchmill.jobs.store.bounds import octets
 from batchmill.jobs.store.database import Database

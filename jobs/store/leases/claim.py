@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Column, Connection, Row, ScalarSelect, and_, func, insert, select, update
@@ -18,7 +17,8 @@ from sqlalchemy import Column, Connection, Row, ScalarSelect, and_, func, insert
 from batchmill.jobs.errors import StoreBusy
 from batchmill.jobs.models.adapters import from_json, to_json
 from batchmill.jobs.models.identity import differences
-from batchmill.jobs.requests.generation import JobOptions, Request, SamplingParams
+from batchmill.jobs.requests.kinds import kind_named
+from batchmill.jobs.requests.request import JobOptions, Kind, Request
 from batchmill.jobs.requests.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
 from batchmill.jobs.store.database import Database
@@ -35,7 +35,7 @@ _MOST_JOBS = 100
 
 def _among(seat: Seat) -> Among:
     """The jobs that this worker may take."""
-    return Among(seat.spec.canonical, frozenset([seat.identity]), seat.only_job, begun=not seat.may_begin)
+    return Among(seat.spec.canonical, seat.kinds, frozenset([seat.identity]), seat.only_job, begun=not seat.may_begin)
 
 
 class Claiming:
@@ -92,6 +92,7 @@ class Claiming:
             connection,
             spec=seat.spec.canonical,
             identity=seat.identity,
+            kinds=seat.kinds,
             job_id=seat.only_job,
             other_than=seat.worker_id,
             now=self._database.now,
@@ -146,11 +147,12 @@ class Claiming:
             )
             .returning(batches.c.fence, batches.c.job_id)
         ).one()
-        prompts, size_bytes = self._unanswered(connection, seat, batch_id, won.job_id)
+        kind, options = self._options(connection, seat, won.job_id)
+        prompts, size_bytes = self._unanswered(connection, batch_id, kind, options)
         first = max(0, min(in_flight_room, len(prompts)))
         in_flight = [each.index for each in prompts[:first]]
         run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
-        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0)
+        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0, kind=kind.name)
         return Claimed(lease, prompts, first, found.adapter or None, size_bytes)
 
     def _best(self, connection: Connection, seat: Seat, met: Sequence[Need], *, suspects: bool = False) -> Any:
@@ -169,10 +171,9 @@ class Claiming:
         return None
 
     def _unanswered(
-        self, connection: Connection, seat: Seat, batch_id: int, job_id: str
+        self, connection: Connection, batch_id: int, kind: Kind[Any, Any], options: JobOptions
     ) -> tuple[tuple[Request, ...], int]:
         """The requests of a batch that have no output yet, and the bytes of their bodies."""
-        options = self._options(connection, seat, job_id)
         answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         rows = connection.execute(
             select(requests.c.index, requests.c.custom_id, requests.c.body)
@@ -181,17 +182,16 @@ class Claiming:
             .order_by(requests.c.index)
         ).all()
         return (
-            tuple(Request.from_body(*row).under(options) for row in rows),
+            tuple(kind.request(*row, options) for row in rows),
             sum(text_bytes(row.body) for row in rows),
         )
 
-    def _options(self, connection: Connection, seat: Seat, job_id: str) -> JobOptions:
-        """What holds for a job's requests: what was written down, or else what `begin_job` will write."""
-        row = connection.execute(select(jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
-        asked = JobOptions.from_json(json.loads(row.options))
-        if row.sampling is not None:
-            return replace(asked, sampling=SamplingParams.from_json(json.loads(row.sampling)))
-        return replace(asked, sampling=asked.sampling.over(seat.defaults).over(SamplingParams.fallback()))
+    def _options(self, connection: Connection, seat: Seat, job_id: str) -> tuple[Kind[Any, Any], JobOptions]:
+        """The kind of a job's requests, and what holds for them: what was written down, or what `begin_job` will be."""
+        row = connection.execute(select(jobs.c.kind, jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
+        kind = kind_named(row.kind)
+        settled = None if row.sampling is None else json.loads(row.sampling)
+        return kind, kind.options(json.loads(row.options), settled, seat.defaults)
 
     def begin_job(self, connection: Connection, seat: Seat, job_id: str, *, adapters: Collection[str]) -> None:
         """Batches of this job that need these adapters were claimed: it runs, and what holds for it is written down.
@@ -212,8 +212,8 @@ class Claiming:
                 f" {differences(row.identity, seat.identity)}; it claims again without that job"
             )
         if row.sampling is None:
-            held = self._options(connection, seat, job_id).sampling
-            changes["sampling"] = json.dumps(held.to_json())
+            _, options = self._options(connection, seat, job_id)
+            changes["sampling"] = json.dumps(options.settled())
             changes["versions"] = json.dumps(json.loads(row.versions) | dict(seat.versions))
         if adapters:
             changes |= self._settled(row.adapters, seat, job_id, adapters)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, update
 
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import Output, Request, SamplingParams
+from batchmill.jobs.requests.request import FIRST_KIND, Output, Request
 from batchmill.jobs.requests.states import RunOutcome
 from batchmill.jobs.store.tables import runs
 
@@ -23,7 +24,8 @@ class Seat:
     """Who asks: one generation of one worker, what it holds and what it does where nobody says otherwise.
 
     `identity`: what its model consists of (`jobs.models.identity`).
-    `may_begin`: whether it takes jobs that nobody has begun.
+    `may_begin`: whether it takes jobs that nobody has begun. `kinds`: of requests that its engine serves; `defaults`:
+    what its model asks for, as those kinds have it.
     """
 
     worker_id: int
@@ -35,18 +37,20 @@ class Seat:
     model_load_seconds: float = 0.0
     model_commit: str | None = None
     device_uuid: str | None = None
-    defaults: SamplingParams = field(default_factory=SamplingParams.fallback)
+    defaults: Any = None
     versions: Mapping[str, str] = field(default_factory=dict)
     only_job: str | None = None
     adapters: tuple[Adapter, ...] = ()
     may_begin: bool = True
+    kinds: frozenset[str] = frozenset({FIRST_KIND})
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The right to write one batch's outputs, proven by its fence; `run_id` is the attempt.
 
-    `apart`: its requests were in flight when a process died, so nothing else may run beside them.
+    `apart`: its requests were in flight when a process died, so nothing else may run beside them. `kind`: of its
+    requests.
     """
 
     batch_id: int
@@ -54,6 +58,7 @@ class Lease:
     run_id: int
     job_id: str
     apart: bool = False
+    kind: str = FIRST_KIND
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,11 @@ class Among(NamedTuple):
     """The open jobs that are looked through: those of a canonical spec, or the one of them that is `only_job`.
 
     A job that was begun with a model of another identity than these is passed over; with None, no job is. `begun`: so
-    is a job that nobody has begun.
+    is a job that nobody has begun. `kinds`: so are jobs of other kinds.
     """
 
     spec: str
+    kinds: frozenset[str]
     identities: frozenset[str] | None = None
     only_job: str | None = None
     begun: bool = False
@@ -121,6 +122,7 @@ def waiting(adapter: str, *, suspects: bool = False) -> tuple[ColumnElement[bool
 
 def _of_queue(chosen: Select[Any], among: Among, need: Need) -> Select[Any]:
     chosen = chosen.where(jobs.c.spec == among.spec, jobs.c.state.in_(CLAIMABLE_JOB_STATES))
+    chosen = chosen.where(jobs.c.kind.in_(sorted(among.kinds)))
     if among.identities is not None:
         settled = jobs.c.identity.in_(among.identities)
         chosen = chosen.where(settled if among.begun else or_(jobs.c.identity.is_(None), settled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, and_, func, select, update
 
 from batchmill.jobs.models.adapters import from_json
 from batchmill.jobs.models.spec import ModelSpec
+from batchmill.jobs.requests.kinds import KINDS
 from batchmill.jobs.requests.states import (
     BATCH_BEFORE,
     CLAIMABLE_JOB_STATES,
@@ -155,10 +157,13 @@ class Recovery:
     def _pending(self, connection: Connection, spec: str, who: ColumnElement[bool], most: int) -> list[int]:
         """Where none of these workers has loaded its model, or one has not yet, any model may be what it holds."""
         holding = connection.execute(
-            select(workers.c.identity, workers.c.adapters).where(workers.c.spec == spec, who).distinct()
+            select(workers.c.identity, workers.c.adapters, workers.c.kinds)
+            .where(workers.c.spec == spec, who)
+            .distinct()
         ).all()
         identities = frozenset(row.identity for row in holding)
-        among = Among(spec, identities if identities and None not in identities else None)
+        kinds = {kind for row in holding for kind in json.loads(row.kinds)} or KINDS.keys()
+        among = Among(spec, frozenset(kinds), identities if identities and None not in identities else None)
         needs = needs_met(connection, spec, {each for row in holding for each in from_json(row.adapters)})
         return pending_batches(connection, among, needs, most=most)
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, case, func, select, update
 
 from batchmill.jobs.models.device_memory import Memory, devices_text
-from batchmill.jobs.requests.generation import Output
+from batchmill.jobs.requests.kinds import kind_named
+from batchmill.jobs.requests.request import Output
 from batchmill.jobs.requests.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.store.conflicts import retried
@@ -256,9 +257,11 @@ class _Saved(NamedTuple):
 
 
 def _reasons(held: Held, saved: Collection[int]) -> Mapping[str, int]:
-    """Counts the ends of the choices of the outputs at these indexes, by reason."""
-    choices = (choice for each in held.outputs if each.key.index in saved for choice in each.choices)
-    ended = Counter(each.finish_reason for each in choices)
+    """Counts the ends of the parts of the outputs at these indexes, by reason, where their kind has reasons."""
+    reasons_of = kind_named(held.lease.kind).finish_reasons
+    if reasons_of is None:
+        return {}
+    ended = Counter(reason for each in held.outputs if each.key.index in saved for reason in reasons_of(each))
     return {"stop_choices": ended["stop"], "length_choices": ended["length"]}
 
 
@@ -284,7 +287,7 @@ def _output_row(output: Output, run_id: int) -> dict[str, object]:
         "index": output.key.index,
         "run_id": run_id,
         "state": output.state.value,
-        "choices": output.choices_json(),
+        "payload": output.payload_text(),
         "prompt_tokens": output.prompt_tokens,
         "completion_tokens": output.completion_tokens,
         "error_code": None if error is None else error.code,

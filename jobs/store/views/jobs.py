@@ -54,12 +54,13 @@ class Job:
     """One job as the store has it; times in seconds since 1970, UTC.
 
     `identity`: what its model consists of, None until it was begun (or where that was before revision 0005).
-    `adapters`: what the names it used mean to it.
+    `adapters`: what the names it used mean to it. `kind`: of all of its requests.
     """
 
     id: str
     name: str | None
     state: JobState
+    kind: str
     spec: ModelSpec
     batch_size: int
     options: Mapping[str, Any]
@@ -88,14 +89,14 @@ class Job:
 class OutputRow:
     """One request with its output, as exports need it; `body` is the request's JSON text.
 
-    The three seconds are those of schema.Timings: all of them, or none.
+    The three seconds are those of Timings: all of them, or none.
     """
 
     index: int
     custom_id: str
     body: str
     state: RequestState
-    choices: str
+    payload: str
     prompt_tokens: int
     completion_tokens: int
     error_code: str | None
@@ -168,7 +169,7 @@ class Reading:
                 requests.c.custom_id,
                 requests.c.body,
                 outputs.c.state,
-                outputs.c.choices,
+                outputs.c.payload,
                 outputs.c.prompt_tokens,
                 outputs.c.completion_tokens,
                 outputs.c.error_code,
@@ -185,7 +186,7 @@ class Reading:
         )
         if RequestState.SUCCEEDED not in states:
             chosen = chosen.where(outputs.c.state != RequestState.SUCCEEDED.value)
-        size = octets(self._database, requests.c.body, outputs.c.choices)
+        size = octets(self._database, requests.c.body, outputs.c.payload)
         after = -1
         while True:
             with self._database.read() as connection:
@@ -229,6 +230,7 @@ def _job(row: Row[Any], counts: Counts) -> Job:
         id=row.id,
         name=row.name,
         state=JobState(row.state),
+        kind=row.kind,
         spec=ModelSpec.from_canonical(row.spec),
         batch_size=row.batch_size,
         options=json.loads(row.options),

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, RequestKey, Timings
+from batchmill.jobs.requests.generation import Choice
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.worker.engine import not_a_number
 from batchmill.worker.engine.continuous.scheduling.step import Row
 from batchmill.worker.engine.text.said import TokenLogprob, logprobs_of

@@ -15,7 +15,8 @@ from time import monotonic, perf_counter
 
 import torch
 
-from batchmill.jobs.requests.generation import Output, Request, RequestKey
+from batchmill.jobs.requests.generation import GENERATION, GenerationRequest
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress
 from batchmill.worker.engine.capacity import Capacity
@@ -52,6 +53,8 @@ class ContinuousEngine:
     which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
     serve a model.
     """
+
+    kinds = frozenset({GENERATION.name})
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class ContinuousEngine:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @staticmethod
-    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+    def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Puts those with a common beginning beside each other, so that each beginning is computed once."""
         return by_beginning(requests)
 
@@ -113,7 +116,7 @@ class ContinuousEngine:
         """Requests begun and unfinished, those whose text is being written included."""
         return self._schedule.running + len(self._written)
 
-    def add(self, key: RequestKey, request: Request) -> None:
+    def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         with self._refusing(key):
             prompt = self._tokenization.prompt(request)

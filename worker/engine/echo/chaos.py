@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Mapping
 
-from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.engine.echo.engine import SLICE_SECONDS, EchoEngine, prompt_of
 
 _OUT_OF_MEMORY = re.compile(r"!oom>(\d+)")
@@ -26,7 +27,7 @@ class ChaosEngine(EchoEngine):
 
     _broken = False
 
-    def _answer(self, batch: Mapping[RequestKey, Request]) -> list[Output]:
+    def _answer(self, batch: Mapping[RequestKey, GenerationRequest]) -> list[Output]:
         """Obeys, or answers; nothing when this step was too large for the device."""
         for key, request in batch.items():
             self._obey(prompt_of(request))

@@ -11,7 +11,8 @@ from itertools import islice
 
 from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.jobs.models.spec import ECHO
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Output, Request, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import GENERATION, Choice, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.engine import Progress, not_held
 from batchmill.worker.engine.capacity import Capacity
 
@@ -29,6 +30,8 @@ class EchoEngine:
     `seconds_per_step` and answers at most `rows` requests.
     """
 
+    kinds = frozenset({GENERATION.name})
+
     def __init__(
         self,
         *,
@@ -45,10 +48,10 @@ class EchoEngine:
         self.defaults = SamplingParams()
         self._progress = progress
         self._seconds_per_step = seconds_per_step
-        self._waiting: dict[RequestKey, Request] = {}
+        self._waiting: dict[RequestKey, GenerationRequest] = {}
 
     @staticmethod
-    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+    def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Leaves them as they came."""
         return requests
 
@@ -62,7 +65,7 @@ class EchoEngine:
         """Always 0: a step runs to its end."""
         return 0
 
-    def add(self, key: RequestKey, request: Request) -> None:
+    def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens set."""
         self._waiting[key] = request
 
@@ -89,10 +92,10 @@ class EchoEngine:
     def close(self) -> None:
         """Does nothing: nothing runs beside a step."""
 
-    def _answer(self, batch: Mapping[RequestKey, Request]) -> list[Output]:
+    def _answer(self, batch: Mapping[RequestKey, GenerationRequest]) -> list[Output]:
         return [self._reply(key, request) for key, request in batch.items()]
 
-    def _reply(self, key: RequestKey, request: Request) -> Output:
+    def _reply(self, key: RequestKey, request: GenerationRequest) -> Output:
         if request.adapter is not None and request.adapter not in self._adapters:
             return Output.failed(key, ErrorCode.UNSUPPORTED_BY_WORKER, not_held(request.adapter, self._adapters))
         return _echo(key, request)
@@ -108,7 +111,7 @@ class EchoEngine:
         return True
 
 
-def prompt_of(request: Request) -> str:
+def prompt_of(request: GenerationRequest) -> str:
     """What is echoed: the prompt, or the last message of the user."""
     if request.prompt is not None:
         return request.prompt
@@ -116,7 +119,7 @@ def prompt_of(request: Request) -> str:
     return next((each["content"] for each in reversed(messages) if each["role"] == "user"), "")
 
 
-def _echo(key: RequestKey, request: Request) -> Output:
+def _echo(key: RequestKey, request: GenerationRequest) -> Output:
     text = prompt_of(request)
     prompt_tokens = completion_tokens = len(text.split())
     if request.messages is not None:

@@ -26,4 +26,5 @@ class EchoKind:
             known_capacity=opening.known_capacity,
             adapters=[each.name for each in opening.adapters],
         )
-        return OpenEngine(engine, EngineFacts(engine.limits, of_echo().identity, adapters=tuple(opening.adapters)))
+        facts = EngineFacts(engine.limits, of_echo().identity, adapters=tuple(opening.adapters), kinds=engine.kinds)
+        return OpenEngine(engine, facts)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from batchmill.jobs.requests.generation import ErrorCode, Output, Request, RequestKey
+from batchmill.jobs.requests.generation import GENERATION, GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress, not_a_number
 from batchmill.worker.engine.capacity import Capacity
@@ -45,6 +46,8 @@ class GenerateEngine:
     adapter, or none, and rows that a model would turn the same if each were alone.
     """
 
+    kinds = frozenset({GENERATION.name})
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -69,7 +72,7 @@ class GenerateEngine:
         self._refused: dict[RequestKey, Output] = {}
 
     @staticmethod
-    def admission_order(requests: Sequence[Request]) -> Sequence[Request]:
+    def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Leaves them as they came: what they begin with is computed anew for each."""
         return requests
 
@@ -83,7 +86,7 @@ class GenerateEngine:
         """Always 0: a step runs to its end."""
         return 0
 
-    def add(self, key: RequestKey, request: Request) -> None:
+    def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
         try:
             _refuse_unsupported(request)
@@ -234,7 +237,7 @@ def _not_a_number(key: RequestKey, prompt: Prompt, answered: int) -> Output:
     return Output.failed(key, ErrorCode.NOT_A_NUMBER, not_a_number(answered), prompt_tokens=len(prompt.tokens))
 
 
-def _refuse_unsupported(request: Request) -> None:
+def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raises Refused for an option that one call of `generate` cannot give to one row alone."""
     asked = request.sampling
     wanted = {"n": (asked.n or 1) > 1, "logprobs": asked.logprobs, "response_format": asked.response_format is not None}

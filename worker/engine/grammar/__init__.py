@@ -16,7 +16,7 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.grammar.response_format import grammar_text
 from batchmill.worker.engine.grammar.schema import probes
 from batchmill.worker.engine.grammar.trial import NOT_ALLOWED, Trial, compiled

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from batchmill.jobs.requests.generation import RequestKey
+from batchmill.jobs.requests.request import RequestKey
 from batchmill.worker.engine.grammar import Grammars, Matcher
 from batchmill.worker.engine.text.tokenization import Prompt
 

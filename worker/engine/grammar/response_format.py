@@ -11,7 +11,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.engine.grammar.schema import exact
 from batchmill.worker.engine.refused import Refused

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from llguidance import LLMatcher
 
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
 
 #: Keywords whose values are data, and those whose values are schemas by name.

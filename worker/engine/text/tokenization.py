@@ -1,4 +1,4 @@
-"""Between text and tokens: a Request becomes a Prompt, and the tokens that answer it become a Choice.
+"""Between text and tokens: a GenerationRequest becomes a Prompt, and the tokens that answer it become a Choice.
 
 Owns special tokens, the model's context, stop strings and the end of an answer. It knows no device and no batch; what
 it refuses, it refuses for one request alone.
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.requests.generation import Choice, ErrorCode, Request, SamplingParams
+from batchmill.jobs.requests.generation import Choice, GenerationRequest, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.chat import ChatTemplate
 from batchmill.worker.engine.text.decoding import CONTEXT_TOKENS, Decoding
@@ -79,7 +80,7 @@ class Tokenization:
             end_token_ids=loaded.end_token_ids,
         )
 
-    def prompt(self, request: Request) -> Prompt:
+    def prompt(self, request: GenerationRequest) -> Prompt:
         """The prompt of a request whose sampling has max_tokens set. Raises Refused."""
         if request.messages is not None:
             tokens, tail = self._tokens(self._chat.rendered(request), special=False), []

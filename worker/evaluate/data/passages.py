@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from batchmill.jobs.errors import UsageError
-from batchmill.jobs.requests.generation import Request, SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.evaluate.data.corpus import Corpus, Example
@@ -42,7 +42,7 @@ class Passage:
 class Question:
     """What is continued greedily; `answer` is the right one, where the data has it."""
 
-    request: Request = field(repr=False)
+    request: GenerationRequest = field(repr=False)
     prompt_tokens: int
     answer: str | None = field(repr=False)
 
@@ -91,7 +91,7 @@ class Passages:
             drafts = [(self._tokenization.decoding.text(place), None, None, len(place)) for place in places]
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return tuple(
-            Question(Request(index, str(index), prompt, messages, sampling), length, answer)
+            Question(GenerationRequest(index, str(index), prompt, messages, sampling), length, answer)
             for index, (prompt, messages, answer, length) in enumerate(drafts)
             if context_tokens is None or length < context_tokens
         )
@@ -116,7 +116,7 @@ class Passages:
         return self._tokens(example, example.prompt)
 
     def _tokens(self, example: Example, text: str | None) -> Prompt:
-        request = Request(0, "0", text, example.messages, SamplingParams(max_tokens=1))
+        request = GenerationRequest(0, "0", text, example.messages, SamplingParams(max_tokens=1))
         try:
             return self._tokenization.prompt(request)
         except Refused as refused:

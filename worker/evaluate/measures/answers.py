@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from batchmill.jobs.errors import ModelError
-from batchmill.jobs.requests.generation import Output, RequestKey, SamplingParams
+from batchmill.jobs.requests.generation import SamplingParams, choices_of
+from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.transformers_kind import serve
@@ -49,7 +50,7 @@ def answer(
         begin = perf_counter()
         outputs = _outputs(engine, questions, step)
         seconds = perf_counter() - begin
-    texts = tuple(each.choices[0].text for each in outputs)
+    texts = tuple(choices_of(each)[0].text for each in outputs)
     tokens = tuple(tuple(loaded.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     return Answers(texts, tokens, engine.limits.kind, sum(each.completion_tokens for each in outputs), seconds)
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from batchmill.jobs.requests.generation import Request
+from batchmill.jobs.requests.generation import GenerationRequest
 
 #: Shorter beginnings are computed again: that costs no more than copying them.
 BLOCK_TOKENS = 32
@@ -53,12 +53,12 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     return next(place for place in range(length) if one[place] != other[place])
 
 
-def by_beginning(requests: Sequence[Request]) -> list[Request]:
+def by_beginning(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
     """The same requests in an order in which those with a common beginning are neighbours."""
     return sorted(requests, key=_beginning)
 
 
-def _beginning(request: Request) -> tuple[str, str, str]:
+def _beginning(request: GenerationRequest) -> tuple[str, str, str]:
     """The values that decide the first tokens of a prompt, in this order: adapter, tools, text."""
     text = json.dumps(request.messages) if request.prompt is None else request.prompt
     return request.adapter or "", json.dumps(request.tools), text

@@ -14,7 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from batchmill.jobs.requests.generation import ErrorCode, Request
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.chat.form import Form, forms
 from batchmill.worker.engine.text.chat.marks import Marked, shape_of
@@ -48,7 +49,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._kept: OrderedDict[tuple[Any, ...], Form | str] = OrderedDict()
 
-    def rendered(self, request: Request) -> str:
+    def rendered(self, request: GenerationRequest) -> str:
         """The prompt of a request that has messages. Raises Refused."""
         if not self._tokenizer.chat_template:
             raise Refused(
