@@ -84,18 +84,21 @@ def test_the_order_of_admission_loses_no_request(make: Make) -> None:
     assert sorted(make().admission_order(asked), key=lambda each: each.index) == asked
 
 
+def chat(index: int, text: str, tool: str, *, adapter: str | None = None) -> GenerationRequest:
+    message = {"role": "user", "content": text}
+    return GenerationRequest(index, str(index), messages=(message,), tools=({"name": tool},), adapter=adapter)
+
+
 def test_the_continuous_engine_admits_requests_with_a_common_beginning_beside_each_other() -> None:
     prompts = ["b, one", "a, one", "b, two", "a, two"]
     asked = [request(index, prompt=each) for index, each in enumerate(prompts)]
     assert [each.index for each in ContinuousEngine.admission_order(asked)] == [1, 3, 0, 2]
     # Tools stand before all messages, and rows of two adapters have no beginning in common.
     chats = [
-        GenerationRequest(0, "0", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},)),
-        GenerationRequest(1, "1", messages=({"role": "user", "content": "b"},), tools=({"name": "clock"},)),
-        GenerationRequest(
-            2, "2", messages=({"role": "user", "content": "a"},), tools=({"name": "later"},), adapter="x"
-        ),
-        GenerationRequest(3, "3", messages=({"role": "user", "content": "c"},), tools=({"name": "clock"},)),
+        chat(0, "a", "later"),
+        chat(1, "b", "clock"),
+        chat(2, "a", "later", adapter="x"),
+        chat(3, "c", "clock"),
     ]
     assert [each.index for each in ContinuousEngine.admission_order(chats)] == [1, 3, 0, 2]
 

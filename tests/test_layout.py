@@ -14,7 +14,7 @@ import torch
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import SamplingParams
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import RequestKey
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.worker.devices.placement import Placement

@@ -15,6 +15,7 @@ import pytest
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
+from batchmill.jobs.requests.generation import GenerationRequest
 from batchmill.jobs.requests.request import ErrorCode, RequestKey
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
