@@ -10,7 +10,7 @@ BENCH ?= --peers
 DECODE ?= --peers
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-all lint bench bench-engine bench-gpu bench-peers mutants soak demo-model clean
+.PHONY: help demo test test-all lint bench bench-engine bench-gpu bench-peers mutants soak demo-model docs docs-reference clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +54,15 @@ soak: $(VENV)/test.stamp  ## random faults with the real timers (MINUTES=60 SEED
 demo-model: $(VENV)/run.stamp  ## train the bundled demo model again (under 30 minutes on 2 cores)
 	$(BIN)/python -m batchmill.worker.demo.train
 
+docs: $(VENV)/docs.stamp  ## build the site of docs/ in .site; a warning is an error
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs .site
+	@echo "the site: .site/index.html"
+
+docs-reference: $(VENV)/test.stamp  ## write the pages of docs/ that come from the code
+	$(BIN)/python -m docs.generate
+
 clean:  ## remove what make made
-	rm -rf $(VENV) $(DEMO_HOME) src/*.egg-info build dist
+	rm -rf $(VENV) $(DEMO_HOME) .site src/*.egg-info build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
@@ -68,4 +75,8 @@ $(VENV)/run.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	$(PIP) --editable '.[worker,embedded,postgres,test]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
 	@touch $@

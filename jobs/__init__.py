@@ -1,4 +1,4 @@
-"""What a job is, where it is kept and how it is sent; imports neither producer nor worker, and no torch."""
+"""Jobs: their values, their store and the messages about them; imports neither producer nor worker, and no torch."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The command line: help and an example for every command, JSON where it is promised, the README true to it."""
+"""The command line: help and an example for every command, JSON where it is promised, the pages true to it."""
 
 from __future__ import annotations
 
@@ -102,8 +102,9 @@ def test_every_reading_command_has_json(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", commands())
-def test_every_command_stands_in_the_readme(words: str) -> None:
-    assert f"batchmill {words}" in (ROOT / "README.md").read_text()
+def test_every_command_stands_in_the_guide_and_in_the_reference(words: str) -> None:
+    assert f"batchmill {words}" in (ROOT / "docs/guides/jobs.md").read_text()
+    assert f"## `batchmill {words}`\n" in (ROOT / "docs/reference/cli.md").read_text()
 
 
 def test_the_modules_work_without_the_installed_script() -> None:

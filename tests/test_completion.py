@@ -50,7 +50,7 @@ def job_id(environ: dict[str, str], tmp_path: Path) -> str:
 
 
 def script(shell: str, environ: dict[str, str], folder: Path) -> Path:
-    """The file that the README says to source."""
+    """The file that the guide to jobs says to source."""
     made = subprocess.run(
         ["batchmill"], env={**environ, "_BATCHMILL_COMPLETE": f"{shell}_source"}, capture_output=True, check=True
     )

@@ -19,7 +19,7 @@ import yaml
 
 from batchmill.jobs.configuration.settings import PREFIX, Settings, load_settings
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.producer.cli.main import cli
+from tests.shown import parsed
 from tests.wheel import build_wheel
 
 ROOT = Path(__file__).parent.parent
@@ -141,20 +141,6 @@ def quoted_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 COMMAND_LINES = [*compose_commands(), *unit_commands(), *readme_commands(), *quoted_commands()]
-
-
-def parsed(arguments: list[str]) -> click.Context:
-    """The context that batchmill makes of these arguments. Raises click's UsageError; runs nothing."""
-    from batchmill.worker.cli.worker import main as worker_main
-
-    command: click.Command | None = cli
-    name, rest = "batchmill", arguments
-    while isinstance(command, click.Group):
-        name, *rest = rest
-        command = worker_main if name == "worker" else command.get_command(click.Context(command), name)
-    if command is None:
-        raise click.UsageError(f"no command {name}")
-    return command.make_context(name, rest)
 
 
 @pytest.mark.parametrize(("where", "arguments"), COMMAND_LINES, ids=[" ".join([a, *b]) for a, b in COMMAND_LINES])

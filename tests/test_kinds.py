@@ -95,8 +95,8 @@ def test_a_contradiction_is_told_before_anything_is_written(job: str, tmp_path: 
     assert not (tmp_path / "a.csv").exists()
 
 
-def test_the_readme_has_the_table() -> None:
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `.")]
+def test_the_guide_has_the_table() -> None:
+    rows = [line for line in (ROOT / "docs/guides/prompt-files.md").read_text().splitlines() if line.startswith("| `.")]
     for suffix in (*formats.READ_AS, *formats.WRITTEN_AS, *formats.NOT_WRITTEN):
         (row,) = (each for each in rows if f"`{suffix}`" in each.split("|")[1])
         _, _, prompts, answers, _ = row.split("|")

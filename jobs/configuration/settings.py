@@ -50,7 +50,9 @@ class Settings(BaseSettings):
         description="folder of the embedded store, Redis, locks and logs",
     )
     broker_url: str = Field(default="", description="Redis; empty: the embedded one under home")
-    broker_ca_file: Path | None = Field(default=None, description="of rediss://: who signs the certificate of Redis")
+    broker_ca_file: Path | None = Field(
+        default=None, description="of rediss://: who signs the certificate of Redis; empty: the system's"
+    )
     broker_insecure: bool = Field(default=False, description="of rediss://: take any certificate")
     database_url: str = Field(default="", description="SQLite or PostgreSQL; empty: SQLite under home")
 
@@ -68,8 +70,12 @@ class Settings(BaseSettings):
     engine: Literal["auto", "continuous", "generate"] = Field(
         default="auto", description="what serves the model; auto: continuous wherever the model allows it"
     )
-    engine_rows: int | None = Field(default=None, ge=1, description="most requests a device works on at once")
-    context_tokens: int | None = Field(default=None, ge=1, description="most tokens of a prompt and its answer")
+    engine_rows: int | None = Field(
+        default=None, ge=1, description="most requests a device works on at once; empty: the engine's own"
+    )
+    context_tokens: int | None = Field(
+        default=None, ge=1, description="most tokens of a prompt and its answer together; empty: the model's own"
+    )
     gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1, description="part of a GPU for weights and cache")
     cache_bytes: int | None = Field(default=None, gt=0, description="keys and values, at most; empty: by free memory")
     dequantize: Literal["auto", "never", "always"] = Field(
@@ -83,8 +89,12 @@ class Settings(BaseSettings):
     echo_step_seconds: float = Field(default=0.0, ge=0, description="a step of the echo engine, for trials")
     chaos: bool = Field(default=False, description="the echo engine obeys magic prompts such as !kill9, for trials")
     failpoint: str = Field(default="", description="name=kill9@3: dies at the third passing of a point, for trials")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least level that is logged"
+    )
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="lines for people, or a JSON object per line"
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -13,12 +13,12 @@ from batchmill.jobs.store.store import Store
 from tests.integration.conftest import Mill, until, write_prompts
 from tests.oracle import export_violations, violations
 
-README = Path(__file__).parent.parent.parent / "README.md"
+GUIDE = Path(__file__).parent.parent.parent / "docs/guides/backup.md"
 
 
-def readme_command() -> list[str]:
-    """The command that the README gives, with this Python."""
-    (line,) = [each for each in README.read_text().splitlines() if each.startswith("$ python -c 'import sqlite3")]
+def shown_command() -> list[str]:
+    """The command that the guide gives, with this Python."""
+    (line,) = [each for each in GUIDE.read_text().splitlines() if each.startswith("$ python -c 'import sqlite3")]
     return [sys.executable, *shlex.split(line.removeprefix("$ "))[1:]]
 
 
@@ -28,7 +28,7 @@ def test_a_backup_taken_in_mid_job_is_restored_and_finished(mill: Mill, tmp_path
     until(lambda: mill.succeeded(job_id) > 20, "some answers")
     copy = tmp_path / "copy.db"
     where = {"batchmill.db": str(mill.settings.database_file), "backup.db": str(copy)}
-    command = [where.get(word, word) for word in readme_command()]
+    command = [where.get(word, word) for word in shown_command()]
     subprocess.run(command, check=True, env=os.environ)
     worker.kill()
     shutil.copy(copy, mill.settings.database_file)

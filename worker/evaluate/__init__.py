@@ -1,1 +1,1 @@
-"""What quantization costs on a user's own text: every part of `batchmill evaluate` but its command line."""
+"""The measurement of what quantization costs on a user's text: all of `batchmill evaluate` but its command line."""

@@ -1,4 +1,4 @@
-"""What a model takes and how fast it can be, before its weights are fetched or read.
+"""The memory that a model takes and its highest speed, computed before its weights are fetched or read.
 
 `shape` is a model without weights, `footprint` its bytes in a quantization, `choices` the quantizations that are
 looked at; `hardware` is a device's memory and rates, `fit` what of a model fits there, `speed` the floor of a step.

@@ -1,4 +1,4 @@
-"""What a request's response_format lets its answer be: the tokens that may come next, as bits over a vocabulary.
+"""Structured output: the tokens that a response_format lets come next, as bits over a vocabulary.
 
 Owns llguidance: its vocabulary of a tokenizer, its grammars, their limits and its errors, which become Refused here.
 It knows no batch, no device and no sampling: a Matcher follows one sequence, and `fill` writes rows of bits that the

@@ -1,4 +1,4 @@
-"""What transformers is asked for: the dtype of what is not quantized, and how the rest is.
+"""The arguments of from_pretrained: the dtype of unquantized weights, and the quantization config of the others.
 
 Every option of a quantization is honoured here or refused by name, once the device is known. It loads nothing.
 """
