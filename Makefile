@@ -21,7 +21,7 @@ demo: $(VENV)/run.stamp  ## run the main job: 4-bit demo model, examples/prompts
 		-o $(DEMO_HOME)/answers.jsonl --new
 	@echo "the first answers:"; head -n 5 $(DEMO_HOME)/answers.jsonl
 
-test: lint  ## lint, types and the test suite, with the slowest tests
+test: lint docs  ## lint, types, the site and the test suite, with the slowest tests
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint  ## the suite with the long checks

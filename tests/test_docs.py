@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.requests.generation import ErrorCode
 from batchmill.producer.cli.commands import ENTRIES
+from batchmill.producer.requests.generation import json_request
 from docs import generate
 from tests.shown import parsed
 
@@ -156,6 +158,18 @@ def test_every_shown_command_is_one_that_batchmill_takes(
     monkeypatch.chdir(tmp_path)
     with suppress(click.exceptions.Exit):
         parsed(arguments)
+
+
+def test_the_lines_of_a_prompt_file_that_pages_show_are_taken() -> None:
+    shown = [
+        line
+        for page in ("docs/guides/prompt-files.md", "docs/getting-started/first-file.md")
+        for block in re.findall(r"^```(?:json|console)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+        for line in re.findall(r'^\{.*"(?:prompt|messages)": .*\}$', block, re.MULTILINE)
+    ]
+    assert len(shown) > 5
+    for index, line in enumerate(shown):
+        json_request(json.loads(line), index, adapter_of=lambda _model, adapter: adapter)
 
 
 def test_commands_are_found_on_every_kind_of_page() -> None:

@@ -56,17 +56,25 @@ class Settings(BaseSettings):
     broker_insecure: bool = Field(default=False, description="of rediss://: take any certificate")
     database_url: str = Field(default="", description="SQLite or PostgreSQL; empty: SQLite under home")
 
-    heartbeat_seconds: Seconds = Field(default=5.0, description="between two heartbeats of a worker")
-    lease_seconds: Seconds = Field(default=60.0, description="a batch's lease without renewal; the same everywhere")
-    save_seconds: Seconds = Field(default=1.0, description="at most between two commits of a worker")
-    reconcile_seconds: Seconds = Field(default=15.0, description="between two passes of the reconciler")
-    loading_lease_seconds: Seconds = Field(default=60.0, description="a submit's lease; the same everywhere")
-    drain_seconds: Seconds = Field(default=15.0, description="for a stopping worker to hand work back")
-    stall_seconds: Seconds = Field(default=600.0, description="without a token before a worker is ended")
-    load_stall_seconds: Seconds = Field(default=3_600.0, description="for loading a model")
-    busy_seconds: Seconds = Field(default=30.0, description="to wait for SQLite's lock or a PostgreSQL connection")
+    heartbeat_seconds: Seconds = Field(default=5.0, description="interval of a worker's heartbeats")
+    lease_seconds: Seconds = Field(
+        default=60.0, description="a batch's lease lasts so long without renewal; the same everywhere"
+    )
+    save_seconds: Seconds = Field(default=1.0, description="longest time between two commits of a worker")
+    reconcile_seconds: Seconds = Field(default=15.0, description="interval of the reconciler")
+    loading_lease_seconds: Seconds = Field(
+        default=60.0, description="a submit's lease lasts so long; the same everywhere"
+    )
+    drain_seconds: Seconds = Field(default=15.0, description="time for a stopping worker to hand work back")
+    stall_seconds: Seconds = Field(default=600.0, description="time without a token before a worker is ended")
+    load_stall_seconds: Seconds = Field(
+        default=3_600.0, description="time for loading a model before a worker is ended"
+    )
+    busy_seconds: Seconds = Field(default=30.0, description="time to wait for SQLite's lock or a PostgreSQL connection")
 
-    quantization: str = Field(default="nf4", description="of commands without -q, with its options if it has any")
+    quantization: str = Field(
+        default="nf4", description="default of commands without -q, with its options if it has any"
+    )
     engine: Literal["auto", "continuous", "generate"] = Field(
         default="auto", description="what serves the model; auto: continuous wherever the model allows it"
     )
