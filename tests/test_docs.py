@@ -102,6 +102,11 @@ def test_every_promise_names_a_test_that_is_there() -> None:
         assert f"def {name}(" in (ROOT / path).read_text(), name
 
 
+def test_the_first_page_lists_every_page() -> None:
+    listed = re.findall(r"^- \[.+?\]\((.+?)\)", PAGES["docs/index.md"], re.MULTILINE)
+    assert sorted(f"docs/{path}" for path in (*listed, "index.md")) == [*filter(re.compile("docs/").match, PAGES)]
+
+
 def prose(page: str) -> str:
     """A page without its blocks of code."""
     return re.sub(r"^ *```.*?^ *```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
