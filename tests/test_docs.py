@@ -15,7 +15,7 @@ import click
 import pytest
 
 from batchmill.jobs.configuration.settings import Settings
-from batchmill.jobs.requests.generation import ErrorCode
+from batchmill.jobs.requests.request import ErrorCode
 from batchmill.producer.cli.commands import ENTRIES
 from batchmill.producer.requests.generation import json_request
 from docs import generate

@@ -68,7 +68,8 @@ def work(store: Store, seat: Seat, engine: CountEngine, folder: Path) -> None:
     saver = Saver(
         store,
         replace(seat, defaults=engine.defaults),
-        rows=engine.rows,
+        rows=engine.limits.rows,
+        admission_order=engine.admission_order,
         save_seconds=0.05,
         peak=Memory,
         wake=lambda: None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.capacity import Capacity
 from tests.toy_kind.jobs_side import COUNT, Count, CountRequest
@@ -14,12 +15,20 @@ class CountEngine:
 
     kinds = frozenset({COUNT.name})
     active = 0
+    cache_bytes = 0
 
     def __init__(self, *, separator: str = " ", rows: int = 4) -> None:
-        self.rows = rows
+        self.limits = EngineLimits("count", rows)
         self.defaults = separator
         self.capacity = Capacity(rows)
         self._waiting: dict[RequestKey, CountRequest] = {}
+
+    @staticmethod
+    def admission_order(requests: Sequence[CountRequest]) -> Sequence[CountRequest]:
+        return requests
+
+    def close(self) -> None:
+        """Does nothing: nothing runs beside a step."""
 
     @property
     def waiting(self) -> int:
