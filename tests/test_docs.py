@@ -17,7 +17,8 @@ import pytest
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.producer.cli.commands import ENTRIES
-from batchmill.producer.requests.generation import json_request
+from batchmill.producer.requests.kinds import FORMS
+from batchmill.producer.requests.lines import Lines
 from docs import generate
 from tests.shown import parsed
 
@@ -173,8 +174,9 @@ def test_the_lines_of_a_prompt_file_that_pages_show_are_taken() -> None:
         for line in re.findall(r'^\{.*"(?:prompt|messages)": .*\}$', block, re.MULTILINE)
     ]
     assert len(shown) > 5
+    reader = Lines(FORMS.values())
     for index, line in enumerate(shown):
-        json_request(json.loads(line), index, adapter_of=lambda _model, adapter: adapter)
+        reader.request(json.loads(line), index, adapter_of=lambda _model, adapter: adapter)
 
 
 def test_commands_are_found_on_every_kind_of_page() -> None:
