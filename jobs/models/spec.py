@@ -17,7 +17,7 @@ from batchmill.jobs.models.quantization import NF4, Kind, Quantization
 #: Literal model names: the bundled model, and the engine without a model that answers with the prompt.
 DEMO, ECHO = "demo", "echo"
 #: Where the bundled model lies.
-DEMO_FOLDER = Path(__file__).parents[1] / "worker" / "demo" / "model"
+DEMO_FOLDER = Path(__file__).parents[2] / "worker" / "demo" / "model"
 QUEUE_NAME_LENGTH = 24
 _LONGEST_NAME = 2_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
