@@ -28,7 +28,27 @@ def start_words(spec: ModelSpec, settings: Settings, *, adapters: Sequence[str] 
     return ["batchmill", start_verb(settings), *spec.command_line()[2:], *named]
 
 
+def mill_starts_workers(settings: Settings) -> bool:
+    """True where a `run` or `up` of this home lives for sure, of which a worker that is missing is yet to come."""
+    return settings.embedded_broker and settings.embedded_store and _mill(settings.home).lives is Lives.YES
+
+
+def mill_starts(spec: ModelSpec, settings: Settings, *, job_id: str) -> bool:
+    """True where such a mill serves this job's model, or has not begun to start its workers, by which that is known."""
+    if not mill_starts_workers(settings):
+        return False
+    words = PidFile(settings.home / "worker.pid").command_line
+    only_job = words[words.index("--job") + 1] if "--job" in words[:-1] else job_id
+    wanted = spec.command_line()[2:]
+    begins = [place for place in range(len(words)) if words[place : place + len(wanted)] == wanted]
+    return not words or (bool(begins) and only_job == job_id)
+
+
 def mill_lives(home: Path) -> bool:
     """True where a `run` or `up` of this home lives; where the system cannot tell, where its Redis listens."""
-    lives = PidFile(home / "mill.pid").lives
+    lives = _mill(home).lives
     return lives is Lives.YES or (lives is Lives.UNKNOWN and socket_path(home).exists())
+
+
+def _mill(home: Path) -> PidFile:
+    return PidFile(home / "mill.pid")

@@ -27,6 +27,7 @@ class Event:
     completion_tokens: int
     body_bytes: int
     worker: int = 1
+    max_tokens: int | None = None
 
     def tokens_at(self, seconds: float) -> int:
         """What it had been answered with by then."""
@@ -133,9 +134,9 @@ class Timeline:
     def _sampled(self, index: int, seconds: float) -> Sampled:
         event = self.events[index]
         if event.ended > seconds:
-            return Sampled(index, event.body_bytes)
+            return Sampled(index, event.body_bytes, max_tokens=event.max_tokens)
         state = RequestState.SUCCEEDED if event.completion_tokens else RequestState.FAILED
-        return Sampled(index, event.body_bytes, state, event.completion_tokens)
+        return Sampled(index, event.body_bytes, state, event.completion_tokens, event.max_tokens)
 
 
 def simulated(
@@ -146,9 +147,12 @@ def simulated(
     workers: int = 1,
     away: Sequence[tuple[float, float]] = (),
     body_bytes: Sequence[int] = (),
+    line_tokens: Sequence[int] = (),
+    max_tokens: int | None = None,
 ) -> Timeline:
     """A job of answers of these lengths (0: refused at once), by workers that make a token of each row a step.
 
+    `line_tokens`: the most of each that its line allows, `max_tokens`: of the others, else the length of the longest.
     `away`: from when to when nobody works; what is in flight then goes on afterwards.
     """
     free = [(0.0, worker) for worker in range(1, workers + 1) for _ in range(rows)]
@@ -161,9 +165,10 @@ def simulated(
             if began < first < ended:
                 ended += last - first
         size = body_bytes[index] if body_bytes else 100
-        events.append(Event(began, ended, max(1, size // 5), length, size, worker))
+        most = line_tokens[index] if line_tokens else None
+        events.append(Event(began, ended, max(1, size // 5), length, size, worker, most))
         heapreplace(free, (ended, worker))
-    return Timeline(events, rows, max(lengths), away=away)
+    return Timeline(events, rows, max_tokens or max(lengths), away=away)
 
 
 def recorded(path: Path) -> Timeline:

@@ -12,6 +12,8 @@ from celery.concurrency.asynpool import AsynPool
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.consumer import CONNECTION_RETRY
+from celery.worker.request import Request
+from kombu.transport import virtual
 
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.worker.process.celery_worker import _Pool, _Processes, make_celery_worker
@@ -53,6 +55,19 @@ def test_of_a_lost_connection_celery_says_nothing_beside_us(caplog: pytest.LogCa
     celery = logging.getLogger(Consumer.__module__)
     celery.warning("%s (%r)", CONNECTION_RETRY, OSError("gone"))
     celery.error("another error of %s", "Celery")
+    assert [each.getMessage() for each in caplog.records] == ["another error of Celery"]
+
+
+def test_of_a_wake_up_that_cannot_be_acknowledged_celery_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    make_celery_worker(Settings(broker_url="redis://mill.invalid/0"), queue="q", name="w")
+    logger = logging.getLogger(Request.__module__)
+
+    class Lost(virtual.Message):  # type: ignore[misc]
+        def ack(self, multiple: bool = False) -> None:
+            raise ConnectionError
+
+    Lost({"properties": {"delivery_tag": "a"}}).ack_log_error(logger, (ConnectionError,))
+    logger.critical("another error of %s", "Celery")
     assert [each.getMessage() for each in caplog.records] == ["another error of Celery"]
 
 

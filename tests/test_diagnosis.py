@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from socket import gethostname
 
 import pytest
@@ -263,9 +264,30 @@ class TestNobodyServes:
         who = mill.seat(place.store, ready=False)
         place.later(90, who)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
-        assert reason.message.startswith("the model is being loaded by worker w on host, since ")
+        assert reason.message.startswith("worker w on host is starting, since ")
         assert reason.message.endswith("(1 min 30 s ago)")
-        assert reason.remedy.endswith("; `batchmill workers` shows its progress")
+        assert reason.remedy == (
+            "wait: a load that takes longer than 1 h 0 min is given up; `batchmill workers` shows its progress"
+        )
+        demo = ModelSpec("demo")
+        mill.seat(place.store, ready=False, spec=demo)
+        reason = expect(place.diagnose(mill.load(place.store, 3, spec=demo)), Verdict.WAITING, "loading_model")
+        assert reason.message.startswith("the model is being loaded by worker w on host, since ")
+
+    def test_a_worker_that_is_silent_and_lives_is_waited_for(self, place: Place) -> None:
+        job_id = mill.load(place.store, 3)
+        mill.seat(place.store, process=Process.own(), host=gethostname())
+        place.later(40)
+        reason = expect(place.diagnose(job_id), Verdict.WAITING, "worker_silent")
+        assert reason.message == "worker w has not been heard of for 40 s, and its process lives"
+
+    def test_the_worker_of_a_mill_that_starts_is_waited_for(self, place: Place, tmp_path: Path) -> None:
+        (tmp_path / "mill.pid").write_text(f"{Process.own()}\n")
+        settings = Settings(home=tmp_path)
+        status = JobStatus.read(place.store, mill.load(place.store, 3), settings)
+        diagnosis = diagnose(status, place.store, QueueState(), settings)
+        reason = expect(diagnosis, Verdict.WAITING, "worker_starts")
+        assert reason.message.endswith(": the mill here is starting its worker")
 
     def test_a_load_is_counted_and_timed_from_its_own_beginning(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
@@ -275,7 +297,7 @@ class TestNobodyServes:
             place.store.workers.new_generation(who.worker_id, child_pid=3)
             place.later(5, who)
             message = place.diagnose(job_id).findings[0].message
-            assert message.startswith(f"the model is being loaded by worker w on host, for the {nth} time, since ")
+            assert message.startswith(f"worker w on host is starting, for the {nth} time, since ")
             assert message.endswith("(5 s ago)")
         mill.seat(place.store, name="later", ready=False)
         message = place.diagnose(job_id).findings[0].message

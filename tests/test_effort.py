@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
+from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.leases.lease import Held
@@ -134,6 +135,18 @@ class TestSample:
             Sampled(2, body_bytes),
             Sampled(3, body_bytes),
         )
+
+    def test_it_tells_how_long_a_line_lets_its_answer_get(self, store: Store) -> None:
+        said = [SamplingParams(max_tokens=8), SamplingParams(max_tokens=8, n=3), SamplingParams(n=3), SamplingParams()]
+        prompts = [GenerationRequest(index, str(index), "a", sampling=each) for index, each in enumerate(said)]
+        prompts.append(GenerationRequest(4, "4", "a" * 100_000, sampling=said[0]))
+        job_id = mill.begin(store)
+        store.loading.add(job_id, prompts=prompts, batch_size=8, lease_seconds=60)
+        store.loading.open(
+            job_id, spec=mill.ECHO_SPEC, file_sha256="0" * 64, fingerprint="f", lease_seconds=mill.LEASE_SECONDS
+        )
+        found = store.sampling.of(job_id, total=5, begun=0, choices=2)
+        assert [each.max_tokens for each in found] == [16, 24, None, None, None]
 
     def test_what_an_estimate_asks_scans_no_requests_and_no_outputs(self, store: Store) -> None:
         """Of a job among many rows: each question about it goes by an index."""

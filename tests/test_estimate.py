@@ -78,6 +78,22 @@ def test_recorded_jobs_are_met(path: Path) -> None:
     assert sum(each.is_held for each in found) >= 0.8 * len(found)
 
 
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize(("rows", "says"), [(8, True), (64, True), (8, False), (32, False)])
+def test_the_upper_end_is_not_that_of_answers_that_no_line_allows(rows: int, says: bool, tells: bool) -> None:
+    """A slow worker, of a job whose flags allow far longer answers than its lines do, where these say so, or than any
+    gets."""
+    allowed = lengths(lambda numbers: numbers.randint(8, 64), 3_000)
+    numbers = random.Random(1)
+    answers = [numbers.randint(each // 4, each) for each in allowed]
+    timeline = simulated(answers, rows=rows, step_seconds=6.0, line_tokens=allowed if says else (), max_tokens=256)
+    found = looks(replace(timeline, tells=tells), after=0.2, before=1.0, count=100)
+    near = [each.estimate is not None and each.estimate.high_seconds <= 3 * each.left_seconds for each in found]
+    assert sum(near) >= 0.9 * len(near)
+    ten_left = replace(timeline, tells=tells).at(sorted(each.ended for each in timeline.events)[-11])
+    assert known(ten_left).high_seconds <= 6.0 * 100
+
+
 def test_there_are_recorded_jobs() -> None:
     assert {path.stem for path in RECORDED.glob("*.json")} == {"demo_tail", "demo_uniform", "echo"}
 

@@ -71,8 +71,9 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [same, another_way, symbolic_link, hard_link, of_a_linked_folder])
 def test_answers_are_not_written_over_the_prompts_by_any_name(prompts: Path, name: Callable[[Path], Path]) -> None:
-    said = batchmill(prompts.parent, "run", "p.jsonl", "-m", "echo", "-o", name(prompts))
-    assert "would be written over p.jsonl" in said
+    out = name(prompts)
+    said = batchmill(prompts.parent, "run", "p.jsonl", "-m", "echo", "-o", out)
+    assert f"-o {out} is the file of prompts itself; name another" in said
     assert prompts.read_text() == PROMPTS
     assert not any((prompts.parent / "home").iterdir()), "nothing was begun"
 
@@ -91,7 +92,7 @@ def test_answers_are_not_written_over_the_prompts_by_any_name(prompts: Path, nam
 )
 def test_streams_may_be_the_file_of_the_prompts_too(prompts: Path, words: list[str], shell: str) -> None:
     said = batchmill(prompts.parent, "run", *words, "-m", "echo", shell=shell)
-    assert "would be written over" in said
+    assert "is the file of prompts itself; name another" in said
     assert prompts.read_text() == PROMPTS
     assert not any((prompts.parent / "home").iterdir())
 

@@ -91,6 +91,10 @@ NO_LINES = {
     "Parquet": (b"PAR1\x15\0" + bytes(99), "is a Parquet file"),
     "SQLite": (b"SQLite format 3\0" + bytes(99), "is a SQLite database"),
     "PDF": (b"%PDF-1.7\nSECRET", "is a PDF"),
+    "PNG": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture"),
+    "JPEG": (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1", "is no text file; write a .jsonl file of it"),
+    "program": (b"\x7fELF\2\1\1" + bytes(99), "is no text file"),
+    "pickle": (b"\x80\x04\x95\x03\n", "is no text file"),
 }
 
 

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from batchmill.jobs.advice import mill_lives, start_words
 from batchmill.jobs.configuration.settings import Settings, load_settings
+from batchmill.jobs.errors import PromptFileError
 from batchmill.jobs.models.misspellings import meant_instead
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
@@ -87,6 +88,11 @@ class TestSubmit:
         assert done.exit_code == 0, done.stderr
         assert done.stderr.count("did you mean demo?") == 1
 
+    def test_asks_before_it_lists_the_lines_that_name_another_model(self, file: Path) -> None:
+        done = self.invoke(file, "-m", "ehco")
+        assert "did you mean echo?" in done.stderr
+        assert isinstance(done.exception, PromptFileError)
+
     @pytest.mark.parametrize("flags", [["-m", "dmeo"], []])
     def test_refuses_to_wait_and_stores_nothing(self, file: Path, flags: list[str]) -> None:
         done = self.invoke(file, "--wait", *flags)
@@ -111,6 +117,13 @@ class TestStart:
     def test_workers_names_it_where_there_is_none(self) -> None:
         done = CliRunner().invoke(workers, [])
         assert done.stderr == "no live worker; `batchmill up -m MODEL` starts one\n"
+
+    def test_workers_waits_for_that_of_a_mill_that_is_up(self) -> None:
+        home = load_settings().home
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "mill.pid").write_text(f"{Process.own()}\n")
+        done = CliRunner().invoke(workers, [])
+        assert done.stderr == "no live worker yet; the mill here is starting its worker\n"
 
     def test_it_is_worker_beside_a_mill_that_is_up(self, tmp_path: Path) -> None:
         (tmp_path / "mill.pid").write_text(f"{Process.own()}\n")

@@ -248,6 +248,13 @@ def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
     assert "6.74 billion parameters, 4,096 tokens of context" in said[0]
 
 
+def test_a_table_in_a_narrow_terminal_has_fewer_columns(tmp_path: Path) -> None:
+    found = report(shape(tmp_path, "7b"), [pretended_gpu(24 * GIB)], EngineOptions())
+    rows = [each for each in to_lines(found, context_asked=False, width=40) if each.startswith("  ")]
+    assert rows[0].split() == ["quantization", "weights", "fits"]
+    assert max(map(len, rows)) <= 40
+
+
 def test_the_most_precise_that_fits_is_taken_unless_another_is_much_faster(tmp_path: Path) -> None:
     model = shape(tmp_path, "7b")
 

@@ -18,7 +18,8 @@ from batchmill.jobs.store.jobs import retry
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, jobs
-from batchmill.producer.views.retries import chances_of, retry_advice
+from batchmill.producer.views.retries import chances_of, retry_advice, retry_lines
+from batchmill.producer.views.status import JobStatus
 from tests import mill
 
 #: None: answered.
@@ -228,3 +229,12 @@ class TestAdvice:
 def test_the_table_loads_no_database() -> None:
     code = "import sys, batchmill.jobs.requests.causes; print('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(("count", "said"), [(5, "all 5 requests succeeded"), (1, "its 1 request succeeded")])
+def test_a_retry_of_a_job_of_which_all_succeeded_says_so(store: Store, count: int, said: str) -> None:
+    job_id = ended(store, dict.fromkeys(range(count)))
+    chances = some()
+    retried = store.retrying.retry(job_id, chances)
+    (line,) = retry_lines(JobStatus.read(store, job_id), retried, chances)
+    assert line == f"job {job_id}: nothing to run again: {said}"

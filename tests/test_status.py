@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from socket import gethostname
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import WorkerState
+from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.runtime.sizes import size
 from batchmill.jobs.runtime.times import duration
@@ -534,3 +539,88 @@ def test_durations_for_people(seconds: float, said: str) -> None:
 @pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (80 * 2**30, "80.0 GiB")])
 def test_sizes_for_people(count: int, said: str) -> None:
     assert size(count) == said
+
+
+def test_a_worker_that_is_silent_while_its_process_lives_has_not_ended(store: Store) -> None:
+    home = load_settings().home
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "mill.pid").write_text(f"{Process.own()}\n")
+    job_id = mill.load(store, 3)
+    mill.seat(store, process=Process.own(), host=gethostname())
+
+    def said_after(seconds: float) -> str:
+        earlier = {"heartbeat_at": workers.c.heartbeat_at - seconds, "alive_until": workers.c.alive_until - seconds}
+        with store.database.write() as connection:
+            connection.execute(update(workers).values(earlier))
+        return " ".join(missing_lines(JobStatus.read(store, job_id)))
+
+    silent = r"worker w has not been heard of for \d+ s, and its process lives"
+    assert re.fullmatch(silent, said_after(30))
+    assert not re.fullmatch(silent, said_after(3_600))
+
+
+class TestAMillThatStarts:
+    """A job beside an `up` or `run` whose worker is not in the store yet."""
+
+    @pytest.fixture
+    def home(self) -> Path:
+        home = load_settings().home
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "mill.pid").write_text(f"{Process.own()}\n")
+        return home
+
+    @pytest.fixture
+    def serve(self, home: Path) -> Iterator[Callable[..., None]]:
+        """Starts a process that has the command line of a mill's workers."""
+        started: list[subprocess.Popen[bytes]] = []
+
+        def serve(*words: str) -> None:
+            started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words]))
+            PidFile(home / "worker.pid").write(started[-1].pid)
+            until = monotonic() + 30
+            while not PidFile(home / "worker.pid").command_line[3:] and monotonic() < until:
+                sleep(0.01)
+
+        yield serve
+        for each in started:
+            each.kill()
+            each.wait()
+
+    def said(self, store: Store, job_id: str) -> str:
+        return " ".join(missing_lines(JobStatus.read(store, job_id)))
+
+    def test_starts_a_worker_that_nobody_else_has_to(self, store: Store, home: Path) -> None:
+        (home / "worker.pid").write_text(f"{Process.own()}\n".replace("1.", "1.9", 1))
+        said = self.said(store, mill.load(store, 3))
+        assert said == "no worker serves echo (none) yet: the mill here is starting its worker"
+        (home / "mill.pid").unlink()
+        assert "; start one: batchmill" in self.said(store, mill.load(store, 3))
+
+    def test_starts_that_of_its_own_model_alone(self, store: Store, serve: Callable[..., None]) -> None:
+        job_id, other = mill.load(store, 3), mill.load(store, 3, spec=ModelSpec("demo"))
+        serve("-m", "echo", "--devices", "cpu")
+        assert self.said(store, job_id).endswith(": the mill here is starting its worker")
+        assert "; start one: batchmill worker -m demo" in self.said(store, other)
+        mill.seat(store)
+        assert self.said(store, job_id) == ""
+
+    def test_starts_that_of_a_run_for_its_job_alone(self, store: Store, serve: Callable[..., None]) -> None:
+        job_id, other = mill.load(store, 3), mill.load(store, 3)
+        serve("-m", "echo", "--job", job_id, "--devices", "cpu")
+        assert self.said(store, job_id).endswith(": the mill here is starting its worker")
+        assert "; start one: batchmill worker" in self.said(store, other)
+
+    def test_says_that_its_worker_is_sick(self, store: Store, serve: Callable[..., None]) -> None:
+        job_id = mill.load(store, 3)
+        store.workers.enter(mill.seat(store).worker_id, WorkerState.SICK, error="Xid 79")
+        serve("-m", "echo", "--devices", "cpu")
+        assert "is sick: Xid 79" in self.said(store, job_id)
+
+
+def test_early_lines_leave_out_what_nothing_is_known_of(store: Store) -> None:
+    job_id = mill.load(store, 8)
+    mill.claim(store, mill.seat(store), wanted=4, room=8)
+    text = "\n".join(job_lines(JobStatus.read(store, job_id)))
+    assert "  seconds  " in text
+    assert "  memory  " not in text
+    assert "  speed  " not in text

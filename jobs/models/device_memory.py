@@ -71,6 +71,11 @@ class Memory:
             energy_joules,
         )
 
+    @property
+    def is_known(self) -> bool:
+        """False while nothing was measured."""
+        return any((self.weights_bytes, self.peak_allocated_bytes, self.peak_reserved_bytes, self.device_total_bytes))
+
     def and_then(self, later: Memory, *, part: float = 1.0) -> Memory:
         """This time and the next as one: the larger bytes, and `part` of the later energy more."""
         joules = self.energy_joules

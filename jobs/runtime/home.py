@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,18 +72,33 @@ def use_store(home: Path) -> Iterator[None]:
 def make_store(home: Path) -> Iterator[None]:
     """Held while the embedded store of this home is made. Raises StoreReplaced where one is in use already."""
     with _use_lock(home) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreReplaced(
-                f"the store of {home} is gone, and a worker, `run` or `up` is still at work on it: put its file back, "
-                "or end them, which begins a new and empty store"
-            ) from None
+        _refuse_use(file, home)
         yield
 
 
+def check_unused(home: Path) -> None:
+    """Raises StoreReplaced where the embedded store of this home is in use; for a home without its file."""
+    with suppress(FileNotFoundError), _lock_path(home).open("rb") as file:
+        _refuse_use(file, home)
+
+
+def _refuse_use(file: BinaryIO, home: Path) -> None:
+    """Takes the lock of who makes the store."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreReplaced(
+            f"the store of {home} is gone, and a worker, `run` or `up` is still at work on it: put its file back, "
+            "or end them, which begins a new and empty store"
+        ) from None
+
+
 def _use_lock(home: Path) -> BinaryIO:
-    return (home / "store.lock").open("ab")
+    return _lock_path(home).open("ab")
+
+
+def _lock_path(home: Path) -> Path:
+    return home / "store.lock"
 
 
 @contextmanager

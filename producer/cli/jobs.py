@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from batchmill.jobs.runtime.files.formats import ANSWERS, FORMAT_HELP, OUT_HELP, written_as
+from batchmill.jobs.runtime.fitted import fitted, terminal_width
 from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import LAST, complete_job
 
@@ -54,7 +53,8 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
         wait_for(store, job_id, settings=settings)
     found = JobStatus.read(store, job_id, settings)
-    click.echo(json.dumps(status_json(found)) if as_json else "\n".join(job_lines(found)))
+    lines = [json.dumps(status_json(found))] if as_json else fitted(job_lines(found), indent=13, width=terminal_width())
+    click.echo("\n".join(lines))
 
 
 @click.command(cls=Command, epilog="Example: batchmill jobs --json")
@@ -83,8 +83,7 @@ def jobs(most: int, as_json: bool) -> None:
         click.echo("no jobs yet; `batchmill run` and `batchmill submit` create one", err=True)
         return
     notes = {job_id: f"ends in {each.ends_in}" if each.estimate else each.ends_in for job_id, each in at_work.items()}
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    click.echo("\n".join(table(found, notes=notes, now=store.reading.now(), width=width)))
+    click.echo("\n".join(table(found, notes=notes, now=store.reading.now(), width=terminal_width())))
 
 
 @click.command(cls=Command, epilog="Example: batchmill workers --all")
@@ -92,7 +91,7 @@ def jobs(most: int, as_json: bool) -> None:
 @_JSON
 def workers(everyone: bool, as_json: bool) -> None:
     """List the live workers with their model, device and state, and those that gave up in the last 24 hours."""
-    from batchmill.jobs.advice import start_verb
+    from batchmill.jobs.advice import mill_starts_workers, start_verb
     from batchmill.jobs.store.workers import GIVEN_UP
     from batchmill.producer.cli.text.device_lines import device_line
     from batchmill.producer.cli.text.worker_line import worker_line
@@ -109,12 +108,14 @@ def workers(everyone: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([worker_json(each) for each in found]))
         return
-    if not found:
+    if not found and mill_starts_workers(settings):
+        click.echo("no live worker yet; the mill here is starting its worker", err=True)
+    elif not found:
         click.echo(f"no live worker; `batchmill {start_verb(settings)} -m MODEL` starts one", err=True)
     for each in found:
-        click.echo(worker_line(each))
-        for device in each.devices if each.alive else ():
-            click.echo(f"  {device_line(device, now=True)}")
+        lines = [worker_line(each)]
+        lines += [f"  {device_line(device, now=True)}" for device in each.devices if each.alive]
+        click.echo("\n".join(fitted(lines, indent=4, width=terminal_width())))
 
 
 @click.command(cls=Command, epilog="Example: batchmill wait last --timeout 3600")

@@ -25,7 +25,7 @@ from batchmill.jobs.advice import start_words
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.broker.embedded import EmbeddedRedis, MillLock, start_process, stop_process
 from batchmill.jobs.configuration.settings import Settings, environment_of
-from batchmill.jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, UsageError
+from batchmill.jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, StoreReplaced, UsageError
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import WorkerState
@@ -179,15 +179,26 @@ def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[
         stack.enter_context(use_store(settings.home))
         workers = _Workers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
         click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C stops it", err=True)
+        is_told_to_end = False
         try:
             while not workers.ended(_TEND_SECONDS):
                 redis.tend()
         except KeyboardInterrupt:
+            is_told_to_end = True
             click.echo("stopping: finished outputs are saved, the rest returns to the queue", err=True)
         finally:
             workers.stop()
-        if workers.failed:
-            raise BatchmillError("the workers ended; see the lines above")
+        if is_told_to_end:
+            click.echo("the mill has ended", err=True)
+        elif workers.failed:
+            raise _failure(settings)
+
+
+def _failure(settings: Settings) -> BatchmillError:
+    """Why the workers of a mill ended by themselves."""
+    if settings.database_file.exists():
+        return BatchmillError("the workers ended; see the lines above")
+    return StoreReplaced(f"the store of {settings.home} is gone; put its file back, or the next `up` begins a new one")
 
 
 def _require_embedded(settings: Settings) -> None:

@@ -133,7 +133,7 @@ def submit(wait: bool, **options: Any) -> None:
     from batchmill.jobs.errors import BrokerUnavailable
     from batchmill.jobs.runtime.files.output_file import check_target
     from batchmill.migrations import open_store
-    from batchmill.producer.cli.model_name_check import refuse_slip
+    from batchmill.producer.cli.model_name_check import asked_first, refuse_slip
     from batchmill.producer.cli.progress import require_success, say_ended, wait_for
     from batchmill.producer.files.export import standard_output
     from batchmill.producer.submit import load_once, send_wakeups
@@ -142,12 +142,13 @@ def submit(wait: bool, **options: Any) -> None:
 
     settings = _settings()
     submission = _submission(options, settings)
-    check_target(None, keep=[submission.path])
+    check_target(None, prompts=submission.path)
     store = open_store(settings)
     # A team submits before its workers start, so that a likely slip in the model's name is a line below; but whoever
     # waits would wait for nobody.
     vet = partial(refuse_slip, store=store) if wait else lambda _: None
-    job_id, spec, is_new = load_once(submission, store=store, settings=settings, vet=vet)
+    with asked_first(submission, store=store):
+        job_id, spec, is_new = load_once(submission, store=store, settings=settings, vet=vet)
     unsent = None
     try:
         send_wakeups(spec, store=store, broker=Broker.of(settings))
@@ -204,7 +205,8 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     words = _worker_words(options, adapters=adapters, share_device=share_device)
     is_own = device != "auto" or len(words) > 2 * len(adapters) or any(each is not None for each in engine.values())
     submission = _submission(options, settings, adapters)
-    check_out(out, form=written_as(out), keep=[submission.path, *settings.files, *model_files(submission.folders)])
+    keep = [*settings.files, *model_files(submission.folders)]
+    check_out(out, form=written_as(out), keep=keep, prompts=submission.path)
     how = OwnWorker(device, words, is_asked_for=is_own)
     run_file(submission, out=out, worker=how, new=new, settings=settings)
 

@@ -53,10 +53,10 @@ class Exported:
         return f"{said}, {self.errors:,} to {beside}"
 
 
-def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path]) -> None:
-    """Raises UsageError, before any work is done, for an `out` that could not be written, or that is one of `keep`."""
+def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path], prompts: str | None = None) -> None:
+    """Raises UsageError, before any work is done, for an `out` that could not be written, or that is to be kept."""
     for each in _targets(out, form):
-        check_target(each, keep=keep)
+        check_target(each, keep=keep, prompts=prompts)
 
 
 def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> Exported:

@@ -34,8 +34,11 @@ _LEAST_MARGIN = 0.2
 _STANDARD_ERRORS = 1.64
 #: Where a mean length may be so many times what it is taken for, nothing is known yet.
 _UNKNOWN = 5
-#: An answer that is longer already than all that are finished is taken to get so many times as long.
+#: An answer that is longer already than all that are finished is taken to get so many times as long, and the longest
+#: to come at least as many times as long as the longest of these.
 _LONGER = 1.5
+#: So many answers for each that is left tell how long the longest of these gets.
+_TELLING = 20
 #: A sample of fewer says nothing about what differs along the file.
 _FEWEST_SAMPLED = 32
 #: A file looks sorted where one half is so much longer than the other, and nearly each request of it than each there.
@@ -64,7 +67,7 @@ def estimate(
     """When the job ends if those who work on it go on; None while nothing tells.
 
     `rows`: how many requests each worker takes at once, by its id, of those alone that live and work on the job.
-    `max_tokens`: of an answer.
+    `max_tokens`: of an answer whose line does not say how many.
     """
     slots = min(sum(rows.values()), counts.total)
     fewest = max(_FEWEST_ANSWERS, min(slots, counts.pending))
@@ -141,7 +144,8 @@ def _left(counts: Counts, sample: Sequence[Sampled], flight: _Flight, *, max_tok
     finished = sorted(each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED)
     finished = finished or [round(counts.completion_tokens / counts.succeeded)]
     longer: Sequence[float] = finished[bisect_right(finished, flight.age) :] or [flight.age * _LONGER]
-    lengths = _Lengths(finished, longer, max(longer[-1], max_tokens))
+    allowed = max((each.max_tokens or max_tokens for each in sample), default=max_tokens)
+    lengths = _Lengths(finished, longer, _longest(finished, longer, left=counts.pending, allowed=allowed))
     waiting = counts.pending - flight.active
     return _Left(
         _Range(*(waiting * each for each in _answered_shares(counts, sample, active=flight.active))),
@@ -149,6 +153,14 @@ def _left(counts: Counts, sample: Sequence[Sampled], flight: _Flight, *, max_tok
         _prompt_tokens(counts, sample),
         _end(counts, flight, lengths, waiting=waiting),
     )
+
+
+def _longest(finished: Sequence[float], longer: Sequence[float], *, left: int, allowed: int) -> float:
+    """The longest that any of so many answers likely gets: what its line allows, or less where many have ended."""
+    longest = longer[-1]
+    if longest <= finished[-1] and len(finished) >= _TELLING * left:  # and nothing else is on its way
+        allowed = min(allowed, round(longest * _LONGER))
+    return max(longest, allowed)
 
 
 def _mean(counts: Counts, flight: _Flight, lengths: _Lengths, *, waiting: int) -> _Range:

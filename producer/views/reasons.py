@@ -17,6 +17,7 @@ from batchmill.jobs.store.workers import WorkerRow
 from batchmill.producer.views.status import JobStatus
 
 IF_NOT_OF_UP = "if neither `up` nor `run` started it, start it yourself"
+MILL_STARTS = "the mill here is starting its worker"
 _MOST_REASONS = 3
 
 
@@ -28,6 +29,8 @@ def missing_lines(status: JobStatus) -> list[str]:
         return [f"{other_line(status.job, first.name, first.host, first.identity)};", other_remedy(status.job)]
     if status.missing_seconds is None:
         return _lacking_lines(status) if status.lacks else []
+    if status.silent is not None:
+        return [silent_line(status.silent)]
     if status.restarting is not None:
         return [f"{restarting_line(status.restarting)};", f"{IF_NOT_OF_UP}: {start}"]
     missing = f"no live worker has served {status.job.spec} for {duration(status.missing_seconds)}"
@@ -35,6 +38,8 @@ def missing_lines(status: JobStatus) -> list[str]:
         missing = f"no worker serves {status.job.spec} yet"
     if status.meant is not None:
         return [f"{missing}: {slip_line(status.job.spec, status.meant)}", f"{slip_remedy(status)}:", start]
+    if is_starting(status):
+        return [f"{missing}: {MILL_STARTS}"]
     if not status.given_up:
         return [f"{missing}; start one:", start]
     reasons = [f"{given_up_line(each)};" for each in status.given_up[:_MOST_REASONS]]
@@ -58,6 +63,16 @@ def _lacking_lines(status: JobStatus) -> list[str]:
 def restarting_line(worker: WorkerRow) -> str:
     """The worker whose process has just ended, and what becomes of it."""
     return f"worker {worker.name} has ended, and the mill here restarts it within a minute"
+
+
+def silent_line(worker: WorkerRow) -> str:
+    """The worker that says nothing, though its process lives."""
+    return f"worker {worker.name} has not been heard of for {duration(worker.seen_seconds)}, and its process lives"
+
+
+def is_starting(status: JobStatus) -> bool:
+    """True where the mill here is yet to start its worker; one whose worker is sick waits longer, which that says."""
+    return status.is_starting and all(each.state is not WorkerState.SICK for each in status.given_up)
 
 
 def lack_line(lack: Lack) -> str:

@@ -8,6 +8,7 @@ from math import inf
 from batchmill.jobs.errors import JobStateError
 from batchmill.jobs.requests.causes import Cause, Chances, cause_of
 from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.store.jobs.retry import Left, Retried
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
@@ -39,8 +40,7 @@ def chances_of(job: Job, *, everything: bool, store: Store) -> Chances:
 def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterator[str]:
     """What a retry did, what it left alone, and the command that runs what it moved."""
     job = status.job
-    moved = "1 request is" if retried.moved == 1 else f"{retried.moved:,} requests are"
-    yield f"job {job.id}: {moved} pending again"
+    yield f"job {job.id}: {_moved(job, retried)}"
     for code, left in sorted(retried.left.items()):
         yield f"skipped: {left.count:,} {code} ({_names(left)}): {_reason(code, left, chances)}"
     if retried.left:
@@ -52,6 +52,15 @@ def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterat
         )
     if retried.moved and not job.closed:
         yield from missing_lines(status) or [f"workers will pick them up; `batchmill wait {job.id}` follows"]
+
+
+def _moved(job: Job, retried: Retried) -> str:
+    if retried.moved:
+        return f"{counted(retried.moved, 'request')} {'is' if retried.moved == 1 else 'are'} pending again"
+    total = job.counts.total
+    if job.counts.succeeded < total:
+        return "nothing to run again"
+    return f"nothing to run again: {'its' if total == 1 else 'all'} {counted(total, 'request')} succeeded"
 
 
 def retry_advice(job: Job, store: Store) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from socket import gethostname
 
-from batchmill.jobs.advice import mill_lives, start_words
+from batchmill.jobs.advice import mill_lives, mill_starts, start_words
 from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.models.misspellings import meant_instead
-from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.jobs.runtime.process.process import Lives
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.blockers import Seen
 from batchmill.jobs.store.views.evaluations import EvaluationRow
@@ -23,6 +24,8 @@ from batchmill.producer.views.gone_workers import seen_here
 
 #: A mill starts a worker again within a minute.
 _RESTART_SECONDS = 75.0
+#: For so long a worker whose process lives here may be silent, as behind a locked store, before it is given up.
+_SILENT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class JobStatus:
     `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
     pending batches that nobody holds. `meant`: the known model that its name resembles, where that is likely a slip.
     `loading`: who could take it, where they are all still loading. `restarting`: where nobody serves it, the worker of
-    a mill here whose process has just ended, which the mill starts again.
+    a mill here whose process has just ended, which the mill starts again. `silent`: likewise, a worker here that was
+    not heard of lately, and whose process lives. `is_starting`: likewise, the mill here is yet to start its worker.
     `evaluation`: what its ModelSpec was last measured to cost, on any text. `estimate`: when it ends, None where nobody
     works on it, or nothing tells yet.
     """
@@ -52,6 +56,8 @@ class JobStatus:
     meant: str | None = None
     loading: tuple[WorkerRow, ...] = ()
     restarting: WorkerRow | None = None
+    silent: WorkerRow | None = None
+    is_starting: bool = False
     is_never_served: bool = False
 
     @classmethod
@@ -75,7 +81,9 @@ class JobStatus:
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
         loading = () if job.closed or not all(each.is_loading for each in serving) else tuple(serving)
-        restarting = _restarting(store, job, mine) if missing is not None else None
+        last = None if missing is None else _last_here(store, job)
+        silent = last if last is not None and _is_silent(last) else None
+        restarting = _restarting(last, mine) if silent is None else None
         return cls(
             job,
             effort,
@@ -90,6 +98,8 @@ class JobStatus:
             meant,
             loading,
             restarting=restarting,
+            silent=silent,
+            is_starting=missing is not None and mill_starts(job.spec, mine, job_id=job.id),
             is_never_served=missing is not None and not store.workers.ever_served(job.spec),
         )
 
@@ -121,14 +131,24 @@ class JobStatus:
         return "measuring" if self.workers and self.job.state is JobState.RUNNING else ""
 
 
-def _restarting(store: Store, job: Job, settings: Settings) -> WorkerRow | None:
-    """The newest worker for a job that has ended on this machine while a mill lives here, unless it gave up."""
-    if not mill_lives(settings.home):
-        return None
-    rows = store.workers.rows(only_alive=False, spec=job.spec, seen_within_seconds=_RESTART_SECONDS)
+def _last_here(store: Store, job: Job) -> WorkerRow | None:
+    """The newest worker of this machine that could work on a job and is not there, unless it gave up."""
+    rows = store.workers.rows(only_alive=False, spec=job.spec, seen_within_seconds=_SILENT_SECONDS)
     ended = (each for each in reversed(rows) if each.only_job in (None, job.id) and each.host == gethostname())
     newest = next(ended, None)
     return None if newest is None or newest.state in GIVEN_UP else newest
+
+
+def _is_silent(worker: WorkerRow) -> bool:
+    if worker.process is None or worker.state is WorkerState.STOPPED:
+        return False
+    return worker.process.lives() is Lives.YES
+
+
+def _restarting(last: WorkerRow | None, settings: Settings) -> WorkerRow | None:
+    """The last worker where it has just ended and a mill lives here, which starts it again."""
+    is_recent = last is not None and last.seen_seconds < _RESTART_SECONDS
+    return last if is_recent and mill_lives(settings.home) else None
 
 
 def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRow]) -> Estimate | None:
@@ -139,5 +159,5 @@ def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRo
     choices = sampling.get("n") or 1
     rows = {each.id: max(1, (each.engine_rows or 1) // choices) for each in at_work}
     begun = min(job.counts.total, job.counts.total - job.counts.pending + sum(rows.values()))
-    sample = store.sampling.of(job.id, total=job.counts.total, begun=begun)
+    sample = store.sampling.of(job.id, total=job.counts.total, begun=begun, choices=choices)
     return estimate(job.counts, effort.paces, sample, rows=rows, max_tokens=choices * (sampling.get("max_tokens") or 1))

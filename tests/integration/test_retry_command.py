@@ -56,7 +56,7 @@ def test_all_of_it_and_a_live_worker(mill: Mill) -> None:
     with mill.store.database.write() as connection:
         connection.exec_driver_sql("UPDATE workers SET alive_until = alive_until + 3600")
     said = said_by(mill, job_id)
-    assert said[0] == f"job {job_id}: 0 requests are pending again"
+    assert said[0] == f"job {job_id}: nothing to run again"
     assert said[1].startswith("skipped: 2 empty_prompt (index 1, 2): ")
     assert len(said) == 3
     assert said_by(mill, job_id, "--all") == [

@@ -15,6 +15,7 @@ from batchmill.jobs.errors import StoreError, UsageError
 from batchmill.jobs.models.misspellings import refuse_slip
 from batchmill.jobs.models.spec import DEMO, ECHO, ModelSpec
 from batchmill.jobs.runtime.command_errors import one_line_errors
+from batchmill.jobs.runtime.fitted import fitted, terminal_width
 from batchmill.jobs.runtime.sizes import bytes_of
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION
@@ -96,7 +97,8 @@ def _planned(
     asked = settings.context_tokens is not None
     if as_json:
         return [json.dumps(to_json(planned, context_asked=asked))]
-    return list(to_lines(planned, context_asked=asked))
+    width = terminal_width()
+    return list(fitted(to_lines(planned, context_asked=asked, width=width), indent=2, width=width))
 
 
 def _devices(written: str | None) -> list[Hardware]:

@@ -15,8 +15,12 @@ _UNKNOWN = "-"
 _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tokens/s", "recorded")
 
 
-def to_lines(report: Report, *, context_asked: bool) -> Iterator[str]:
-    """The whole report, ending with the sentence that says what to take."""
+#: What a table in a narrow terminal leaves out, one after the other.
+_NEEDED_LEAST = ("cache/token", "rows", "recorded", "total", "tokens/s")
+
+
+def to_lines(report: Report, *, context_asked: bool, width: int | None = None) -> Iterator[str]:
+    """The whole report, ending with the sentence that says what to take; tables of at most `width`, if they can be."""
     model = report.spec.model if report.spec.revision is None else f"{report.spec.model}@{report.spec.revision}"
     context = f"{report.context_tokens:,} tokens of context" if report.context_tokens else "no limit of its context"
     yield f"{model}: {_count(report.parameters)} parameters, {context}"
@@ -26,7 +30,7 @@ def to_lines(report: Report, *, context_asked: bool) -> Iterator[str]:
     for hardware, lines in _alike(report):
         yield ""
         yield _title(hardware, report.memory_fraction)
-        yield from _table([_HEAD, *(_cells(each) for each in lines if not each.refused)])
+        yield from _table([_HEAD, *(_cells(each) for each in lines if not each.refused)], width)
         yield from (f"  {each.quantization}: {each.refused}" for each in lines if each.refused)
     yield ""
     yield "tokens/s: by the floor of a step, for 1 row / the rows that fit; recorded: of this machine's earlier runs"
@@ -115,12 +119,21 @@ def _cells(line: Line) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _table(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
     """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for title in _NEEDED_LEAST:
+        if width is None or sum(_widths(rows)) + 2 * len(rows[0]) <= width:
+            break
+        left_out = rows[0].index(title)
+        rows = [[*row[:left_out], *row[left_out + 1 :]] for row in rows]
+    widths = _widths(rows)
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(each.rjust(width) for each, width in zip(row[1:], widths[1:], strict=True))]
         yield "  " + "  ".join(cells).rstrip()
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 
 def _hardware_json(hardware: Hardware) -> dict[str, Any]:

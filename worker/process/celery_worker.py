@@ -22,6 +22,7 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import SecurityWarning
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.consumer import CONNECTION_RETRY
+from celery.worker.request import Request
 from celery.worker.state import maybe_shutdown
 from kombu import Queue
 from redis.exceptions import ResponseError
@@ -49,6 +50,7 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
     # Celery's advice against root is about pickle; JSON alone is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     logging.getLogger(Consumer.__module__).addFilter(_is_not_told_by_us)
+    logging.getLogger(Request.__module__).addFilter(_is_no_lost_acknowledgement)
     logging.getLogger(LOGGER_NAME).addFilter(_is_no_end_of_a_child)
     app = make_app(settings.broker, ca_file=settings.broker_ca_file, insecure=settings.broker_insecure)
     app.conf.update(
@@ -73,6 +75,11 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
 def _is_not_told_by_us(record: logging.LogRecord) -> bool:
     """False for what Celery logs of a lost connection, which `_Consumer` tells in its own words."""
     return CONNECTION_RETRY not in (record.args or ())
+
+
+def _is_no_lost_acknowledgement(record: logging.LogRecord) -> bool:
+    """False for what is said of a wake-up that cannot be acknowledged, as the connection is lost: the store decides."""
+    return not str(record.msg).startswith("Couldn't ack")
 
 
 def _is_no_end_of_a_child(record: logging.LogRecord) -> bool:

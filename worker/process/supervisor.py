@@ -17,7 +17,7 @@ from time import monotonic
 
 from batchmill.jobs.broker.embedded import start_process, wait_or_kill
 from batchmill.jobs.configuration.settings import Settings, environment_of
-from batchmill.jobs.errors import BatchmillError, StoreError
+from batchmill.jobs.errors import BatchmillError, StoreError, StoreReplaced
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.runtime.process.process import Process, end_of
@@ -109,7 +109,7 @@ class Supervisor:
         self._asked_to_end = threading.Event()
 
     def run(self) -> None:
-        """Raises BatchmillError when every worker gave up."""
+        """Raises BatchmillError when every worker gave up, and StoreReplaced when one ended and the store is gone."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._asked_to_end.set())
         failed = 0
@@ -132,6 +132,8 @@ class Supervisor:
         if code == 0 and self._ends_when_idle:
             post.over = True
             return False
+        if self._store.database.is_absent:
+            raise StoreReplaced(f"the store {self._store.database.name} is gone, and no worker is started on it again")
         state = None
         with suppress(StoreError):  # which is away: the next process of the worker gives up again, if it has to
             state = self._store.workers.gave_up(host=socket.gethostname(), pid=pid, process=post.identity)

@@ -5,6 +5,7 @@ Owns both tables, and what is said of a file that is another kind than the one i
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -62,7 +63,11 @@ _FOREIGN = (
     (rb"PAR1[\0-\x1f]", f"is a Parquet file, {_NOT_READ}"),
     (rb"SQLite format 3\0", f"is a SQLite database, {_NOT_READ}"),
     (rb"%PDF-\d", f"is a PDF, {_NOT_READ}"),
+    (rb"\x89PNG\r", f"is a picture, {_NOT_READ}"),
 )
+_NO_TEXT = f"is no text file; {_NOT_READ.removeprefix('which batchmill does not read; ')}"
+#: What no text has beside its white space and the escapes of a terminal.
+_CONTROLS = frozenset({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
 #: So many of a file's first bytes tell all of these.
 HEAD_BYTES = 64
 
@@ -104,7 +109,17 @@ def written_as(out: str | PurePath | None, asked: str | None = None) -> str:
 
 def foreign(begin: bytes) -> str | None:
     """What a file that begins so is, and what to do, where it is not plain UTF-8; None if it may be."""
-    return next((said for pattern, said in _FOREIGN if re.match(pattern, begin, re.DOTALL)), None)
+    known = next((said for pattern, said in _FOREIGN if re.match(pattern, begin, re.DOTALL)), None)
+    return known or (_NO_TEXT if _is_binary(begin[:HEAD_BYTES]) else None)
+
+
+def _is_binary(head: bytes) -> bool:
+    """True for several NULs, and for other control characters where it is no UTF-8 either: a line may have one odd."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return not _CONTROLS.isdisjoint(head)
+    return head.count(0) > 1
 
 
 def needs_second(first: bytes) -> bool:

@@ -34,19 +34,20 @@ def model_files(folders: Iterable[Path]) -> Iterator[Path]:
                 yield from (file for file in each.iterdir() if file.suffix in _OF_MODELS)
 
 
-def check_target(target: Path | None, *, keep: Iterable[str | Path]) -> None:
-    """Raises UsageError for what could not be written at the end, or is one of `keep` by whatever name.
+def check_target(target: Path | None, *, keep: Iterable[str | Path] = (), prompts: str | None = None) -> None:
+    """Raises UsageError for what could not be written at the end, or is `prompts` or one of `keep` by whatever name.
 
-    `target`: None is stdout. `keep`: files that the command reads or that batchmill lives by, though they may not be
-    there yet; `-` is stdin.
+    `target`: None is stdout. `prompts`: the file of them that the command reads; `-` is stdin. `keep`: other files that
+    it reads or that batchmill lives by, though they may not be there yet.
     """
     found = _of_stdout() if target is None else _of_path(target)
     is_file = found is None or stat.S_ISREG(found.st_mode)
     shown = "stdout" if target is None else f"-o {target}"
+    if is_file and prompts is not None and _is_same(prompts, target, found):
+        raise UsageError(f"{shown} is the file of prompts itself; name another")
     for each in keep if is_file else ():
         if _is_same(each, target, found):
-            named = "stdin" if each == "-" else each
-            raise UsageError(f"{shown} would be written over {named}, which batchmill needs; name another file")
+            raise UsageError(f"{shown} would be written over {each}, which batchmill needs; name another file")
     if target is not None and is_file:
         _try_folder(target)
 

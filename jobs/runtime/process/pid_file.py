@@ -53,6 +53,15 @@ class PidFile:
             return "pid unknown"
         return f"pid {named.pid}" if lives is Lives.YES else f"pid {named.pid} in another container"
 
+    @property
+    def command_line(self) -> list[str]:
+        """The words that the process was started with; none where it does not live here."""
+        named = Process.parse(self._text())
+        if named is not None and named.lives() is Lives.YES:
+            with suppress(psutil.Error):
+                return psutil.Process(named.pid).cmdline()
+        return []
+
     def end_leftover(self, home: Path, *, word: str | None = None) -> None:
         """Ends the process if it still is the one that was named and is this home's, and removes the file.
 

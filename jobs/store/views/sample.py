@@ -5,29 +5,36 @@ Half of it lies evenly over the whole file, half over its beginning up to where 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, select
+from sqlalchemy import JSON, ColumnElement, Text, and_, case, cast, func, select
 
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.bounds import octets
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.tables import outputs, requests
 
+#: A longer request is not looked into, which would take the database long.
+_PARSED_BYTES = 1 << 16
 #: So many requests of the whole file, and so many of its beginning.
 SAMPLED = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One request. `state`: its output's, None while it is pending; `completion_tokens` are those of its answer."""
+    """One request. `state`: its output's, None while it is pending; `completion_tokens` are those of its answer.
+
+    `max_tokens`: the most that all choices of its answer may have, where its line says so.
+    """
 
     index: int
     body_bytes: int
     state: RequestState | None = None
     completion_tokens: int = 0
+    max_tokens: int | None = None
 
 
 def spread(total: int, *, begun: int) -> list[int]:
@@ -42,13 +49,15 @@ class Sampling:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def of(self, job_id: str, *, total: int, begun: int) -> tuple[Sampled, ...]:
-        """In file order."""
+    def of(self, job_id: str, *, total: int, begun: int, choices: int = 1) -> tuple[Sampled, ...]:
+        """In file order. `choices`: of an answer whose line does not say how many."""
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
+        body_bytes = octets(self._database, requests.c.body)
         chosen = (
             select(
                 requests.c.index,
-                octets(self._database, requests.c.body).label("body_bytes"),
+                body_bytes.label("body_bytes"),
+                case((body_bytes <= _PARSED_BYTES, self._sampling())).label("sampling"),
                 outputs.c.state,
                 outputs.c.completion_tokens,
             )
@@ -64,6 +73,18 @@ class Sampling:
                 row.body_bytes,
                 None if row.state is None else RequestState(row.state),
                 row.completion_tokens or 0,
+                _most_tokens(row.sampling, choices),
             )
             for row in rows
         )
+
+    def _sampling(self) -> ColumnElement[str]:
+        """What the line of a request says of its answer, in JSON."""
+        if self._database.is_sqlite:
+            return func.json_extract(requests.c.body, "$.sampling")
+        return cast(cast(requests.c.body, JSON)["sampling"], Text)
+
+
+def _most_tokens(sampling: str | None, choices: int) -> int | None:
+    said = json.loads(sampling) if sampling else {}
+    return said["max_tokens"] * (said.get("n") or choices) if said.get("max_tokens") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.runtime.one_line import one_line
 from batchmill.jobs.runtime.sizes import size
@@ -54,15 +55,27 @@ def _work_lines(status: JobStatus) -> list[str]:
     counts, memory = status.job.counts, status.effort.memory
     return [
         f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
-        f"  speed      {status.rate:,.1f} requests/s{_speed_now(status)},"
-        f" {status.per_second(counts.completion_tokens):,.1f} completion tokens/s",
+        *([_speed_line(status)] if counts.succeeded else []),
         f"  seconds    {seconds_line(status)}",
+        *([_memory_line(memory)] if memory.is_known else []),
+        *(f"  {title:<9}  {line}" for title, line in memory_lines(memory)),
+    ]
+
+
+def _speed_line(status: JobStatus) -> str:
+    return (
+        f"  speed      {status.rate:,.1f} requests/s{_speed_now(status)},"
+        f" {status.per_second(status.job.counts.completion_tokens):,.1f} completion tokens/s"
+    )
+
+
+def _memory_line(memory: Memory) -> str:
+    return (
         f"  memory     {size(memory.weights_bytes)} weights,"
         f" peak {size(memory.peak_allocated_bytes)} allocated,"
         f" {size(memory.peak_reserved_bytes)} reserved"
-        f" of {size(memory.device_total_bytes)}",
-        *(f"  {title:<9}  {line}" for title, line in memory_lines(memory)),
-    ]
+        f" of {size(memory.device_total_bytes)}"
+    )
 
 
 def _present(status: JobStatus) -> list[str]:

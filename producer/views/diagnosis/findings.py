@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from batchmill.jobs.advice import mill_lives
 from batchmill.jobs.broker.client import MAX_WAKEUPS
 from batchmill.jobs.models.misspellings import slip_line
+from batchmill.jobs.models.spec import ECHO
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.one_line import one_line
@@ -20,17 +21,20 @@ from batchmill.jobs.store.views.blockers import Crashes, Hold, Seen
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.views.missing_adapters import Lack
 from batchmill.jobs.store.views.usage import RECENT_SECONDS
-from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
 from batchmill.producer.views.diagnosis.snapshot import Case
 from batchmill.producer.views.finish import finish_line
 from batchmill.producer.views.reasons import (
     IF_NOT_OF_UP,
+    MILL_STARTS,
     advice,
     given_up_line,
+    is_starting,
     lack_line,
     other_line,
     other_remedy,
     restarting_line,
+    silent_line,
     slip_remedy,
 )
 
@@ -210,11 +214,15 @@ def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
     since = _began_to_load(first)
     which = "the first " if len(loading) > 1 else ""
     again = f"for the {_ordinal(first.generation)} time, " if first.generation > 1 else ""
+    if case.job.spec.model == ECHO:  # of which nothing is loaded
+        what = f"{_names(loading)} {'are' if len(loading) > 1 else 'is'} starting"
+    else:
+        what = f"the model is being loaded by {_names(loading)}"
+    limit = f"a load that takes longer than {duration(case.settings.load_stall_seconds)} is given up"
     return Finding(
         "loading_model",
-        f"the model is being loaded by {_names(loading)}, {which}{again}since {utc(since)} ({case.ago(since)} ago)",
-        f"wait: it may take {duration(case.settings.load_stall_seconds)} at most; `batchmill workers` shows its"
-        " progress",
+        f"{what}, {which}{again}since {utc(since)} ({case.ago(since)} ago)",
+        f"wait: {limit}; `batchmill workers` shows its progress",
     )
 
 
@@ -230,7 +238,10 @@ def _nobody(case: Case) -> Iterator[Finding]:
         first = case.others[0]
         message = other_line(case.job, first.name, first.host, first.identity)
         yield Finding("another_model", message, other_remedy(case.job), stuck=True)
-    elif gone and gone[0].state in GIVEN_UP:
+    elif case.status.silent is not None:
+        silent = case.status.silent
+        yield Finding("worker_silent", silent_line(silent), f"wait; {_log(silent)} says what hinders it")
+    elif gone and gone[0].state in GIVEN_UP and not is_starting(case.status):
         yield _given_up(case, gone[0], all_of_them=True)
         gone = gone[1:]
     elif case.status.restarting is not None:
@@ -239,6 +250,8 @@ def _nobody(case: Case) -> Iterator[Finding]:
     elif case.status.meant is not None:
         message = slip_line(case.job.spec, case.status.meant)
         yield Finding("likely_slip", message, f"{slip_remedy(case.status)}: {case.start}", stuck=True)
+    elif is_starting(case.status):
+        yield Finding("worker_starts", f"no live worker serves {case.job.spec} yet: {MILL_STARTS}", "wait")
     else:
         since = case.status.missing_seconds
         yield Finding(
@@ -366,7 +379,7 @@ def _where_it_says(case: Case, crashes: Crashes) -> str:
     )
 
 
-def _log(worker: Seen) -> str:
+def _log(worker: Seen | WorkerRow) -> str:
     return f"`{shlex.join(['batchmill', 'logs', worker.name])}` on {worker.host}"
 
 

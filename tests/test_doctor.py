@@ -1,0 +1,47 @@
+"""`batchmill doctor` without a job: what it says of a home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.runtime.home import use_store
+from batchmill.producer.cli import doctor
+from batchmill.producer.cli.doctor import Check, examine
+
+
+@pytest.fixture(autouse=True)
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch is asked in a process of its own, which takes seconds."""
+    monkeypatch.setattr(doctor, "_libraries", lambda: iter(()))
+
+
+def check(settings: Settings, name: str) -> Check:
+    return next(each for each in examine(settings, model="demo") if each.name == name)
+
+
+def test_a_new_home_needs_no_store_and_gets_none(tmp_path: Path) -> None:
+    found = check(Settings(home=tmp_path), "database")
+    assert (found.ok, found.found) == (True, f"embedded, made at first use in {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_is_gone_from_under_those_at_work_on_it_fails(tmp_path: Path) -> None:
+    with use_store(tmp_path):
+        found = check(Settings(home=tmp_path), "database")
+    assert not found.ok
+    assert found.found.startswith(f"the store of {tmp_path} is gone, and a worker, `run` or `up` is still at work")
+    assert "put its file back, or end them" in found.found
+    assert check(Settings(home=tmp_path), "database").ok
+
+
+def test_no_redis_is_waited_for_that_nobody_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ping(_: Broker) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Broker, "ping", ping)
+    found = check(Settings(home=tmp_path), "redis")
+    assert found.found.startswith("embedded, not running; server: ")
