@@ -143,7 +143,7 @@ def test_conflicts_without_end_are_told_of(postgresql_url: str, other: Engine, m
 def test_every_transaction_that_writes_is_begun_again() -> None:
     """A new method of the store that writes says `@retried`, too."""
     writing = []
-    for path in Path(batchmill.jobs.store.__file__).parent.glob("*.py"):
+    for path in Path(batchmill.jobs.store.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and "self._database.write()" in ast.unparse(node):
                 writing.append(node.name)

@@ -25,7 +25,7 @@ def check(settings: Settings, name: str) -> Check:
 
 def test_a_new_home_needs_no_store_and_gets_none(tmp_path: Path) -> None:
     found = check(Settings(home=tmp_path), "database")
-    assert (found.ok, found.found) == (True, f"embedded, made at first use in {tmp_path}")
+    assert (found.ok, found.found) == (True, f"embedded, created at first use in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
