@@ -51,8 +51,8 @@ class TestLoading:
     def test_duplicate_ids_are_named_and_the_rest_is_kept(self, store: Store) -> None:
         job_id = mill.begin(store)
         store.loading.add(job_id, prompts=mill.prompts(3), batch_size=4, lease_seconds=60)
-        again = [mill.Request(3, "request-1", prompt="x"), mill.Request(4, "new", prompt="y")]
-        again += [mill.Request(5, "new", prompt="z")]
+        again = [mill.GenerationRequest(3, "request-1", prompt="x"), mill.GenerationRequest(4, "new", prompt="y")]
+        again += [mill.GenerationRequest(5, "new", prompt="z")]
         found = store.loading.add(job_id, prompts=again, batch_size=4, lease_seconds=60)
         assert [(each.index, each.custom_id, each.first_index) for each in found] == [
             (3, "request-1", 1),
