@@ -124,7 +124,7 @@ class StoreError(BatchmillError):
 
     @property
     def hindrance(self) -> str:
-        """What keeps whoever waits for the store, in a few words."""
+        """The cause of a wait for the store, in a few words."""
         return "the store is away"
 
 

@@ -30,7 +30,7 @@ PAGES = {
 }
 RELIABILITY, SETTINGS = PAGES["docs/concepts/reliability.md"], PAGES["docs/reference/settings.md"]
 FOLDERS = re.findall(r"^\| `([\w/]+)/` \| (.+) \|$", PAGES["docs/concepts/architecture.md"], re.MULTILINE)
-#: What stands at the top and needs no line.
+#: Files at the top that need no line.
 EXPLAINS_ITSELF = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",

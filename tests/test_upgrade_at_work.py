@@ -26,7 +26,7 @@ from tests.oracle import violations
 
 #: The revision of commit 480f1b7.
 FIRST = "0004"
-#: What this revision renames stands in it as `choices`.
+#: Its column `choices` is the one that this revision renames.
 BEFORE = "0011"
 _LASTS = "UPDATE batches SET lease_until = lease_until + 100000 WHERE state = 'leased'"
 
@@ -162,7 +162,7 @@ def test_a_rename_rewrites_nothing(many: str) -> None:
 
 
 def _places_of_rows(url: str) -> set[object]:
-    """What changes where a row is written again: PostgreSQL's places of outputs, or the pages of a SQLite file."""
+    """The marks of rows that were written again: PostgreSQL's places of outputs, or the pages of a SQLite file."""
     engine = create_engine(make_url(url))
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":

@@ -13,7 +13,7 @@ from batchmill.jobs.requests.request import FIRST_KIND
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """How much an engine takes on at once."""
+    """Limits of the work that an engine takes on at once."""
 
     #: The engine's name, such as `continuous`.
     kind: str
@@ -30,13 +30,13 @@ class EngineFacts:
     """An engine's limits, and the model that it serves."""
 
     limits: EngineLimits
-    #: What the model consists of (`jobs.models.identity`).
+    #: The model's content (`jobs.models.identity`).
     identity: str
-    #: What the model's revision resolved to; None for a folder.
+    #: The commit that the model's revision resolved to; None for a folder.
     commit: str | None = None
     #: The adapters beside the model, with their identities.
     adapters: tuple[Adapter, ...] = ()
-    #: How long the model took to load.
+    #: Seconds that the model took to load.
     load_seconds: float = 0.0
     #: Bytes of the weights on each device, in the placement's order.
     weights_by_device: tuple[int, ...] = (0,)

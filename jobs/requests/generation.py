@@ -185,7 +185,7 @@ class GenerationOptions:
     def filled(
         cls, asked: Mapping[str, Any], settled: Mapping[str, Any] | None, defaults: SamplingParams | None
     ) -> GenerationOptions:
-        """What holds for a job's requests: what was settled, or else what was asked for, over the model's defaults."""
+        """The options of a job's requests: those settled, or else those asked for, over the model's defaults."""
         options = cls.from_json(asked)
         if settled is not None:
             return replace(options, sampling=SamplingParams.from_json(settled))

@@ -83,10 +83,10 @@ class JobOptions(Protocol):
     def adapters(self) -> tuple[str, ...]: ...
 
     def to_json(self) -> dict[str, Any]:
-        """What was asked for, ready for json; empty for options that ask for nothing."""
+        """The options asked for, ready for json; empty where there are none."""
 
     def settled(self) -> dict[str, Any]:
-        """What the first worker of the job writes down, so that it holds for all of its requests."""
+        """The options that the first worker of a job writes down, so that they hold for all of its requests."""
 
 
 class Part(Protocol):
@@ -119,7 +119,7 @@ class OutputError:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What came back for one request: the parts of its kind, token counts and timings, or an error.
+    """The answer to one request: the parts of its kind, token counts and timings, or an error.
 
     `timings` is None where the engine answers a whole micro-batch at once. `completion_tokens`: of all parts.
     """

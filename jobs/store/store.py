@@ -1,11 +1,8 @@
-"""The store: every query and every transaction, behind one class. No SQL stands anywhere else.
+"""Store: every query and every transaction, behind one class.
 
-`loading` puts a prompt file into it, `saving` is a worker's turn (with what it claims), `recovery` takes leases back
-and blames who was in flight, `closing` ends and cancels jobs, `retrying` opens them again; `reading`, `effort`
-and `sampling` answer questions about jobs, `holders` tells who stands between a job and its end; `workers` keeps the
-workers' rows, `health` tells a broken device from a bad prompt; `evaluations` keeps what quantization was measured to
-cost, `speeds` reads how fast a machine's workers have been; `checking` looks it all over; `own_id` tells this store
-from every other.
+`jobs` has the transactions that begin, end and reopen jobs; `leases` those of workers (claim, sync) and of the
+reconciler (recovery, blame, health); `views` answers questions. Beside them, `workers` keeps the workers' rows,
+`checking` checks the whole store, and `own_id` tells this store from every other.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 

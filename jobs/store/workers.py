@@ -62,7 +62,7 @@ class Loaded:
     device_name: str
     device_uuid: str | None
     versions: Mapping[str, str]
-    #: What each device held so far.
+    #: The most that each device held so far.
     devices: tuple[DeviceMemory, ...] = ()
 
 
@@ -345,7 +345,7 @@ class Workers:
         return max(0.0, found or 0.0)
 
     def ever_served(self, spec: ModelSpec) -> bool:
-        """Whether there has been a worker of this spec."""
+        """True once there has been a worker of this spec."""
         with self._database.read() as connection:
             return bool(connection.scalar(select(exists().where(workers.c.spec == spec.canonical))))
 

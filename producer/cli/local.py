@@ -195,7 +195,7 @@ def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[
 
 
 def _failure(settings: Settings) -> BatchmillError:
-    """Why the workers of a mill ended by themselves."""
+    """The reason why the workers of a mill ended by themselves."""
     if settings.database_file.exists():
         return BatchmillError("the workers ended; see the lines above")
     return StoreReplaced(f"the store of {settings.home} is gone; put its file back, or the next `up` begins a new one")

@@ -37,13 +37,13 @@ ONLY = {
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """How many outputs were written, and how many of them beside the rest, as errors; None without such a file."""
+    """Counts of the outputs written, and of those in a file of errors; None without such a file."""
 
     count: int
     errors: int | None = None
 
     def line(self, out: Path, *, total: int) -> str:
-        """What was written to which file, of so many outputs of the job; an empty file is named, too."""
+        """A line about each file and its outputs, of so many of the job; an empty file is named, too."""
         said = f"wrote {self.count - (self.errors or 0):,} of {counted(total, 'output')} to {out}"
         if self.errors is None:
             return said

@@ -61,7 +61,7 @@ def model_name(value: Any) -> str:
     raise BadLine(f"must be the name of a model, not {shown(value)}")
 
 
-#: What is kept and returned without effect.
+#: Keys that are kept and returned without effect.
 KEPT: dict[str, Check] = {"user": STRING, "metadata": OBJECT, "store": BOOLEAN, "service_tier": STRING}
 #: The keys beside the content that every form has.
 SHARED: dict[str, Check] = {"model": model_name, "adapter": filled_text} | KEPT

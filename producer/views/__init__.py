@@ -1,1 +1,1 @@
-"""What there is to say about jobs, read and computed. It makes no text."""
+"""Views of jobs, read and computed, and the sentences that all commands share. No line for a terminal is made here."""

@@ -1,4 +1,4 @@
-"""What the store keeps of a count of words: the sentence, what it is split at, and how many words it has."""
+"""A count of words, as the store keeps it: the sentence, what it is split at, and how many words it has."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ class Engine(Protocol):
     device's or the engine's fault, and ends the process.
     """
 
-    #: How much it takes on at once; the runner keeps about as many requests waiting as there are rows.
+    #: Limits of the work that it takes on at once; the runner keeps about as many requests waiting as there are rows.
     limits: EngineLimits
     #: Bytes that keys and values take, or may take; 0 for an engine that has no cache.
     cache_bytes: int
-    #: What the model asks for where neither request nor job does; SamplingParams, of its generation_config.
+    #: The model's own options, where neither request nor job asks; SamplingParams, of its generation_config.
     defaults: Any
     #: The kinds of requests that it answers, by name.
     kinds: frozenset[str]
@@ -112,7 +112,7 @@ class Opening:
     #: Asked before weights are read onto one device; it refuses a model that does not fit there.
     before_weights: BeforeWeights
     progress: Progress
-    #: What the devices were found to hold, in the engine's unit; None until their memory ran out once.
+    #: The amount that the devices were found to hold, in the engine's unit; None until their memory ran out once.
     known_capacity: int | None
 
 
@@ -122,7 +122,7 @@ class OpenEngine:
 
     engine: Engine
     facts: EngineFacts
-    #: What model and adapters were loaded from.
+    #: The files that model and adapters were loaded from.
     sources: tuple[Content, ...] = ()
     #: Those of the sources that are still read while the model works.
     read_at_work: tuple[Content, ...] = ()

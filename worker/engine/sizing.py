@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a model puts on a device."""
+    """The bytes that a model puts on a device."""
 
     #: Bytes of its weights.
     weights_bytes: int
@@ -59,7 +59,7 @@ class MemoryBudget:
 
 
 class Size(Protocol):
-    """How much an engine takes on at once, and what that takes of its device."""
+    """Computes how much an engine takes on at once, and the memory that this takes."""
 
     @property
     def limits(self) -> EngineLimits:

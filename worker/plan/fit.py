@@ -23,9 +23,9 @@ SPLIT_PART = 0.9
 class Fit:
     """A worker as it would come up."""
 
-    #: What the engine would report.
+    #: Limits that the engine would report.
     limits: EngineLimits
-    #: How many rows of the planned context its cache holds at once.
+    #: Rows of the planned context that its cache holds at once.
     rows: int
     weights_bytes: int
     #: Bytes of the cache of the rows that were asked for, or of one.

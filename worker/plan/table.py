@@ -15,7 +15,7 @@ _UNKNOWN = "-"
 _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tokens/s", "recorded")
 
 
-#: What a table in a narrow terminal leaves out, one after the other.
+#: Columns that a table in a narrow terminal leaves out, one after the other.
 _NEEDED_LEAST = ("cache/token", "rows", "recorded", "total", "tokens/s")
 
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: How a parent tells its child who it is. Not a setting of the user's.
+#: The variable by which a parent tells its child who it is. Not a setting of the user's.
 ORDER_VARIABLE = "_BATCHMILL_CHILD"
 #: Form 1 was a list of the values in this order.
 _FORM = 2

@@ -55,7 +55,7 @@ def outlast_trackers() -> None:
 
 
 def _is_unread(pipe: int) -> bool:
-    """Whether nobody has the other end of a pipe that is written to."""
+    """True where nobody has the other end of a pipe that is written to."""
     poll = select.poll()
     poll.register(pipe, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

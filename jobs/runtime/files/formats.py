@@ -66,7 +66,7 @@ _FOREIGN = (
     (rb"\x89PNG\r", f"is a picture, {_NOT_READ}"),
 )
 _NO_TEXT = f"is no text file; {_NOT_READ.removeprefix('which batchmill does not read; ')}"
-#: What no text has beside its white space and the escapes of a terminal.
+#: Characters that no text has beside its white space and the escapes of a terminal.
 _CONTROLS = frozenset({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
 #: So many of a file's first bytes tell all of these.
 HEAD_BYTES = 64

@@ -271,6 +271,6 @@ class Claiming:
 
 
 def _of_generation(seat: Seat, column: Column[float]) -> ScalarSelect[float]:
-    """What the worker's row says of this generation; nothing once it tells of a newer one."""
+    """A column of the worker's row while it is of this generation; NULL once it is of a newer one."""
     mine = and_(workers.c.id == seat.worker_id, workers.c.generation == seat.generation)
     return select(column).where(mine).scalar_subquery()

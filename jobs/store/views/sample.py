@@ -79,7 +79,7 @@ class Sampling:
         )
 
     def _sampling(self) -> ColumnElement[str]:
-        """What the line of a request says of its answer, in JSON."""
+        """The sampling options of a request's own line, in JSON."""
         if self._database.is_sqlite:
             return func.json_extract(requests.c.body, "$.sampling")
         return cast(cast(requests.c.body, JSON)["sampling"], Text)

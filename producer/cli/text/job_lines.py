@@ -19,7 +19,7 @@ from batchmill.producer.views.status import JobStatus
 
 
 def job_lines(status: JobStatus) -> list[str]:
-    """What `batchmill status` says of a job, a fact a line."""
+    """The lines of `batchmill status` about a job, a fact each."""
     job, effort, counts = status.job, status.effort, status.job.counts
     title = f"job {job.id}" + (f" ({job.name})" if job.name else "")
     lines = [

@@ -20,7 +20,7 @@ _GAP, _CUT = "  ", "…"
 #: How far the two are shortened before times are, and how far after that.
 _LEAST_AT_FIRST = {"NAME": 12, "MODEL": 12}
 _LEAST = {"NAME": len("NAME"), "MODEL": len("MODEL")}
-#: What is left out, one after the other: the rest says which job it is, and how far.
+#: Columns that are left out, one after the other: the rest tells which job it is, and how far.
 _NEEDED_LEAST = ("AGE", "DURATION", "MODEL", "NAME", "FAILED")
 
 #: Cells by the titles of their columns, in order.

@@ -37,7 +37,7 @@ ROW_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class ContinuousSize:
-    """How much a continuous engine takes on at once, and what that takes of its device."""
+    """Computes how much a continuous engine takes on at once, and the memory that this takes."""
 
     limits: EngineLimits
     #: Tokens of one forward.

@@ -17,7 +17,7 @@ MEMORY_PARTS = 3
 
 @dataclass(frozen=True, slots=True)
 class GenerateSize:
-    """How much a generate engine takes on at once, and what that takes of its device."""
+    """Computes how much a generate engine takes on at once, and the memory that this takes."""
 
     limits: EngineLimits
     #: Cache places of a micro-batch.
