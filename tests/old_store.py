@@ -48,6 +48,8 @@ class _Old:
         self._connection = connection
         self._tables = MetaData()
         self._tables.reflect(connection)
+        #: The column of answers, which 0012 renamed.
+        self._payload = "payload" if "payload" in self._tables.tables["outputs"].c else "choices"
         self._now = time.time()
         self._ids = iter(range(1, 1_000))
 
@@ -143,7 +145,8 @@ class _Old:
             row = {"job_id": state.value, "index": index}
             self._insert("requests", **row, custom_id=f"request-{index}", batch_id=batch_id, body=body)
             if output is not None:
-                self._insert("outputs", **row, **dict(_output(output, run_id)), finished_at=self._now - 450)
+                kept = {self._payload: _ANSWER if output == "succeeded" else "[]"}
+                self._insert("outputs", **row, **kept, **dict(_output(output, run_id)), finished_at=self._now - 450)
 
     def _run(self, state: JobState, batch: str, outputs: list[str | None], *, first: int, **ids: int) -> None:
         is_held = batch == "leased"
@@ -173,7 +176,6 @@ def _output(state: str, run_id: int) -> Iterator[tuple[str, Any]]:
     is_answer = state == "succeeded"
     yield "run_id", None if state == "cancelled" else run_id
     yield "state", state
-    yield "choices", _ANSWER if is_answer else "[]"
     yield from {"prompt_tokens": int(is_answer), "completion_tokens": int(is_answer)}.items()
     yield "error_code", None if is_answer else {"failed": "engine_error", "cancelled": "cancelled"}[state]
     yield "error_message", None if is_answer else "it did not"

@@ -60,7 +60,7 @@ decoding = st.integers(1, LONGEST).map(lambda end: (end - 1, end))
 beginning = st.integers(1, LONGEST).map(lambda end: (0, end))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     ends=st.lists(numbers | decoding | beginning, min_size=1, max_size=24),
     shared=st.sampled_from([1, 2, 3]),

@@ -312,7 +312,7 @@ BYTES = st.binary(max_size=200) | st.lists(NEARLY | st.binary(max_size=3), max_s
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(max_examples=examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check_any_bytes(store: Store, path: Path, data: bytes) -> None:

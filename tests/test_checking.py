@@ -115,7 +115,7 @@ def test_the_command_tells_what_is_wrong_and_changes_no_byte(tmp_path: Path) -> 
         "FAIL  states  job completed"
     ] * 2
     assert done.stderr.count("\n") == 1
-    assert "put a backup in its place" in done.stderr
+    assert "restore a backup" in done.stderr
     assert len(json.loads(command(tmp_path, "db", "check", "--json").stdout)) == 4
     assert command(tmp_path, "db", "current").returncode == 0
     assert contents(tmp_path) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmill.worker.evaluate.measures.certainty import of_difference, of_mean, of_p99, of_share
@@ -46,7 +46,6 @@ def test_known_values() -> None:
 
 
 @given(found=st.floats(0, 1), count=st.integers(1, 10**6))
-@settings(deadline=None)
 def test_more_of_the_same_is_surer(found: float, count: int) -> None:
     few, many = of_share(found, count), of_share(found, 2 * count)
     slack = 1e-9

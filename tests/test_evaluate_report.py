@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmill.jobs.errors import UsageError, WriteFailed
@@ -239,7 +239,6 @@ def test_what_is_sure_is_taken_and_what_is_smaller_is_named() -> None:
     right=st.floats(0, 1),
     gained=st.floats(0, 1),
 )
-@settings(deadline=None)
 def test_nothing_is_said_to_lose_little_beside_a_figure_that_is_much(
     perplexity: float, error: float, divergence: Divergence, share: float, answers: int, right: float, gained: float
 ) -> None:

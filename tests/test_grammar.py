@@ -266,7 +266,7 @@ def test_random_answers_within_a_choice_are_each_of_them(desks: dict[str, Desk],
 
 
 @given(choices=st.lists(st.text(max_size=8), min_size=1, max_size=6), other=st.text(max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_choice_takes_its_own_strings_and_no_other(choices: list[str], other: str) -> None:
     desk = BYTE_DESK
     assert all(desk.takes(desk.matcher(type="choice", choice=choices), each) for each in choices)
@@ -279,7 +279,7 @@ REGEX = st.lists(st.tuples(PIECES, st.sampled_from(["", "", "?", "{0,2}"])), max
 
 
 @given(parts=REGEX, seed=st.integers(0, 1_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_a_regex_allows_python_matches_too(parts: list[tuple[str, str]], seed: int) -> None:
     regex = "".join(f"(?:{piece}){times}" for piece, times in parts)
     answer = BYTE_DESK.walk(BYTE_DESK.matcher(type="regex", regex=regex), random.Random(seed))
@@ -295,7 +295,7 @@ JSON = st.recursive(
 
 
 @given(value=st.dictionaries(st.text("ab é", max_size=4), JSON, max_size=4), indent=st.sampled_from([None, 2, 4, "\t"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_json_object_takes_every_object_in_the_usual_layouts(value: dict[str, Any], indent: Any) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     assert BYTE_DESK.takes(BYTE_DESK.matcher(type="json_object"), text)

@@ -396,12 +396,12 @@ def test_headers_are_read_without_the_weights(machine: Machine, hub: Hub, files:
 def test_doctor_says_whether_workers_can_start_offline(machine: Machine) -> None:
     code = (
         "from batchmill.jobs.configuration.settings import load_settings\n"
-        "from batchmill.producer import doctor\n"
+        "from batchmill.producer.cli import doctor\n"
         "doctor._cuda = lambda: doctor.Check('cuda', True, 'not looked for')\n"  # which takes torch's seconds
         f"found = next(each for each in doctor.examine(load_settings(), model={MODEL!r}) if each.name == 'model')\n"
         "print(found.ok, found.required, found.found, '->', found.fix)\n"
     )
-    said = f"False True {MODEL} is not whole in the cache, and HF_HUB_OFFLINE is set"
+    said = f"False True {MODEL} is not complete in the cache, and HF_HUB_OFFLINE is set"
     fix = f"HF_HUB_OFFLINE=0 batchmill models pull {MODEL}"
     assert machine.run("-c", code, HF_HUB_OFFLINE="1").stdout.strip() == f"{said} -> {fix}"
     machine.pull()

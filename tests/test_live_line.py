@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -52,7 +52,6 @@ def test_advice_has_lines_of_its_own_beside_any_bar() -> None:
     assert shown(WAITING, 70)[1:] == list(ADVICE)
 
 
-@settings(deadline=None)
 @given(
     st.integers(20, 200),
     st.builds(

@@ -158,7 +158,7 @@ def transactions(store: Store) -> Iterator[list[int]]:
         return page
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("loading", "recovery", "retrying"):
+        for module in ("jobs.create", "leases.recovery", "jobs.retry"):
             patch.setattr(f"batchmill.jobs.store.{module}.page_of", page_of)
         yield found
 

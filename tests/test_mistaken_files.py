@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmill.jobs.errors import PromptFileError
@@ -240,7 +240,6 @@ def test_format_jsonl_reads_a_txt_file_as_requests(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), min_size=1, max_size=4))
-@settings(deadline=None)
 def test_any_text_is_taken_or_told_of(lines: list[str]) -> None:
     first, second = (f"{each}\n".encode() for each in [*lines, ""][:2])
     for form in formats.PROMPTS:

@@ -270,7 +270,7 @@ TEMPLATE = st.none() | st.dictionaries(TEXT, ANY_SCHEMA, min_size=1, max_size=3)
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(max_examples=examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_the_fuzz_knows_every_option() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmill.producer.files.problems import MAX_NAMED, MAX_NAMED_OF_ERROR, Problems
@@ -34,7 +34,6 @@ def test_what_is_counted_stands_below_the_last_of_its_error() -> None:
 
 
 @given(st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz") | st.text("xyz", max_size=3), max_size=400))
-@settings(deadline=None)
 def test_every_line_is_named_or_counted(errors: list[str]) -> None:
     problems = Problems()
     for number, what in enumerate(errors, start=1):

@@ -863,20 +863,20 @@ def assert_storable(found: list[GenerationRequest] | None) -> None:
 
 
 @given(data=st.binary(max_size=300), name=st.sampled_from(["a.jsonl", "a.txt"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_are_read_or_refused(data: bytes, name: str) -> None:
     assert_storable(read_bytes(data, name))
 
 
 @given(line=ANY_LINE, ascii_only=st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_json_is_read_or_refused(line: dict[str, Any], ascii_only: bool) -> None:
     text = json.dumps(line, ensure_ascii=ascii_only)
     assert_storable(read_bytes(text.encode("utf-8", "surrogatepass"), "a.jsonl"))
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_good_file_cut_or_changed_anywhere_is_read_or_refused(data: st.DataObject) -> None:
     body = {"messages": [HELLO], "stop": ["a"], "top_p": 0.5, "metadata": {"a": 1}}
     whole = json.dumps(openai(body)).encode()
@@ -889,7 +889,7 @@ LINE_END = st.sampled_from(["\n", "\r\n"])
 
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=8), ascii_only=st.booleans(), end=LINE_END)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_texts_come_back_exactly(texts: list[str], ascii_only: bool, end: str) -> None:
     lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]
     lines += [{"messages": [{"role": "user", "content": text}]} for text in texts]

@@ -83,7 +83,7 @@ def test_a_message_of_what_no_database_can_hold_is_told_with_marks(store: Store)
     assert row.error_message == "no\ufffd such \ufffdrole"
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(answered(), min_size=1, max_size=4))
 def test_every_form_of_an_export_has_every_answer_whole(
     store: Store, tmp_path: Path, pairs: list[tuple[GenerationRequest, Output]]

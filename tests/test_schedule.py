@@ -111,7 +111,7 @@ PROMPTS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_arrivals_cancels_and_a_full_cache_lose_nothing_and_use_nothing_twice(data: st.DataObject) -> None:
     draw = data.draw

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from batchmill.worker.engine.continuous.scheduling.slots import CHUNK_TOKENS, SMALLEST_TOKENS, Slot, Slots
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_place_is_taken_twice_and_all_come_back(data: st.DataObject) -> None:
     draw = data.draw

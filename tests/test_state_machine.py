@@ -734,7 +734,6 @@ def run_histories(
     profile = settings(
         max_examples=histories,
         stateful_step_count=steps,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

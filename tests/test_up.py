@@ -56,7 +56,7 @@ def up(settings: Settings) -> None:
 def test_a_mill_that_is_told_to_end_says_that_it_has(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     up(settings)
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "ending: what is finished is saved, the rest goes back to the queue",
+        "stopping: finished outputs are saved, the rest returns to the queue",
         "the mill has ended",
     ]
 

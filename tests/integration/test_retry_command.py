@@ -42,8 +42,8 @@ def test_it_names_what_it_leaves_and_the_command_that_runs_the_rest(mill: Mill) 
     said = said_by(mill, job_id)
     assert said[:4] == [
         f"job {job_id}: 1 request is pending again",
-        "skipped: 1 context_length_exceeded (index 3): the shortest of these prompts has 700 tokens, and no worker"
-        " live worker holds the model",
+        "skipped: 1 context_length_exceeded (index 3): the shortest of these prompts has 700 tokens, and no live"
+        " worker holds the model",
         "skipped: 1 invalid_response_format (index 1): its line alone decides that",
         f"`batchmill retry {job_id} --all` runs these too; submit corrected lines as a new file",
     ]

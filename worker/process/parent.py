@@ -126,7 +126,7 @@ def _tell_of_end(keeper: Keeper, **_: object) -> None:
     """Logs it from a thread of its own: the signal may have come in the middle of another line."""
     if keeper.failure is not None:
         return  # which says itself why the worker ends
-    line = "ending: what is finished is saved, the rest goes back to the queue"
+    line = "stopping: finished outputs are saved, the rest returns to the queue"
     threading.Thread(target=log.info, args=[line]).start()
 
 
