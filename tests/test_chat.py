@@ -9,7 +9,7 @@ import pytest
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
-from batchmill.worker.engine.text.chat import KEPT_SHAPES, ChatTemplate
+from batchmill.worker.engine.text.chat.chat_template import KEPT_SHAPES, ChatTemplate
 from batchmill.worker.engine.text.tokenization import Tokenization
 from tests.tiny import build_tokenizer
 

@@ -21,7 +21,7 @@ from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.probe import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
-from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.sampling.penalties import Penalties
 from batchmill.worker.engine.transformers_kind import serve

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from batchmill.jobs.models.spec import DEMO_FOLDER
 from batchmill.jobs.requests.request import ErrorCode
-from batchmill.worker.engine.grammar import Grammars, Matcher, fill
+from batchmill.worker.engine.grammar.grammars import Grammars, Matcher, fill
 from batchmill.worker.engine.grammar.response_format import MAX_TEXT_LENGTH
 from batchmill.worker.engine.refused import Refused
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer

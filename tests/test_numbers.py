@@ -22,8 +22,8 @@ from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
-from batchmill.worker.engine.sampling import Sampler
 from batchmill.worker.engine.sampling.logprobs import LEAST_LOGPROB
+from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
 from tests.families import load_alphabet, load_family

@@ -8,7 +8,7 @@ import torch
 
 from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.worker.engine.generate.row_sampler import RowSampler
-from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.text.tokenization import Prompt
 
 CPU = torch.device("cpu")

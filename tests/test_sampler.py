@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchmill.jobs.requests.generation import SamplingParams
-from batchmill.worker.engine.sampling import Sampled, Sampler
+from batchmill.worker.engine.sampling.sampler import Sampled, Sampler
 
 CPU = torch.device("cpu")
 #: Searched whole, in blocks, and in blocks by rows.

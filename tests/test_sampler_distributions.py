@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from batchmill.jobs.requests.generation import SamplingParams
-from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
 SAMPLES = 3_000

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchmill.jobs.requests.generation import SamplingParams
-from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.sampler import Sampler
 
 ROWS = 48
 

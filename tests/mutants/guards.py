@@ -130,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "every mark of a conversation is in its prompt",
         (
             Edit(
-                "worker/engine/text/chat/__init__.py",
+                "worker/engine/text/chat/chat_template.py",
                 "if missing is None and not marked.garbled(written):",
                 "if written:",
             ),

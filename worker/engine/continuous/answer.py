@@ -19,7 +19,7 @@ from batchmill.worker.engine.text.stopping import StopWatch
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 
 if TYPE_CHECKING:
-    from batchmill.worker.engine.grammar import Matcher
+    from batchmill.worker.engine.grammar.grammars import Matcher
 
 
 @dataclass(slots=True, eq=False)

@@ -30,12 +30,12 @@ from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
 from batchmill.worker.engine.continuous.scheduling.step import Step
 from batchmill.worker.engine.continuous.sizing import copies_budget_bytes, size
 from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
-from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
 from batchmill.worker.engine.grammar.matching import Matching
 from batchmill.worker.engine.lora import Lora
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.refused import Refused
-from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.sizing import Load, MemoryBudget
 from batchmill.worker.engine.text.said import TokenLogprob
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization

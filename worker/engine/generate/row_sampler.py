@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.text.tokenization import Prompt
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from batchmill.jobs.requests.request import RequestKey
-from batchmill.worker.engine.grammar import Grammars, Matcher
+from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
 from batchmill.worker.engine.text.tokenization import Prompt
 
 Matchers = Future[list[Matcher]]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from batchmill.jobs.requests.generation import Choice, GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
-from batchmill.worker.engine.text.chat import ChatTemplate
+from batchmill.worker.engine.text.chat.chat_template import ChatTemplate
 from batchmill.worker.engine.text.decoding import CONTEXT_TOKENS, Decoding
 from batchmill.worker.engine.text.tool_calls import Calls
 

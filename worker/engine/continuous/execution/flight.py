@@ -20,9 +20,9 @@ from batchmill.worker.devices.upload import upload
 from batchmill.worker.engine.continuous.answer import ChoiceRow
 from batchmill.worker.engine.continuous.execution.decoder import Decoder
 from batchmill.worker.engine.continuous.scheduling.step import Step
-from batchmill.worker.engine.grammar import fill
-from batchmill.worker.engine.sampling import Sampler
+from batchmill.worker.engine.grammar.grammars import fill
 from batchmill.worker.engine.sampling.logprobs import Logprobs
+from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.text.said import TokenLogprob
 
 _WORD_BITS = 32
