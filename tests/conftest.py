@@ -17,8 +17,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in the background so, and every process of a test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from batchmill import migrations
 from batchmill.jobs.store.store import Store
+from batchmill.migrations import revisions
 
 # A busy machine makes no example wrong.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -40,7 +40,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated SQLite store to copy, since migrating takes longer than most tests."""
     path = tmp_path_factory.mktemp("template") / "store.db"
-    migrations.upgrade(f"sqlite:///{path}")
+    revisions.upgrade(f"sqlite:///{path}")
     return path
 
 
@@ -79,7 +79,7 @@ def postgresql_url(postgresql_server: str) -> str:
         found = connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = 'template_store'"))
         if not found:
             connection.execute(text("CREATE DATABASE template_store"))
-            migrations.upgrade(server.set(database="template_store").render_as_string(hide_password=False))
+            revisions.upgrade(server.set(database="template_store").render_as_string(hide_password=False))
         connection.execute(text("DROP DATABASE IF EXISTS test_store WITH (FORCE)"))
         connection.execute(text("CREATE DATABASE test_store TEMPLATE template_store"))
     admin.dispose()

@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, MetaData, create_engine, func, insert, select
 from sqlalchemy.engine import make_url
 
-from batchmill import migrations
 from batchmill.jobs.requests.states import JobState
+from batchmill.migrations import revisions
 from tests.mill import ECHO_SPEC
 
 #: The adapter that the running job has used.
@@ -34,7 +34,7 @@ _BATCHES: dict[JobState, list[tuple[str, list[str | None]]]] = {
 
 def build(url: str, *, revision: str) -> None:
     """Makes the store at this revision, which has the columns of 0004 at least. A job's id is its state."""
-    migrations.upgrade(url, revision=revision)
+    revisions.upgrade(url, revision=revision)
     engine = create_engine(make_url(url))
     with engine.begin() as connection:
         _Old(connection).fill()

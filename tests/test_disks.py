@@ -8,10 +8,10 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from batchmill import migrations
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import StoreError
 from batchmill.jobs.runtime.files.disks import Disk, disk_of
+from batchmill.migrations import revisions
 from batchmill.producer.cli.main import cli
 
 
@@ -37,13 +37,13 @@ def test_a_store_on_a_network_file_system_is_refused(mounted: Path, kind: str, m
     mount(mounted, kind)
     monkeypatch.setenv("BATCHMILL_HOME", str(mounted / "mine" / "home"))
     with pytest.raises(StoreError, match=f"lies on {kind}, a network file system.* set BATCHMILL_HOME"):
-        migrations.open_store(load_settings())
+        revisions.open_store(load_settings())
     assert not (mounted / "mine" / "home" / "batchmill.db").exists()
     monkeypatch.setenv("BATCHMILL_DATABASE_URL", f"sqlite:///{mounted / 'store.db'}")
     done = CliRunner().invoke(cli, ["db", "upgrade"])
     assert (done.exit_code, "BATCHMILL_DATABASE_URL to a PostgreSQL" in done.output) == (1, True)
     with pytest.raises(StoreError, match=f"lies on {kind}"):
-        migrations.open_store(load_settings())
+        revisions.open_store(load_settings())
     assert list(mounted.rglob("*.db")) == []
 
 
@@ -53,7 +53,7 @@ def test_a_store_on_what_may_be_one_is_warned_of(
 ) -> None:
     mount(mounted, kind)
     monkeypatch.setenv("BATCHMILL_HOME", str(mounted))
-    migrations.open_store(load_settings()).close()
+    revisions.open_store(load_settings()).close()
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err.count(f"lies on {kind}, which may be a network file system") == 1
@@ -65,7 +65,7 @@ def test_a_store_on_a_disk_of_this_machine_is_made_without_a_word(
 ) -> None:
     mount(mounted, kind)
     monkeypatch.setenv("BATCHMILL_HOME", str(mounted))
-    migrations.open_store(load_settings()).close()
+    revisions.open_store(load_settings()).close()
     assert capfd.readouterr().err == ""
 
 

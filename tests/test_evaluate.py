@@ -24,7 +24,7 @@ from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.digests import Digests
 from batchmill.jobs.models.identity import of_model
 from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.worker.demo import corpus
 from batchmill.worker.devices.selection import CPU, DeviceInfo
 from batchmill.worker.engine.options import EngineOptions

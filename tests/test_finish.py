@@ -16,7 +16,7 @@ from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.leases.lease import Claimed, Held, Seat
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import FinishReasons
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.cli import jobs
 from batchmill.producer.cli.progress import require_success
 from batchmill.producer.cli.text.job_lines import job_lines

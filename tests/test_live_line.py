@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from batchmill.jobs.configuration.settings import environment_of, load_settings
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.cli.text.live_line import LiveLine
 from tests import mill
 from tests.terminal import Terminal

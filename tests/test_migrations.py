@@ -14,7 +14,6 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.exc import OperationalError
 
-from batchmill import migrations
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import SchemaMismatch, StoreFull, StoreUnavailable
 from batchmill.jobs.models.adapters import Adapter
@@ -22,6 +21,7 @@ from batchmill.jobs.requests.states import JobState, RequestState
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION, metadata, runs
 from batchmill.jobs.store.views.jobs import FinishReasons
+from batchmill.migrations import revisions
 from tests import mill, old_store
 from tests.oracle import violations
 from tests.wheel import build_wheel, copy_sources
@@ -37,12 +37,12 @@ OLD_OUTPUT = """INSERT INTO outputs
 
 
 def test_the_code_works_at_the_newest_revision() -> None:
-    script = ScriptDirectory.from_config(migrations.alembic_config("sqlite://"))
+    script = ScriptDirectory.from_config(revisions.alembic_config("sqlite://"))
     assert script.get_current_head() == REVISION
 
 
 def test_alembic_finds_nothing_to_change(store_url: str) -> None:
-    command.check(migrations.alembic_config(store_url))
+    command.check(revisions.alembic_config(store_url))
 
 
 def test_partial_indexes_are_of_the_rows_that_the_tables_say(store_url: str) -> None:
@@ -62,18 +62,18 @@ def test_partial_indexes_are_of_the_rows_that_the_tables_say(store_url: str) -> 
 def test_upgrading_twice_changes_nothing(sqlite_url: str) -> None:
     store = Store(sqlite_url)
     job_id = mill.load(store, 3)
-    migrations.upgrade(sqlite_url)
+    revisions.upgrade(sqlite_url)
     assert store.reading.job(job_id).counts.total == 3
     store.close()
 
 
 def test_an_upgrade_of_sqlite_that_breaks_off_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'store.db'}"
-    command.upgrade(migrations.alembic_config(url), "0003")
+    command.upgrade(revisions.alembic_config(url), "0003")
     with sqlite3.connect(tmp_path / "store.db") as connection:
         connection.execute("CREATE TABLE evaluations (id INTEGER)")  # in the way of 0004's last step
     with pytest.raises(OperationalError, match="already exists"):
-        command.upgrade(migrations.alembic_config(url), "head")
+        command.upgrade(revisions.alembic_config(url), "head")
     with sqlite3.connect(tmp_path / "store.db") as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
         assert "devices" not in {row[1] for row in connection.execute("PRAGMA table_info(runs)")}
@@ -81,7 +81,7 @@ def test_an_upgrade_of_sqlite_that_breaks_off_leaves_the_store_as_it_was(tmp_pat
 
 def test_the_embedded_store_is_made_at_first_use() -> None:
     settings = load_settings()
-    store = migrations.open_store(settings)
+    store = revisions.open_store(settings)
     assert store.revision() == REVISION
     assert settings.database_file.exists()
     store.close()
@@ -89,31 +89,31 @@ def test_the_embedded_store_is_made_at_first_use() -> None:
 
 def test_an_older_embedded_store_is_upgraded_after_a_copy_was_kept() -> None:
     settings = load_settings()
-    migrations.open_store(settings).close()
+    revisions.open_store(settings).close()
     set_revision(settings.database, "0000")
     with pytest.raises(Exception, match="0000"):  # there is no such migration, so alembic refuses
-        migrations.open_store(settings)
+        revisions.open_store(settings)
     assert [path.name.split(".")[1] for path in settings.home.glob("batchmill.0000.*.db")] == ["0000"]
 
 
 def test_a_newer_embedded_store_is_left_alone() -> None:
     settings = load_settings()
-    migrations.open_store(settings).close()
+    revisions.open_store(settings).close()
     set_revision(settings.database, "9999")
     with pytest.raises(SchemaMismatch, match="newer batchmill"):
-        migrations.open_store(settings)
+        revisions.open_store(settings)
 
 
 def test_a_store_of_before_timings_keeps_its_outputs(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/old.db"
-    migrations.upgrade(url, revision="0002")
+    revisions.upgrade(url, revision="0002")
     store = Store(url)
     with store.database.write() as connection:
         connection.execute(text(OLD_JOB))
         connection.execute(text(OLD_BATCH))
         connection.execute(text(OLD_REQUEST))
         connection.execute(text(OLD_OUTPUT))
-    migrations.upgrade(url)
+    revisions.upgrade(url)
     ((row,),) = store.reading.output_pages("old", states=frozenset(RequestState), page=10)
     assert (row.payload, row.queued_seconds) == ('[{"text":"a","finish_reason":"stop"}]', None)
     store.close()
@@ -126,14 +126,14 @@ class TestBeforeIdentities:
     @pytest.fixture
     def store(self, old_url: str, revision: str) -> Iterator[Store]:
         old_store.build(old_url, revision=revision)
-        migrations.upgrade(old_url)
+        revisions.upgrade(old_url)
         store = Store(old_url, busy_seconds=10)
         yield store
         assert violations(store, closed=False) == []
         store.close()
 
     def test_nothing_of_it_has_changed(self, store: Store, old_url: str) -> None:
-        command.check(migrations.alembic_config(old_url))
+        command.check(revisions.alembic_config(old_url))
         found = {job.id: job for job in store.reading.jobs(most=9)}
         assert {*found, "loading"} == {each.value for each in JobState}
         assert all(job.state.value == job_id and job.identity is None for job_id, job in found.items())
@@ -197,7 +197,7 @@ def test_an_embedded_store_of_before_identities_upgrades_itself() -> None:
     settings = load_settings()
     settings.home.mkdir(parents=True)
     old_store.build(settings.database, revision="0004")
-    store = migrations.open_store(settings)
+    store = revisions.open_store(settings)
     assert (store.revision(), store.reading.job("running").identity) == (REVISION, None)
     store.close()
     assert [path.name.split(".")[1] for path in settings.home.glob("batchmill.0004.*.db")] == ["0004"]
@@ -206,7 +206,7 @@ def test_an_embedded_store_of_before_identities_upgrades_itself() -> None:
 def test_any_other_store_refuses_to_work_and_names_the_command(tmp_path: Path) -> None:
     settings = load_settings(database_url=f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(SchemaMismatch, match="batchmill db upgrade"):
-        migrations.open_store(settings)
+        revisions.open_store(settings)
 
 
 def test_db_upgrade_works_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
@@ -235,9 +235,9 @@ def set_revision(url: str, revision: str) -> None:
 
 def test_a_store_that_cannot_be_reached_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="cannot use the store"):
-        migrations.upgrade("postgresql://mill:hunter2@127.0.0.1:1/mill")
+        revisions.upgrade("postgresql://mill:hunter2@127.0.0.1:1/mill")
     with pytest.raises(StoreUnavailable):
-        migrations.upgrade(f"sqlite:///{tmp_path}/no/such/folder/s.db")
+        revisions.upgrade(f"sqlite:///{tmp_path}/no/such/folder/s.db")
 
 
 def test_a_disk_that_is_full_at_the_first_use_is_one_clear_error(
@@ -248,4 +248,4 @@ def test_a_disk_that_is_full_at_the_first_use_is_one_clear_error(
 
     monkeypatch.setattr(command, "upgrade", upgrade)
     with pytest.raises(StoreFull, match="no space left"):
-        migrations.upgrade(f"sqlite:///{tmp_path}/s.db")
+        revisions.upgrade(f"sqlite:///{tmp_path}/s.db")

@@ -15,7 +15,7 @@ from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.runtime.process.process import Lives, Process
 from batchmill.jobs.store.store import Store
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.cli.jobs import workers
 from batchmill.producer.cli.model_name_check import warn_of_slip
 from batchmill.producer.cli.submit import submit

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 from sqlalchemy import update
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from batchmill import migrations
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ModelSpec
@@ -23,6 +22,7 @@ from batchmill.jobs.runtime.sizes import bytes_of, size
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import runs
 from batchmill.jobs.store.views.speeds import Speed
+from batchmill.migrations import revisions
 from batchmill.worker.cli import plan as cli_plan
 from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import EngineOptions
@@ -357,7 +357,7 @@ def clock() -> mill.Clock:
 
 def test_speeds_are_of_this_machine_and_count_overlapping_runs_once(tmp_path: Path, clock: mill.Clock) -> None:
     url = f"sqlite:///{tmp_path / 'store.db'}"
-    migrations.upgrade(url)
+    revisions.upgrade(url)
     store = Store(url, now=clock.expression())
     mill.load(store, count=8, batch_size=4)
     who = mill.seat(store)

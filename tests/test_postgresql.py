@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from batchmill import migrations
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.store import Store
+from batchmill.migrations import revisions
 from tests import mill
 
 _PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -72,7 +72,7 @@ def test_the_tables_are_made_and_found_in_the_schema_that_was_asked_for(
         url = url.update_query_dict({"options": "-c search_path=mill"})
     else:
         monkeypatch.setenv("PGOPTIONS", "-c search_path=mill")
-    migrations.upgrade(url.render_as_string(hide_password=False))
+    revisions.upgrade(url.render_as_string(hide_password=False))
     _works(url.render_as_string(hide_password=False))
     monkeypatch.delenv("PGOPTIONS", raising=False)
     admin = create_engine(make_url(postgresql_url))
@@ -132,7 +132,7 @@ def test_statements_are_prepared_in_sessions_of_ones_own_alone(postgresql_url: s
 
 
 def test_a_pooler_that_lends_sessions_for_one_transaction_is_taken(pooled_url: str) -> None:
-    migrations.upgrade(pooled_url)
+    revisions.upgrade(pooled_url)
     for _ in range(3):  # often enough for a driver to prepare what it repeats
         _works(pooled_url)
     one, other = Store(pooled_url), Store(pooled_url)

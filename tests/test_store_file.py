@@ -12,7 +12,7 @@ import pytest
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import SchemaMismatch, StoreUnavailable
 from batchmill.jobs.store.store import Store
-from batchmill.migrations import upgrade
+from batchmill.migrations.revisions import upgrade
 
 NAMES = ("plain", "a space", "50%20", "what?mode=memory", "hash#tag", "café ☕", "'quoted\"")
 

@@ -14,7 +14,7 @@ import pytest
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BatchmillError, StoreReplaced
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.cli import local
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.supervisor import Supervisor

@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import create_engine, insert, text
 from sqlalchemy.engine import make_url
 
-from batchmill import migrations
 from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import AlreadyRunning
 from batchmill.jobs.requests.states import JobState, RequestState
@@ -20,6 +19,7 @@ from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION, metadata
+from batchmill.migrations import revisions
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from tests import mill, old_store
 from tests.oracle import violations
@@ -50,7 +50,7 @@ def at_work(settings: Settings, *, revision: str, lasts: bool, process: Process 
 
 def refusal(settings: Settings) -> str:
     with pytest.raises(AlreadyRunning) as caught:
-        migrations.open_store(settings)
+        revisions.open_store(settings)
     with sqlite3.connect(settings.database_file) as connection:
         (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     assert revision != REVISION
@@ -74,7 +74,7 @@ def test_it_is_refused_while_a_lease_lasts(settings: Settings, revision: str) ->
 
 def test_it_goes_on_once_the_leases_are_over(settings: Settings) -> None:
     at_work(settings, revision=FIRST, lasts=False)
-    migrations.open_store(settings).close()
+    revisions.open_store(settings).close()
 
 
 def test_a_worker_that_lives_ends_by_its_mill(settings: Settings) -> None:
@@ -88,7 +88,7 @@ def test_a_worker_that_lives_ends_by_its_mill(settings: Settings) -> None:
 
 def test_a_worker_that_is_dead_stands_in_no_ones_way(settings: Settings) -> None:
     at_work(settings, revision=BEFORE, lasts=True, process=replace(own(), start_ticks=own().start_ticks - 1))
-    migrations.open_store(settings).close()
+    revisions.open_store(settings).close()
 
 
 def test_finished_answers_in_a_spool_of_before_are_taken_over(old_url: str) -> None:
@@ -122,7 +122,7 @@ def test_finished_answers_in_a_spool_of_before_are_taken_over(old_url: str) -> N
     ]
     assert len(lines) == 2
     (folder / f"{name}-1-1.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    migrations.upgrade(old_url)
+    revisions.upgrade(old_url)
     store = Store(old_url, busy_seconds=10)
     Leftovers(store, settings).settle_orphans()  # as a new worker does first
     assert list(folder.iterdir()) == []
@@ -155,7 +155,7 @@ def many(old_url: str) -> str:
 
 def test_a_rename_rewrites_nothing(many: str) -> None:
     before = _places_of_rows(many)
-    migrations.upgrade(many)
+    revisions.upgrade(many)
     after = _places_of_rows(many)
     assert len(before) > 250
     assert len(before - after) < 30  # the catalogue, and the rows of the small tables
@@ -178,7 +178,7 @@ def _places_of_rows(url: str) -> set[object]:
 
 
 def test_new_workers_go_on_with_what_older_ones_left(many: str) -> None:
-    migrations.upgrade(many)
+    revisions.upgrade(many)
     store = Store(many, busy_seconds=10)
     assert {each.kind for each in store.reading.jobs(most=9)} == {"generation"}
     claimed = mill.claim(store, mill.seat(store))

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import click
 
-from batchmill import migrations
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.broker.embedded import find_server
 from batchmill.jobs.configuration.settings import Settings
@@ -31,6 +30,7 @@ from batchmill.jobs.runtime.process.process import Lives
 from batchmill.jobs.runtime.sizes import size
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION
+from batchmill.migrations import revisions
 from batchmill.producer.reconcile_once import tidy
 
 _FREE_BYTES = 1024**3
@@ -153,7 +153,7 @@ def _embedded_away(settings: Settings) -> Check:
 
 
 def _database(settings: Settings) -> Check:
-    migrations.check_disk(settings.database)
+    revisions.check_disk(settings.database)
     if settings.embedded_store and not settings.database_file.exists():
         check_unused(settings.home)
         return Check("database", True, f"embedded, created at first use in {settings.home}")

@@ -28,15 +28,15 @@ def db() -> None:
 )
 def upgrade() -> None:
     """Upgrade the store's tables to the revision that this version of batchmill uses."""
-    from batchmill import migrations
     from batchmill.jobs.configuration.settings import load_settings
+    from batchmill.migrations import revisions
 
     settings = load_settings()
     if settings.embedded_store:
-        migrations.open_store(settings).close()
+        revisions.open_store(settings).close()
     else:
-        migrations.check_disk(settings.database)
-        migrations.upgrade(settings.database)
+        revisions.check_disk(settings.database)
+        revisions.upgrade(settings.database)
     click.echo(f"the store is at revision {_revision()[0]}", err=True)
 
 
@@ -65,10 +65,10 @@ def new_id() -> None:
     A store that was restored in place of the original keeps its id. Stop the copy's workers first, and start them again
     afterwards.
     """
-    from batchmill import migrations
     from batchmill.jobs.configuration.settings import load_settings
+    from batchmill.migrations import revisions
 
-    store = migrations.open_store(load_settings())
+    store = revisions.open_store(load_settings())
     try:
         click.echo(f"the store {store.database.name} has the id {store.own_id.renew()}", err=True)
     finally:

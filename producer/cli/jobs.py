@@ -25,7 +25,7 @@ _GIVEN_UP_SHOWN_SECONDS = 86_400
 
 def _open() -> tuple[Settings, Store]:
     from batchmill.jobs.configuration.settings import load_settings
-    from batchmill.migrations import open_store
+    from batchmill.migrations.revisions import open_store
 
     settings = load_settings()
     return settings, open_store(settings)
@@ -161,7 +161,7 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
     """
     from batchmill.jobs.configuration.settings import load_settings
     from batchmill.jobs.runtime.failpoints import arm
-    from batchmill.migrations import open_store
+    from batchmill.migrations.revisions import open_store
     from batchmill.producer.files.export import check_out, export
 
     settings = load_settings()

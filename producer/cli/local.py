@@ -38,7 +38,7 @@ from batchmill.jobs.runtime.sizes import size
 from batchmill.jobs.runtime.waiting import telling
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.cli.earlier import choose
 from batchmill.producer.cli.model_name_check import refuse_slip, warn_of_slip
 from batchmill.producer.cli.progress import follow, require_success, say_goes_on

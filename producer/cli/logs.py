@@ -67,7 +67,7 @@ def choose(which: str | None, *, level: str | None, settings: Settings) -> Chose
 
 
 def _by_store(which: str, folder: Path, *, level: str | None, settings: Settings) -> Chosen:
-    from batchmill.migrations import open_store
+    from batchmill.migrations.revisions import open_store
 
     store = open_store(settings)
     try:

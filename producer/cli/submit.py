@@ -132,7 +132,7 @@ def submit(wait: bool, **options: Any) -> None:
     from batchmill.jobs.broker.client import Broker
     from batchmill.jobs.errors import BrokerUnavailable
     from batchmill.jobs.runtime.files.output_file import check_target
-    from batchmill.migrations import open_store
+    from batchmill.migrations.revisions import open_store
     from batchmill.producer.cli.model_name_check import asked_first, refuse_slip
     from batchmill.producer.cli.progress import require_success, say_ended, wait_for
     from batchmill.producer.files.export import standard_output

@@ -19,7 +19,7 @@ from batchmill.jobs.broker.embedded import EmbeddedRedis
 from batchmill.jobs.configuration.settings import environment_of, load_settings
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.store.store import Store
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.views.status import JobStatus
 from tests.bench.table import Row
 

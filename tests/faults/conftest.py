@@ -19,10 +19,10 @@ import redis
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from batchmill import migrations
 from batchmill.jobs.broker.embedded import find_server, start_process
 from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import StoreError
+from batchmill.migrations import revisions
 from batchmill.producer.files.export import export
 from tests.faults.proxy import FaultProxy
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, Mill, until, write_prompts
@@ -335,7 +335,7 @@ def breakable_url(postgresql_to_break: PostgresqlServer) -> str:
         connection.execute(text("CREATE DATABASE outage"))
     engine.dispose()
     store_url = url.set(database="outage").render_as_string(hide_password=False)
-    migrations.upgrade(store_url)
+    revisions.upgrade(store_url)
     return store_url
 
 

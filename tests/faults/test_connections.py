@@ -14,9 +14,9 @@ from sqlalchemy import Engine, NullPool, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-from batchmill import migrations
 from batchmill.jobs.errors import StoreCrowded
 from batchmill.jobs.store.store import Store
+from batchmill.migrations import revisions
 from tests.faults.conftest import SLOW, FaultMill, PostgresqlServer
 from tests.integration.conftest import until
 
@@ -57,7 +57,7 @@ def admin(small_server: PostgresqlServer) -> Iterator[Engine]:
 def database_url(small_server: PostgresqlServer, admin: Engine) -> str:
     """A setting: the store in that server, as a user like any other."""
     url = make_url(small_server.url).set(database="mill", username="mill").render_as_string(hide_password=False)
-    migrations.upgrade(url)
+    revisions.upgrade(url)
     return url
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import redis
 
-from batchmill import migrations
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import JobState, WorkerState
+from batchmill.migrations import revisions
 from tests.integration.conftest import TIMERS, Mill, until, write_prompts
 
 ECHO = ModelSpec.parse("echo")
@@ -25,7 +25,7 @@ SLOW = {"echo_step_seconds": 0.3, "engine_rows": 2}
 def beside(mill: Mill, home: Path, **timers: float) -> Mill:
     """Another home and store, on the Redis of this mill."""
     settings = load_settings(home=home, broker_url=mill.settings.broker, **(TIMERS | timers))
-    migrations.open_store(settings).close()
+    revisions.open_store(settings).close()
     return Mill(home, settings)
 
 

@@ -576,7 +576,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "an embedded store at work is not upgraded",
-        (Edit("migrations/__init__.py", "        _refuse_at_work(settings, store)\n", ""),),
+        (Edit("migrations/revisions.py", "        _refuse_at_work(settings, store)\n", ""),),
         ("tests/test_upgrade_at_work.py",),
     ),
 )

@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import BatchmillError
 from batchmill.jobs.runtime.failpoints import POINTS
-from batchmill.migrations import upgrade
+from batchmill.migrations.revisions import upgrade
 from tests.bench.table import Row, show
 from tests.faults.conftest import PostgresqlServer
 from tests.faults.test_failpoints import Night, check

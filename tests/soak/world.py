@@ -22,7 +22,7 @@ import tests
 from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
-from batchmill.migrations import upgrade
+from batchmill.migrations.revisions import upgrade
 from tests.faults.conftest import PostgresqlServer, RedisServer
 from tests.faults.proxy import FaultProxy
 from tests.soak.worker import COUNTS_VARIABLE

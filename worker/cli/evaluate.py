@@ -21,7 +21,7 @@ from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.files.output_file import check_target
 from batchmill.jobs.runtime.logs import configure_logs
 from batchmill.jobs.store.views.evaluations import DataFile
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.worker.cli.commands import Command, takes_model
 from batchmill.worker.devices.lock import DeviceLock
 from batchmill.worker.devices.selection import DeviceInfo, describe_devices, use_all_cores, visible_devices

@@ -24,7 +24,7 @@ from batchmill.jobs.runtime.failpoints import arm
 from batchmill.jobs.runtime.log_file import log_path
 from batchmill.jobs.runtime.logs import configure_logs, get_logger
 from batchmill.jobs.runtime.waiting import tell_by
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.worker.cli.commands import Command, complete_model
 from batchmill.worker.devices.placement import Placement, each_worker, parse_each
 from batchmill.worker.devices.selection import AUTO, all_cuda_devices

@@ -29,7 +29,7 @@ from batchmill.jobs.runtime.logs import FILE_ONLY, configure_logs, get_logger
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.runtime.process.signals import note_sigterm
 from batchmill.jobs.store.store import Store
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.worker.devices.placement import TOGETHER, Placement
 from batchmill.worker.devices.selection import CPU, visible_devices
 from batchmill.worker.loop.outage import outlast

@@ -14,7 +14,7 @@ from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.migrations import open_store
+from batchmill.migrations.revisions import open_store
 from batchmill.producer.views.diagnosis.findings import Finding, closed, open_findings
 from batchmill.producer.views.diagnosis.snapshot import Case, QueueState
 from batchmill.producer.views.gone_workers import around_here
