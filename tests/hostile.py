@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 #: What is no module of Python's own, and may be looked for in a folder.
 LIBRARIES = frozenset(
     {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub_server import TOKEN
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 MODEL = "some-org/some-model"
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 #: What each room may import of the others. `migrations` opens stores for the entry points of both sides.
 ALLOWED = {
     "jobs": set(),

@@ -33,9 +33,9 @@ from batchmill.producer.files.export import errors_path, export
 from batchmill.producer.files.prompt_file import PromptFile
 from batchmill.producer.submit import Submission, load_job
 from tests import mill
+from tests.support.paths import ROOT
 
 SETTINGS = load_settings()  # read before any test changes the environment
-ROOT = Path(__file__).parent.parent
 MOST_BYTES = 200_000_000
 BOM = b"\xef\xbb\xbf"
 

@@ -33,8 +33,7 @@ from batchmill.worker.process.child import Child
 from batchmill.worker.process.order import ORDER_VARIABLE, ChildOrder
 from batchmill.worker.process.pulse import Pulse
 from tests import mill
-
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 class Ended(BaseException):

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from batchmill.producer.cli.commands import ENTRIES
 from batchmill.producer.cli.main import cli
 from batchmill.worker.__main__ import MODULES
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 READING = ["status", "jobs", "workers", "wait", "doctor", "db current", "db check"]
 
 

@@ -16,9 +16,9 @@ from batchmill.producer.cli.commands import ENTRIES
 from batchmill.producer.cli.completion import complete_job
 from batchmill.producer.cli.main import cli
 from tests import mill
+from tests.support.paths import ROOT
 from tests.terminal import Terminal
 
-ROOT = Path(__file__).parent.parent
 #: The arguments that start each shell with nobody's configuration.
 SHELLS = {"bash": ["--norc", "--noprofile", "-i"], "zsh": ["-f", "-i"]}
 BEFORE = {"bash": "", "zsh": "autoload -U compinit; compinit -u -D; "}

@@ -16,11 +16,12 @@ from safetensors import safe_open  # noqa: E402
 
 from batchmill.worker.demo import corpus, examples, packing, train  # noqa: E402
 from batchmill.worker.demo.tokenizer import build_tokenizer  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
 
 Model = transformers.PreTrainedModel
 Tokenizer = transformers.PreTrainedTokenizerFast
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 REQUEST_KEYS = {
     "custom_id", "method", "url", "body", "messages", "prompt", "model", "max_tokens", "temperature", "top_p",
     "top_k", "min_p", "repetition_penalty", "stop", "seed",

@@ -20,9 +20,9 @@ import yaml
 from batchmill.jobs.configuration.settings import PREFIX, Settings, load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from tests.shown import parsed
+from tests.support.paths import ROOT
 from tests.wheel import build_wheel
 
-ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 UNIT = DEPLOY / "batchmill-worker@.service"
 DOCKERFILES = ("producer.Dockerfile", "worker.Dockerfile")

@@ -11,6 +11,7 @@ import pytest
 from batchmill.jobs.errors import AlreadyRunning
 from batchmill.worker.devices import lock as device_lock
 from batchmill.worker.devices.lock import DeviceLock, DeviceLocks
+from tests.support.paths import ROOT
 
 HOLD = """
 import sys, pathlib
@@ -26,9 +27,8 @@ def test_the_second_worker_of_a_gpu_is_refused_until_the_first_process_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_lock, "_PATIENCE_SECONDS", 0.1)
-    root = Path(__file__).parent.parent
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"

@@ -21,8 +21,8 @@ from batchmill.producer.requests.kinds import FORMS
 from batchmill.producer.requests.lines import Lines
 from docs import generate
 from tests.shown import parsed
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()

@@ -17,8 +17,8 @@ from sqlalchemy.engine import make_url
 from batchmill.jobs.store.leases.lease import Held
 from batchmill.jobs.store.store import Store
 from tests import mill
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = "\u00e9 \u4f60\u597d \U0001f600 \u2028 \x7f \uffff"
 
 

@@ -17,6 +17,7 @@ from batchmill.worker.engine.echo.engine import EchoEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel, load
+from tests.support.paths import ROOT
 from tests.tiny import save_tiny_model
 
 Make = Callable[..., Engine]
@@ -268,6 +269,5 @@ def test_echo_needs_no_torch(tmp_path: Path) -> None:
 
     modules = "batchmill.worker.engine.echo.engine, batchmill.worker.engine.generate.batching"
     script = f"import sys, {modules}; print('torch' in sys.modules)"
-    root = Path(__file__).parent.parent
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert said.stdout.strip() == "False"

@@ -35,9 +35,9 @@ from batchmill.worker.evaluate.measures.accuracy import Match
 from batchmill.worker.evaluate.measures.measurement import Failure, Measurement, Method
 from batchmill.worker.evaluate.measures.perplexity import PerplexityChange
 from batchmill.worker.evaluate.progress import Shown
+from tests.support.paths import ROOT
 from tests.tiny import save_tiny_model
 
-ROOT = Path(__file__).parent.parent
 NUMBER = {"type": "number"}
 COUNT = {"type": "integer", "minimum": 0}
 TEXT = {"type": "string"}

@@ -28,8 +28,7 @@ from batchmill.worker.evaluate.report.advice import advice
 from batchmill.worker.evaluate.report.chart import check, draw
 from batchmill.worker.evaluate.report.finding import ACCURACY, AGREEMENT, DIVERGENCE, DIVERGENCE_P99, PERPLEXITY
 from batchmill.worker.evaluate.report.report import lines, to_json
-
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 def spec(quantization: str) -> ModelSpec:

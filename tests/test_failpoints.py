@@ -15,8 +15,7 @@ import pytest
 from batchmill.jobs.errors import SettingsError
 from batchmill.jobs.runtime import failpoints
 from batchmill.jobs.runtime.failpoints import POINTS, arm, failpoint
-
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)

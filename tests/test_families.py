@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from batchmill.worker.engine.continuous.probe import cache_shape
 from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.models.load import LoadedModel, load
 from tests.families import FAMILIES, load_family
+from tests.support.paths import ROOT
 
 SHARED = "a beginning that many prompts have in common, "
 PROMPTS = [
@@ -108,7 +108,7 @@ def test_greedy_tokens_are_those_of_generate_in_every_way(
     assert found == wanted
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "prompts.jsonl"
+EXAMPLES = ROOT / "examples" / "prompts.jsonl"
 EXAMPLE_PROMPTS = 24
 
 

@@ -19,8 +19,8 @@ from batchmill.jobs.runtime.files.output_file import check_target, replaced
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import errors_path, export
 from tests import mill
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "worker" / "demo" / "model"
 PROMPTS = '{"prompt": "one"}\n{"prompt": "two"}\n'
 

@@ -27,6 +27,7 @@ from batchmill.producer.files.prompt_file import PromptFile
 from batchmill.producer.submit import Submission, Submitted, load_job, load_once
 from tests import mill
 from tests.integration.conftest import TIMERS, Mill, until
+from tests.support.paths import ROOT
 
 SETTINGS = load_settings()  # read before any test changes the environment
 AT_ONCE = 20
@@ -100,7 +101,7 @@ def test_twenty_commands_at_once_print_one_id(
     store: Store, store_url: str, file: str, source: str, flags: list[str]
 ) -> None:
     words = [sys.executable, "-m", "batchmill", "submit", file if source == "file" else "-", "-m", "echo", *flags]
-    environ = os.environ | {"BATCHMILL_DATABASE_URL": store_url, "PYTHONPATH": str(Path(mill.__file__).parents[1])}
+    environ = os.environ | {"BATCHMILL_DATABASE_URL": store_url, "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
         for _ in range(AT_ONCE)

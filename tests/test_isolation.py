@@ -14,8 +14,8 @@ import pytest
 
 from batchmill.jobs.broker.client import Loader, make_app
 from batchmill.jobs.runtime.process.isolation import is_foreign, isolate
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 LIBRARIES = Path(click.__file__).parent.parent
 URL = "redis://mill.invalid:6379/0"
 #: How Celery, kombu and billiard read a variable whose name is written out.

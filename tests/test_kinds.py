@@ -16,8 +16,7 @@ from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.jobs import results
 from batchmill.producer.cli.submit import submit
 from tests import mill
-
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from io import StringIO
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,9 +16,9 @@ from batchmill.jobs.configuration.settings import environment_of, load_settings
 from batchmill.migrations.revisions import open_store
 from batchmill.producer.cli.text.live_line import LiveLine
 from tests import mill
+from tests.support.paths import ROOT
 from tests.terminal import Terminal
 
-ROOT = Path(__file__).parent.parent
 BAR = "━"
 ADVICE = ("no live worker has served demo (nf4) for 2 min 20 s; start one:", "batchmill up -m demo -q nf4")
 RUNNING = LiveLine("5ht7666w running", 1_200, 3_200, "12.3 requests/s, ends in about 2 min 39 s")

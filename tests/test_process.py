@@ -14,8 +14,8 @@ import pytest
 
 from batchmill.jobs.runtime.process import process
 from batchmill.jobs.runtime.process.process import Lives, Process, end_of
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 TELL = "from batchmill.jobs.runtime.process.process import Process; print(Process.own(), flush=True); input()"
 #: A process in pid and mount namespaces of its own, as a container has them.
 CONTAINED = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")

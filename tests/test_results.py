@@ -35,8 +35,8 @@ from batchmill.producer.files import export as exporting
 from batchmill.producer.files.export import errors_path, export
 from batchmill.producer.requests.result_lines import csv_columns, openai_line
 from tests import mill
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 FORMS = ["jsonl", "openai", "csv"]
 PASSED = {"user": "u", "metadata": {"a": "b"}}
 REQUESTS = [

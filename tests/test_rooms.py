@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 ROOMS = ("jobs", "migrations", "producer", "worker")
 #: The rooms of a room, from the lowest: each imports from those before it alone.
 FLOORS = {

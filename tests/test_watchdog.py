@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from batchmill.worker.process import watchdog
 from batchmill.worker.process.pulse import Pulse
 from batchmill.worker.process.watchdog import Watchdog
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 BEGIN = """\
 import sys, time
 from batchmill.worker.process.pulse import Pulse

@@ -19,8 +19,8 @@ from batchmill.jobs.errors import NotFound
 from batchmill.jobs.runtime.log_file import LogFile, log_path, logs_folder, rotate_if_large, worker_of
 from batchmill.producer.cli.logs import Chosen, WorkerLog, choose, show
 from batchmill.worker.process.own_log import make_place
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 CONSOLE = (
     "2026-11-21T16:20:58.1Z [info     ] batch begins    job=abcdefgh\n"
     "2026-11-21T16:20:58.2Z [warning  ] the device is hot   job=abcdefgh\n"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 #: What pip says where no registry can be reached.
 UNREACHABLE = "connection broken by"
 

@@ -24,9 +24,10 @@ from sqlalchemy.engine import URL, make_url
 from batchmill.jobs.broker.embedded import find_server, start_process, stop_process
 from batchmill.jobs.configuration.settings import load_settings
 from tests.integration.conftest import TIMERS, Mill
+from tests.support.paths import ROOT
 from tests.tls_proxy import Authority, TlsProxy, to_port, to_socket
 
-DEPLOY = Path(__file__).parent.parent.parent / "deploy"
+DEPLOY = ROOT / "deploy"
 ROLES_SQL = DEPLOY / "postgresql-roles.sql"
 ROLES = ("migrator", "producer", "worker", "reader")
 

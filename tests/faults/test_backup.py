@@ -12,8 +12,9 @@ from pathlib import Path
 from batchmill.jobs.store.store import Store
 from tests.integration.conftest import Mill, until, write_prompts
 from tests.oracle import export_violations, violations
+from tests.support.paths import ROOT
 
-GUIDE = Path(__file__).parent.parent.parent / "docs/guides/backup.md"
+GUIDE = ROOT / "docs/guides/backup.md"
 
 
 def shown_command() -> list[str]:

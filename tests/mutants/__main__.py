@@ -17,8 +17,8 @@ from pathlib import Path
 from time import monotonic
 
 from tests.mutants.guards import MUTANTS, Edit, Mutant
+from tests.support.paths import ROOT
 
-_CHECKOUT = Path(__file__).parents[2]
 _PARTS = ("jobs", "producer", "worker", "migrations", "src", "tests", "pyproject.toml")
 #: For each of the tests, on a busy machine; a mutant that hangs is told of as such.
 _TEST_SECONDS = 600
@@ -70,7 +70,7 @@ def _say(line: str) -> None:
 def _copy(to: Path) -> None:
     to.mkdir()
     for part in _PARTS:
-        source = _CHECKOUT / part
+        source = ROOT / part
         if source.is_dir():
             shutil.copytree(source, to / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -18,7 +18,6 @@ from typing import Any
 
 from redis import Redis
 
-import tests
 from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
@@ -26,12 +25,12 @@ from batchmill.migrations.revisions import upgrade
 from tests.faults.conftest import PostgresqlServer, RedisServer
 from tests.faults.proxy import FaultProxy
 from tests.soak.worker import COUNTS_VARIABLE
+from tests.support.paths import ROOT
 
 ROWS, STEP_SECONDS = 64, 0.5
 #: A look at the store that must not hold up the soak gives up after so long.
 _GLANCE_SECONDS = 0.3
 _COMMAND_SECONDS = 240
-_ROOT = Path(tests.__file__).parent.parent
 
 
 class World:
@@ -73,7 +72,7 @@ class World:
         )
 
     def environ(self) -> dict[str, str]:
-        own = {"PYTHONPATH": os.pathsep.join([str(_ROOT), str(_ROOT / "src")]), COUNTS_VARIABLE: str(self.counts)}
+        own = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]), COUNTS_VARIABLE: str(self.counts)}
         return {**os.environ, **environment_of(self.settings), **own}
 
     @property
