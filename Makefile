@@ -9,6 +9,8 @@ SEED ?= 1
 BENCH ?= --peers
 DECODE ?= --peers
 .DEFAULT_GOAL := help
+# Every process of the tests would compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all lint bench bench-engine bench-gpu bench-peers mutants soak demo-model docs docs-reference clean
 
@@ -33,23 +35,23 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp  ## measure submit, queue, export and the whole line; prints tables
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.tools.bench
 
 bench-engine: $(VENV)/test.stamp  ## the engine against its peers, minutes to an hour (BENCH='--all', BENCH='--help')
-	$(BIN)/python -m tests.bench engine $(BENCH)
+	$(BIN)/python -m tests.tools.bench engine $(BENCH)
 
 bench-gpu: $(VENV)/test.stamp  ## on a GPU machine: its tests, then decoding against its floor (DECODE='--seconds 500')
-	PYTHON=$(BIN)/python tests/bench/gpu.sh $(DECODE)
+	PYTHON=$(BIN)/python tests/tools/bench/gpu.sh $(DECODE)
 
 bench-peers: $(VENV)/test.stamp  ## install the peers of bench-engine into .venv; compiles for minutes
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PIP) --requirement tests/bench/peers.txt
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PIP) --requirement tests/tools/bench/peers.txt
 
 mutants: $(VENV)/test.stamp  ## take one guard out at a time, and see the suite go red for each
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.tools.mutants
 
 soak: $(VENV)/test.stamp  ## random faults with the real timers (MINUTES=60 SEED=7), then a crash at every named point
-	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
-	$(BIN)/python -m tests.soak --failpoints
+	$(BIN)/python -m tests.tools.soak --minutes $(MINUTES) --seed $(SEED)
+	$(BIN)/python -m tests.tools.soak --failpoints
 
 demo-model: $(VENV)/run.stamp  ## train the bundled demo model again (under 30 minutes on 2 cores)
 	$(BIN)/python -m batchmill.worker.demo.train

@@ -24,9 +24,9 @@ from batchmill.jobs.configuration.settings import Settings, load_settings
 from batchmill.jobs.errors import StoreError
 from batchmill.migrations import revisions
 from batchmill.producer.files.export import export
-from tests.faults.proxy import FaultProxy
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, Mill, until, write_prompts
-from tests.oracle import export_violations, violations
+from tests.support.servers.proxy import FaultProxy
+from tests.support.store.oracle import export_violations, violations
 
 #: An engine that answers a hundred requests a second, so that a fault finds it at work.
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}

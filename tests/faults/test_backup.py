@@ -11,8 +11,8 @@ from pathlib import Path
 
 from batchmill.jobs.store.store import Store
 from tests.integration.conftest import Mill, until, write_prompts
-from tests.oracle import export_violations, violations
 from tests.support.paths import ROOT
+from tests.support.store.oracle import export_violations, violations
 
 GUIDE = ROOT / "docs/guides/backup.md"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.conftest import SLOW, FaultMill, answers, sqlite_first
 from tests.integration.conftest import PATIENCE_SECONDS, until
-from tests.oracle import accepted, changed, export_violations, violations
+from tests.support.store.oracle import accepted, changed, export_violations, violations
 
 #: A cancelled job is closed after a turn of its worker and a step of its engine; the rest is for a busy machine.
 CLOSED_SECONDS = 5.0

@@ -13,7 +13,7 @@ import pytest
 from batchmill.jobs.configuration.settings import load_settings
 from tests.faults.conftest import SLOW, FaultMill, answers
 from tests.integration.conftest import TIMERS, child_of, until, write_prompts
-from tests.oracle import accepted, changed, export_violations, violations
+from tests.support.store.oracle import accepted, changed, export_violations, violations
 
 SIZE_BYTES = 4 * 1024**2
 REQUESTS = 200

@@ -15,7 +15,7 @@ import pytest
 from batchmill.jobs.runtime.failpoints import POINTS
 from batchmill.jobs.store.store import Store
 from tests.integration.conftest import Mill, until
-from tests.oracle import export_violations, violations
+from tests.support.store.oracle import export_violations, violations
 
 COUNT = 120
 PACE = {"echo_step_seconds": 0.1, "engine_rows": 10}

@@ -14,7 +14,7 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import WorkerState
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, child_of, until
-from tests.oracle import violations
+from tests.support.store.oracle import violations
 
 CHAOS = {"chaos": True, "engine_rows": 64}
 

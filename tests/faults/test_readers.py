@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.conftest import FaultMill, answers, sqlite_first
 from tests.integration.conftest import until
-from tests.oracle import export_violations
+from tests.support.store.oracle import export_violations
 
 #: Two thousand requests a second: the answers of a second are more than a pipe holds.
 FAST = {"echo_step_seconds": 0.05, "engine_rows": 100}

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from batchmill.jobs.store.tables import batches
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
-from tests.oracle import export_violations, violations
+from tests.support.store.oracle import export_violations, violations
 
 PACE = {"echo_step_seconds": 0.1, "engine_rows": 10}
 

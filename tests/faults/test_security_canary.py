@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import select, text
 
 from batchmill.jobs.store.tables import metadata
-from tests.faults.site import Site, site, site_mill  # noqa: F401
 from tests.integration.conftest import Mill, until
+from tests.support.servers.site import Site, site, site_mill  # noqa: F401
 
 #: Begins every word of a prompt, and so of an echoed answer; nothing else has it.
 WORD = "zanary"

@@ -20,9 +20,9 @@ from batchmill.jobs.broker.embedded import find_server
 from batchmill.jobs.errors import BrokerUnavailable, StoreUnavailable
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata
-from tests.faults.site import DEPLOY, ROLES_SQL, Site, site, site_mill  # noqa: F401
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
-from tests.tls_proxy import Authority
+from tests.support.servers.site import DEPLOY, ROLES_SQL, Site, site, site_mill  # noqa: F401
+from tests.support.servers.tls_proxy import Authority
 
 TABLES = sorted([*metadata.tables, "alembic_version"])
 

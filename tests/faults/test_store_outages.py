@@ -14,9 +14,9 @@ from sqlalchemy.engine import make_url
 
 from batchmill.jobs.configuration.settings import load_settings
 from tests.faults.conftest import SLOW, FaultMill, Pace, PostgresqlServer, both_paces
-from tests.faults.proxy import FaultProxy
 from tests.integration.conftest import PATIENCE_SECONDS, child_of, until
-from tests.oracle import accepted, changed
+from tests.support.servers.proxy import FaultProxy
+from tests.support.store.oracle import accepted, changed
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def all_of(commands: Sequence[Sequence[str]], home: Path | str, *, limit: str = 
     path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "BATCHMILL_HOME": str(home)}
     done = subprocess.run(
-        ["bash", "-c", f"{limit}\n exec {sys.executable} -m tests.forked"],
+        ["bash", "-c", f"{limit}\n exec {sys.executable} -m tests.support.processes.forked"],
         input=json.dumps(commands),
         capture_output=True,
         text=True,

@@ -21,7 +21,7 @@ from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.models.adapters.loading import with_adapters
 from batchmill.worker.models.load import LoadedModel, load
 from tests.gpu.test_continuous import PROMPTS, on_cuda
-from tests.lora import alone, greedy, save_random_adapter
+from tests.support.models.lora import alone, greedy, save_random_adapter
 
 NAMES = [None, "wide", "narrow", "wide"]
 TOKENS = 20

@@ -15,7 +15,7 @@ from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.continuous.execution.flash import FlashAttention
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel
-from tests.families import loaded
+from tests.support.models.families import loaded
 
 PROMPTS = ["a", "some longer prompt of more words", "x" * 150, "medium length"]
 VOCABULARY = 260

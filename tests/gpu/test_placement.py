@@ -15,7 +15,7 @@ from batchmill.worker.devices.placement import Placement
 from batchmill.worker.devices.selection import describe_devices
 from batchmill.worker.models.load import load
 from tests.integration.conftest import Mill, until, write_prompts
-from tests.tiny import save_tiny_model
+from tests.support.models.tiny import save_tiny_model
 
 SPEC = ("-m", "demo", "-q", "none")
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

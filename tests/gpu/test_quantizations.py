@@ -20,9 +20,9 @@ from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import load
 from batchmill.worker.models.quantization.quantized_copy import save_quantized
-from tests.checkpoints import save_compressed, save_shape
-from tests.greedy import ROUNDED, agree, answers, greedy
-from tests.tiny import build_tokenizer
+from tests.support.models.checkpoints import save_compressed, save_shape
+from tests.support.models.greedy import ROUNDED, agree, answers, greedy
+from tests.support.models.tiny import build_tokenizer
 
 GIB = 2**30
 QUANTIZATIONS = (

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from batchmill.worker.demo.corpus import held_out_additions
 from tests.integration.conftest import Mill
-from tests.tiny import build_tokenizer
+from tests.support.models.tiny import build_tokenizer
 
 GIB = 2**30
 #: Bytes of a 1 B Llama's weights on the device, at least and at most: its linear layers in 4, 8 or 16 bits.

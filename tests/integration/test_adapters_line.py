@@ -12,7 +12,7 @@ import pytest
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.load import load
 from tests.integration.conftest import Mill, until
-from tests.lora import alone, greedy, save_trained_adapter, sum_question
+from tests.support.models.lora import alone, greedy, save_trained_adapter, sum_question
 
 ANSWERS = {"words": "I do not count.", "zero": "0"}
 SUMS = [(18, 24), (17, 25), (60, 11), (33, 44)]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from batchmill.jobs.configuration.settings import environment_of, load_settings
-from tests.hostile import HostileFolder, is_installed, loaded_before_the_first_line
 from tests.integration.conftest import TIMERS, until
+from tests.support.processes.hostile import HostileFolder, is_installed, loaded_before_the_first_line
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="this checkout is not installed: run `make`")
 #: Celery's own, each of which would lead to a dead host, to foreign code or to a worker that does not work.

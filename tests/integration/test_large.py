@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.mill import command
 from tests.integration.conftest import Mill
+from tests.tools.bench.mill import command
 
 LINES = 1_000_000
 MOST_BYTES = 200_000_000

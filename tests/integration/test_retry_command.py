@@ -8,7 +8,7 @@ from sqlalchemy import select
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.store.tables import outputs
 from tests.integration.conftest import Mill
-from tests.test_retries import ended
+from tests.unit.producer.views.test_retries import ended
 
 
 @pytest.fixture

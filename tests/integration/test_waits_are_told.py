@@ -13,8 +13,8 @@ from batchmill.jobs.models.spec import DEMO_FOLDER
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.home import socket_path
 from batchmill.jobs.runtime.process.pid_file import PidFile
-from tests.holding import file_lock, transaction
 from tests.integration.conftest import PATIENCE_SECONDS, Mill, until, write_prompts
+from tests.support.processes.holding import file_lock, transaction
 
 _SINCE = r"waiting since \d\d:\d\d:\d\d UTC \(\d+ s\) for "
 

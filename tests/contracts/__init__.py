@@ -1,0 +1,1 @@
+"""Contracts that every implementation keeps: the store on two databases, every engine."""

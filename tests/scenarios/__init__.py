@@ -1,0 +1,1 @@
+"""Races, histories and whole files, without processes."""

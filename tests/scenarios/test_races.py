@@ -1,0 +1,409 @@
+"""Two at the same door: what threads that begin at the same moment do to one store, on SQLite and on PostgreSQL.
+
+Every test repeats its race for a few seconds (longer in the slow run): each round begins with nothing open, lets
+everybody go at one barrier, and then looks at what is in the store. Which of them won is left to the database.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from batchmill.jobs.errors import JobStateError, KeyTaken
+from batchmill.jobs.requests.states import JobState, RunOutcome
+from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.store import Store
+from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
+from tests.support.store import mill
+from tests.support.store.oracle import violations
+
+#: Some begin up to this much later than others, so that every order of their statements comes up.
+_HESITATION_SECONDS = 0.002
+_LEASE_OVER = mill.LEASE_SECONDS + 1
+
+Rounds = Iterator[random.Random]
+
+
+@pytest.fixture(params=[pytest.param(1.0, id="short"), pytest.param(8.0, id="long", marks=pytest.mark.slow)])
+def rounds(request: pytest.FixtureRequest) -> Rounds:
+    """Rounds until the time is up; each gets the same stream of chance."""
+    return _rounds(request.param)
+
+
+def _rounds(seconds: float) -> Rounds:
+    chance, end = random.Random(20), monotonic() + seconds
+    while monotonic() < end:
+        yield chance
+
+
+@pytest.fixture
+def clock() -> mill.Clock:
+    return mill.Clock()
+
+
+@pytest.fixture
+def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
+    store = Store(store_url, busy_seconds=20, now=clock.expression())
+    yield store
+    store.close()
+
+
+def at_once(chance: random.Random, *steps: Callable[[], Any]) -> list[Any]:
+    """Runs every step in a thread of its own, all from one barrier: what they returned. Raises what they raised."""
+    barrier = threading.Barrier(len(steps))
+    done: list[Any] = [None] * len(steps)
+    failed: list[BaseException] = []
+    hesitations = [chance.uniform(0, _HESITATION_SECONDS) if chance.random() < 0.5 else 0.0 for _ in steps]
+
+    def run(place: int, step: Callable[[], Any]) -> None:
+        try:
+            barrier.wait()
+            if hesitations[place]:
+                sleep(hesitations[place])
+            done[place] = step()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(place, step)) for place, step in enumerate(steps)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return done
+
+
+def state_of(store: Store, job_id: str) -> JobState:
+    return store.reading.job(job_id).state
+
+
+def written_by(store: Store, run_id: int) -> set[int]:
+    """The indexes of the outputs that one run wrote."""
+    with store.database.read() as connection:
+        return set(connection.scalars(select(outputs.c.index).where(outputs.c.run_id == run_id)))
+
+
+def outcomes(store: Store, job_id: str) -> Counter[str | None]:
+    """How the runs of a job ended."""
+    with store.database.read() as connection:
+        return Counter(connection.scalars(select(runs.c.outcome).where(runs.c.job_id == job_id)))
+
+
+def crash_counts(store: Store, job_id: str) -> list[int]:
+    """For every request of a job, in order, how often its process died with it in flight."""
+    of_batch = select(batches.c.crashes).join_from(requests, batches, requests.c.batch_id == batches.c.id)
+    with store.database.read() as connection:
+        found = of_batch.where(requests.c.job_id == job_id).order_by(requests.c.index)
+        return list(connection.scalars(found))
+
+
+def crashed_runs(store: Store) -> set[int]:
+    with store.database.read() as connection:
+        return set(connection.scalars(select(runs.c.id).where(runs.c.outcome == RunOutcome.CRASHED)))
+
+
+def retried(store: Store, job_id: str) -> int:
+    """Retries a job: how many requests moved, none of one that is open again."""
+    try:
+        return store.retrying.retry(job_id).moved
+    except JobStateError:
+        return 0
+
+
+def open_under(store: Store, key: str) -> tuple[str, bool]:
+    """Loads a job of its own and opens it under a key: the job that has the key now, and whether it is this one."""
+    job_id = mill.begin(store)
+    store.loading.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=mill.LEASE_SECONDS)
+    try:
+        store.loading.open(
+            job_id,
+            spec=mill.ECHO_SPEC,
+            file_sha256="0" * 64,
+            fingerprint="fingerprint",
+            lease_seconds=mill.LEASE_SECONDS,
+            idempotency_key=key,
+        )
+    except KeyTaken as taken:
+        store.loading.discard(job_id)
+        return taken.job_id, False
+    return job_id, True
+
+
+def finish_off(store: Store, who: Seat, job_id: str) -> None:
+    """Works off what is left of a job, which then has to be closed, without a fault."""
+    mill.work_off(store, who)
+    assert state_of(store, job_id) is JobState.COMPLETED
+    assert violations(store) == []
+
+
+class TestFinishing:
+    def test_the_last_two_batches_at_once_close_the_job(self, store: Store, rounds: Rounds) -> None:
+        seats = [mill.seat(store, name=name) for name in "ab"]
+        for chance in rounds:
+            job_id = mill.load(store, 2, batch_size=1)
+            held = [mill.answered(mill.claim(store, who)[0]) for who in seats]
+            at_once(
+                chance,
+                lambda held=held: mill.save(store, seats[0], [held[0]]),
+                lambda held=held: mill.save(store, seats[1], [held[1]]),
+            )
+            assert state_of(store, job_id) is JobState.COMPLETED
+        assert violations(store) == []
+
+    def test_a_job_that_worker_and_reconcilers_close_at_once_is_closed_once(self, store: Store, rounds: Rounds) -> None:
+        who = mill.seat(store)
+        for chance in rounds:
+            job_id = mill.load(store, 1)
+            (claimed,) = mill.claim(store, who)
+            mill.save(store, who, [mill.answered(claimed)])
+            with store.database.write() as connection:  # as if the worker had died before it closed the job
+                connection.execute(
+                    jobs.update().where(jobs.c.id == job_id).values(state=JobState.RUNNING.value, finished_at=None)
+                )
+            closed = at_once(chance, *[store.closing.close_finished] * 3)
+            assert sorted(closed) == [[], [], [job_id]]
+        assert violations(store) == []
+
+    def test_a_crash_beside_the_last_finish_leaves_the_job_open(self, store: Store, rounds: Rounds) -> None:
+        """The suspects' new batches are seen by who finishes the other batch at the same moment."""
+        seats = [mill.seat(store, name=name) for name in "ab"]
+        for chance in rounds:
+            job_id = mill.load(store, 4, batch_size=2)
+            held = [mill.answered(mill.claim(store, who)[0]) for who in seats]
+            at_once(
+                chance,
+                lambda held=held: mill.save(store, seats[0], [held[0]]),
+                lambda: store.recovery.take_back(seats[1].worker_id, generation=seats[1].generation),
+            )
+            assert state_of(store, job_id) is JobState.RUNNING
+            finish_off(store, seats[0], job_id)
+
+
+class TestReaping:
+    def test_a_claim_beside_a_reap_gets_a_batch_once_and_with_a_new_fence(
+        self, store: Store, clock: mill.Clock, rounds: Rounds
+    ) -> None:
+        dead, alive = mill.seat(store, name="dead"), mill.seat(store, name="alive")
+        for chance in rounds:
+            job_id = mill.load(store, 3)
+            (before,) = mill.claim(store, dead, room=chance.choice((0, 2)))
+            clock.seconds += _LEASE_OVER
+            expired = store.recovery.expired(lease_seconds=mill.LEASE_SECONDS)
+            reaped, *claims = at_once(
+                chance,
+                lambda expired=expired: store.recovery.reap(expired),
+                lambda: mill.claim(store, alive),
+                lambda: mill.claim(store, alive),
+            )
+            assert reaped == 1
+            got = [each for claim in claims for each in claim]
+            assert len(got) == len({each.lease.batch_id for each in got})
+            assert all(each.lease.fence == 2 for each in got if each.lease.batch_id == before.lease.batch_id)
+            assert mill.save(store, dead, [mill.answered(before)]).lost == {before.lease.batch_id}
+            assert violations(store, closed=False) == []
+            mill.save(store, alive, [mill.answered(each) for each in got])
+            finish_off(store, alive, job_id)
+            assert outcomes(store, job_id)[RunOutcome.EXPIRED] == 1
+
+    def test_a_save_beside_a_reap_is_either_whole_and_in_time_or_lost(
+        self, store: Store, clock: mill.Clock, rounds: Rounds
+    ) -> None:
+        frozen, other = mill.seat(store, name="frozen"), mill.seat(store, name="other")
+        for chance in rounds:
+            job_id = mill.load(store, 4)
+            (claimed,) = mill.claim(store, frozen)
+            clock.seconds += _LEASE_OVER
+            expired = store.recovery.expired(lease_seconds=mill.LEASE_SECONDS)
+            said = mill.answered(claimed, count=chance.choice((2, 4)))
+            turned, reaped = at_once(
+                chance,
+                lambda said=said: mill.save(store, frozen, [said]),
+                lambda expired=expired: store.recovery.reap(expired),
+            )
+            lost = turned.lost == {claimed.lease.batch_id}
+            assert lost == (reaped == 1)
+            saved = set() if lost else {each.key.index for each in said.outputs}
+            assert written_by(store, claimed.lease.run_id) == saved
+            if not lost and len(saved) < 4:  # it goes on under the lease that it has renewed
+                assert not mill.save(store, frozen, [mill.answered(claimed)]).lost
+            finish_off(store, other, job_id)
+
+    def test_nothing_is_saved_under_a_fence_after_the_taking_back(self, store: Store, rounds: Rounds) -> None:
+        frozen, other = mill.seat(store, name="frozen"), mill.seat(store, name="other")
+        for chance in rounds:
+            job_id = mill.load(store, 6, batch_size=6)
+            (claimed,) = mill.claim(store, frozen)
+            turned, taken, early = at_once(
+                chance,
+                lambda claimed=claimed: mill.save(store, frozen, [mill.answered(claimed, count=3)]),
+                lambda: store.recovery.take_back(frozen.worker_id, generation=frozen.generation),
+                lambda: mill.claim(store, other),
+            )
+            assert taken == 1
+            saved = written_by(store, claimed.lease.run_id)
+            assert saved == (set() if turned.lost else {0, 1, 2})
+            assert crash_counts(store, job_id) == [0 if index in saved else 1 for index in range(6)]
+            assert mill.save(store, frozen, [mill.answered(claimed)]).lost == {claimed.lease.batch_id}
+            assert written_by(store, claimed.lease.run_id) == saved
+            mill.save(store, other, [mill.answered(each) for each in early])
+            finish_off(store, other, job_id)
+
+    def test_three_reconcilers_at_once_reap_once_and_blame_nobody(
+        self, store: Store, clock: mill.Clock, rounds: Rounds
+    ) -> None:
+        seats = [mill.seat(store, name=f"dead {number}") for number in range(3)]
+        alive = mill.seat(store, name="alive")
+        for chance in rounds:
+            job_id = mill.load(store, 12, batch_size=4)
+            held = [each for who in seats for each in mill.claim(store, who, room=2)]
+            clock.seconds += _LEASE_OVER
+            sightings = [store.recovery.expired(lease_seconds=mill.LEASE_SECONDS) for _ in range(3)]
+            reaped = at_once(chance, *[lambda seen=seen: store.recovery.reap(seen) for seen in sightings])
+            assert sum(reaped) == len(held) == 3
+            assert crash_counts(store, job_id) == [0] * 12
+            assert outcomes(store, job_id) == {RunOutcome.EXPIRED.value: 3}
+            assert violations(store, closed=False) == []
+            finish_off(store, alive, job_id)
+
+    def test_a_dead_process_taken_back_twice_at_once_is_blamed_once(
+        self, store: Store, clock: mill.Clock, rounds: Rounds
+    ) -> None:
+        """What a reconciler took back first has expired, which blames nobody."""
+        dead, alive = mill.seat(store, name="dead"), mill.seat(store, name="alive")
+        for chance in rounds:
+            job_id = mill.load(store, 8, batch_size=2)
+            held = mill.claim(store, dead, wanted=4, room=100)
+            clock.seconds += _LEASE_OVER
+            seen = store.recovery.expired(lease_seconds=mill.LEASE_SECONDS)
+            taken = at_once(
+                chance,
+                lambda: store.recovery.take_back(dead.worker_id, generation=dead.generation),
+                lambda: store.recovery.take_back(dead.worker_id, generation=dead.generation),
+                lambda seen=seen: store.recovery.reap(seen),
+            )
+            assert sum(taken) == len(held)
+            crashed = crashed_runs(store)
+            in_flight = sum(each.in_flight for each in held if each.lease.run_id in crashed)
+            assert sorted(crash_counts(store, job_id)) == [0] * (8 - in_flight) + [1] * in_flight
+            assert outcomes(store, job_id).total() == len(held)
+            finish_off(store, alive, job_id)
+
+
+class TestClaiming:
+    def test_eight_claimers_share_two_hundred_batches(self, store: Store) -> None:
+        mill.load(store, 200, batch_size=1)
+        seats = [mill.seat(store, name=f"w{number}") for number in range(8)]
+        won: Counter[int] = Counter()
+
+        def claim_all(who: Seat) -> None:
+            while claimed := mill.claim(store, who):
+                won.update(each.lease.batch_id for each in claimed)
+                mill.save(store, who, [mill.answered(each) for each in claimed])
+
+        at_once(random.Random(), *[lambda who=who: claim_all(who) for who in seats])
+        assert len(won) == 200
+        assert set(won.values()) == {1}
+        with store.database.read() as connection:
+            assert set(connection.scalars(select(batches.c.fence))) == {1}
+            assert connection.scalar(select(jobs.c.state)) == JobState.COMPLETED
+        assert violations(store) == []
+
+    def test_suspects_run_apart_however_many_ask(self, store: Store, rounds: Rounds) -> None:
+        """Of several workers that ask at once, with and without work, none holds a suspect beside anything else."""
+        seats = [mill.seat(store, name=f"w{number}") for number in range(4)]
+        for chance in rounds:
+            job_id = mill.load(store, 12, batch_size=3)
+            first = mill.claim(store, seats[0], room=2)
+            store.recovery.take_back(seats[0].worker_id, generation=seats[0].generation)
+            asked = at_once(chance, *[lambda who=who: mill.claim(store, who, wanted=6) for who in seats])
+            for claimed in asked:
+                assert len(claimed) == 1 or not any(each.lease.apart for each in claimed)
+            assert sum(each.lease.apart for claimed in asked for each in claimed) <= 1
+            assert len(first) == 1
+            for who, claimed in zip(seats, asked, strict=True):
+                mill.save(store, who, [mill.answered(each) for each in claimed])
+            finish_off(store, seats[0], job_id)
+
+
+class TestOpening:
+    def test_of_twenty_submits_with_one_key_one_job_is_opened(self, store: Store, rounds: Rounds) -> None:
+        for number, chance in enumerate(rounds):
+            key = f"key {number}"
+            opened = at_once(chance, *[lambda key=key: open_under(store, key)] * 20)
+            holders = {job_id for job_id, _ in opened}
+            assert len(holders) == 1
+            assert sum(is_mine for _, is_mine in opened) == 1
+            with store.database.read() as connection:
+                under_key = connection.scalars(select(jobs.c.id).where(jobs.c.idempotency_key == key)).all()
+            assert set(under_key) == holders
+        assert violations(store, closed=False) == []
+
+
+class TestCancelling:
+    def test_a_cancel_beside_the_last_finish_ends_in_one_of_two_states(self, store: Store, rounds: Rounds) -> None:
+        who = mill.seat(store)
+        for chance in rounds:
+            job_id = mill.load(store, 3)
+            (claimed,) = mill.claim(store, who)
+            said = mill.answered(claimed, count=chance.choice((1, 3)))
+            turned, state = at_once(
+                chance,
+                lambda said=said: mill.save(store, who, [said]),
+                lambda job_id=job_id: store.closing.cancel(job_id),
+            )
+            if not (turned.finished or turned.cancelled):
+                turned = mill.save(store, who, [said])
+            assert turned.finished or turned.cancelled
+            ended = state_of(store, job_id)
+            assert ended in (JobState.COMPLETED, JobState.CANCELLED)
+            assert state in (ended, JobState.CANCELLING)
+            counts = store.reading.job(job_id).counts
+            assert (counts.succeeded, counts.cancelled) == (len(said.outputs), 3 - len(said.outputs))
+            assert violations(store) == []
+
+    def test_a_cancel_beside_a_claim_leaves_nothing_open(self, store: Store, rounds: Rounds) -> None:
+        who = mill.seat(store)
+        for chance in rounds:
+            job_id = mill.load(store, 6, batch_size=2)
+            claimed, _ = at_once(
+                chance,
+                lambda: mill.claim(store, who, wanted=4),
+                lambda job_id=job_id: store.closing.cancel(job_id),
+            )
+            turned = mill.save(store, who, [Held(each.lease) for each in claimed])
+            assert turned.cancelled == {each.lease.batch_id for each in claimed}
+            assert state_of(store, job_id) is JobState.CANCELLED
+            assert violations(store) == []
+
+    def test_a_cancel_beside_a_crash_leaves_nothing_open(self, store: Store, rounds: Rounds) -> None:
+        who = mill.seat(store)
+        for chance in rounds:
+            job_id = mill.load(store, 4, batch_size=2)
+            mill.claim(store, who)
+            at_once(
+                chance,
+                lambda: store.recovery.take_back(who.worker_id, generation=who.generation),
+                lambda job_id=job_id: store.closing.cancel(job_id),
+                store.closing.close_finished,
+            )
+            store.closing.close_finished()
+            assert state_of(store, job_id) is JobState.CANCELLED
+            assert violations(store) == []
+
+    def test_two_retries_at_once_move_every_request_once(self, store: Store, rounds: Rounds) -> None:
+        who = mill.seat(store)
+        for chance in rounds:
+            job_id = mill.load(store, 5, batch_size=2)
+            store.closing.cancel(job_id)
+            moved = at_once(chance, *[lambda job_id=job_id: retried(store, job_id)] * 2)
+            assert sum(moved) == 5
+            assert violations(store, closed=False) == []
+            finish_off(store, who, job_id)

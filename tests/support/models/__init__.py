@@ -1,0 +1,1 @@
+"""Tiny models, adapters and checkpoints, and the answers they are compared with."""

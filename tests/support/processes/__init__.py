@@ -1,0 +1,1 @@
+"""Processes, terminals and installations for a test."""

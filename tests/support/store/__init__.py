@@ -1,0 +1,1 @@
+"""Stores for tests: filled, damaged, old, and judged by an oracle."""

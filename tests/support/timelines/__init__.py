@@ -1,0 +1,1 @@
+"""Recorded jobs, and their replay."""

@@ -1,0 +1,1 @@
+"""Programs for developers: benchmarks, mutants and the soak."""

@@ -1,0 +1,1 @@
+"""Tests of one source file each, in the source's own folders."""
