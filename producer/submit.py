@@ -32,7 +32,7 @@ from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.bounds import PAGE_BYTES
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
 from batchmill.jobs.store.store import Store
-from batchmill.producer.files.prompt_file import Line, PromptFile
+from batchmill.producer.files.prompt_file import PromptFile, PromptLine
 from batchmill.producer.requests.chat_template import lacks_chat_template, refuse_chat_options, refuse_messages
 from batchmill.producer.requests.kinds import forms_of
 
@@ -167,7 +167,7 @@ def load_once(
     except KeyTaken as taken:
         if not taken.is_same:
             raise
-        return Submitted(taken.job_id, store.reading.job(taken.job_id).spec, is_new=False)
+        return Submitted(taken.job_id, store.jobs.job(taken.job_id).spec, is_new=False)
 
 
 def load_job(
@@ -199,7 +199,7 @@ def load_job(
     )
     lease_seconds = settings.loading_lease_seconds
     with prompts:
-        job_id = store.loading.begin(
+        job_id = store.creation.begin(
             name=submission.name,
             options=submission.options,
             batch_size=submission.batch_size,
@@ -220,7 +220,7 @@ def load_job(
                 vet(spec)
             fingerprint = submission.fingerprint(spec, prompts.sha256)
             assert prompts.kind is not None  # a file without a request is bad
-            store.loading.open(
+            store.creation.open(
                 job_id,
                 spec=spec,
                 file_sha256=prompts.sha256,
@@ -249,12 +249,12 @@ def _refuse_submitted(submission: Submission, store: Store) -> None:
         return
     fingerprint = submission.fingerprint_of_file(submission.spec(submission.model))
     if fingerprint is not None and (key := submission.key(fingerprint)) is not None:
-        store.loading.refuse_taken(key, fingerprint=fingerprint)
+        store.creation.refuse_taken(key, fingerprint=fingerprint)
 
 
 def _discard(store: Store, job_id: str) -> None:
     try:
-        store.loading.discard(job_id)
+        store.creation.discard(job_id)
     except StoreError as error:
         # Nobody sees these rows, and whoever comes by later deletes them; why the submit failed is the news.
         log.warning("what a failed submit stored is deleted later", job=job_id, error=str(error))
@@ -277,7 +277,7 @@ def _stream(
         _refuse_options(submission.options, page[0].request.kind)
         if plain_only is not None:
             refuse_messages(((each.number, each.request) for each in page), plain_only)
-        duplicates = store.loading.add(
+        duplicates = store.creation.add(
             job_id,
             prompts=[line.request for line in page],
             batch_size=submission.batch_size,
@@ -293,9 +293,9 @@ def _stream(
         yield
 
 
-def _pages(prompts: PromptFile) -> Iterator[list[Line]]:
+def _pages(prompts: PromptFile) -> Iterator[list[PromptLine]]:
     """Lines in pages that fit one loading transaction."""
-    page: list[Line] = []
+    page: list[PromptLine] = []
     size = 0
     for line in prompts:
         if page and (len(page) >= MAX_REQUESTS or size + line.size_bytes > PAGE_BYTES):
@@ -336,7 +336,7 @@ def _renewed(store: Store, job_id: str, lease_seconds: float) -> Iterator[None]:
     def renew() -> None:
         while not over.wait(min(lease_seconds / _RENEWALS, _RENEWAL_SECONDS)):
             try:
-                store.loading.renew(job_id, lease_seconds=lease_seconds)
+                store.creation.renew(job_id, lease_seconds=lease_seconds)
             except LoadingLost:
                 return  # the next page says so
             except StoreError as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast
 
-from batchmill.jobs.requests.request import FIRST_KIND, Kind, Output, to_text
+from batchmill.jobs.requests.request import FIRST_KIND, Output, RequestKind, to_text
 
 #: About what one logprob takes in the store.
 _LOGPROB_BYTES = 80
@@ -245,4 +245,4 @@ def _finish_reasons(output: Output) -> Iterator[str]:
     return (each.finish_reason for each in choices_of(output))
 
 
-GENERATION = Kind(GenerationRequest.kind, _request, GenerationOptions.filled, _part, _finish_reasons)
+GENERATION = RequestKind(GenerationRequest.kind, _request, GenerationOptions.filled, _part, _finish_reasons)

@@ -89,7 +89,7 @@ class JobOptions(Protocol):
         """The options that the first worker of a job writes down, so that they hold for all of its requests."""
 
 
-class Part(Protocol):
+class OutputPart(Protocol):
     """One part of what a request is answered with: a choice of a generation."""
 
     @property
@@ -125,7 +125,7 @@ class Output:
     """
 
     key: RequestKey
-    payload: tuple[Part, ...] = ()
+    payload: tuple[OutputPart, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: OutputError | None = None
@@ -159,7 +159,7 @@ class Output:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], kind: Kind[Any, Any]) -> Output:
+    def from_json(cls, value: Mapping[str, Any], kind: RequestKind[Any, Any]) -> Output:
         """The inverse of `to_json`, also of what was written before outputs had timings, and payloads their name."""
         error, timings = value["error"], value.get("timings")
         payload = value["payload"] if "payload" in value else value["choices"]
@@ -184,19 +184,19 @@ O = TypeVar("O", bound=JobOptions)  # noqa: E741
 
 
 @dataclass(frozen=True, slots=True)
-class Kind(Generic[R, O]):
+class RequestKind(Generic[R, O]):
     """One kind of request: how the store reads what it keeps of one, and what a batch counts of its answers.
 
     `request`: of index, custom_id, body and its job's options, as the job wants it run. `options`: of what was asked
     for, of what a worker has settled (None before), and of the defaults of the engine that asks. `part`: of what
-    `Part.to_json` wrote. `finish_reasons`: `stop` or `length` for each part; None for a kind whose parts have none,
-    so that nothing is counted.
+    `OutputPart.to_json` wrote. `finish_reasons`: `stop` or `length` for each part; None for a kind whose parts have
+    none, so that nothing is counted.
     """
 
     name: str
     request: Callable[[int, str, str, O], R]
     options: Callable[[Mapping[str, Any], Mapping[str, Any] | None, Any], O]
-    part: Callable[[Mapping[str, Any]], Part]
+    part: Callable[[Mapping[str, Any]], OutputPart]
     finish_reasons: Callable[[Output], Iterable[str]] | None = None
 
 

@@ -41,7 +41,7 @@ _COUNTS = ("succeeded", "failed", "cancelled", "prompt_tokens", "completion_toke
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Violation:
     """One thing that is wrong.
 
     `check`: which look found it. `job_id`: none for the whole store. `text`: a sentence about it.
@@ -53,7 +53,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class _StoreCheck:
     """A query that has a row for each thing wrong in the job `job_id`, and the sentence about such a row."""
 
     check: str
@@ -61,40 +61,40 @@ class _Question:
     query: Select[*tuple[Any, ...]]
 
 
-def _requests_without_a_batch() -> _Question:
+def _requests_without_a_batch() -> _StoreCheck:
     theirs = exists().where(batches.c.id == requests.c.batch_id, batches.c.job_id == requests.c.job_id)
     query = select(requests.c.index, requests.c.batch_id).where(requests.c.job_id == _THIS, not_(theirs))
-    return _Question("rows", "request {index} is in batch {batch_id}, which this job does not have", query)
+    return _StoreCheck("rows", "request {index} is in batch {batch_id}, which this job does not have", query)
 
 
-def _outputs_without_a_request() -> _Question:
+def _outputs_without_a_request() -> _StoreCheck:
     theirs = exists().where(requests.c.job_id == outputs.c.job_id, requests.c.index == outputs.c.index)
     query = select(outputs.c.index).where(outputs.c.job_id == _THIS, not_(theirs))
-    return _Question("rows", "output {index} answers no request", query)
+    return _StoreCheck("rows", "output {index} answers no request", query)
 
 
-def _runs_without_a_batch() -> _Question:
+def _runs_without_a_batch() -> _StoreCheck:
     theirs = exists().where(batches.c.id == runs.c.batch_id, batches.c.job_id == runs.c.job_id)
     query = select(runs.c.id, runs.c.batch_id).where(runs.c.job_id == _THIS, not_(theirs))
-    return _Question("rows", "run {id} is of batch {batch_id}, which this job does not have", query)
+    return _StoreCheck("rows", "run {id} is of batch {batch_id}, which this job does not have", query)
 
 
-def _gaps() -> _Question:
+def _gaps() -> _StoreCheck:
     count, first, last = (func.count(), func.min(requests.c.index), func.max(requests.c.index))
     query = (
         select(count.label("found"), first.label("first"), last.label("last"))
         .where(requests.c.job_id == _THIS)
         .having(or_(count == 0, first != 0, last != count - 1))
     )
-    return _Question("rows", "it has {found} requests, numbered from {first} to {last}", query)
+    return _StoreCheck("rows", "it has {found} requests, numbered from {first} to {last}", query)
 
 
-def _totals() -> _Question:
+def _totals() -> _StoreCheck:
     members = select(func.count()).where(requests.c.batch_id == batches.c.id).correlate(batches).scalar_subquery()
     query = select(batches.c.id, batches.c.total, members.label("found")).where(
         batches.c.job_id == _THIS, batches.c.total != members
     )
-    return _Question("counts", "batch {id} counts {total} requests and has {found}", query)
+    return _StoreCheck("counts", "batch {id} counts {total} requests and has {found}", query)
 
 
 def _sums() -> FromClause:
@@ -118,7 +118,7 @@ def _sums() -> FromClause:
     )
 
 
-def _counts_of_batches() -> Iterator[_Question]:
+def _counts_of_batches() -> Iterator[_StoreCheck]:
     for name in _COUNTS:
         sums = _sums()
         found = func.coalesce(sums.c[name], 0)
@@ -128,19 +128,19 @@ def _counts_of_batches() -> Iterator[_Question]:
             .where(batches.c.job_id == _THIS, batches.c[name] != found)
         )
         what = name.replace("_", " ")
-        yield _Question("counts", f"batch {{id}} counts {{said}} {what}, and its outputs add up to {{found}}", query)
+        yield _StoreCheck("counts", f"batch {{id}} counts {{said}} {what}, and its outputs add up to {{found}}", query)
 
 
-def _counts_of_choices() -> _Question:
+def _counts_of_choices() -> _StoreCheck:
     """Every answer has a choice at least; what was answered before revision 0007 has no counts."""
     choices = batches.c.stop_choices + batches.c.length_choices
     query = select(batches.c.id, batches.c.succeeded, choices.label("found")).where(
         batches.c.job_id == _THIS, choices < batches.c.succeeded
     )
-    return _Question("counts", "batch {id} counts {succeeded} succeeded, and {found} choices that ended", query)
+    return _StoreCheck("counts", "batch {id} counts {succeeded} succeeded, and {found} choices that ended", query)
 
 
-def _counts_of_runs() -> _Question:
+def _counts_of_runs() -> _StoreCheck:
     written = (
         select(outputs.c.run_id, func.count().label("found"))
         .where(outputs.c.job_id == _THIS, outputs.c.state == RequestState.SUCCEEDED.value)
@@ -153,18 +153,18 @@ def _counts_of_runs() -> _Question:
         .select_from(runs.outerjoin(written, written.c.run_id == runs.c.id))
         .where(runs.c.job_id == _THIS, runs.c.succeeded != found)
     )
-    return _Question("counts", "run {id} counts {succeeded} succeeded, and wrote {found}", query)
+    return _StoreCheck("counts", "run {id} counts {succeeded} succeeded, and wrote {found}", query)
 
 
-def _ended_batches() -> _Question:
+def _ended_batches() -> _StoreCheck:
     answered = batches.c.succeeded + batches.c.failed + batches.c.cancelled
     query = select(batches.c.id, batches.c.state, batches.c.total, answered.label("answered")).where(
         batches.c.job_id == _THIS, (batches.c.state.not_in(_OPEN)) != (answered == batches.c.total)
     )
-    return _Question("states", "batch {id} is {state} with {answered} of {total} requests answered", query)
+    return _StoreCheck("states", "batch {id} is {state} with {answered} of {total} requests answered", query)
 
 
-def _leases() -> _Question:
+def _leases() -> _StoreCheck:
     open_runs = (
         select(func.count())
         .where(runs.c.batch_id == batches.c.id, runs.c.fence == batches.c.fence, runs.c.finished_at == null())
@@ -175,10 +175,10 @@ def _leases() -> _Question:
     query = select(batches.c.id, batches.c.state, open_runs.label("found")).where(
         batches.c.job_id == _THIS, open_runs != wanted
     )
-    return _Question("states", "batch {id} is {state} with {found} open runs", query)
+    return _StoreCheck("states", "batch {id} is {state} with {found} open runs", query)
 
 
-def _state_of_job() -> _Question:
+def _state_of_job() -> _StoreCheck:
     still_open = func.coalesce(func.sum(case((batches.c.state.in_(_OPEN), 1), else_=0)), 0)
     closed = jobs.c.state.in_([each.value for each in CLOSED_JOB_STATES])
     query = (
@@ -188,7 +188,7 @@ def _state_of_job() -> _Question:
         .group_by(jobs.c.state)
         .having(or_(and_(closed, still_open > 0), and_(jobs.c.state == JobState.QUEUED.value, still_open == 0)))
     )
-    return _Question("states", "it is {state} with {found} open batches", query)
+    return _StoreCheck("states", "it is {state} with {found} open batches", query)
 
 
 _QUESTIONS = (
@@ -220,37 +220,37 @@ class Checking:
         with self._database.read() as connection:
             return list(connection.scalars(query.order_by(jobs.c.created_at, jobs.c.id)))
 
-    def findings(self, job_ids: Iterable[str]) -> Iterator[Finding]:
+    def findings(self, job_ids: Iterable[str]) -> Iterator[Violation]:
         """Everything that is wrong, in the store as a whole and in these jobs."""
         yield from self._whole()
         for job_id in job_ids:
             yield from self._job(job_id)
 
-    def _whole(self) -> Iterator[Finding]:
+    def _whole(self) -> Iterator[Violation]:
         """Damage of a SQLite store's file, and rows of jobs that are not there."""
         if self._database.is_sqlite:
             with self._database.read() as connection:
                 rows = list(connection.exec_driver_sql(f"PRAGMA quick_check({_DAMAGES})").scalars())
             if rows != ["ok"]:
-                yield from (Finding("file", None, row) for row in rows)
+                yield from (Violation("file", None, row) for row in rows)
                 return  # what else is asked of it would fail
         for table in _OF_A_JOB:
             strange = select(table.c.job_id).distinct().where(table.c.job_id.not_in(select(jobs.c.id)))
             with self._database.read() as connection:
                 rows = list(connection.scalars(strange.limit(MOST_OF_A_KIND)))
-            yield from (Finding("rows", None, f"{table.name} has rows of job {row}, which is gone") for row in rows)
+            yield from (Violation("rows", None, f"{table.name} has rows of job {row}, which is gone") for row in rows)
 
-    def _job(self, job_id: str) -> Iterator[Finding]:
+    def _job(self, job_id: str) -> Iterator[Violation]:
         """Everything that is wrong with one job."""
         for question in _QUESTIONS:
             with self._database.read() as connection:
                 rows = _asked(connection, question, job_id)
             told = rows[:MOST_OF_A_KIND]
-            yield from (Finding(question.check, job_id, question.sentence.format(**row)) for row in told)
+            yield from (Violation(question.check, job_id, question.sentence.format(**row)) for row in told)
             if len(rows) > len(told):
-                yield Finding(question.check, job_id, "and more like the last")
+                yield Violation(question.check, job_id, "and more like the last")
 
 
-def _asked(connection: Connection, question: _Question, job_id: str) -> list[Any]:
+def _asked(connection: Connection, question: _StoreCheck, job_id: str) -> list[Any]:
     query = question.query.limit(MOST_OF_A_KIND + 1)
     return list(connection.execute(query, {"job_id": job_id}).mappings())

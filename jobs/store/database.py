@@ -31,7 +31,7 @@ from batchmill.jobs.errors import (
 from batchmill.jobs.runtime.files.locks import sqlite_held_by
 from batchmill.jobs.runtime.waiting import Wait, telling
 from batchmill.jobs.store.clock import StoreClock
-from batchmill.jobs.store.line import Line
+from batchmill.jobs.store.line import WriterLine
 from batchmill.jobs.store.postgresql import crowded, postgresql_engine
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
@@ -179,7 +179,9 @@ class Database:
                     connection.execute(f"PRAGMA {pragma}")
             self._file = self._file or _file_of(self.url)
 
-        line = Line(Path(f"{self.url.database}-line").absolute(), most_seconds=min(_LINE_SECONDS, busy_seconds / 2))
+        line = WriterLine(
+            Path(f"{self.url.database}-line").absolute(), most_seconds=min(_LINE_SECONDS, busy_seconds / 2)
+        )
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:

@@ -23,7 +23,7 @@ _COUNTER_BYTES = 8
 _PLACES = 2**48
 
 
-class Line:
+class WriterLine:
     """One line, by its file. `most_seconds`: the longest that anyone waits in it."""
 
     def __init__(self, path: Path, *, most_seconds: float) -> None:

@@ -17,19 +17,19 @@ from sqlalchemy import ColumnElement, inspect, text
 from batchmill.jobs.errors import SchemaMismatch, StoreError
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs.close import Closing
-from batchmill.jobs.store.jobs.create import Loading
-from batchmill.jobs.store.jobs.retry import Retrying
+from batchmill.jobs.store.jobs.create import Creation
+from batchmill.jobs.store.jobs.retry import Retries
 from batchmill.jobs.store.leases.health import Health
 from batchmill.jobs.store.leases.recovery import Recovery
-from batchmill.jobs.store.leases.sync import Saving
+from batchmill.jobs.store.leases.sync import Leases
 from batchmill.jobs.store.own_id import OwnId
 from batchmill.jobs.store.tables import REVISION, metadata
-from batchmill.jobs.store.views.blockers import Holders
+from batchmill.jobs.store.views.blockers import Blockers
 from batchmill.jobs.store.views.evaluations import Evaluations
-from batchmill.jobs.store.views.jobs import Reading
-from batchmill.jobs.store.views.sample import Sampling
-from batchmill.jobs.store.views.speeds import Speeds
-from batchmill.jobs.store.views.usage import EffortReading
+from batchmill.jobs.store.views.jobs import JobView
+from batchmill.jobs.store.views.sample import SampleView
+from batchmill.jobs.store.views.speeds import SpeedView
+from batchmill.jobs.store.views.usage import UsageView
 from batchmill.jobs.store.workers import Workers
 
 if TYPE_CHECKING:
@@ -52,18 +52,18 @@ class Store:
     ) -> None:
         self.database = Database(url, busy_seconds=busy_seconds, now=now, read_only=read_only)
         self.closing = Closing(self.database)
-        self.loading = Loading(self.database)
-        self.retrying = Retrying(self.database)
-        self.saving = Saving(self.database, self.closing)
+        self.creation = Creation(self.database)
+        self.retries = Retries(self.database)
+        self.leases = Leases(self.database, self.closing)
         self.recovery = Recovery(self.database, self.closing)
-        self.effort = EffortReading(self.database)
+        self.usage = UsageView(self.database)
         self.evaluations = Evaluations(self.database)
         self.health = Health(self.database)
-        self.holders = Holders(self.database)
+        self.blockers = Blockers(self.database)
         self.own_id = OwnId(self.database)
-        self.reading = Reading(self.database)
-        self.sampling = Sampling(self.database)
-        self.speeds = Speeds(self.database)
+        self.jobs = JobView(self.database)
+        self.samples = SampleView(self.database)
+        self.speeds = SpeedView(self.database)
         self.workers = Workers(self.database)
 
     @cached_property

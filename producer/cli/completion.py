@@ -52,7 +52,7 @@ def _newest_jobs() -> list[Job]:
             settings = load_settings()
             store = Store(settings.database, busy_seconds=_BUSY_SECONDS, read_only=True)
             try:
-                return store.reading.jobs(most=_MOST_JOBS) if store.revision() == REVISION else []
+                return store.jobs.jobs(most=_MOST_JOBS) if store.revision() == REVISION else []
             finally:
                 store.close()
         except (BatchmillError, OSError):

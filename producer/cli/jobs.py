@@ -47,7 +47,7 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
     settings, store = _open()
     tidy(settings)
-    job_id = store.reading.find(job)
+    job_id = store.jobs.find(job)
     if watch:
         from batchmill.producer.cli.progress import wait_for
 
@@ -73,7 +73,7 @@ def jobs(most: int, as_json: bool) -> None:
     from batchmill.producer.views.status import JobStatus
 
     settings, store = _open()
-    found = store.reading.jobs(most=most)
+    found = store.jobs.jobs(most=most)
     at_work = {each.id: JobStatus.read(store, each.id, settings) for each in found if each.state is JobState.RUNNING}
     if as_json:
         estimates = {job_id: each.estimate for job_id, each in at_work.items()}
@@ -83,7 +83,7 @@ def jobs(most: int, as_json: bool) -> None:
         click.echo("no jobs yet; `batchmill run` and `batchmill submit` create one", err=True)
         return
     notes = {job_id: f"ends in {each.ends_in}" if each.estimate else each.ends_in for job_id, each in at_work.items()}
-    click.echo("\n".join(table(found, notes=notes, now=store.reading.now(), width=terminal_width())))
+    click.echo("\n".join(table(found, notes=notes, now=store.jobs.now(), width=terminal_width())))
 
 
 @click.command(cls=Command, epilog="Example: batchmill workers --all")
@@ -129,7 +129,7 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     from batchmill.producer.cli.progress import require_success, say_ended, wait_for
 
     settings, store = _open()
-    found = wait_for(store, store.reading.find(job), timeout_seconds=timeout, settings=settings)
+    found = wait_for(store, store.jobs.find(job), timeout_seconds=timeout, settings=settings)
     if as_json:
         from batchmill.producer.views.public_json import status_json
 
@@ -169,7 +169,7 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
     form = written_as(out, form)
     check_out(out, form=form, keep=settings.files)
     store = open_store(settings)
-    found = store.reading.job(store.reading.find(job))
+    found = store.jobs.job(store.jobs.find(job))
     exported = export(store, found, out=out, form=form, only=only)
     if out is not None:
         click.echo(exported.line(out, total=found.counts.total), err=True)
@@ -183,14 +183,14 @@ def cancel(job: str) -> None:
     from batchmill.producer.views.finish import answered_line
 
     settings, store = _open()
-    job_id = store.reading.find(job)
-    before = store.reading.job(job_id)
+    job_id = store.jobs.find(job)
+    before = store.jobs.job(job_id)
     if before.closed:
         click.echo(f"job {job_id} has ended already: {before.state.value}, {answered_line(before)}", err=True)
         return
     store.closing.cancel(job_id)
     tidy(settings)
-    after = store.reading.job(job_id)
+    after = store.jobs.job(job_id)
     click.echo(f"job {job_id} is {after.state.value}: {answered_line(after)}", err=True)
 
 
@@ -212,9 +212,9 @@ def retry(job: str, everything: bool) -> None:
     from batchmill.producer.views.status import JobStatus
 
     settings, store = _open()
-    found = store.reading.job(store.reading.find(job))
+    found = store.jobs.job(store.jobs.find(job))
     chances = chances_of(found, everything=everything, store=store)
-    retried = store.retrying.retry(found.id, chances)
+    retried = store.retries.retry(found.id, chances)
     status = JobStatus.read(store, found.id, settings)
     try:
         if status.missing_seconds is None and not status.job.closed:

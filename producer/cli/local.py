@@ -105,7 +105,7 @@ def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, setti
     fingerprint = submission.fingerprint_of_file(spec)
     if fingerprint is None:
         return None  # every run of a stream is a new one
-    job = choose(store.reading.resumable(fingerprint), spec, submission.adapters, home=settings.home)
+    job = choose(store.jobs.resumable(fingerprint), spec, submission.adapters, home=settings.home)
     if job is not None:
         said = "ran this file before; --new runs it again" if job.closed else "continues where it was interrupted"
         click.echo(f"job {job.id} {said}", err=True)
@@ -117,7 +117,7 @@ def _new_job(
 ) -> Job:
     """A job of this file; `stored` is called after each page of it."""
     job_id, spec = load_job(submission, store=store, settings=settings, stored=stored)
-    job = store.reading.job(job_id)
+    job = store.jobs.job(job_id)
     click.echo(f"job {job.id}: {counted(job.counts.total, 'request')} for {spec}", err=True)
     return job
 
@@ -177,7 +177,7 @@ def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[
         warn_of_slip(spec, store=store)
         store.close()
         stack.enter_context(use_store(settings.home))
-        workers = _Workers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
+        workers = _LocalWorkers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
         click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C stops it", err=True)
         is_told_to_end = False
         try:
@@ -222,13 +222,13 @@ def _work_off(
     rotate_if_large(log_path)
     with use_store(settings.home), _redis(settings) as redis, log_path.open("ab") as log, ExitStack() as stack:
         begins_at = log.tell()
-        workers: list[_Workers] = []
+        workers: list[_LocalWorkers] = []
 
         def work_on(job_id: str) -> None:
             """Starts the worker once, and raises where it has ended."""
             if not workers:
                 words = [*worker.words, "--job", job_id]
-                workers.append(_Workers(spec, devices=[worker.device], words=words, settings=settings, log=log))
+                workers.append(_LocalWorkers(spec, devices=[worker.device], words=words, settings=settings, log=log))
                 stack.callback(workers[0].stop)
             workers[0].check(log_path, begins_at)
             redis.tend()
@@ -272,7 +272,7 @@ def _report(status: JobStatus) -> list[str]:
     ]
 
 
-class _Workers:
+class _LocalWorkers:
     """The supervisor of this machine's workers, in a session of its own."""
 
     def __init__(

@@ -75,7 +75,7 @@ def _by_store(which: str, folder: Path, *, level: str | None, settings: Settings
             names = [row.name for row in store.workers.rows(only_alive=False) if row.id == int(which)]
             if names and (path := log_path(settings.home, names[0])).exists():
                 return Chosen(folder, file=path, level=level)
-        return Chosen(folder, job_id=store.reading.find(which), level=level)
+        return Chosen(folder, job_id=store.jobs.find(which), level=level)
     except NotFound as error:
         raise NotFound(f"no worker {which!r} has a log in {folder}, and {error}") from None
     finally:
@@ -107,7 +107,7 @@ def _print_new(files: list[WorkerLog]) -> int:
     return printed
 
 
-class Said(NamedTuple):
+class LogLine(NamedTuple):
     """One line of a worker's log."""
 
     time: str
@@ -126,7 +126,7 @@ class WorkerLog:
         self._begun = b""
         self._time, self._taken = "", chosen.job_id is None
 
-    def new(self) -> Iterator[Said]:
+    def new(self) -> Iterator[LogLine]:
         """The lines that were written since the last call and are to be shown."""
         for raw in self._raw():
             line = raw.decode(errors="replace").rstrip("\n")
@@ -134,7 +134,7 @@ class WorkerLog:
             self._time = stamp or self._time
             self._taken = self._chosen.takes(line, level, taken_before=self._taken)
             if self._taken:
-                yield Said(self._time, worker_of(self._path), line)
+                yield LogLine(self._time, worker_of(self._path), line)
 
     def close(self) -> None:
         if self._open is not None:

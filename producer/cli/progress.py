@@ -43,7 +43,7 @@ def follow(
     Raises WaitTimedOut.
     """
     deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
-    shown = _Shown(name_missing)
+    shown = _WaitDisplay(name_missing)
     pause = _FIRST_PAUSE_SECONDS
     with shown:
         while True:
@@ -78,7 +78,7 @@ def say_goes_on(job_id: str, *, again: str) -> None:
     click.echo(f"job {job_id} keeps running; {again} waits again, `batchmill cancel {job_id}` cancels it", err=True)
 
 
-def _answered(store: Store, job_id: str, shown: _Shown, settings: Settings | None) -> JobStatus | None:
+def _answered(store: Store, job_id: str, shown: _WaitDisplay, settings: Settings | None) -> JobStatus | None:
     """The job's status; None while the store is away, which a job outlives, so that whoever waits does too."""
     try:
         return JobStatus.read(store, job_id, settings)
@@ -107,7 +107,7 @@ def require_success(status: JobStatus) -> None:
     )
 
 
-class _Shown:
+class _WaitDisplay:
     """What the user sees while waiting."""
 
     def __init__(self, name_missing: bool) -> None:

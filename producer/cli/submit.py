@@ -26,7 +26,7 @@ from batchmill.jobs.runtime.files.formats import FILE_HELP, OUT_HELP, PROMPTS, w
 from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import complete_file, complete_model
 from batchmill.producer.requests.job_flags import adapter_names, job_options, refuse_no_text
-from batchmill.producer.requests.option_table import FLAG_GROUPS, FLAGS, Flag, Option
+from batchmill.producer.requests.option_table import FLAG_GROUPS, FLAGS, OptionFlag, SamplingOption
 from batchmill.producer.submit import Submission
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _JOB: Groups = {
 _ANSWERS: Groups = {group: tuple(option.name for option, flag in FLAGS if flag.group == group) for group in FLAG_GROUPS}
 
 
-def _sampling_flag(option: Option, flag: Flag) -> _Command:
+def _sampling_flag(option: SamplingOption, flag: OptionFlag) -> _Command:
     if flag.kind is bool:
         return click.option(option.flag_name, is_flag=True, help=option.flag_help)
     metavar = "JSON" if flag.kind is dict else None
@@ -50,7 +50,7 @@ def _sampling_flag(option: Option, flag: Flag) -> _Command:
     )
 
 
-def _type(flag: Flag) -> click.ParamType[Any] | type:
+def _type(flag: OptionFlag) -> click.ParamType[Any] | type:
     if flag.low is None:
         return str if flag.kind is dict else flag.kind
     if flag.kind is int:

@@ -94,7 +94,7 @@ def _refuse_prompts(target: Path | None, job: Job) -> None:
 
 
 def _export(store: Store, job: Job, out: Path | None, *, form: str, only: str) -> Exported:
-    pages = store.reading.output_pages(job.id, states=ONLY[only], page=_PAGE)
+    pages = store.jobs.output_pages(job.id, states=ONLY[only], page=_PAGE)
     if out is None:
         with standard_output("the answers") as file:
             return Exported(_write(file, pages, form=form, job=job))

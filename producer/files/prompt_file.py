@@ -46,7 +46,7 @@ def _printable(path: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-class Line(NamedTuple):
+class PromptLine(NamedTuple):
     """A request, the line that it stands on (from 1), and that line's size."""
 
     number: int
@@ -136,7 +136,7 @@ class PromptFile:
             problems = self._problems.lines(self._shown_path)
             raise PromptFileError(f"{self._shown_path}: {said}", problems=problems, count=count)
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[PromptLine]:
         index = 0
         before = self._fingerprint()
         lines = self._raw_lines()
@@ -151,7 +151,7 @@ class PromptFile:
             except BadLine as exc:
                 self.report(number, str(exc))
             else:
-                yield Line(number, request, len(raw))
+                yield PromptLine(number, request, len(raw))
             index += 1
         if self._fingerprint() != before:
             self._refuse("changed while it was being read; submit it again when nothing writes to it")

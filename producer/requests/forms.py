@@ -19,14 +19,14 @@ from batchmill.producer.requests.checks import BOOLEAN, OBJECT, STRING, BadLine,
 Parts = Sequence[Mapping[str, Any]]
 
 
-class Form(NamedTuple):
+class LineForm(NamedTuple):
     """The checks of the keys that an object may have, and the key that it must."""
 
     checks: Mapping[str, Check]
     content: str
 
 
-class Answer(NamedTuple):
+class AnswerKeys(NamedTuple):
     """The keys of a result line that say what was answered: those of every line, and those of some lines alone."""
 
     always: dict[str, Any]
@@ -40,16 +40,16 @@ class Forms:
     `lines`: batchmill's own forms of a line, by the key that tells them. `bodies`: those of the bodies of OpenAI Batch
     lines, by the endpoint without its version. `request`: of what the checks let through, of index, custom_id and
     adapter; it raises BadLine. `options`: what a job's flags may ask for, as `JobOptions.to_json` has it.
-    `answer`: of an output's parts, none for an error. `columns`: the keys of `Answer.always`, in the order of CSV.
+    `answer`: of an output's parts, none for an error. `columns`: the keys of `AnswerKeys.always`, in the order of CSV.
     `response`: the body of an answer in OpenAI's form.
     """
 
     name: str
-    lines: Mapping[str, Form]
-    bodies: Mapping[str, Form]
+    lines: Mapping[str, LineForm]
+    bodies: Mapping[str, LineForm]
     request: Callable[[dict[str, Any], int, str, str | None], Request]
     options: frozenset[str]
-    answer: Callable[[Parts], Answer]
+    answer: Callable[[Parts], AnswerKeys]
     columns: tuple[str, ...]
     response: Callable[[OutputRow, Job, Parts], dict[str, Any]]
 

@@ -18,9 +18,9 @@ from batchmill.jobs.store.views.jobs import Job, OutputRow
 from batchmill.producer.requests.checks import BOOLEAN, OBJECT, STRING, BadLine, Check, only, refused
 from batchmill.producer.requests.forms import (
     SHARED,
-    Answer,
-    Form,
+    AnswerKeys,
     Forms,
+    LineForm,
     Parts,
     adapter_of,
     response_id,
@@ -65,13 +65,13 @@ def _completion_prompt(value: Any) -> Any:
     raise BadLine("must be one string: tokens are not supported, and each prompt has a line of its own")
 
 
-def _answer(parts: Parts) -> Answer:
+def _answer(parts: Parts) -> AnswerKeys:
     """Those of the first choice; `choices` where there are several."""
     first = parts[0] if parts else {}
     some: dict[str, Any] = {key: first[key] for key in ("logprobs", "tool_calls") if key in first}
     if len(parts) > 1:
         some["choices"] = [{key: each[key] for key in each if key != "content"} for each in parts]
-    return Answer({"text": first.get("text"), "finish_reason": first.get("finish_reason")}, some)
+    return AnswerKeys({"text": first.get("text"), "finish_reason": first.get("finish_reason")}, some)
 
 
 def _response(row: OutputRow, job: Job, parts: Parts) -> dict[str, Any]:
@@ -133,10 +133,10 @@ _COMPLETION = _BODY | PROMPT_SAMPLING | {"prompt": _completion_prompt, "chat_tem
 GENERATION = Forms(
     GenerationRequest.kind,
     lines={
-        "prompt": Form(_COMPLETION | {"prompt": STRING, "messages": _NO_MESSAGES}, "prompt"),
-        "messages": Form(_CHAT | {"prompt": STRING}, "messages"),
+        "prompt": LineForm(_COMPLETION | {"prompt": STRING, "messages": _NO_MESSAGES}, "prompt"),
+        "messages": LineForm(_CHAT | {"prompt": STRING}, "messages"),
     },
-    bodies={"/chat/completions": Form(_CHAT, "messages"), "/completions": Form(_COMPLETION, "prompt")},
+    bodies={"/chat/completions": LineForm(_CHAT, "messages"), "/completions": LineForm(_COMPLETION, "prompt")},
     request=_request,
     options=frozenset({each.name for each in fields(SamplingParams)} | {"system", "chat_template_kwargs", "adapters"}),
     answer=_answer,

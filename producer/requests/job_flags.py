@@ -12,7 +12,7 @@ from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.adapters import check_name
 from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.producer.requests.checks import OBJECT, BadLine
-from batchmill.producer.requests.option_table import FLAGS, Flag
+from batchmill.producer.requests.option_table import FLAGS, OptionFlag
 from batchmill.producer.requests.options import sampling_of_flags
 from batchmill.producer.requests.strict_json import json_value
 
@@ -50,7 +50,7 @@ def _sampling(options: Mapping[str, Any]) -> SamplingParams:
         raise _bad_flag(*error.at.split(".", 1), error.what) from None
 
 
-def _asked(name: str, flag: Flag, value: Any) -> Any:
+def _asked(name: str, flag: OptionFlag, value: Any) -> Any:
     """The value as a line would have it; None where the flag was not given."""
     if flag.repeatable:
         return list(value)

@@ -15,7 +15,7 @@ from typing import Any
 
 from batchmill.jobs.requests.request import CUSTOM_ID_LENGTH, Request
 from batchmill.producer.requests.checks import OBJECT, BadLine, Check, kind, meant_key, one_of, shown, take
-from batchmill.producer.requests.forms import Form, Forms
+from batchmill.producer.requests.forms import Forms, LineForm
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 #: With and without the version, as OpenAI's files and Azure's have them.
@@ -29,7 +29,7 @@ class Lines:
     def __init__(self, kinds: Iterable[Forms]) -> None:
         kinds = tuple(kinds)
         self._short = {
-            key: (each, Form({**form.checks, "custom_id": _custom_id}, form.content))
+            key: (each, LineForm({**form.checks, "custom_id": _custom_id}, form.content))
             for each in kinds
             for key, form in each.lines.items()
         }

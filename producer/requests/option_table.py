@@ -41,7 +41,7 @@ class Values(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Flag:
+class OptionFlag:
     """The flag of `submit` and `run` for an option, in a group of their help.
 
     `kind`: what follows it: int, float, str, or dict for JSON; bool for a switch, which nothing follows. `low`, `high`:
@@ -59,7 +59,7 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class SamplingOption:
     """One option. `help`: what it does, in one sentence without its full stop; `more`: what the documentation adds.
 
     `default` says what holds where nobody asks for anything and SamplingParams has no fallback. `spellings`: the checks
@@ -71,7 +71,7 @@ class Option:
     help: str
     more: str = ""
     default: str = ""
-    flag: Flag | None = None
+    flag: OptionFlag | None = None
     spellings: Mapping[str, Check] = field(default_factory=dict)
     beside_prompt: Check | None = None
 
@@ -98,7 +98,7 @@ def markdown_table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
-def _cells(option: Option) -> tuple[str, ...]:
+def _cells(option: SamplingOption) -> tuple[str, ...]:
     fallback = getattr(_FALLBACK, option.name)
     return (
         ", ".join(f"`{key}`" for key in option.checks),
@@ -124,118 +124,118 @@ _NUMBER_OF_CHOICES = _integer(1, MAX_CHOICES)
 _TOKENS = _integer(1, MAX_INT32)
 #: In the order of the help and of the documentation.
 OPTIONS = (
-    Option(
+    SamplingOption(
         "max_tokens",
         _TOKENS,
         "Maximum number of tokens in an answer",
         "The context of the model may leave fewer.",
-        flag=Flag(_ANSWERS, int, low=1),
+        flag=OptionFlag(_ANSWERS, int, low=1),
         spellings={"max_completion_tokens": _TOKENS.check},
     ),
-    Option(
+    SamplingOption(
         "min_tokens",
         _integer(0, MAX_INT32),
         "Minimum number of tokens in an answer",
         "Until then neither an end-of-sequence token nor `stop` or `stop_token_ids` ends it; a `response_format` may.",
         default="0",
-        flag=Flag(_ANSWERS, int),
+        flag=OptionFlag(_ANSWERS, int),
     ),
-    Option(
+    SamplingOption(
         "temperature",
         _number(0, 100),
         "Sampling temperature; 0 is greedy decoding",
-        flag=Flag(_SAMPLING, float, low=0, high=100),
+        flag=OptionFlag(_SAMPLING, float, low=0, high=100),
     ),
-    Option(
+    SamplingOption(
         "top_p",
         _number(0, 1),
         "Nucleus sampling: keep the most likely tokens up to this total probability",
         "At 0 only the most likely token is left.",
         default="1, all tokens",
-        flag=Flag(_SAMPLING, float, low=0, high=1, above=True),
+        flag=OptionFlag(_SAMPLING, float, low=0, high=1, above=True),
     ),
-    Option(
+    SamplingOption(
         "top_k",
         Values(top_k, "an integer from 1; 0 and -1 for no limit"),
         "Sample only from the K most likely tokens",
         default="no limit",
-        flag=Flag(_SAMPLING, int, low=1),
+        flag=OptionFlag(_SAMPLING, int, low=1),
     ),
-    Option(
+    SamplingOption(
         "min_p",
         _number(0, 1),
         "Drop tokens less likely than this fraction of the most likely token's probability",
         default="0, all tokens",
-        flag=Flag(_SAMPLING, float, hint="0 to 1"),
+        flag=OptionFlag(_SAMPLING, float, hint="0 to 1"),
     ),
-    Option(
+    SamplingOption(
         "repetition_penalty",
         _number(0, 100, above=True),
         "Penalize tokens that the prompt or the answer contains",
         "Values above 1 make these tokens less likely, values below 1 more likely.",
         default="1, none",
-        flag=Flag(_SAMPLING, float, hint="values above 1"),
+        flag=OptionFlag(_SAMPLING, float, hint="values above 1"),
     ),
-    Option(
+    SamplingOption(
         "presence_penalty",
         _number(-2, 2),
         "Penalize tokens that the answer contains",
         "It is subtracted from their logits.",
         default="0, none",
-        flag=Flag(_SAMPLING, float, hint="-2 to 2"),
+        flag=OptionFlag(_SAMPLING, float, hint="-2 to 2"),
     ),
-    Option(
+    SamplingOption(
         "frequency_penalty",
         _number(-2, 2),
         "Penalize tokens for each time that the answer contains them",
         "It is subtracted from their logits, once for each occurrence.",
         default="0, none",
-        flag=Flag(_SAMPLING, float, hint="-2 to 2"),
+        flag=OptionFlag(_SAMPLING, float, hint="-2 to 2"),
     ),
-    Option(
+    SamplingOption(
         "logit_bias",
         Values(logit_bias, _BIASES),
         "Numbers to add to the logits of tokens",
         default="none",
     ),
-    Option(
+    SamplingOption(
         "n",
         _NUMBER_OF_CHOICES,
         "Number of choices to generate for each request",
         "`best_of` is accepted where it equals `n`: all choices are returned.",
         default="1",
-        flag=Flag(_ANSWERS, int, hint=f"1 to {MAX_CHOICES}"),
+        flag=OptionFlag(_ANSWERS, int, hint=f"1 to {MAX_CHOICES}"),
         spellings={"best_of": _NUMBER_OF_CHOICES.check},
     ),
-    Option(
+    SamplingOption(
         "seed",
         Values(integer(-MAX_INT64 - 1, MAX_INT64), "an integer of 64 bits"),
         "Random seed, for reproducible sampling of each request",
         "The same seed gives the same answer wherever the request runs in float32, or with `--deterministic`.",
         default="random",
-        flag=Flag(_SAMPLING, int, low=-MAX_INT64 - 1, high=MAX_INT64),
+        flag=OptionFlag(_SAMPLING, int, low=-MAX_INT64 - 1, high=MAX_INT64),
     ),
-    Option(
+    SamplingOption(
         "stop",
         Values(stop, f"a string, or a list of up to {MAX_STOPS}"),
         "End an answer before this text",
         default="none",
-        flag=Flag(_ANSWERS, str, repeatable=True, hint="repeatable"),
+        flag=OptionFlag(_ANSWERS, str, repeatable=True, hint="repeatable"),
     ),
-    Option(
+    SamplingOption(
         "stop_token_ids",
         Values(list_of(integer(0, MAX_INT32), "token ids", most=MAX_NAMED), f"a list of up to {MAX_NAMED:,} token ids"),
         "End an answer at any of these tokens",
         default="none",
     ),
-    Option(
+    SamplingOption(
         "ignore_eos",
         _TRUE_OR_FALSE,
         "Ignore end-of-sequence tokens, and generate up to the maximum number of tokens",
         default="false",
-        flag=Flag(_ANSWERS, bool),
+        flag=OptionFlag(_ANSWERS, bool),
     ),
-    Option(
+    SamplingOption(
         "logprobs",
         _TRUE_OR_FALSE,
         "Return the log probability of each token of an answer",
@@ -243,20 +243,20 @@ OPTIONS = (
         default="false",
         beside_prompt=logprobs_or_count,
     ),
-    Option(
+    SamplingOption(
         "top_logprobs",
         _integer(0, MAX_TOP_LOGPROBS),
         "Number of most likely tokens to return with each token of an answer",
         "It needs `logprobs` to be true.",
         default="0",
     ),
-    Option(
+    SamplingOption(
         "response_format",
         Values(response_format, "an object of `type` `json_object`, `json_schema`, `regex`, `choice` or `text`"),
         "Format that answers must follow",
         "The other keys are vLLM's for the same.",
         default="text",
-        flag=Flag(_ANSWERS, dict, hint="json_object, or an object as in a line's response_format"),
+        flag=OptionFlag(_ANSWERS, dict, hint="json_object, or an object as in a line's response_format"),
         spellings={
             "guided_json": STRUCTURED["json"],
             "guided_regex": STRUCTURED["regex"],

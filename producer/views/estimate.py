@@ -16,7 +16,7 @@ from typing import NamedTuple
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.views.jobs import Counts
-from batchmill.jobs.store.views.sample import Sampled
+from batchmill.jobs.store.views.sample import SampledRequest
 from batchmill.jobs.store.views.usage import Pace
 
 #: So many answers, as many as are in flight, and so many seconds of work are waited for.
@@ -62,7 +62,7 @@ class Estimate:
 
 
 def estimate(
-    counts: Counts, paces: Sequence[Pace], sample: Sequence[Sampled], *, rows: Mapping[int, int], max_tokens: int
+    counts: Counts, paces: Sequence[Pace], sample: Sequence[SampledRequest], *, rows: Mapping[int, int], max_tokens: int
 ) -> Estimate | None:
     """When the job ends if those who work on it go on; None while nothing tells.
 
@@ -75,7 +75,7 @@ def estimate(
     if not counts.pending or counts.succeeded < fewest or not all(rates):
         return None
     tokens = sum(each.in_flight_tokens for each in paces if each.worker_id in rows)
-    left = _left(counts, sample, _Flight(min(slots, counts.pending), slots, tokens), max_tokens=max_tokens)
+    left = _left(counts, sample, _InFlight(min(slots, counts.pending), slots, tokens), max_tokens=max_tokens)
     if left.waiting.likely and left.mean.high > _UNKNOWN * left.mean.likely:
         return None
     found = [left.seconds(weight, rate) for weight, rate in zip(_PROMPT_TOKENS, rates, strict=True)]
@@ -98,7 +98,7 @@ class _Range(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Left:
+class _Remaining:
     """What is left of a job. `waiting`: answers that have not begun, of `mean` tokens, and `prompt` tokens to read.
 
     `end`: the tokens for which there is time from when nothing waits until the last answer ends, in slots half empty.
@@ -116,7 +116,7 @@ class _Left:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class _InFlight:
     """The answers on their way: how many, in how many slots, and the tokens that they have together."""
 
     active: int
@@ -139,7 +139,7 @@ class _Lengths:
     longest: float
 
 
-def _left(counts: Counts, sample: Sequence[Sampled], flight: _Flight, *, max_tokens: int) -> _Left:
+def _left(counts: Counts, sample: Sequence[SampledRequest], flight: _InFlight, *, max_tokens: int) -> _Remaining:
     """Those in flight are counted as at least what they have: on average as finished ones that got as long."""
     finished = sorted(each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED)
     finished = finished or [round(counts.completion_tokens / counts.succeeded)]
@@ -147,7 +147,7 @@ def _left(counts: Counts, sample: Sequence[Sampled], flight: _Flight, *, max_tok
     allowed = max((each.max_tokens or max_tokens for each in sample), default=max_tokens)
     lengths = _Lengths(finished, longer, _longest(finished, longer, left=counts.pending, allowed=allowed))
     waiting = counts.pending - flight.active
-    return _Left(
+    return _Remaining(
         _Range(*(waiting * each for each in _answered_shares(counts, sample, active=flight.active))),
         _mean(counts, flight, lengths, waiting=waiting),
         _prompt_tokens(counts, sample),
@@ -163,7 +163,7 @@ def _longest(finished: Sequence[float], longer: Sequence[float], *, left: int, a
     return max(longest, allowed)
 
 
-def _mean(counts: Counts, flight: _Flight, lengths: _Lengths, *, waiting: int) -> _Range:
+def _mean(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int) -> _Range:
     """The tokens of an answer to come: as of those finished and those in flight, which the short ones have left."""
     whole, done = fmean(lengths.longer), counts.succeeded
     # As many as have all the tokens of a slot may be in flight since the beginning, and get as long as they can.
@@ -179,7 +179,7 @@ def _mean(counts: Counts, flight: _Flight, lengths: _Lengths, *, waiting: int) -
     )
 
 
-def _end(counts: Counts, flight: _Flight, lengths: _Lengths, *, waiting: int) -> _Range:
+def _end(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int) -> _Range:
     """The tokens for which there is time from when nothing waits until the last answer ends."""
     slots, rest = flight.slots, flight.active * max(0.0, fmean(lengths.longer) - flight.age)
     if waiting:
@@ -208,7 +208,7 @@ def _last_of(count: int, lengths: Sequence[float]) -> float:
     return lengths[-1]
 
 
-def _answered_shares(counts: Counts, sample: Sequence[Sampled], *, active: int) -> _Range:
+def _answered_shares(counts: Counts, sample: Sequence[SampledRequest], *, active: int) -> _Range:
     """The part of what waits that is answered rather than refused: as of all so far, or of the last if these differ.
 
     Those in flight are none of the refused, which are refused at once.
@@ -223,7 +223,7 @@ def _answered_shares(counts: Counts, sample: Sequence[Sampled], *, active: int) 
     return _Range(late, late, late) if differs else _Range(min(whole, late), whole, max(whole, late))
 
 
-def _prompt_tokens(counts: Counts, sample: Sequence[Sampled]) -> float:
+def _prompt_tokens(counts: Counts, sample: Sequence[SampledRequest]) -> float:
     """The tokens of a prompt to come: as of those before, by their bytes."""
     mean = counts.prompt_tokens / (counts.succeeded + counts.failed)
     before = [each.body_bytes for each in sample if each.state is not None]
@@ -255,7 +255,7 @@ def _changed(paces: Sequence[Pace], rows: Mapping[int, int]) -> float:
     return late / whole if late and whole else 1.0
 
 
-def _looks_sorted(sample: Sequence[Sampled]) -> bool:
+def _looks_sorted(sample: Sequence[SampledRequest]) -> bool:
     """Whether prompts, or answers so far, get longer or shorter along the file."""
     answers = [each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED]
     return _is_sorted([each.body_bytes for each in sample]) or _is_sorted(answers)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from batchmill.jobs.runtime.process.process import Lives, Process
-from batchmill.jobs.store.views.blockers import Around, Seen
+from batchmill.jobs.store.views.blockers import SeenWorker, Surroundings
 from batchmill.jobs.store.workers import WorkerRow
 
-_Worker = TypeVar("_Worker", WorkerRow, Seen)
+_Worker = TypeVar("_Worker", WorkerRow, SeenWorker)
 
 
 def is_gone(process: Process | None) -> bool:
@@ -29,7 +29,7 @@ def seen_here(worker: _Worker) -> _Worker:
     return replace(worker, alive=False)
 
 
-def around_here(around: Around) -> Around:
+def around_here(around: Surroundings) -> Surroundings:
     """The same with every worker as it is seen here."""
     return replace(
         around,

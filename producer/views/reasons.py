@@ -10,9 +10,9 @@ from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.one_line import one_line
 from batchmill.jobs.runtime.times import duration
-from batchmill.jobs.store.views.blockers import Seen
+from batchmill.jobs.store.views.blockers import SeenWorker
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.views.missing_adapters import Lack
+from batchmill.jobs.store.views.missing_adapters import MissingAdapter
 from batchmill.jobs.store.workers import WorkerRow
 from batchmill.producer.views.status import JobStatus
 
@@ -75,7 +75,7 @@ def is_starting(status: JobStatus) -> bool:
     return status.is_starting and all(each.state is not WorkerState.SICK for each in status.given_up)
 
 
-def lack_line(lack: Lack) -> str:
+def lack_line(lack: MissingAdapter) -> str:
     """The adapter that nobody holds, and who holds another one by its name."""
     waiting = f"{counted(lack.batches, 'batch')} {'waits' if lack.batches == 1 else 'wait'}"
     line = f"{waiting} for the adapter {lack.name}, which no live worker holds"
@@ -101,7 +101,7 @@ def other_remedy(job: Job) -> str:
     )
 
 
-def given_up_line(worker: Seen) -> str:
+def given_up_line(worker: SeenWorker) -> str:
     """Who gave up, and why."""
     what = "is sick" if worker.state is WorkerState.SICK else "could not load the model"
     why = one_line(worker.error or "no reason is known")

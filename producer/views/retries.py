@@ -9,7 +9,7 @@ from batchmill.jobs.errors import JobStateError
 from batchmill.jobs.requests.causes import Cause, Chances, cause_of
 from batchmill.jobs.requests.states import JobState, WorkerState
 from batchmill.jobs.runtime.counted import counted
-from batchmill.jobs.store.jobs.retry import Left, Retried
+from batchmill.jobs.store.jobs.retry import LeftAlone, Retried
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.producer.views.gone_workers import seen_here
@@ -66,7 +66,7 @@ def _moved(job: Job, retried: Retried) -> str:
 def retry_advice(job: Job, store: Store) -> str:
     """Advice on a job that has ended: the retry, or why one moves nothing and what else there is to do."""
     chances = chances_of(job, everything=False, store=store)
-    ended = store.retrying.unsuccessful(job.id)
+    ended = store.retries.unsuccessful(job.id)
     if any(chances.are_there(code, prompt_tokens=each.shortest_tokens) for code, each in ended.items()):
         return f"`batchmill retry {job.id}` runs those that may succeed now"
     reasons = [f"{each.count:,} {code}: {_reason(code, each, chances)}" for code, each in ended.items()]
@@ -75,7 +75,7 @@ def retry_advice(job: Job, store: Store) -> str:
 
 def _require_served(job: Job, store: Store) -> None:
     """Raises JobStateError, with what makes the job go on, where nobody works on it."""
-    if job.state is JobState.CANCELLING or store.retrying.is_cut_short(job.id):
+    if job.state is JobState.CANCELLING or store.retries.is_cut_short(job.id):
         return
     missing = missing_lines(JobStatus.read(store, job.id))
     if missing:
@@ -88,7 +88,7 @@ def _all_of_it(job: Job) -> str:
     return f"`batchmill retry {job.id} --all` runs these too; submit corrected lines as a new file"
 
 
-def _reason(code: str, left: Left, chances: Chances) -> str:
+def _reason(code: str, left: LeftAlone, chances: Chances) -> str:
     if cause_of(code) is not Cause.LENGTH:
         return cause_of(code).value
     shortest = f"the shortest of these prompts has {left.shortest_tokens:,} tokens, and "
@@ -98,7 +98,7 @@ def _reason(code: str, left: Left, chances: Chances) -> str:
     return f"{shortest}no live worker takes more than {most}; a larger --context helps if the model supports it"
 
 
-def _names(left: Left) -> str:
+def _names(left: LeftAlone) -> str:
     """The first of them, counted from 0 as `results` does."""
     more = f" and {left.count - len(left.indexes):,} more" if left.count > len(left.indexes) else ""
     return f"index {', '.join(map(str, left.indexes))}{more}"

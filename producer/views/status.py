@@ -13,11 +13,11 @@ from batchmill.jobs.models.misspellings import meant_instead
 from batchmill.jobs.requests.states import JobState, WorkerState
 from batchmill.jobs.runtime.process.process import Lives
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.views.blockers import Seen
+from batchmill.jobs.store.views.blockers import SeenWorker
 from batchmill.jobs.store.views.evaluations import EvaluationRow
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.views.missing_adapters import Lack
-from batchmill.jobs.store.views.usage import Effort
+from batchmill.jobs.store.views.missing_adapters import MissingAdapter
+from batchmill.jobs.store.views.usage import Usage
 from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
 from batchmill.producer.views.estimate import Estimate, estimate, estimated
 from batchmill.producer.views.gone_workers import seen_here
@@ -44,11 +44,11 @@ class JobStatus:
     """
 
     job: Job
-    effort: Effort
+    effort: Usage
     workers: tuple[WorkerRow, ...]
     missing_seconds: float | None
-    given_up: tuple[Seen, ...] = ()
-    lacks: tuple[Lack, ...] = ()
+    given_up: tuple[SeenWorker, ...] = ()
+    lacks: tuple[MissingAdapter, ...] = ()
     evaluation: EvaluationRow | None = None
     estimate: Estimate | None = None
     others: tuple[WorkerRow, ...] = ()
@@ -63,20 +63,20 @@ class JobStatus:
     @classmethod
     def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
         """`settings`: those that a worker here would be started with, by default those of the process."""
-        job = store.reading.job(job_id)
+        job = store.jobs.job(job_id)
         serving = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
         serving = [each for each in serving if each.alive and each.only_job in (None, job.id)]
         at_work = [] if job.closed else [seen_here(each) for each in store.workers.rows(job_id=job.id)]
         at_work = [each for each in at_work if each.alive]
         missing = None
-        given_up: tuple[Seen, ...] = ()
+        given_up: tuple[SeenWorker, ...] = ()
         if not serving and not job.closed:
             missing = store.workers.unserved_seconds(job.spec, since=job.queued_at)
-            given_up = store.holders.given_up(job.spec, job_id=job.id)
-        lacks = store.holders.lacks(job.id) if job.options.get("adapters") and not job.closed else ()
+            given_up = store.blockers.given_up(job.spec, job_id=job.id)
+        lacks = store.blockers.lacks(job.id) if job.options.get("adapters") and not job.closed else ()
         evaluation = store.evaluations.latest(job.spec, identity=job.identity)
         others = () if job.closed or any(job.is_of(each.identity) for each in serving) else tuple(serving)
-        effort = store.effort.of(job.id)
+        effort = store.usage.of(job.id)
         ends = _estimate(store, job, effort, at_work)
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
@@ -151,7 +151,7 @@ def _restarting(last: WorkerRow | None, settings: Settings) -> WorkerRow | None:
     return last if is_recent and mill_lives(settings.home) else None
 
 
-def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRow]) -> Estimate | None:
+def _estimate(store: Store, job: Job, effort: Usage, at_work: Sequence[WorkerRow]) -> Estimate | None:
     """When a job ends, by a sample of its requests and what its workers did; a request takes a row a choice."""
     if job.state is not JobState.RUNNING or not at_work:
         return None
@@ -159,5 +159,5 @@ def _estimate(store: Store, job: Job, effort: Effort, at_work: Sequence[WorkerRo
     choices = sampling.get("n") or 1
     rows = {each.id: max(1, (each.engine_rows or 1) // choices) for each in at_work}
     begun = min(job.counts.total, job.counts.total - job.counts.pending + sum(rows.values()))
-    sample = store.sampling.of(job.id, total=job.counts.total, begun=begun, choices=choices)
+    sample = store.samples.of(job.id, total=job.counts.total, begun=begun, choices=choices)
     return estimate(job.counts, effort.paces, sample, rows=rows, max_tokens=choices * (sampling.get("max_tokens") or 1))

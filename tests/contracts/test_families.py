@@ -19,7 +19,7 @@ from batchmill.jobs.requests.request import RequestKey
 from batchmill.producer.requests.kinds import FORMS
 from batchmill.producer.requests.lines import Lines
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.probe import cache_shape
+from batchmill.worker.engine.continuous.support import cache_shape
 from batchmill.worker.engine.options import Dequantize, EngineOptions
 from batchmill.worker.models.load import LoadedModel, load
 from tests.support.models.families import FAMILIES, load_family

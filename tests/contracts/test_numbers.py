@@ -176,16 +176,16 @@ def test_a_row_without_numbers_may_be_cancelled(broken: LoadedModel, make: Make)
 def test_a_row_is_sound_while_its_largest_logit_is_a_number(name: str) -> None:
     rows = [[1.0, 2.0], [NAN, 2.0], [1.0, NAN], [INF, 2.0], [-INF, -INF], [-INF, 2.0], [NAN, INF], [-INF, INF]]
     options = {**OPTIONS[name], **({"logit_bias": ((1, -INF),)} if name == "biases" else {})}
-    sampler = Sampler(seats=len(rows), vocabulary=2, device=torch.device("cpu"))
-    for seat in range(len(rows)):
-        sampler.enter(seat, replace(GREEDY, **options), prompt=[0])
+    sampler = Sampler(batch_slots=len(rows), vocabulary=2, device=torch.device("cpu"))
+    for batch_slot in range(len(rows)):
+        sampler.enter(batch_slot, replace(GREEDY, **options), prompt=[0])
     for dtype in (torch.float32, torch.bfloat16):
         sound = sampler.sample(range(len(rows)), torch.tensor(rows, dtype=dtype)).sound
         assert sound.tolist() == [True, False, False, False, False, True, False, False]
 
 
 def test_a_grammar_that_leaves_nothing_is_not_the_models_fault() -> None:
-    sampler = Sampler(seats=1, vocabulary=2, device=torch.device("cpu"))
+    sampler = Sampler(batch_slots=1, vocabulary=2, device=torch.device("cpu"))
     sampler.enter(0, GREEDY, prompt=[0])
     none_allowed = torch.zeros(1, 1, dtype=torch.int32)
     assert sampler.sample([0], torch.tensor([[1.0, 2.0]]), allowed=none_allowed).sound.tolist() == [True]

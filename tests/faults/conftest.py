@@ -132,7 +132,7 @@ class FaultMill(Mill):
 
         def has_ended() -> bool:
             with suppress(StoreError):
-                return self.store.reading.job(job_id).closed
+                return self.store.jobs.job(job_id).closed
             return False
 
         until(has_ended, f"job {job_id} has ended", seconds=seconds)
@@ -146,7 +146,7 @@ class FaultMill(Mill):
     def exported(self, job_id: str) -> list[str]:
         """The lines of the job's export; made here, since a command takes half a second."""
         out = Path.cwd() / f"{job_id}.jsonl"
-        export(self.store, self.store.reading.job(job_id), out=out, form="jsonl", only="all")
+        export(self.store, self.store.jobs.job(job_id), out=out, form="jsonl", only="all")
         return out.read_text().splitlines()
 
     def repeated(self) -> int:

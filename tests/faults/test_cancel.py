@@ -36,9 +36,9 @@ def test_a_cancel_at_a_random_moment_and_once_more(seed: int, mill: FaultMill, d
     mill.command("cancel", job_id)
     began = time.monotonic()
     mill.command("cancel", job_id)
-    until(lambda: mill.store.reading.job(job_id).closed, "the job is closed", seconds=CLOSED_SECONDS)
+    until(lambda: mill.store.jobs.job(job_id).closed, "the job is closed", seconds=CLOSED_SECONDS)
     took = time.monotonic() - began
-    job = mill.store.reading.job(job_id)
+    job = mill.store.jobs.job(job_id)
     assert (job.state, job.counts.pending) == ("cancelled", 0), f"after {took:.1f} s"
     assert changed(before, mill.store) == []
     assert check_cancelled(mill, job_id) == job.counts.cancelled > 0
@@ -68,7 +68,7 @@ def test_a_cancel_after_the_end_changes_nothing(mill: FaultMill) -> None:
 def test_a_cancel_of_what_nobody_works_on_ends_it_at_once(mill: FaultMill, database_url: str) -> None:
     job_id = mill.submit(REQUESTS)
     mill.command("cancel", job_id)
-    assert mill.store.reading.job(job_id).state == "cancelled"
+    assert mill.store.jobs.job(job_id).state == "cancelled"
     assert check_cancelled(mill, job_id) == REQUESTS
     assert violations(mill.store) == []
 
@@ -80,7 +80,7 @@ def test_three_cancels_at_once(mill: FaultMill, database_url: str) -> None:
     until(lambda: mill.succeeded(job_id) > 60, "some answers")
     cancels = [mill.start("cancel", job_id) for _ in range(3)]
     assert [each.wait(PATIENCE_SECONDS) for each in cancels] == [0, 0, 0]
-    until(lambda: mill.store.reading.job(job_id).closed, "the job is closed", seconds=CLOSED_SECONDS)
+    until(lambda: mill.store.jobs.job(job_id).closed, "the job is closed", seconds=CLOSED_SECONDS)
     assert check_cancelled(mill, job_id) > 0
     assert violations(mill.store) == []
     assert worker.poll() is None

@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_at_a_submit_leaves_no_job(disk: Disk, home: Path, s
     assert "no space left" in done.stderr
     assert "Traceback" not in done.stderr
     disk.free()
-    assert mill.store.reading.jobs(most=1) == []
+    assert mill.store.jobs.jobs(most=1) == []
     mill.ready_worker()
     job_id = mill.submit(20)
     mill.wait(job_id)

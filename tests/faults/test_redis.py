@@ -185,7 +185,7 @@ def test_work_that_no_wake_up_told_of_is_handed_back_at_the_end(proxied_mill: Pr
     mill.server.kill()
     worker = mill.ready_worker(echo_step_seconds=5.0, engine_rows=10)
     job_id = mill.submit(100)
-    until(lambda: mill.store.reading.job(job_id).state is JobState.RUNNING, "it is at work")
+    until(lambda: mill.store.jobs.job(job_id).state is JobState.RUNNING, "it is at work")
     with closing(sqlite3.connect(mill.home / "batchmill.db", isolation_level=None, timeout=10)) as other:
         other.execute("BEGIN EXCLUSIVE")
         worker.terminate()

@@ -12,7 +12,7 @@ ROWS = 48
 
 
 def entered(device: str, vocabulary: int) -> Sampler:
-    sampler = Sampler(seats=ROWS, vocabulary=vocabulary, device=torch.device(device))
+    sampler = Sampler(batch_slots=ROWS, vocabulary=vocabulary, device=torch.device(device))
     asked = [
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=1.0),
@@ -20,9 +20,9 @@ def entered(device: str, vocabulary: int) -> Sampler:
         SamplingParams(temperature=0.8, top_k=20, min_p=0.02, logit_bias=((3, 4.0),)),
         SamplingParams(temperature=1.2, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2),
     ]
-    for seat in range(ROWS):
-        sampling = SamplingParams(seed=seat).over(asked[seat % len(asked)])
-        sampler.enter(seat, sampling, prompt=range(seat, seat + 9), end_token_ids=(1, 2))
+    for batch_slot in range(ROWS):
+        sampling = SamplingParams(seed=batch_slot).over(asked[batch_slot % len(asked)])
+        sampler.enter(batch_slot, sampling, prompt=range(batch_slot, batch_slot + 9), end_token_ids=(1, 2))
     return sampler
 
 

@@ -84,7 +84,7 @@ class Mill:
         return status
 
     def succeeded(self, job_id: str) -> int:
-        return self.store.reading.job(job_id).counts.succeeded
+        return self.store.jobs.job(job_id).counts.succeeded
 
     def results(self, job: str = "last") -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.command("results", job).splitlines()]

@@ -128,7 +128,7 @@ def test_sigterm_during_work_hands_everything_back_in_time(mill: Mill, tmp_path:
     until(lambda: mill.succeeded(job_id) > 10, "some answers")
     worker.terminate()
     assert worker.wait(PATIENCE_SECONDS) == 0
-    job = mill.store.reading.job(job_id)
+    job = mill.store.jobs.job(job_id)
     assert job.state is JobState.RUNNING
     assert mill.store.recovery.expired(lease_seconds=-1_000) == {}  # no lease is left
     mill.start("worker", "-m", "echo")
@@ -203,7 +203,7 @@ def test_a_bad_file_leaves_nothing_behind(mill: Mill, tmp_path: Path) -> None:
     assert f"{file}:2: " in done.stderr
     assert f"{file}:3: duplicate custom_id 'x', first used at line 1" in done.stderr
     assert "2 bad lines" in done.stderr
-    assert mill.store.reading.jobs(most=1) == []
+    assert mill.store.jobs.jobs(most=1) == []
     assert mill.queue_length(mill.echo_queue) == 0
 
 

@@ -69,7 +69,7 @@ class Home:
             return 0
         store = Store(self.settings.database)
         try:
-            jobs = store.reading.jobs(most=1) if store.revision() else []
+            jobs = store.jobs.jobs(most=1) if store.revision() else []
             return jobs[0].counts.succeeded if jobs else 0
         finally:
             store.close()
@@ -90,7 +90,7 @@ class Home:
 
     def jobs(self) -> list[Job]:
         with closing(Store(self.settings.database)) as store:
-            return store.reading.jobs(most=10)
+            return store.jobs.jobs(most=10)
 
     def processes(self) -> list[str]:
         """Command lines of the processes that belong to this home."""
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_same_command_continues_it(home: Home,
     assert "continues where it was interrupted" in done.stderr
     assert texts(out) == [f"one two three {index}" for index in range(1_000)]
     store = Store(home.settings.database)
-    (job,) = store.reading.jobs(most=5)
+    (job,) = store.jobs.jobs(most=5)
     assert job.counts.succeeded == 1_000 > kept > 10
     store.close()
 
@@ -243,7 +243,7 @@ def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: H
     mill.send_signal(signal.SIGINT)
     _, said = mill.communicate(timeout=PATIENCE_SECONDS)
     assert mill.returncode == 0, said
-    assert "the rest goes back to the queue" in said
+    assert "the rest returns to the queue" in said
     assert "Warm shutdown" not in said
     assert "batchmill up -m demo -q nf4" in home.run("status").stdout
     refused = home.run("worker", "-m", "demo", "-q", "nf4", code=1)

@@ -49,5 +49,5 @@ def test_a_restarted_container_takes_its_batch_back_at_once(shared_mill: Mill, t
     assert mine is not None
     set_process(mill.store, replace(mine, start_ticks=mine.start_ticks - 1))
     mill.start("worker", "-m", "echo")
-    until(lambda: mill.store.reading.job(job_id).state is JobState.COMPLETED, "the job is done")
+    until(lambda: mill.store.jobs.job(job_id).state is JobState.COMPLETED, "the job is done")
     assert mill.succeeded(job_id) == 300

@@ -84,7 +84,7 @@ def test_a_child_that_hangs_ends_with_its_parent(mill: Mill, tmp_path: Path) -> 
     child = psutil.Process(child_of(worker))
     (tmp_path / "p.jsonl").write_text('{"prompt": "!hang"}\n')
     job_id = mill.command("submit", tmp_path / "p.jsonl", "-m", "echo").strip()
-    until(lambda: mill.store.reading.job(job_id).state is JobState.RUNNING, "it is at work")
+    until(lambda: mill.store.jobs.job(job_id).state is JobState.RUNNING, "it is at work")
     worker.kill()
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child is gone")
 

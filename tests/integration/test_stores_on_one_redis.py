@@ -45,9 +45,9 @@ def test_the_job_of_one_store_is_not_kept_waiting_by_the_wake_ups_of_another(
     long = mill.command("submit", write_prompts(tmp_path / "l.jsonl", 400), "-m", "echo", "--batch-size", "1").strip()
     assert mill.queue_length(mill.echo_queue) == 400
     job_id = other.command("submit", write_prompts(tmp_path / "p.jsonl", 10), "-m", "echo", "--wait").strip()
-    assert other.store.reading.job(job_id).state is JobState.COMPLETED
+    assert other.store.jobs.job(job_id).state is JobState.COMPLETED
     assert mill.queue_length(mill.echo_queue) == 400, "whose worker took none of the other's wake-ups"
-    assert mill.store.reading.job(long).state is JobState.QUEUED
+    assert mill.store.jobs.job(long).state is JobState.QUEUED
 
 
 def test_a_worker_deletes_the_queue_that_stores_once_shared(mill: Mill) -> None:
@@ -86,6 +86,6 @@ def test_two_live_stores_of_one_id_are_told_and_the_copy_gets_its_own(mill: Mill
     renewed.start("worker", "-m", "echo", "--name", "third")
     until(lambda: own_id(mill) is None, "nobody shows its id any more")
     job_id = renewed.command("submit", write_prompts(tmp_path / "p.jsonl", 5), "-m", "echo", "--wait").strip()
-    assert renewed.store.reading.job(job_id).state is JobState.COMPLETED
+    assert renewed.store.jobs.job(job_id).state is JobState.COMPLETED
     assert renewed.store.workers.namesakes() == []
     renewed.end()

@@ -36,7 +36,7 @@ def test_a_command_says_who_holds_the_store_and_goes_on(mill: Mill, tmp_path: Pa
         command = mill.start("submit", prompts, "-m", "echo", busy_seconds=PATIENCE_SECONDS)
         said(command, rf"^batchmill: {_SINCE}the store sqlite:\S+batchmill\.db, which is locked by pid {pid}$")
     assert command.wait(PATIENCE_SECONDS) == 0
-    assert mill.store.reading.jobs(most=1)[0].counts.total == 3
+    assert mill.store.jobs.jobs(most=1)[0].counts.total == 3
 
 
 def test_a_worker_that_waits_for_the_store_says_who_holds_it(mill: Mill) -> None:

@@ -26,7 +26,7 @@ from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.errors import PromptFileError, UsageError
 from batchmill.jobs.requests.generation import Choice
 from batchmill.jobs.requests.request import Output, RequestKey
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files import prompt_file as prompts_module
 from batchmill.producer.files.export import errors_path, export
@@ -51,7 +51,7 @@ def counted(store: Store) -> tuple[int, int, int]:
 
 def answer(store: Store) -> None:
     """Answers every pending request with its own prompt."""
-    who = mill.seat(store)
+    who = mill.session(store)
     while found := mill.claim(store, who):
         for claimed in found:
             outputs = [
@@ -65,13 +65,13 @@ def answer(store: Store) -> None:
                 )
                 for each in claimed.requests
             ]
-            mill.save(store, who, [Held(claimed.lease, outputs=outputs)])
+            mill.save(store, who, [BatchReport(claimed.lease, outputs=outputs)])
 
 
 def exported(store: Store, job_id: str, folder: Path, form: str) -> list[tuple[str, str]]:
     """The custom_id and the text of every output, as a reader of the file finds them."""
     out = folder / f"out.{form}"
-    export(store, store.reading.job(job_id), out=out, form=form, only="all")
+    export(store, store.jobs.job(job_id), out=out, form=form, only="all")
     if form == "csv":
         rows = csv.DictReader(io.StringIO(out.read_bytes().decode(), newline=""))
         return [(row["custom_id"], row["text"]) for row in rows]
@@ -226,14 +226,14 @@ def test_a_file_that_is_written_to_meanwhile_leaves_nothing(
 ) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt":"fine"}\n' * 20_000)
-    add = store.loading.add
+    add = store.creation.add
 
     def write_to_it(job_id: str, **page: Any) -> Any:
         with path.open("ab") as file:
             file.write(b'{"prompt":"more"}\n')
         return add(job_id, **page)
 
-    monkeypatch.setattr(store.loading, "add", write_to_it)
+    monkeypatch.setattr(store.creation, "add", write_to_it)
     with pytest.raises(PromptFileError, match="changed while it was being read"):
         load(store, path)
     assert counted(store) == (0, 0, 0)
@@ -291,7 +291,7 @@ def test_hostile_names_reach_no_path_and_no_text_of_sql(store: Store, tmp_path: 
 def test_a_file_may_have_any_name(store: Store, tmp_path: Path, name: bytes) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     path.write_bytes(b'{"prompt":"a"}\n')
-    job = store.reading.job(load(store, path))
+    job = store.jobs.job(load(store, path))
     assert job.file_name.isprintable()
     path.write_bytes(b"[bad\n")
     with pytest.raises(PromptFileError) as refused:
@@ -324,7 +324,7 @@ def check_any_bytes(store: Store, path: Path, data: bytes) -> None:
     except UsageError:  # whose exit code is 2
         assert counted(store) == before
     else:
-        total = store.reading.job(job_id).counts.total
+        total = store.jobs.job(job_id).counts.total
         assert total > 0
         assert counted(store) == (before[0] + 1, before[1] + 1, before[2] + total)
 

@@ -44,7 +44,7 @@ from batchmill.jobs.store.jobs import create, retry
 from batchmill.jobs.store.leases import sync
 from batchmill.jobs.store.leases.blame import SUSPECT_GROUPS
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
-from batchmill.worker.loop.holdings import Said
+from batchmill.worker.loop.holdings import SyncRequest
 from batchmill.worker.process.maintenance import leftovers
 from batchmill.worker.process.maintenance import reconciler as reconciler_module
 from tests.support.store import mill
@@ -173,7 +173,7 @@ class Mill(RuleBasedStateMachine):
         job_id = mill.begin(self.store, batch_size=batch_size)
         first = 0
         for count in pieces:
-            self.store.loading.add(
+            self.store.creation.add(
                 job_id,
                 prompts=self.prompts(count, first),
                 batch_size=batch_size,
@@ -184,7 +184,7 @@ class Mill(RuleBasedStateMachine):
         return job_id
 
     def open(self, job_id: str) -> None:
-        self.store.loading.open(
+        self.store.creation.open(
             job_id, spec=mill.ECHO_SPEC, file_sha256="0", fingerprint="f", lease_seconds=mill.LEASE_SECONDS
         )
         self.totals[job_id] = self.loading.pop(job_id)
@@ -297,8 +297,8 @@ class Mill(RuleBasedStateMachine):
         wanted, said = self.said(child)
         before = self.see()
         turned = self.say(child, said, wanted)
-        assert turned.lost == {each.lease.batch_id for each in said.held if not before.holds(each.lease)}
-        for each in said.held:
+        assert turned.lost == {each.lease.batch_id for each in said.reports if not before.holds(each.lease)}
+        for each in said.reports:
             if each.lease.batch_id in turned.lost:
                 self.wasted += len(each.outputs)
         self.check_writers(before, child)
@@ -311,19 +311,19 @@ class Mill(RuleBasedStateMachine):
             if child.draining:
                 desk.child = None
 
-    def said(self, child: Child) -> tuple[int, Said]:
+    def said(self, child: Child) -> tuple[int, SyncRequest]:
         wanted, room = child.room()
-        return wanted, child.holdings.said(room=room, memory=Memory(), release=child.draining)
+        return wanted, child.holdings.next_request(room=room, memory=Memory(), release=child.draining)
 
-    def say(self, child: Child, said: Said, wanted: int) -> Any:
+    def say(self, child: Child, said: SyncRequest, wanted: int) -> Any:
         room = child.room()[1] - sum(said.entering.values())
-        return self.store.saving.turn(
-            child.seat, said.held, wanted_requests=wanted, in_flight_room=room, resumed=child.away
+        return self.store.leases.sync(
+            child.session, said.reports, wanted_requests=wanted, in_flight_room=room, resumed=child.away
         )
 
-    def outlive(self, child: Child, said: Said) -> None:
+    def outlive(self, child: Child, said: SyncRequest) -> None:
         """The store did not answer: the spool takes what was said, and what it takes may enter the engine."""
-        spooled = child.spool.append(said.held)
+        spooled = child.spool.append(said.reports)
         child.away, child.full = True, not spooled
         if spooled:
             child.holdings.enter(said)
@@ -337,7 +337,9 @@ class Mill(RuleBasedStateMachine):
                 run = after.runs[run_id]
                 was = before.batches[run.batch_id]
                 assert (was.state, was.fence) == (BatchState.LEASED.value, run.fence), key
-                assert (was.worker_id, was.worker_generation) == (child.seat.worker_id, child.seat.generation), key
+                assert (was.worker_id, was.worker_generation) == (child.session.worker_id, child.session.generation), (
+                    key
+                )
 
     def step(self, desk: Desk, count: int, error: ErrorCode | None, *, dies: bool = True) -> None:
         """The engine answers up to `count` of its rows, or dies if one of them is poison."""
@@ -361,7 +363,7 @@ class Mill(RuleBasedStateMachine):
     def die_of_poison(self, desk: Desk) -> None:
         child = desk.child
         assert child is not None
-        self.died_of_poison.add((desk.worker_id, child.seat.generation))
+        self.died_of_poison.add((desk.worker_id, child.session.generation))
         self.poison_crashes += 1
         seen, leases = self.see(), child.leases()
         in_rows = {(key.job_id, key.index) for key, _ in child.engine[: child.rows]}
@@ -377,7 +379,7 @@ class Mill(RuleBasedStateMachine):
         child = desk.child
         assert child is not None
         self.wasted += child.holdings.unsaved
-        desk.unsettled = child.seat.generation
+        desk.unsettled = child.session.generation
         desk.child = None
 
     @precondition(lambda self: any(each.unsettled or each.child is None for each in self.desks))
@@ -491,12 +493,12 @@ class Mill(RuleBasedStateMachine):
         was_closed = before.jobs[job_id].state in CLOSED_JOB_STATES
         try:
             if pages is None:
-                self.store.retrying.retry(job_id, chances)
+                self.store.retries.retry(job_id, chances)
             else:
-                most = self.store.retrying._begin_retry(job_id)
-                chosen = self.store.retrying._chosen(job_id, chances, defaultdict(retry.Left))
+                most = self.store.retries._begin_retry(job_id)
+                chosen = self.store.retries._chosen(job_id, chances, defaultdict(retry.LeftAlone))
                 for _ in range(pages):
-                    self.store.retrying._retry_page(job_id, list(itertools.islice(chosen, most)))
+                    self.store.retries._retry_page(job_id, list(itertools.islice(chosen, most)))
         except JobStateError:
             assert not was_closed
             return

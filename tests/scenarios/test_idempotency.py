@@ -74,13 +74,13 @@ def test_twenty_submits_at_once_make_one_job(
 
     def one(_: int) -> Submitted:
         own = Store(store_url, busy_seconds=30)
-        opened = own.loading.open
+        opened = own.creation.open
 
         def open_together(job_id: str, **values: Any) -> None:
             together.wait(60)  # every file is stored by now, and no job is open
             opened(job_id, **values)
 
-        own.loading.open = open_together  # type: ignore[method-assign]
+        own.creation.open = open_together  # type: ignore[method-assign]
         try:
             return submit(own, asked)
         finally:
@@ -92,7 +92,7 @@ def test_twenty_submits_at_once_make_one_job(
     assert sum(each.is_new for each in found) == 1
     assert {each.spec for each in found} == {mill.ECHO_SPEC}
     assert counted(store) == (1, 3, 5)
-    assert store.reading.job(found[0].job_id).state is JobState.QUEUED
+    assert store.jobs.job(found[0].job_id).state is JobState.QUEUED
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_who_waits_for_a_submit_that_fails_in_the_end_wins(store: Store, store_u
         write_the_key_and_die()
     late.join(30)
     other.close()
-    store.loading.discard(first)
+    store.creation.discard(first)
     assert [each.is_new for each in found] == [True]
     assert counted(store) == (1, 1, 5)
 
@@ -154,7 +154,7 @@ def test_a_second_submit_of_a_file_finds_the_job_and_writes_nothing(
     def begin(**_: object) -> str:
         raise AssertionError("it was stored again")
 
-    monkeypatch.setattr(store.loading, "begin", begin)
+    monkeypatch.setattr(store.creation, "begin", begin)
     again = submit(store, replace(asked, name="other", batch_size=1, command="other"))
     assert (first.is_new, again.is_new) == (True, False)
     assert again[:2] == first[:2]
@@ -259,7 +259,7 @@ def test_a_cancelled_job_keeps_its_key(store: Store, file: str) -> None:
     store.closing.cancel(first.job_id)
     again = submit(store, asked)
     assert again == (*first[:2], False)
-    assert store.reading.job(again.job_id).state is JobState.CANCELLED
+    assert store.jobs.job(again.job_id).state is JobState.CANCELLED
 
 
 def test_the_loser_alone_deletes_its_rows(store: Store, file: str) -> None:
@@ -271,8 +271,8 @@ def test_the_loser_alone_deletes_its_rows(store: Store, file: str) -> None:
         load_job(asked, store=store, settings=SETTINGS)
     assert (taken.value.job_id, taken.value.is_same) == (winner, True)
     assert counted(store) == (2, 1, 5)
-    store.loading.discard(winner)  # opened, so out of reach
-    store.loading.discard(loading)
+    store.creation.discard(winner)  # opened, so out of reach
+    store.creation.discard(loading)
     assert counted(store) == (1, 1, 5)
 
 
@@ -287,7 +287,7 @@ def test_a_failed_clean_up_does_not_hide_why_the_submit_failed(
     def full(_: str) -> None:
         raise StoreFull("no space left")
 
-    monkeypatch.setattr(store.loading, "discard", full)
+    monkeypatch.setattr(store.creation, "discard", full)
     with pytest.raises(PromptFileError):
         submit(store, Submission(str(path), "echo"))
 
@@ -312,8 +312,8 @@ def test_a_crash_between_commit_and_send_needs_no_second_submit(a_mill: Mill, fi
     until(lambda: any(each.state == "ready" for each in a_mill.store.workers.rows()), "the worker is ready")
     killed = a_mill.finished(*words, failpoint="submit.opened=kill9@1")
     assert (killed.returncode, killed.stdout) == (-9, "")
-    job_id = a_mill.store.reading.find("last")
-    until(lambda: a_mill.store.reading.job(job_id).closed, "the job is worked off without a wake-up of its submit")
+    job_id = a_mill.store.jobs.find("last")
+    until(lambda: a_mill.store.jobs.job(job_id).closed, "the job is worked off without a wake-up of its submit")
     assert worker.poll() is None
     again = a_mill.finished(*words, "--wait", failpoint="submit.opened=kill9@1")
     assert (again.returncode, again.stdout) == (0, f"{job_id}\n")

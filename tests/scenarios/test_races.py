@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from batchmill.jobs.errors import JobStateError, KeyTaken
 from batchmill.jobs.requests.states import JobState, RunOutcome
-from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
 from tests.support.store import mill
@@ -82,7 +82,7 @@ def at_once(chance: random.Random, *steps: Callable[[], Any]) -> list[Any]:
 
 
 def state_of(store: Store, job_id: str) -> JobState:
-    return store.reading.job(job_id).state
+    return store.jobs.job(job_id).state
 
 
 def written_by(store: Store, run_id: int) -> set[int]:
@@ -113,7 +113,7 @@ def crashed_runs(store: Store) -> set[int]:
 def retried(store: Store, job_id: str) -> int:
     """Retries a job: how many requests moved, none of one that is open again."""
     try:
-        return store.retrying.retry(job_id).moved
+        return store.retries.retry(job_id).moved
     except JobStateError:
         return 0
 
@@ -121,9 +121,9 @@ def retried(store: Store, job_id: str) -> int:
 def open_under(store: Store, key: str) -> tuple[str, bool]:
     """Loads a job of its own and opens it under a key: the job that has the key now, and whether it is this one."""
     job_id = mill.begin(store)
-    store.loading.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=mill.LEASE_SECONDS)
+    store.creation.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=mill.LEASE_SECONDS)
     try:
-        store.loading.open(
+        store.creation.open(
             job_id,
             spec=mill.ECHO_SPEC,
             file_sha256="0" * 64,
@@ -132,12 +132,12 @@ def open_under(store: Store, key: str) -> tuple[str, bool]:
             idempotency_key=key,
         )
     except KeyTaken as taken:
-        store.loading.discard(job_id)
+        store.creation.discard(job_id)
         return taken.job_id, False
     return job_id, True
 
 
-def finish_off(store: Store, who: Seat, job_id: str) -> None:
+def finish_off(store: Store, who: WorkerSession, job_id: str) -> None:
     """Works off what is left of a job, which then has to be closed, without a fault."""
     mill.work_off(store, who)
     assert state_of(store, job_id) is JobState.COMPLETED
@@ -146,20 +146,20 @@ def finish_off(store: Store, who: Seat, job_id: str) -> None:
 
 class TestFinishing:
     def test_the_last_two_batches_at_once_close_the_job(self, store: Store, rounds: Rounds) -> None:
-        seats = [mill.seat(store, name=name) for name in "ab"]
+        sessions = [mill.session(store, name=name) for name in "ab"]
         for chance in rounds:
             job_id = mill.load(store, 2, batch_size=1)
-            held = [mill.answered(mill.claim(store, who)[0]) for who in seats]
+            held = [mill.answered(mill.claim(store, who)[0]) for who in sessions]
             at_once(
                 chance,
-                lambda held=held: mill.save(store, seats[0], [held[0]]),
-                lambda held=held: mill.save(store, seats[1], [held[1]]),
+                lambda held=held: mill.save(store, sessions[0], [held[0]]),
+                lambda held=held: mill.save(store, sessions[1], [held[1]]),
             )
             assert state_of(store, job_id) is JobState.COMPLETED
         assert violations(store) == []
 
     def test_a_job_that_worker_and_reconcilers_close_at_once_is_closed_once(self, store: Store, rounds: Rounds) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         for chance in rounds:
             job_id = mill.load(store, 1)
             (claimed,) = mill.claim(store, who)
@@ -174,24 +174,24 @@ class TestFinishing:
 
     def test_a_crash_beside_the_last_finish_leaves_the_job_open(self, store: Store, rounds: Rounds) -> None:
         """The suspects' new batches are seen by who finishes the other batch at the same moment."""
-        seats = [mill.seat(store, name=name) for name in "ab"]
+        sessions = [mill.session(store, name=name) for name in "ab"]
         for chance in rounds:
             job_id = mill.load(store, 4, batch_size=2)
-            held = [mill.answered(mill.claim(store, who)[0]) for who in seats]
+            held = [mill.answered(mill.claim(store, who)[0]) for who in sessions]
             at_once(
                 chance,
-                lambda held=held: mill.save(store, seats[0], [held[0]]),
-                lambda: store.recovery.take_back(seats[1].worker_id, generation=seats[1].generation),
+                lambda held=held: mill.save(store, sessions[0], [held[0]]),
+                lambda: store.recovery.take_back(sessions[1].worker_id, generation=sessions[1].generation),
             )
             assert state_of(store, job_id) is JobState.RUNNING
-            finish_off(store, seats[0], job_id)
+            finish_off(store, sessions[0], job_id)
 
 
 class TestReaping:
     def test_a_claim_beside_a_reap_gets_a_batch_once_and_with_a_new_fence(
         self, store: Store, clock: mill.Clock, rounds: Rounds
     ) -> None:
-        dead, alive = mill.seat(store, name="dead"), mill.seat(store, name="alive")
+        dead, alive = mill.session(store, name="dead"), mill.session(store, name="alive")
         for chance in rounds:
             job_id = mill.load(store, 3)
             (before,) = mill.claim(store, dead, room=chance.choice((0, 2)))
@@ -216,7 +216,7 @@ class TestReaping:
     def test_a_save_beside_a_reap_is_either_whole_and_in_time_or_lost(
         self, store: Store, clock: mill.Clock, rounds: Rounds
     ) -> None:
-        frozen, other = mill.seat(store, name="frozen"), mill.seat(store, name="other")
+        frozen, other = mill.session(store, name="frozen"), mill.session(store, name="other")
         for chance in rounds:
             job_id = mill.load(store, 4)
             (claimed,) = mill.claim(store, frozen)
@@ -237,7 +237,7 @@ class TestReaping:
             finish_off(store, other, job_id)
 
     def test_nothing_is_saved_under_a_fence_after_the_taking_back(self, store: Store, rounds: Rounds) -> None:
-        frozen, other = mill.seat(store, name="frozen"), mill.seat(store, name="other")
+        frozen, other = mill.session(store, name="frozen"), mill.session(store, name="other")
         for chance in rounds:
             job_id = mill.load(store, 6, batch_size=6)
             (claimed,) = mill.claim(store, frozen)
@@ -259,11 +259,11 @@ class TestReaping:
     def test_three_reconcilers_at_once_reap_once_and_blame_nobody(
         self, store: Store, clock: mill.Clock, rounds: Rounds
     ) -> None:
-        seats = [mill.seat(store, name=f"dead {number}") for number in range(3)]
-        alive = mill.seat(store, name="alive")
+        sessions = [mill.session(store, name=f"dead {number}") for number in range(3)]
+        alive = mill.session(store, name="alive")
         for chance in rounds:
             job_id = mill.load(store, 12, batch_size=4)
-            held = [each for who in seats for each in mill.claim(store, who, room=2)]
+            held = [each for who in sessions for each in mill.claim(store, who, room=2)]
             clock.seconds += _LEASE_OVER
             sightings = [store.recovery.expired(lease_seconds=mill.LEASE_SECONDS) for _ in range(3)]
             reaped = at_once(chance, *[lambda seen=seen: store.recovery.reap(seen) for seen in sightings])
@@ -277,7 +277,7 @@ class TestReaping:
         self, store: Store, clock: mill.Clock, rounds: Rounds
     ) -> None:
         """What a reconciler took back first has expired, which blames nobody."""
-        dead, alive = mill.seat(store, name="dead"), mill.seat(store, name="alive")
+        dead, alive = mill.session(store, name="dead"), mill.session(store, name="alive")
         for chance in rounds:
             job_id = mill.load(store, 8, batch_size=2)
             held = mill.claim(store, dead, wanted=4, room=100)
@@ -300,15 +300,15 @@ class TestReaping:
 class TestClaiming:
     def test_eight_claimers_share_two_hundred_batches(self, store: Store) -> None:
         mill.load(store, 200, batch_size=1)
-        seats = [mill.seat(store, name=f"w{number}") for number in range(8)]
+        sessions = [mill.session(store, name=f"w{number}") for number in range(8)]
         won: Counter[int] = Counter()
 
-        def claim_all(who: Seat) -> None:
+        def claim_all(who: WorkerSession) -> None:
             while claimed := mill.claim(store, who):
                 won.update(each.lease.batch_id for each in claimed)
                 mill.save(store, who, [mill.answered(each) for each in claimed])
 
-        at_once(random.Random(), *[lambda who=who: claim_all(who) for who in seats])
+        at_once(random.Random(), *[lambda who=who: claim_all(who) for who in sessions])
         assert len(won) == 200
         assert set(won.values()) == {1}
         with store.database.read() as connection:
@@ -318,19 +318,19 @@ class TestClaiming:
 
     def test_suspects_run_apart_however_many_ask(self, store: Store, rounds: Rounds) -> None:
         """Of several workers that ask at once, with and without work, none holds a suspect beside anything else."""
-        seats = [mill.seat(store, name=f"w{number}") for number in range(4)]
+        sessions = [mill.session(store, name=f"w{number}") for number in range(4)]
         for chance in rounds:
             job_id = mill.load(store, 12, batch_size=3)
-            first = mill.claim(store, seats[0], room=2)
-            store.recovery.take_back(seats[0].worker_id, generation=seats[0].generation)
-            asked = at_once(chance, *[lambda who=who: mill.claim(store, who, wanted=6) for who in seats])
+            first = mill.claim(store, sessions[0], room=2)
+            store.recovery.take_back(sessions[0].worker_id, generation=sessions[0].generation)
+            asked = at_once(chance, *[lambda who=who: mill.claim(store, who, wanted=6) for who in sessions])
             for claimed in asked:
                 assert len(claimed) == 1 or not any(each.lease.apart for each in claimed)
             assert sum(each.lease.apart for claimed in asked for each in claimed) <= 1
             assert len(first) == 1
-            for who, claimed in zip(seats, asked, strict=True):
+            for who, claimed in zip(sessions, asked, strict=True):
                 mill.save(store, who, [mill.answered(each) for each in claimed])
-            finish_off(store, seats[0], job_id)
+            finish_off(store, sessions[0], job_id)
 
 
 class TestOpening:
@@ -349,7 +349,7 @@ class TestOpening:
 
 class TestCancelling:
     def test_a_cancel_beside_the_last_finish_ends_in_one_of_two_states(self, store: Store, rounds: Rounds) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         for chance in rounds:
             job_id = mill.load(store, 3)
             (claimed,) = mill.claim(store, who)
@@ -365,12 +365,12 @@ class TestCancelling:
             ended = state_of(store, job_id)
             assert ended in (JobState.COMPLETED, JobState.CANCELLED)
             assert state in (ended, JobState.CANCELLING)
-            counts = store.reading.job(job_id).counts
+            counts = store.jobs.job(job_id).counts
             assert (counts.succeeded, counts.cancelled) == (len(said.outputs), 3 - len(said.outputs))
             assert violations(store) == []
 
     def test_a_cancel_beside_a_claim_leaves_nothing_open(self, store: Store, rounds: Rounds) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         for chance in rounds:
             job_id = mill.load(store, 6, batch_size=2)
             claimed, _ = at_once(
@@ -378,13 +378,13 @@ class TestCancelling:
                 lambda: mill.claim(store, who, wanted=4),
                 lambda job_id=job_id: store.closing.cancel(job_id),
             )
-            turned = mill.save(store, who, [Held(each.lease) for each in claimed])
+            turned = mill.save(store, who, [BatchReport(each.lease) for each in claimed])
             assert turned.cancelled == {each.lease.batch_id for each in claimed}
             assert state_of(store, job_id) is JobState.CANCELLED
             assert violations(store) == []
 
     def test_a_cancel_beside_a_crash_leaves_nothing_open(self, store: Store, rounds: Rounds) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         for chance in rounds:
             job_id = mill.load(store, 4, batch_size=2)
             mill.claim(store, who)
@@ -399,7 +399,7 @@ class TestCancelling:
             assert violations(store) == []
 
     def test_two_retries_at_once_move_every_request_once(self, store: Store, rounds: Rounds) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         for chance in rounds:
             job_id = mill.load(store, 5, batch_size=2)
             store.closing.cancel(job_id)

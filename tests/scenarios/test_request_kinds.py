@@ -18,7 +18,7 @@ from batchmill.jobs.requests import kinds as jobs_kinds
 from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.jobs.requests.states import JobState
-from batchmill.jobs.store.leases.lease import Held, Lease, Seat
+from batchmill.jobs.store.leases.lease import BatchReport, Lease, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import export
 from batchmill.producer.requests import kinds as producer_kinds
@@ -58,16 +58,16 @@ def submit(store: Store, settings: Settings, *lines: object, options: Generation
     return load_job(asked, store=store, settings=settings)[0]
 
 
-def counting(store: Store, *, name: str = "counts", ready: bool = True) -> Seat:
+def counting(store: Store, *, name: str = "counts", ready: bool = True) -> WorkerSession:
     """A worker whose engine serves the kind of the test alone."""
-    return replace(mill.seat(store, name=name, ready=ready, kinds=CountEngine.kinds), defaults=" ")
+    return replace(mill.session(store, name=name, ready=ready, kinds=CountEngine.kinds), defaults=" ")
 
 
-def work(store: Store, seat: Seat, engine: CountEngine, folder: Path) -> None:
+def work(store: Store, session: WorkerSession, engine: CountEngine, folder: Path) -> None:
     """Claims, steps and saves until nothing is pending."""
     saver = Saver(
         store,
-        replace(seat, defaults=engine.defaults),
+        replace(session, defaults=engine.defaults),
         rows=engine.limits.rows,
         admission_order=engine.admission_order,
         save_seconds=0.05,
@@ -83,7 +83,7 @@ def work(store: Store, seat: Seat, engine: CountEngine, folder: Path) -> None:
 
 def written(store: Store, job_id: str, out: str) -> str:
     form = {"a.jsonl": "jsonl", "o.jsonl": "openai", "a.csv": "csv"}[out]
-    assert export(store, store.reading.job(job_id), out=Path(out), form=form, only="all").count == len(LINES)
+    assert export(store, store.jobs.job(job_id), out=Path(out), form=form, only="all").count == len(LINES)
     return Path(out).read_text()
 
 
@@ -94,7 +94,7 @@ class TestToyKind:
     def test_it_goes_the_whole_way(self, store: Store, settings: Settings, tmp_path: Path) -> None:
         job_id = submit(store, settings, *LINES)
         work(store, counting(store), CountEngine(), tmp_path)
-        job = store.reading.job(job_id)
+        job = store.jobs.job(job_id)
         assert (job.state, job.kind, job.counts.succeeded) == (JobState.COMPLETED, "count", 3)
         assert (job.sampling, job.counts.finish_reasons) == ({"separator": " "}, None)
         lines = [json.loads(line) for line in written(store, job_id, "a.jsonl").splitlines()]
@@ -115,14 +115,14 @@ class TestToyKind:
         job_id = submit(store, settings, *LINES)
         first = replace(counting(store), defaults="-")
         (begun,) = mill.claim(store, first)
-        mill.save(store, first, [Held(begun.lease, release=True)])
+        mill.save(store, first, [BatchReport(begun.lease, release=True)])
         work(store, counting(store, name="next"), CountEngine(), tmp_path)
         lines = [json.loads(line) for line in written(store, job_id, "a.jsonl").splitlines()]
         assert [line["words"] for line in lines] == [1, 2, 1]
 
     def test_a_worker_takes_the_kinds_that_its_engine_serves(self, store: Store, settings: Settings) -> None:
         older, younger = submit(store, settings, *LINES), mill.load(store, 4)
-        generates, counts = mill.seat(store), counting(store)
+        generates, counts = mill.session(store), counting(store)
         assert {each.lease.job_id for each in mill.claim(store, generates, wanted=9)} == {younger}
         assert mill.claim(store, generates, wanted=9) == ()
         claimed = mill.claim(store, counts, wanted=9)
@@ -130,7 +130,7 @@ class TestToyKind:
 
     def test_a_worker_is_woken_for_what_it_may_take(self, store: Store, settings: Settings) -> None:
         submit(store, settings, *LINES)
-        generates = mill.seat(store)
+        generates = mill.session(store)
         assert store.recovery.pending_of(mill.ECHO_SPEC, most=9, worker_id=generates.worker_id) == []
         assert store.recovery.pending(most=9) == {}
         counts = counting(store)
@@ -139,7 +139,7 @@ class TestToyKind:
     def test_nothing_is_kept_for_an_idle_worker_that_cannot_take_it(self, store: Store) -> None:
         counting(store)
         job_id = mill.load(store, 8, batch_size=4)
-        claimed = mill.claim(store, mill.seat(store), wanted=8)
+        claimed = mill.claim(store, mill.session(store), wanted=8)
         assert [each.lease.job_id for each in claimed] == [job_id] * 2
 
     def test_a_file_holds_one_kind(self, store: Store, settings: Settings) -> None:
@@ -166,7 +166,7 @@ class TestToyKind:
     def test_a_spool_names_its_kind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "spool" / "x-1-1.jsonl"
         output = Output(RequestKey("job", 0), (jobs_side.Count(3),), 1)
-        held = Held(Lease(3, 1, 5, "job", kind="count"), outputs=[output], in_flight=[])
+        held = BatchReport(Lease(3, 1, 5, "job", kind="count"), outputs=[output], in_flight=[])
         Spool(path, limit_bytes=10_000).append([held])
         assert read(path) == [held]
         monkeypatch.delitem(jobs_kinds.KINDS, "count")
@@ -183,7 +183,7 @@ def job_id(store: Store) -> str:
 
 
 def test_a_job_is_a_generation_where_nothing_else_is_said(store: Store, job_id: str, settings: Settings) -> None:
-    assert store.reading.job(job_id).kind == "generation"
+    assert store.jobs.job(job_id).kind == "generation"
     assert status_json(JobStatus.read(store, job_id, settings))["kind"] == "generation"
 
 

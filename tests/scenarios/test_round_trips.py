@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from batchmill.jobs.requests.generation import Choice, GenerationRequest
 from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.jobs.requests.states import RequestState
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import errors_path, export
 from batchmill.producer.requests.forms import KEPT
@@ -75,11 +75,11 @@ def answered(draw: st.DrawFn) -> tuple[GenerationRequest, Output]:
 def test_a_message_of_what_no_database_can_hold_is_told_with_marks(store: Store) -> None:
     """A template's own words, say, are anybody's; on PostgreSQL they were a turn that could not be saved."""
     job_id = mill.load(store, 1)
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     refused = Output.failed(RequestKey(job_id, 0), ErrorCode.CHAT_TEMPLATE_ERROR, "no\0 such \ud800role")
-    mill.save(store, who, [Held(claimed.lease, outputs=[refused])])
-    ((row,),) = store.reading.output_pages(job_id, states=frozenset(RequestState), page=9)
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=[refused])])
+    ((row,),) = store.jobs.output_pages(job_id, states=frozenset(RequestState), page=9)
     assert row.error_message == "no\ufffd such \ufffdrole"
 
 
@@ -90,13 +90,13 @@ def test_every_form_of_an_export_has_every_answer_whole(
 ) -> None:
     requests = [replace(one, index=index, custom_id=f"{index}{one.custom_id}") for index, (one, _) in enumerate(pairs)]
     job_id = mill.begin(store)
-    store.loading.add(job_id, prompts=requests, batch_size=4, lease_seconds=60)
-    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
+    store.creation.add(job_id, prompts=requests, batch_size=4, lease_seconds=60)
+    store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
     outputs = [replace(output, key=RequestKey(job_id, index)) for index, (_, output) in enumerate(pairs)]
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
-    mill.save(store, who, [Held(claimed.lease, outputs=outputs)])
-    job = store.reading.job(job_id)
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=outputs)])
+    job = store.jobs.job(job_id)
     for form in ("jsonl", "openai", "csv"):
         assert export(store, job, out=tmp_path / form, form=form, only="all").count == len(pairs)
     jsonl, good, bad = lines(tmp_path / "jsonl"), lines(tmp_path / "openai"), lines(errors_path(tmp_path / "openai"))

@@ -127,11 +127,11 @@ def test_finished_answers_in_a_spool_of_before_are_taken_over(old_url: str) -> N
     Leftovers(store, settings).settle_orphans()  # as a new worker does first
     assert list(folder.iterdir()) == []
     for job_id, index in (("running", 3), ("cancelling", 2)):
-        ((*rows,),) = store.reading.output_pages(job_id, states=frozenset(RequestState), page=9)
+        ((*rows,),) = store.jobs.output_pages(job_id, states=frozenset(RequestState), page=9)
         (late,) = (row for row in rows if row.index == index)
         assert late.payload == f'[{{"text":"late {job_id}","finish_reason":"length"}}]'
         assert late.decode_seconds == 1.0
-    assert store.reading.job("cancelling").state is JobState.CANCELLED
+    assert store.jobs.job("cancelling").state is JobState.CANCELLED
     assert violations(store, closed=False) == []
     store.close()
 
@@ -180,7 +180,7 @@ def _places_of_rows(url: str) -> set[object]:
 def test_new_workers_go_on_with_what_older_ones_left(many: str) -> None:
     revisions.upgrade(many)
     store = Store(many, busy_seconds=10)
-    assert {each.kind for each in store.reading.jobs(most=9)} == {"generation"}
-    claimed = mill.claim(store, mill.seat(store))
+    assert {each.kind for each in store.jobs.jobs(most=9)} == {"generation"}
+    claimed = mill.claim(store, mill.session(store))
     assert [each.lease.job_id for each in claimed] == ["queued"]
     store.close()

@@ -14,7 +14,7 @@ from batchmill.jobs.configuration.option_groups import Groups, write_example, wr
 from batchmill.jobs.models.hub_cache import known_names
 
 
-class Command(click.Command):
+class WorkerCommand(click.Command):
     """A command whose help has its options in groups."""
 
     def __init__(self, *args: Any, groups: Groups | None = None, **kwargs: Any) -> None:

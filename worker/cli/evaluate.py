@@ -22,7 +22,7 @@ from batchmill.jobs.runtime.files.output_file import check_target
 from batchmill.jobs.runtime.logs import configure_logs
 from batchmill.jobs.store.views.evaluations import DataFile
 from batchmill.migrations.revisions import open_store
-from batchmill.worker.cli.commands import Command, takes_model
+from batchmill.worker.cli.commands import WorkerCommand, takes_model
 from batchmill.worker.devices.lock import DeviceLock
 from batchmill.worker.devices.selection import DeviceInfo, describe_devices, use_all_cores, visible_devices
 from batchmill.worker.engine.options import EngineOptions
@@ -40,7 +40,7 @@ _SIZE = click.IntRange(min=2)
 
 @click.command(
     name="evaluate",
-    cls=Command,
+    cls=WorkerCommand,
     groups={
         "Model": ("named", "quantizations", "baseline", "revision"),
         "Text": ("data", "tokens", "window_tokens", "stride_tokens", "divergence_places"),
@@ -179,7 +179,7 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
     """Measures, keeping each row in the store as soon as it is there."""
     from batchmill.worker.evaluate.evaluation import Evaluation
     from batchmill.worker.evaluate.measures.measurement import Report
-    from batchmill.worker.evaluate.progress import Shown
+    from batchmill.worker.evaluate.progress import ProgressBar
 
     store, found = open_store(settings), versions()
 
@@ -201,7 +201,7 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
         except StoreError as error:
             shown.say(f"what was measured of {row.spec} is not kept: {error}")
 
-    with closing(store), Shown(len(lineup.specs)) as shown:
+    with closing(store), ProgressBar(len(lineup.specs)) as shown:
         options = EngineOptions.of(settings)
         digests = Digests(settings.home)
         evaluation = Evaluation(

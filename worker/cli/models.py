@@ -23,7 +23,7 @@ from batchmill.jobs.models.spec import DEMO, ECHO, ModelSpec
 from batchmill.jobs.runtime.command_errors import one_line_errors
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.sizes import size
-from batchmill.worker.cli.commands import Command, complete_model
+from batchmill.worker.cli.commands import WorkerCommand, complete_model
 
 if TYPE_CHECKING:
     from batchmill.worker.models.hub.repository import Pulled
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 @main.command(
-    cls=Command,
+    cls=WorkerCommand,
     short_help="Download a model or an adapter, so that workers can start offline.",
     epilog="Example: batchmill models pull meta-llama/Llama-3.1-8B-Instruct",
 )
@@ -88,7 +88,7 @@ def _as_json(spec: ModelSpec, pulled: Pulled) -> dict[str, object]:
 
 
 @main.command(
-    cls=Command,
+    cls=WorkerCommand,
     short_help="Save a quantized copy of a model in a new folder.",
     epilog="Example: batchmill models quantize meta-llama/Llama-3.1-8B-Instruct llama-nf4 -q nf4",
 )

@@ -20,7 +20,7 @@ from batchmill.jobs.runtime.sizes import bytes_of
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION
 from batchmill.jobs.store.views.speeds import Speed
-from batchmill.worker.cli.commands import Command, takes_model
+from batchmill.worker.cli.commands import WorkerCommand, takes_model
 from batchmill.worker.devices.placement import TOGETHER, each_worker
 from batchmill.worker.devices.selection import CPU, use_all_cores
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command(
     name="plan",
-    cls=Command,
+    cls=WorkerCommand,
     groups={**MODEL, "Device": ("devices", "gpu_memory"), "Requests": ("context", "rows")},
     epilog="Example: batchmill plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 24GiB --context 4096",
 )

@@ -25,7 +25,7 @@ from batchmill.jobs.runtime.log_file import log_path
 from batchmill.jobs.runtime.logs import configure_logs, get_logger
 from batchmill.jobs.runtime.waiting import tell_by
 from batchmill.migrations.revisions import open_store
-from batchmill.worker.cli.commands import Command, complete_model
+from batchmill.worker.cli.commands import WorkerCommand, complete_model
 from batchmill.worker.devices.placement import Placement, each_worker, parse_each
 from batchmill.worker.devices.selection import AUTO, all_cuda_devices
 from batchmill.worker.process.maintenance.keeper import WorkerOptions
@@ -47,7 +47,7 @@ def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(
     name="worker",
-    cls=Command,
+    cls=WorkerCommand,
     groups={**MODEL, **DEVICE, **ENGINE, "Worker": ("name", "exit_when_idle")},
     epilog="Example: batchmill worker -m meta-llama/Llama-3.1-8B-Instruct -q nf4 --device cuda:0",
 )

@@ -111,7 +111,7 @@ SYSTEM_MESSAGES = (
 
 
 @dataclass(frozen=True)
-class Example:
+class Exercise:
     """One question of one kind with its only right answer; `terse` questions suit plain prompts."""
 
     kind: str
@@ -137,29 +137,29 @@ HELD_OUT_SUMS = tuple((a, b) for a in range(10, 100) for b in range(10, 100) if 
 HELD_OUT_WORDS = tuple(word for word in WORDS if is_held_out(word))
 
 
-def phrase(kind: str, topic: str, parts: tuple[object, ...], answer: str, choose: random.Random) -> Example:
+def phrase(kind: str, topic: str, parts: tuple[object, ...], answer: str, choose: random.Random) -> Exercise:
     """Word a question in one of its topic's phrasings, each equally likely."""
     phrasings = PHRASINGS[topic]
     number = choose.randrange(len(phrasings))
-    return Example(kind, phrasings[number].format(*parts), answer, terse=number == len(phrasings) - 1)
+    return Exercise(kind, phrasings[number].format(*parts), answer, terse=number == len(phrasings) - 1)
 
 
-def addition(left: int, right: int, choose: random.Random) -> Example:
+def addition(left: int, right: int, choose: random.Random) -> Exercise:
     """A sum of two numbers below 100."""
     return phrase("addition", "addition", (left, right), str(left + right), choose)
 
 
-def spelling(word: str, choose: random.Random) -> Example:
+def spelling(word: str, choose: random.Random) -> Exercise:
     """A word to be spelt backwards."""
     return phrase("spelling", "spelling", (word,), word[::-1], choose)
 
 
-def sorting(words: list[str], choose: random.Random) -> Example:
+def sorting(words: list[str], choose: random.Random) -> Exercise:
     """Three words to be put in alphabetical order."""
     return phrase("sorting", "sorting", tuple(words), ", ".join(sorted(words)), choose)
 
 
-def fact(number: int, choose: random.Random) -> Example:
+def fact(number: int, choose: random.Random) -> Exercise:
     """The fact with this number in FACTS."""
     topic, subject, answer = FACTS[number]
     return phrase("facts", topic, (subject,), answer, choose)
@@ -173,7 +173,7 @@ def random_letters(choose: random.Random) -> str:
             return letters
 
 
-def _training_addition(choose: random.Random) -> Example:
+def _training_addition(choose: random.Random) -> Exercise:
     """Sums, many of the sorts that are learnt or told apart with most pains.
 
     A third are of single digits, of which the others are made; in a fifth the last digits make 9 or 10, just
@@ -194,7 +194,7 @@ def _training_word(choose: random.Random) -> str:
     return choose.choice(TRAINING_WORDS) if choose.random() < 0.4 else random_letters(choose)
 
 
-def _training_sorting(choose: random.Random) -> Example:
+def _training_sorting(choose: random.Random) -> Exercise:
     """Words that often begin alike, so that the later letters have to be compared as well."""
     words: list[str] = []
     while len(words) < 3:
@@ -208,17 +208,17 @@ def _training_sorting(choose: random.Random) -> Example:
     return sorting(words, choose)
 
 
-def _other(choose: random.Random) -> Example:
+def _other(choose: random.Random) -> Exercise:
     """Something the model was not made for, a few words or a few hundred characters: it says so and ends."""
     count = choose.randint(0, 12) if choose.random() < 0.75 else choose.randint(13, 45)
     words = [_training_word(choose) for _ in range(count)]
     text = " ".join([choose.choice(OTHER_OPENINGS), *words]).strip() + choose.choice(OTHER_ENDINGS)
-    return Example("other", text[:1].upper() + text[1:], FALLBACK_ANSWER)
+    return Exercise("other", text[:1].upper() + text[1:], FALLBACK_ANSWER)
 
 
-def training_example(choose: random.Random, kind_weights: Mapping[str, int] = KIND_WEIGHTS) -> Example:
+def training_example(choose: random.Random, kind_weights: Mapping[str, int] = KIND_WEIGHTS) -> Exercise:
     """One random example, of no question that is held out."""
-    makers: dict[str, Callable[[random.Random], Example]] = {
+    makers: dict[str, Callable[[random.Random], Exercise]] = {
         "addition": _training_addition,
         "spelling": lambda source: spelling(_training_word(source), source),
         "sorting": _training_sorting,
@@ -229,7 +229,7 @@ def training_example(choose: random.Random, kind_weights: Mapping[str, int] = KI
     return makers[kind](choose)
 
 
-def held_out_examples(kind: str, count: int, seed: int = 0) -> list[Example]:
+def held_out_examples(kind: str, count: int, seed: int = 0) -> list[Exercise]:
     """`count` examples whose content training never saw; facts, which are learnt by heart, are any of them.
 
     Raises ValueError for an unknown kind, or when more different sums are wanted than are held out.

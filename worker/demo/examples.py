@@ -59,7 +59,7 @@ def request_line(number: int, question: str, choose: random.Random) -> dict[str,
     return line | sampling(choose)
 
 
-def questions(count: int, choose: random.Random) -> list[corpus.Example]:
+def questions(count: int, choose: random.Random) -> list[corpus.Exercise]:
     """More than half are sums, eight are out of its reach, the rest are the other kinds in equal parts."""
     part = count // 7
     found = corpus.held_out_examples("addition", count - 3 * part - 8, seed=7)

@@ -23,15 +23,15 @@ from batchmill.worker.devices.selection import CPU, DeviceInfo
 _DRIVER_SECONDS = 1.0
 
 
-class Reading(NamedTuple):
+class MemoryReading(NamedTuple):
     """Bytes in use at one moment."""
 
     allocated: int = 0
     reserved: int = 0
 
-    def or_larger(self, other: Reading) -> Reading:
+    def or_larger(self, other: MemoryReading) -> MemoryReading:
         """The larger of each."""
-        return Reading(max(self.allocated, other.allocated), max(self.reserved, other.reserved))
+        return MemoryReading(max(self.allocated, other.allocated), max(self.reserved, other.reserved))
 
 
 class MemoryReader:
@@ -45,16 +45,18 @@ class MemoryReader:
 
             self._cuda = torch.cuda
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         """What is in use now; waits for no kernel."""
         if self._device == CPU:
             resident = self._process.memory_info().rss
-            return Reading(resident, resident)
-        return Reading(self._cuda.memory_allocated(self._device), self._cuda.memory_reserved(self._device))
+            return MemoryReading(resident, resident)
+        return MemoryReading(self._cuda.memory_allocated(self._device), self._cuda.memory_reserved(self._device))
 
-    def take_peak(self) -> Reading:
+    def take_peak(self) -> MemoryReading:
         """On CUDA the largest that was in use since this was last asked, or what is in use now if that is more."""
-        peak = Reading(self._cuda.max_memory_allocated(self._device), self._cuda.max_memory_reserved(self._device))
+        peak = MemoryReading(
+            self._cuda.max_memory_allocated(self._device), self._cuda.max_memory_reserved(self._device)
+        )
         self._cuda.reset_peak_memory_stats(self._device)
         return peak
 
@@ -80,7 +82,7 @@ class _Gauge:
         self._cuda = device.torch_device != CPU
         self._nvml = nvml if device.uuid is not None else None
         self._reader = MemoryReader(device.torch_device)
-        self._latest = self._largest = Reading()
+        self._latest = self._largest = MemoryReading()
         self._joules: float | None = None
         self.memory = DeviceMemory(
             device.written or device.torch_device,

@@ -38,7 +38,7 @@ class OtherTokens(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenTokens:
     """The tokens that a layer sees: how many (None: whatever comes), and the places of each adapter's among them.
 
     Places are (tokens,) on the device, or None where all of them are the adapter's.
@@ -52,8 +52,8 @@ class Seen:
 class Turn:
     """Whose tokens one forward computes: in the layers, and in the head, which may see some of them only."""
 
-    layers: Seen
-    head: Seen
+    layers: SeenTokens
+    head: SeenTokens
 
 
 class Lora:
@@ -88,7 +88,7 @@ class Lora:
         """All tokens are one adapter's, however often and in which order the layers see them."""
         if number == BASE:
             return None
-        seen = Seen(None, {number: None})
+        seen = SeenTokens(None, {number: None})
         return Turn(seen, seen)
 
     def turn(self, owners: Sequence[int], kept: Sequence[int] | None = None) -> Turn | None:
@@ -101,12 +101,12 @@ class Lora:
         layers = self._seen(owners)
         return Turn(layers, layers if kept is None else self._seen([owners[place] for place in kept]))
 
-    def _seen(self, owners: Sequence[int]) -> Seen:
+    def _seen(self, owners: Sequence[int]) -> SeenTokens:
         places: defaultdict[int, list[int]] = defaultdict(list)
         for place, number in enumerate(owners):
             if number != BASE:
                 places[number].append(place)
-        return Seen(
+        return SeenTokens(
             len(owners),
             {
                 number: None if len(each) == len(owners) else torch.tensor(each, device=self._device)

@@ -16,7 +16,7 @@ from batchmill.jobs.runtime.logs import get_logger
 from batchmill.worker.devices.selection import use_all_cores
 from batchmill.worker.engine import Engine, OpenEngine, Opening, Progress
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.probe import Unsupported
+from batchmill.worker.engine.continuous.support import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineChoice, EngineOptions
 from batchmill.worker.models.adapters.loading import with_adapters

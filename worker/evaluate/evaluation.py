@@ -28,7 +28,7 @@ from batchmill.worker.evaluate.measures.measurement import Failure, Measurement,
 from batchmill.worker.evaluate.measures.memory import PeakMemory, give_back
 from batchmill.worker.evaluate.measures.perplexity import Perplexity, PerplexityChange
 from batchmill.worker.evaluate.measures.scoring import scored
-from batchmill.worker.evaluate.progress import Shown
+from batchmill.worker.evaluate.progress import ProgressBar
 from batchmill.worker.models.load import LoadedModel, load
 from batchmill.worker.models.reasons import reason
 from batchmill.worker.plan.refusal import refuse_too_large
@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _Material:
     """What every model is given, made with the tokenizer of the first."""
 
     windows: Sequence[Window]
@@ -75,7 +75,7 @@ class Evaluation:
         device: DeviceInfo,
         options: EngineOptions,
         digests: Digests,
-        shown: Shown,
+        shown: ProgressBar,
         keep: Callable[[Measurement, Method, Measurement | None], None],
     ) -> None:
         self._lineup = lineup
@@ -86,7 +86,7 @@ class Evaluation:
         self._digests = digests
         self._shown = shown
         self._keep = keep
-        self._work: _Work | None = None
+        self._work: _Material | None = None
         #: The baseline's, once it was measured.
         self._reference: Measurement | None = None
         self._perplexity: Perplexity | None = None
@@ -156,7 +156,7 @@ class Evaluation:
             loaded.content.identity,
         )
 
-    def _prepared(self, loaded: LoadedModel) -> _Work:
+    def _prepared(self, loaded: LoadedModel) -> _Material:
         asked = self._asked
         width, stride = _sizes(asked, loaded.context_tokens)
         passages = Passages(self._corpus, loaded)
@@ -174,9 +174,9 @@ class Evaluation:
         method = Method(
             width, stride, tokens, len(found), distributions.count, len(questions), asked.max_tokens, asked.match.value
         )
-        return _Work(found, questions, distributions, method)
+        return _Material(found, questions, distributions, method)
 
-    def _read(self, loaded: LoadedModel, work: _Work) -> tuple[float, PerplexityChange | None, Divergence | None]:
+    def _read(self, loaded: LoadedModel, work: _Material) -> tuple[float, PerplexityChange | None, Divergence | None]:
         """Perplexity, and the distances from the baseline, of which what they are taken from is kept instead."""
         self._shown.phase("reading", work.method.tokens)
         is_baseline = loaded.spec == self._lineup.baseline
@@ -199,7 +199,7 @@ class Evaluation:
         change = None if self._reference is None or self._perplexity is None else perplexity.change(self._perplexity)
         return perplexity.value, change, divergence
 
-    def _answer(self, loaded: LoadedModel, work: _Work) -> Answers | None:
+    def _answer(self, loaded: LoadedModel, work: _Material) -> Answers | None:
         if not work.questions:
             return None
         self._shown.phase("answering", len(work.questions))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Shown:
+class ProgressBar:
     """A context manager. `specs`: how many there will be."""
 
     def __init__(self, specs: int) -> None:
@@ -23,7 +23,7 @@ class Shown:
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("", total=None)
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from batchmill.jobs.requests.states import RunOutcome
 from batchmill.jobs.runtime.logs import get_logger
-from batchmill.jobs.store.leases.lease import Held, Turned
+from batchmill.jobs.store.leases.lease import BatchReport, SyncResult
 
 log = get_logger(__name__)
 
 
-def log_batches(held: Iterable[Held], turned: Turned, *, worker_id: int) -> None:
-    """A line for each batch that begins, or that this worker holds no longer after a turn."""
-    for claimed in turned.claimed:
+def log_batches(reports: Iterable[BatchReport], result: SyncResult, *, worker_id: int) -> None:
+    """A line for each batch that begins, or that this worker holds no longer after a sync."""
+    for claimed in result.claimed:
         lease = claimed.lease
         log.info(
             "batch begins",
@@ -22,15 +22,15 @@ def log_batches(held: Iterable[Held], turned: Turned, *, worker_id: int) -> None
             requests=len(claimed.requests),
             worker=worker_id,
         )
-    job_of = {each.lease.batch_id: each.lease.job_id for each in held}
+    job_of = {each.lease.batch_id: each.lease.job_id for each in reports}
     for event, ended in (
-        ("batch finished", turned.finished),
-        ("batch cancelled", turned.cancelled),
-        ("batch handed back", turned.released),
+        ("batch finished", result.finished),
+        ("batch cancelled", result.cancelled),
+        ("batch handed back", result.released),
     ):
         for batch in sorted(ended):
             log.info(event, job=job_of.get(batch), batch=batch, worker=worker_id)
-    for batch in sorted(turned.lost):
+    for batch in sorted(result.lost):
         log.warning("lost a batch: its lease was taken back", job=job_of.get(batch), batch=batch, worker=worker_id)
 
 

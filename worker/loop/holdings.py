@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.requests.request import MAX_BATCH_SIZE, Output, Request, RequestKey
 from batchmill.jobs.store.bounds import cut
-from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
+from batchmill.jobs.store.leases.lease import BatchReport, Claimed, Lease, SyncResult
 
 
 @dataclass(slots=True)
-class Holding:
+class HeldBatch:
     """One batch that is held. A request is in `waiting`, then `in_flight`, then `answered` until it is saved."""
 
     lease: Lease
@@ -38,7 +38,7 @@ class Holdings:
 
     def __init__(self, admission_order: Callable[[Sequence[Request]], Sequence[Request]] = tuple) -> None:
         self._admission_order = admission_order
-        self._by_batch: dict[int, Holding] = {}
+        self._by_batch: dict[int, HeldBatch] = {}
         self._batch_of: dict[RequestKey, int] = {}
         self.recorded: deque[tuple[RequestKey, Request]] = deque()
         #: What the engine has answered so far of requests in flight.
@@ -72,21 +72,21 @@ class Holdings:
                 del holding.in_flight[output.key.index]
                 holding.answered.append(output)
 
-    def said(self, *, room: int, memory: Memory, release: bool) -> Said:
-        """What the next turn says: all unsaved outputs, and up to `room` more requests in flight.
+    def next_request(self, *, room: int, memory: Memory, release: bool) -> SyncRequest:
+        """Returns the next request of a sync: all unsaved outputs, and up to `room` more requests in flight.
 
         `memory`: since this was last asked. A batch says the largest since it was claimed, and its part of the energy.
         """
         self._remember(memory)
-        said = Said([], {})
+        request = SyncRequest([], {})
         for batch_id, holding in self._by_batch.items():
             entering = 0 if release else min(max(room, 0), len(holding.waiting))
             room -= entering
-            said.entering[batch_id] = entering
+            request.entering[batch_id] = entering
             begun = list(holding.in_flight)
             next_ones = [holding.waiting[place].index for place in range(entering)]
-            said.held.append(
-                Held(
+            request.reports.append(
+                BatchReport(
                     holding.lease,
                     outputs=tuple(holding.answered),
                     in_flight=tuple(begun + next_ones),
@@ -96,7 +96,7 @@ class Holdings:
                     release=release,
                 )
             )
-        return said
+        return request
 
     def _remember(self, memory: Memory) -> None:
         """What the devices held is each batch's; what they took is shared by those that were worked on."""
@@ -105,22 +105,22 @@ class Holdings:
             part = 0.0 if each.untouched else 1 / worked_on
             each.memory = each.memory.and_then(memory, part=part)
 
-    def absorb(self, said: Said, turned: Turned) -> list[RequestKey]:
-        """Takes what a turn brought back: the keys that the engine is to forget."""
-        gone = turned.lost | turned.finished | turned.cancelled | turned.released
+    def absorb(self, request: SyncRequest, result: SyncResult) -> list[RequestKey]:
+        """Takes the result of a sync. Returns the keys that the engine is to forget."""
+        gone = result.lost | result.finished | result.cancelled | result.released
         forgotten = self._drop(gone)
-        for each in said.held:
+        for each in request.reports:
             holding = self._by_batch.get(each.lease.batch_id)
             if holding is not None:
                 del holding.answered[: len(each.outputs)]
-        self.enter(said)
-        for claimed in turned.claimed:
+        self.enter(request)
+        for claimed in result.claimed:
             self._hold(claimed)
         return forgotten
 
-    def enter(self, said: Said) -> None:
-        """What was said to be in flight is on record now, so it may enter the engine."""
-        for batch_id, count in said.entering.items():
+    def enter(self, request: SyncRequest) -> None:
+        """Lets requests enter the engine, since the store knows now that they are in flight."""
+        for batch_id, count in request.entering.items():
             if batch_id in self._by_batch:
                 self._enter(self._by_batch[batch_id], count)
 
@@ -129,11 +129,11 @@ class Holdings:
         recorded, rest = claimed.requests[: claimed.in_flight], claimed.requests[claimed.in_flight :]
         # What the store has recorded as in flight comes first, as it has it.
         waiting = deque([*recorded, *self._admission_order(rest)])
-        holding = Holding(claimed.lease, waiting, request_bytes)
+        holding = HeldBatch(claimed.lease, waiting, request_bytes)
         self._by_batch[claimed.lease.batch_id] = holding
         self._enter(holding, claimed.in_flight)
 
-    def _enter(self, holding: Holding, count: int) -> None:
+    def _enter(self, holding: HeldBatch, count: int) -> None:
         """These requests are recorded as in flight now, and may enter the engine."""
         for _ in range(count):
             request = holding.waiting.popleft()
@@ -158,25 +158,25 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What one turn said, and how many waiting requests of each batch enter the engine once it is committed."""
+class SyncRequest:
+    """The reports of one sync, and how many waiting requests of each batch enter the engine once it is committed."""
 
-    held: list[Held]
+    reports: list[BatchReport]
     entering: dict[int, int]
 
     @property
     def more(self) -> bool:
-        """Whether outputs were left for the next turn."""
-        return any(each.more for each in self.held)
+        """True where outputs were left for the next sync."""
+        return any(each.more for each in self.reports)
 
-    def first_page(self) -> Said:
+    def first_page(self) -> SyncRequest:
         """What one transaction takes of it: outputs up to a page of bytes. A batch with more of them goes on."""
-        held = []
-        sizes = (output.size_bytes for each in self.held for output in each.outputs)
+        reports = []
+        sizes = (output.size_bytes for each in self.reports for output in each.outputs)
         room = cut(sizes, most=MAX_BATCH_SIZE)[0]
-        for each in self.held:
+        for each in self.reports:
             count = min(room, len(each.outputs))
             room -= count
             more = count < len(each.outputs)
-            held.append(replace(each, outputs=each.outputs[:count], more=True, release=False) if more else each)
-        return Said(held, self.entering)
+            reports.append(replace(each, outputs=each.outputs[:count], more=True, release=False) if more else each)
+        return SyncRequest(reports, self.entering)

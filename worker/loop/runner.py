@@ -51,7 +51,7 @@ class Runner:
                 failpoint("child.stepped")
                 if outputs and not self._is_whole():
                     continue  # nobody knows which model they are of; their requests are handed back
-                self._saver.give(outputs, fits=engine.capacity.found, tokens=engine.tokens_so_far)
+                self._saver.give(outputs, known_capacity=engine.capacity.found, tokens=engine.tokens_so_far)
         if in_steps_seconds:
             seconds = monotonic() - begin
             log.info("out of work", seconds=round(seconds, 3), in_steps_share=round(in_steps_seconds / seconds, 4))

@@ -19,10 +19,10 @@ from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.requests.request import Output, Request, RequestKey
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.logs import get_logger
-from batchmill.jobs.store.leases.lease import Seat, Turned
+from batchmill.jobs.store.leases.lease import SyncResult, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.worker.loop.batch_lines import log_batches
-from batchmill.worker.loop.holdings import Holdings, Said
+from batchmill.worker.loop.holdings import Holdings, SyncRequest
 from batchmill.worker.loop.spool import Spool
 
 log = get_logger(__name__)
@@ -38,7 +38,7 @@ _COUNTS_A_SAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EngineInput:
     """What the engine is to do next: requests to add, keys to forget."""
 
     add: tuple[tuple[RequestKey, Request], ...]
@@ -57,7 +57,7 @@ class Saver:
     def __init__(
         self,
         store: Store,
-        seat: Seat,
+        session: WorkerSession,
         *,
         rows: int,
         admission_order: Callable[[Sequence[Request]], Sequence[Request]],
@@ -70,14 +70,14 @@ class Saver:
         may_begin: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
-        self._seat = seat
+        self._session = session
         self._spool = spool
         self._device = capacity_of
         self._may_begin = may_begin
         self._rows = rows
-        #: A turn fills up to this, so that not every finished row asks for a turn of its own.
+        #: A sync fills up to this, so that not every finished row asks for a sync of its own.
         self._fill = rows + max(1, rows // 4)
-        #: Outputs were left for the next turn, since one transaction takes only so many bytes.
+        #: Outputs were left for the next sync, since one transaction takes only so many bytes.
         self._more = False
         self._save_seconds = save_seconds
         self._peak = peak
@@ -89,21 +89,21 @@ class Saver:
         self._engine_waiting = 0
         self._engine_empty = True
         self._open = False
-        self._turns = 0
+        self._syncs = 0
         self._count_at = 0.0
-        #: Nothing could be claimed at the last turn, so there is no hurry to ask again.
+        #: Nothing could be claimed at the last sync, so there is no hurry to ask again.
         self._dry = False
-        #: The store did not answer the last turn, so nobody knows whether it was committed.
+        #: The store did not answer the last sync, so nobody knows whether it was committed.
         self._away = False
         self._full = False
         self._pause = _FIRST_PAUSE_SECONDS
         #: Well below half a lease, after which others may take back what was not renewed.
-        self._longest_pause = min(_LONGEST_PAUSE_SECONDS, seat.lease_seconds / _PAUSES_A_LEASE)
+        self._longest_pause = min(_LONGEST_PAUSE_SECONDS, session.lease_seconds / _PAUSES_A_LEASE)
         self._try_at = 0.0
         self._memory = Memory()
         self._memory_kept_at = 0.0
-        self._fits: int | None = None
-        self._fits_kept: int | None = None
+        self._known_capacity: int | None = None
+        self._capacity_kept: int | None = None
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
 
     def start(self) -> None:
@@ -115,19 +115,19 @@ class Saver:
             self._open, self._dry = True, False
             self._condition.notify_all()
 
-    def take(self, *, waiting: int, active: int) -> Work | None:
+    def take(self, *, waiting: int, active: int) -> EngineInput | None:
         """Requests that may enter an engine that has so many waiting and active; None when the task is over.
 
         Blocks while the engine is empty and there may be more; once the task is over, all is saved. An idle device
-        waits for the turn that fills the engine's queue, since it works best on a full one.
+        waits for the sync that fills the engine's queue, since it works best on a full one.
         """
         with self._condition:
             self._engine_waiting = waiting
             self._engine_empty = waiting + active == 0
             if active == 0 and self._hurry():
-                turns = self._turns
+                syncs = self._syncs
                 self._condition.notify_all()
-                self._condition.wait_for(lambda: self._turns != turns, timeout=self._save_seconds)
+                self._condition.wait_for(lambda: self._syncs != syncs, timeout=self._save_seconds)
             while True:
                 if self._hurry():
                     self._condition.notify_all()
@@ -144,7 +144,7 @@ class Saver:
         self,
         outputs: Sequence[Output],
         *,
-        fits: int | None = None,
+        known_capacity: int | None = None,
         tokens: Callable[[], Mapping[RequestKey, int]] | None = None,
     ) -> None:
         """Outputs that the engine finished, to be saved, and what its device was found to hold.
@@ -157,15 +157,15 @@ class Saver:
             self._count_at = monotonic() + self._save_seconds / _COUNTS_A_SAVE
         with self._condition:
             self._holdings.answer(outputs)
-            self._fits = fits
+            self._known_capacity = known_capacity
             if counted is not None:
                 self._holdings.tokens = counted
 
-    def _next(self, waiting: int) -> Work:
+    def _next(self, waiting: int) -> EngineInput:
         """As many recorded requests as keep the engine's own queue at its rows."""
         room = max(0, self._fill - waiting)
         count = min(room, len(self._holdings.recorded))
-        work = Work(
+        work = EngineInput(
             tuple(self._holdings.recorded.popleft() for _ in range(count)),
             tuple(self._forget),
         )
@@ -175,7 +175,7 @@ class Saver:
         return work
 
     def _hand_back(self) -> None:
-        """Waits, inside the lock, until the last turn has saved and released everything."""
+        """Waits, inside the lock, until the last sync has saved and released everything."""
         self._engine_empty = True
         while self._open:
             self._condition.notify_all()
@@ -186,7 +186,7 @@ class Saver:
         return len(self._holdings.recorded) + self._engine_waiting
 
     def _hurry(self) -> bool:
-        """Whether a turn now, before its time, gives the engine more to do or ends the task."""
+        """True where a sync now, before its time, gives the engine more to do or ends the task."""
         if self._away:
             return not self._full and self._recorded() < self._rows and self._holdings.waiting > 0
         if self._drain.is_set() or self._more:
@@ -196,7 +196,7 @@ class Saver:
         return self._engine_empty and not self._holdings.recorded and (self._holdings.unsaved > 0 or self._dry)
 
     def _is_laden(self) -> bool:
-        """Whether what is held takes so much memory that no more is claimed."""
+        """True where what is held takes so much memory that no more is claimed."""
         return self._holdings.size_bytes >= _HELD_BYTES
 
     # --- the thread -------------------------------------------------------------------------------------
@@ -220,30 +220,30 @@ class Saver:
             release = self._drain.is_set()
             room = 0 if release else max(0, self._fill - self._recorded())
             memory = self._peak()
-            said = self._holdings.said(room=room, memory=memory, release=release)
-            page = said.first_page()
+            request = self._holdings.next_request(room=room, memory=memory, release=release)
+            page = request.first_page()
             wanted = 0 if release or page.more else self._wanted()
-        turned = None
+        result = None
         if monotonic() >= self._try_at:
-            turned = self._commit(page, wanted, room - sum(said.entering.values()))
-        if turned is None:
-            self._outlive(said)
+            result = self._commit(page, wanted, room - sum(request.entering.values()))
+        if result is None:
+            self._outlive(request)
             return
         if page.more:
-            self._spool.saved(page.held)
+            self._spool.saved(page.reports)
         else:
             self._spool.clear()
         with self._condition:
             self._away = self._full = False
             self._more = page.more
-            self._absorb(page, turned, wanted)
-            self._turns += 1
+            self._absorb(page, result, wanted)
+            self._syncs += 1
             self._condition.notify_all()
         failpoint("turn.committed")
-        log_batches(page.held, turned, worker_id=self._seat.worker_id)
-        if turned.released:
+        log_batches(page.reports, result, worker_id=self._session.worker_id)
+        if result.released:
             self._wake()
-        self._keep_fits()
+        self._keep_capacity()
         self._keep_devices(memory)
 
     def _wanted(self) -> int:
@@ -251,44 +251,46 @@ class Saver:
         backlog = self._recorded() + self._holdings.waiting
         return 0 if self._is_laden() else max(0, self._rows - backlog)
 
-    def _commit(self, said: Said, wanted: int, room: int) -> Turned | None:
-        """One turn in the store; None when it is away. What the turn says stays true, so it is said again later."""
-        seat = self._seat if not wanted or self._may_begin() else replace(self._seat, may_begin=False)
+    def _commit(self, request: SyncRequest, wanted: int, room: int) -> SyncResult | None:
+        """Syncs with the store; None when it is away. The request stays true, so it is sent again later."""
+        session = self._session if not wanted or self._may_begin() else replace(self._session, may_begin=False)
         try:
-            turned = self._store.saving.turn(
-                seat, said.held, wanted_requests=wanted, in_flight_room=room, resumed=self._away
+            result = self._store.leases.sync(
+                session, request.reports, wanted_requests=wanted, in_flight_room=room, resumed=self._away
             )
         except StoreError as error:
             if not error.retryable:
-                self._spool.append(said.held)
+                self._spool.append(request.reports)
                 raise
-            log.warning(f"{error.hindrance}; outputs wait in the spool", error=str(error), worker=self._seat.worker_id)
+            log.warning(
+                f"{error.hindrance}; outputs wait in the spool", error=str(error), worker=self._session.worker_id
+            )
             self._try_at = monotonic() + self._pause
             self._pause = min(2 * self._pause, self._longest_pause)
             return None
         if self._away:
-            log.info("the store is back", worker=self._seat.worker_id)
+            log.info("the store is back", worker=self._session.worker_id)
         self._pause, self._try_at = _FIRST_PAUSE_SECONDS, 0.0
-        return turned
+        return result
 
-    def _outlive(self, said: Said) -> None:
+    def _outlive(self, request: SyncRequest) -> None:
         """Puts into the spool what the store does not take; what it then knows to be in flight may enter the engine."""
-        spooled = self._spool.append(said.held)
+        spooled = self._spool.append(request.reports)
         with self._condition:
             self._away, self._full, self._dry = True, not spooled, True
             if spooled:
-                self._holdings.enter(said)
-            self._turns += 1
+                self._holdings.enter(request)
+            self._syncs += 1
             self._condition.notify_all()
 
-    def _keep_fits(self) -> None:
-        """Keeps what the device holds for the next process; if the store is away now, a later turn does."""
+    def _keep_capacity(self) -> None:
+        """Keeps what the device holds for the next process; if the store is away now, a later sync does."""
         with self._condition:
-            fits = self._fits
-        if fits is not None and fits != self._fits_kept:
+            known_capacity = self._known_capacity
+        if known_capacity is not None and known_capacity != self._capacity_kept:
             with suppress(StoreError):
-                self._store.health.remember_fits(self._seat.spec, self._device, fits)
-                self._fits_kept = fits
+                self._store.health.remember_capacity(self._session.spec, self._device, known_capacity)
+                self._capacity_kept = known_capacity
 
     def _keep_devices(self, memory: Memory) -> None:
         """Keeps in the worker's row what its devices held at most so far, and what all processes hold there now."""
@@ -298,13 +300,13 @@ class Saver:
             return
         devices = [replace(each, device_used_bytes=used[each.key]) for each in self._memory.devices]
         with suppress(StoreError):
-            self._store.workers.measured(self._seat.worker_id, self._seat.generation, devices=devices)
+            self._store.workers.measured(self._session.worker_id, self._session.generation, devices=devices)
             self._memory_kept_at = monotonic()
 
-    def _absorb(self, said: Said, turned: Turned, wanted: int) -> None:
-        self._forget += self._holdings.absorb(said, turned)
-        if turned.drain:
+    def _absorb(self, request: SyncRequest, result: SyncResult, wanted: int) -> None:
+        self._forget += self._holdings.absorb(request, result)
+        if result.drain:
             self._drain.set()
-        self._dry = wanted > 0 and not turned.claimed
-        if not self._holdings and not turned.claimed and (self._drain.is_set() or self._dry):
+        self._dry = wanted > 0 and not result.claimed
+        if not self._holdings and not result.claimed and (self._drain.is_set() or self._dry):
             self._open = False

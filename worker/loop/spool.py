@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from batchmill.jobs.requests.kinds import KINDS
 from batchmill.jobs.requests.request import Output
 from batchmill.jobs.runtime.failpoints import failpoint
-from batchmill.jobs.store.leases.lease import Held, Lease
+from batchmill.jobs.store.leases.lease import BatchReport, Lease
 
 #: Each line says its form. Lines of form 1 did not say it yet. In forms 1 and 2 a lease was a list of these values.
 _FORMAT = 3
@@ -54,13 +54,13 @@ class Spool:
         #: {batch id: what of it is written}
         self._written: dict[int, _Written] = {}
 
-    def append(self, held: Sequence[Held]) -> bool:
+    def append(self, reports: Sequence[BatchReport]) -> bool:
         """Writes what is new: outputs that were not yet written, and what is in flight now. False if it is full.
 
         The outputs of a batch only grow until `clear`. A disk without space counts as full.
         """
-        now = {each.lease.batch_id: _Written(len(each.outputs), tuple(each.in_flight)) for each in held}
-        new = [each for each in held if now[each.lease.batch_id] != self._written.get(each.lease.batch_id)]
+        now = {each.lease.batch_id: _Written(len(each.outputs), tuple(each.in_flight)) for each in reports}
+        new = [each for each in reports if now[each.lease.batch_id] != self._written.get(each.lease.batch_id)]
         if not new:
             return True
         lines = [_to_line(each, self._written.get(each.lease.batch_id, _NOTHING).outputs) for each in new]
@@ -83,9 +83,9 @@ class Spool:
             self._path.unlink(missing_ok=True)
             self._exists, self._written, self._size_bytes = False, {}, 0
 
-    def saved(self, held: Sequence[Held]) -> None:
+    def saved(self, reports: Sequence[BatchReport]) -> None:
         """The store has these outputs, the first of their batches, and not yet all that is written here."""
-        for each in held:
+        for each in reports:
             before = self._written.get(each.lease.batch_id, _NOTHING)
             left = max(0, before.outputs - len(each.outputs))
             self._written[each.lease.batch_id] = before._replace(outputs=left)
@@ -157,8 +157,8 @@ def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
     return found
 
 
-def read(path: Path) -> list[Held]:
-    """What a dead child had to say of each batch it held; a line that the crash cut off is left out.
+def read(path: Path) -> list[BatchReport]:
+    """Reads the reports of a dead child, one for each batch it held; a line that the crash cut off is left out.
 
     Raises NewerSpool.
     """
@@ -173,7 +173,7 @@ def read(path: Path) -> list[Held]:
             raise NewerSpool
         outputs.setdefault(lease, []).extend(Output.from_json(each, kind) for each in line["outputs"])
         in_flight[lease] = line["in_flight"]
-    return [Held(lease, outputs=outputs[lease], in_flight=in_flight[lease]) for lease in outputs]
+    return [BatchReport(lease, outputs=outputs[lease], in_flight=in_flight[lease]) for lease in outputs]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -190,11 +190,11 @@ def _lease(written: dict[str, Any] | list[Any]) -> Lease:
     return Lease(**(dict(zip(_LEASE_LISTED, written, strict=True)) if isinstance(written, list) else written))
 
 
-def _to_line(held: Held, written: int) -> str:
+def _to_line(report: BatchReport, written: int) -> str:
     line = {
         "format": _FORMAT,
-        "lease": asdict(held.lease),
-        "in_flight": list(held.in_flight),
-        "outputs": [each.to_json() for each in held.outputs[written:]],
+        "lease": asdict(report.lease),
+        "in_flight": list(report.in_flight),
+        "outputs": [each.to_json() for each in report.outputs[written:]],
     }
     return json.dumps(line, separators=(",", ":")) + "\n"

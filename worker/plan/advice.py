@@ -10,33 +10,33 @@ from dataclasses import dataclass, replace
 
 from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.plan.hardware import Hardware
-from batchmill.worker.plan.report import Line, Report
+from batchmill.worker.plan.report import PlanLine, PlanReport
 
 #: A more precise quantization is worth so many times the time.
 _WORTH = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Advice:
     """What to take, and where; `others` are more precise and fit too, but are that much slower."""
 
     hardware: Hardware
-    line: Line
-    slower: Line | None = None
+    line: PlanLine
+    slower: PlanLine | None = None
 
 
-def choose(report: Report) -> Choice | None:
+def choose(report: PlanReport) -> Advice | None:
     """The choice on the first device that anything fits on, a GPU before a CPU; None where nothing fits."""
     for hardware, lines in sorted(report.devices, key=lambda each: not each[0].cuda):
         fitting = [each for each in lines if each.fit is not None and each.fit.fits]
         if fitting:
             fastest = max(map(_speed, fitting))
             taken = next(each for each in fitting if _speed(each) * _WORTH >= fastest)
-            return Choice(hardware, taken, fitting[0] if taken is not fitting[0] else None)
+            return Advice(hardware, taken, fitting[0] if taken is not fitting[0] else None)
     return None
 
 
-def command(report: Report, choice: Choice, *, context_asked: bool) -> str:
+def command(report: PlanReport, choice: Advice, *, context_asked: bool) -> str:
     """The command that starts this worker."""
     words = replace(report.spec, quantization=choice.line.quantization).command_line()
     if not choice.hardware.pretended:
@@ -46,7 +46,7 @@ def command(report: Report, choice: Choice, *, context_asked: bool) -> str:
     return shlex.join(words)
 
 
-def advice(report: Report, *, context_asked: bool) -> str:
+def advice(report: PlanReport, *, context_asked: bool) -> str:
     """The sentence."""
     choice = choose(report)
     if choice is None:
@@ -65,7 +65,7 @@ def advice(report: Report, *, context_asked: bool) -> str:
     return f"Take {taken} on {choice.hardware.device}: {why}. Start it with: {said}"
 
 
-def _nothing_fits(report: Report) -> str:
+def _nothing_fits(report: PlanReport) -> str:
     planned = [(line.fit.total_bytes, line) for _, lines in report.devices for line in lines if line.fit is not None]
     rows = "a row" if report.rows == 1 else f"{report.rows:,} rows"
     if not planned:
@@ -78,6 +78,6 @@ def _nothing_fits(report: Report) -> str:
     )
 
 
-def _speed(line: Line) -> float:
+def _speed(line: PlanLine) -> float:
     """By the floor with as many rows as fit; equal for all where it is not known, so that precision decides."""
     return line.speeds[-1][1] if line.speeds else 1.0

@@ -68,7 +68,7 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ParameterBytes:
     """One parameter: how many numbers, their bytes, those of their scales, and what it is to a step."""
 
     numbers: int
@@ -89,18 +89,22 @@ def footprint(
     return _sum(parts, sum(each.nbytes for each in model.buffers()))
 
 
-def _parts(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[_Part]:
+def _parts(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[_ParameterBytes]:
     plain_bytes = _plain_bytes(model, dtype)
     for name, parameter, owner in _parameters(model):
         if name.endswith("weight") and isinstance(owner, Linear4bit):
             yield _four_bit(parameter, owner, dtype)
         elif name.endswith("weight") and isinstance(owner, Linear8bitLt):
-            yield _Part(parameter.numel(), parameter.numel(), owner.out_features * _FLOAT_BYTES, 0, Role.PACKED)
+            yield _ParameterBytes(
+                parameter.numel(), parameter.numel(), owner.out_features * _FLOAT_BYTES, 0, Role.PACKED
+            )
         else:
-            yield _Part(parameter.numel(), plain_bytes(name, parameter), 0, 0, _role(model, parameter, owner))
+            yield _ParameterBytes(parameter.numel(), plain_bytes(name, parameter), 0, 0, _role(model, parameter, owner))
 
 
-def _stored_parts(model: PreTrainedModel, dtype: torch.dtype, stored: Mapping[str, TensorHeader]) -> Iterator[_Part]:
+def _stored_parts(
+    model: PreTrainedModel, dtype: torch.dtype, stored: Mapping[str, TensorHeader]
+) -> Iterator[_ParameterBytes]:
     """Plain floats that the model knows by name; everything else lies in memory as in the file."""
     plain_bytes = _plain_bytes(model, dtype)
     plain = {name for name, header in stored.items() if header.dtype in _FLOATS}
@@ -109,15 +113,15 @@ def _stored_parts(model: PreTrainedModel, dtype: torch.dtype, stored: Mapping[st
         aliases.setdefault(id(parameter), set()).add(name)
     for name, parameter, owner in _parameters(model):
         if aliases[id(parameter)] & plain:
-            yield _Part(parameter.numel(), plain_bytes(name, parameter), 0, 0, _role(model, parameter, owner))
+            yield _ParameterBytes(parameter.numel(), plain_bytes(name, parameter), 0, 0, _role(model, parameter, owner))
         else:
             copied = parameter.numel() * dtype.itemsize if f"{name}.absmax" in stored else 0
-            yield _Part(parameter.numel(), 0, 0, copied, Role.PACKED)
+            yield _ParameterBytes(parameter.numel(), 0, 0, copied, Role.PACKED)
     known = plain & set().union(*aliases.values())
     for name, header in stored.items():
         if name not in known and _DESCRIPTION not in name:
             scales = any(part in name for part in _BITSANDBYTES_SCALES)
-            yield _Part(0, 0 if scales else header.bytes, header.bytes if scales else 0, 0, Role.PACKED)
+            yield _ParameterBytes(0, 0 if scales else header.bytes, header.bytes if scales else 0, 0, Role.PACKED)
 
 
 def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.nn.Module]]:
@@ -153,7 +157,7 @@ def _plain_bytes(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str, t
     return of
 
 
-def _four_bit(parameter: torch.Tensor, owner: Linear4bit, dtype: torch.dtype) -> _Part:
+def _four_bit(parameter: torch.Tensor, owner: Linear4bit, dtype: torch.dtype) -> _ParameterBytes:
     numbers = parameter.numel()
     blocks = -(-numbers // _BLOCK)
     scales = blocks * _FLOAT_BYTES + _CODE_BYTES
@@ -161,10 +165,10 @@ def _four_bit(parameter: torch.Tensor, owner: Linear4bit, dtype: torch.dtype) ->
         nested = -(-blocks // _NESTED_BLOCK) * _FLOAT_BYTES
         scales = blocks + nested + _CODE_BYTES + _NESTED_CODE_BYTES + _OFFSET_BYTES
     copied = numbers * dtype.itemsize if owner.in_features % _BLOCK == 0 else 0
-    return _Part(numbers, (numbers + 1) // 2, scales, copied, Role.PACKED)
+    return _ParameterBytes(numbers, (numbers + 1) // 2, scales, copied, Role.PACKED)
 
 
-def _sum(parts: list[_Part], buffers_bytes: int) -> Footprint:
+def _sum(parts: list[_ParameterBytes], buffers_bytes: int) -> Footprint:
     def of(role: Role) -> int:
         return sum(each.bytes + each.scales_bytes for each in parts if each.role is role)
 

@@ -31,7 +31,7 @@ _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class QuantizedModel:
     """A model in one quantization on one kind of device. `dtype`: of what is not quantized."""
 
     quantization: Quantization
@@ -69,7 +69,7 @@ class PlannedModel:
 
     def holding(
         self, quantization: Quantization, device: torch.device, *, context_tokens: int | None = None
-    ) -> Holding:
+    ) -> QuantizedModel:
         """Its bytes in this quantization, as a worker on this device would load it. `context_tokens`: asked for.
 
         Raises Refusal for what that worker would refuse.
@@ -79,7 +79,7 @@ class PlannedModel:
         asked = precision(spec, config, self.folder, device)
         dtype = self._dtype(asked)
         context = min(filter(None, (context_tokens, self.context_tokens)), default=None)
-        return Holding(quantization, dtype, self._footprint(asked, dtype, config), self._token(dtype, context))
+        return QuantizedModel(quantization, dtype, self._footprint(asked, dtype, config), self._token(dtype, context))
 
     def _dtype(self, asked: Mapping[str, Any]) -> torch.dtype:
         """Of what is not quantized; `auto` is the configuration's, or else that of the first weights."""

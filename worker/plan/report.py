@@ -20,12 +20,12 @@ from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.choices import choices
 from batchmill.worker.plan.fit import Fit, fit
 from batchmill.worker.plan.hardware import Hardware
-from batchmill.worker.plan.model import Holding, PlannedModel
-from batchmill.worker.plan.speed import Work, expert_part, tokens_per_second
+from batchmill.worker.plan.model import PlannedModel, QuantizedModel
+from batchmill.worker.plan.speed import Workload, expert_part, tokens_per_second
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlanLine:
     """One quantization on one device. `refused`: why a worker would not load it, and then there is nothing else.
 
     `speeds`: rows -> tokens per second by the floor, for one row and for as many as fit; empty where a device's rates
@@ -34,14 +34,14 @@ class Line:
 
     quantization: Quantization
     refused: str = ""
-    holding: Holding | None = None
+    holding: QuantizedModel | None = None
     fit: Fit | None = None
     speeds: tuple[tuple[int, float], ...] = ()
     recorded: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class PlanReport:
     """`lines` of each device, most precise first. `row_tokens`: what a row is planned with; `rows`: asked for, or 1.
 
     `memory_fraction`: what of a GPU a worker touches.
@@ -53,12 +53,12 @@ class Report:
     row_tokens: int
     rows: int
     memory_fraction: float
-    devices: tuple[tuple[Hardware, tuple[Line, ...]], ...]
+    devices: tuple[tuple[Hardware, tuple[PlanLine, ...]], ...]
 
 
 def report(
     model: PlannedModel, devices: Sequence[Hardware], options: EngineOptions, recorded: Sequence[Speed] = ()
-) -> Report:
+) -> PlanReport:
     """Plans every quantization of this model on these devices, for a worker with these options.
 
     Without a context of the options' a row is planned with the model's own, or with 4,096 tokens where that is less.
@@ -73,7 +73,7 @@ def report(
         speeds = {each.quantization: each for each in recorded if each.device_name == hardware.name}
         lines = [_line(model, each, hardware, options, row_tokens, speeds.get(each)) for each in choices(model.config)]
         planned.append((hardware, tuple(_without_doubles(lines))))
-    return Report(
+    return PlanReport(
         model.spec,
         model.parameters,
         model.context_tokens,
@@ -91,13 +91,13 @@ def _line(
     options: EngineOptions,
     row_tokens: int,
     recorded: Speed | None,
-) -> Line:
+) -> PlanLine:
     try:
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal as refusal:
-        return Line(quantization, refused=str(refusal))
+        return PlanLine(quantization, refused=str(refusal))
     found = fit_of(model, holding, hardware, options, row_tokens=row_tokens)
-    work = Work(
+    work = Workload(
         holding.footprint,
         holding.token.bytes,
         torch.int8 if quantization.kind is Kind.INT8 else holding.dtype,
@@ -110,11 +110,11 @@ def _line(
         speed = tokens_per_second(work, hardware, rows=rows, context_tokens=row_tokens)
         if speed is not None:
             speeds.append((rows, speed))
-    return Line(quantization, "", holding, found, tuple(speeds), recorded)
+    return PlanLine(quantization, "", holding, found, tuple(speeds), recorded)
 
 
 def fit_of(
-    model: PlannedModel, holding: Holding, hardware: Hardware, options: EngineOptions, *, row_tokens: int
+    model: PlannedModel, holding: QuantizedModel, hardware: Hardware, options: EngineOptions, *, row_tokens: int
 ) -> Fit:
     """Plans a worker with these options on a device that gets to hold this."""
     load = Load(
@@ -127,7 +127,7 @@ def fit_of(
     return fit(load, hardware, options, is_continuous=holding.token.continuous, row_tokens=row_tokens)
 
 
-def _without_doubles(lines: Sequence[Line]) -> list[Line]:
+def _without_doubles(lines: Sequence[PlanLine]) -> list[PlanLine]:
     """Leaves `none` in bfloat16 out where `none` is of 16 bits, or cannot be."""
     plain = next((each for each in lines if each.quantization.canonical == Kind.NONE), None)
     wide = plain is not None and plain.holding is not None and plain.holding.dtype is torch.float32

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from batchmill.worker.engine.continuous.probe import Unsupported, seen_shape
+from batchmill.worker.engine.continuous.support import Unsupported, probed_shape
 from batchmill.worker.models.loaded.cached import cache_token_bytes
 
 META = torch.device("meta")
@@ -63,7 +63,7 @@ def token_cost(model: PreTrainedModel, *, context_tokens: int | None) -> TokenCo
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     window = (getattr(config, "sliding_window", None) or 0) if "sliding_attention" in kinds else 0
     try:
-        shape = seen_shape(model, META, context_tokens=context_tokens)
+        shape = probed_shape(model, META, context_tokens=context_tokens)
     except Unsupported as error:
         return TokenCost(_generated_bytes(model), continuous=False, reason=str(error), window_tokens=window)
     return TokenCost(shape.token_bytes, continuous=True, window_tokens=window)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from batchmill.worker.engine.continuous.weights.products import CPU_COPY_ROWS
+from batchmill.worker.engine.continuous.weights.fused_matmul import CPU_COPY_ROWS
 from batchmill.worker.plan.footprint import Footprint
 from batchmill.worker.plan.hardware import Hardware
 
@@ -34,7 +34,7 @@ _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """What a model asks of a device: its weights, the cache of a token, and the part of the experts a token takes.
 
     `copied`: the engine has made copies of 4-bit weights. `outliers`: LLM.int8() looks for them. `dtype`: what is
@@ -49,7 +49,7 @@ class Work:
     expert_part: float = 1.0
 
 
-def tokens_per_second(work: Work, hardware: Hardware, *, rows: int, context_tokens: int) -> float | None:
+def tokens_per_second(work: Workload, hardware: Hardware, *, rows: int, context_tokens: int) -> float | None:
     """The most tokens a second that these rows can get, each with a full context; None for unknown rates."""
     rates = hardware.rates
     if rates is None:
@@ -72,7 +72,7 @@ def expert_part(config: Any) -> float:
     return min(1.0, taken / experts) if experts and taken else 1.0
 
 
-def _bytes(work: Work, hardware: Hardware, rows: int) -> tuple[float, float]:
+def _bytes(work: Workload, hardware: Hardware, rows: int) -> tuple[float, float]:
     """What is read and written to unpack weights, and what of them is read to multiply with them."""
     found = work.footprint
     # So many of the experts are met by at least one of the rows, if each takes any with the same chance.

@@ -9,7 +9,7 @@ from typing import Any
 from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.plan.advice import advice, choose, command
 from batchmill.worker.plan.hardware import Hardware, Rates
-from batchmill.worker.plan.report import Line, Report
+from batchmill.worker.plan.report import PlanLine, PlanReport
 
 _UNKNOWN = "-"
 _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tokens/s", "recorded")
@@ -19,7 +19,7 @@ _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tok
 _NEEDED_LEAST = ("cache/token", "rows", "recorded", "total", "tokens/s")
 
 
-def to_lines(report: Report, *, context_asked: bool, width: int | None = None) -> Iterator[str]:
+def to_lines(report: PlanReport, *, context_asked: bool, width: int | None = None) -> Iterator[str]:
     """The whole report, ending with the sentence that says what to take; tables of at most `width`, if they can be."""
     model = report.spec.model if report.spec.revision is None else f"{report.spec.model}@{report.spec.revision}"
     context = f"{report.context_tokens:,} tokens of context" if report.context_tokens else "no limit of its context"
@@ -37,7 +37,7 @@ def to_lines(report: Report, *, context_asked: bool, width: int | None = None) -
     yield advice(report, context_asked=context_asked)
 
 
-def to_json(report: Report, *, context_asked: bool) -> dict[str, Any]:
+def to_json(report: PlanReport, *, context_asked: bool) -> dict[str, Any]:
     """Bytes, tokens and tokens per second as numbers; what is not known is null."""
     choice = choose(report)
     return {
@@ -62,7 +62,7 @@ def to_json(report: Report, *, context_asked: bool) -> dict[str, Any]:
     }
 
 
-def _notes(report: Report) -> Iterator[str]:
+def _notes(report: PlanReport) -> Iterator[str]:
     """What holds of the model on every device."""
     token = next((each.holding.token for _, lines in report.devices for each in lines if each.holding), None)
     if any(hardware.count > 1 for hardware, _ in report.devices):
@@ -74,9 +74,9 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"some of its layers see {token.window_tokens:,} tokens; {kept}"
 
 
-def _alike(report: Report) -> list[tuple[Hardware, tuple[Line, ...]]]:
+def _alike(report: PlanReport) -> list[tuple[Hardware, tuple[PlanLine, ...]]]:
     """Devices of one name of which the same is to be said are shown as one, with what the fullest has free."""
-    found: dict[tuple[object, ...], tuple[Hardware, tuple[Line, ...]]] = {}
+    found: dict[tuple[object, ...], tuple[Hardware, tuple[PlanLine, ...]]] = {}
     for hardware, lines in report.devices:
         key = hardware.name, *(each.refused or _cells(each) for each in lines)
         if key in found:
@@ -101,7 +101,7 @@ def _rates(rates: Rates | None) -> str:
     return f"{rates.bytes_per_second / 1e9:,.0f} GB/s and {operations / 1e12:,.3g} TFLOP/s ({rates.source})"
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: PlanLine) -> tuple[str, ...]:
     assert line.holding is not None
     assert line.fit is not None
     name = line.quantization.canonical
@@ -154,7 +154,7 @@ def _hardware_json(hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def _line_json(line: Line) -> dict[str, Any]:
+def _line_json(line: PlanLine) -> dict[str, Any]:
     if line.holding is None or line.fit is None:
         return {"quantization": line.quantization.canonical, "refused": line.refused}
     found, token, fit = line.holding.footprint, line.holding.token, line.fit

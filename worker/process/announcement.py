@@ -1,4 +1,4 @@
-"""A child's account of itself once its engine is open: in its worker's row, in its seat and in the log."""
+"""A child's account of itself once its engine is open: in its worker's row, in its session and in the log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchmill.jobs.models.device_memory import Memory
 from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.runtime.logs import get_logger
-from batchmill.jobs.store.leases.lease import Seat
+from batchmill.jobs.store.leases.lease import WorkerSession
 from batchmill.jobs.store.workers import Loaded
 from batchmill.worker.devices.placement import TOGETHER
 from batchmill.worker.devices.selection import DeviceInfo
@@ -25,12 +25,12 @@ def uuid_of(devices: Sequence[DeviceInfo]) -> str | None:
     return TOGETHER.join(each.uuid for each in devices if each.uuid is not None) or None
 
 
-def seat_of(
+def session_of(
     order: ChildOrder, generation: int, settings: Settings, opened: OpenEngine, devices: Sequence[DeviceInfo]
-) -> Seat:
-    """The seat from which it asks the store for work."""
+) -> WorkerSession:
+    """The session from which it asks the store for work."""
     facts = opened.facts
-    return Seat(
+    return WorkerSession(
         order.worker_id,
         generation,
         ModelSpec.from_canonical(order.spec),

@@ -64,7 +64,7 @@ def make_celery_worker(settings: Settings, *, queue: str, name: str) -> Any:
     return app.subclass_with_self(_Worker)(
         hostname=f"{name}@{socket.gethostname()}",
         loglevel="WARNING",
-        pool=_Pool,
+        pool=_TaskPool,
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,
@@ -118,7 +118,7 @@ class _Processes(AsynPool):  # type: ignore[misc]
         return super().get_process_queues()
 
 
-class _Pool(TaskPool):  # type: ignore[misc]
+class _TaskPool(TaskPool):  # type: ignore[misc]
     """A pool whose first child may die before Redis was found; children that cannot begin are counted elsewhere."""
 
     Pool = _Processes

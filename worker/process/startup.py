@@ -43,7 +43,7 @@ from batchmill.worker.loop.runner import Runner
 from batchmill.worker.loop.saver import Saver
 from batchmill.worker.loop.spool import Spool, Spools
 from batchmill.worker.models.sources import Sources
-from batchmill.worker.process.announcement import loaded_of, say_ready, seat_of, uuid_of
+from batchmill.worker.process.announcement import loaded_of, say_ready, session_of, uuid_of
 from batchmill.worker.process.child import Child, DrainSwitch
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from batchmill.worker.process.maintenance.waker import Waker
@@ -150,7 +150,7 @@ def _load(start: _Start) -> Child:
     if order.only_job is not None:
         job_id = order.only_job
         with suppress(NotFound):  # its file is still being read, so nobody has begun it
-            _refuse_other(outlast(lambda: store.reading.job(job_id)), opened.facts)
+            _refuse_other(outlast(lambda: store.jobs.job(job_id)), opened.facts)
     meter.loaded(opened.facts.weights_by_device, opened.facts.cache_by_device)
     loaded = loaded_of(opened.facts, devices, meter.take())
     outlast(lambda: store.workers.loaded(order.worker_id, start.generation, loaded=loaded))
@@ -178,7 +178,7 @@ def _opening(start: _Start, placement: Placement, devices: Sequence[DeviceInfo],
         digests=Digests(settings.home, progress=progress),
         before_weights=_refusal(options),
         progress=progress,
-        known_capacity=outlast(lambda: start.store.health.fits(start.spec, capacity_of)),
+        known_capacity=outlast(lambda: start.store.health.known_capacity(start.spec, capacity_of)),
     )
 
 
@@ -195,7 +195,7 @@ def _ready(
     spools = Spools(settings.home, outlast(lambda: store.id), database=settings.database)
     saver = Saver(
         store,
-        seat_of(order, start.generation, settings, opened, devices),
+        session_of(order, start.generation, settings, opened, devices),
         rows=opened.facts.limits.rows,
         admission_order=opened.engine.admission_order,
         save_seconds=settings.save_seconds,

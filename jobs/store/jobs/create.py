@@ -46,7 +46,7 @@ class Duplicate:
     first_index: int
 
 
-class Loading:
+class Creation:
     """The submit's side of the store."""
 
     def __init__(self, database: Database) -> None:

@@ -34,7 +34,7 @@ _Moving = Row[Any]
 
 
 @dataclass(slots=True)
-class Left:
+class LeftAlone:
     """Requests that ended with one error and were left alone: how many, the first of them, and the shortest prompt."""
 
     count: int = 0
@@ -57,11 +57,11 @@ class Retried:
     """
 
     moved: int = 0
-    left: defaultdict[str, Left] = field(default_factory=lambda: defaultdict(Left))
+    left: defaultdict[str, LeftAlone] = field(default_factory=lambda: defaultdict(LeftAlone))
     is_whole: bool = True
 
 
-class Retrying:
+class Retries:
     """Cut short, the same call finishes it: the job keeps a mark until its last page."""
 
     def __init__(self, database: Database) -> None:
@@ -88,7 +88,7 @@ class Retrying:
             began = connection.scalar(select(jobs.c.retry_started_at).where(jobs.c.id == job_id))
         return began is not None
 
-    def unsuccessful(self, job_id: str) -> dict[str, Left]:
+    def unsuccessful(self, job_id: str) -> dict[str, LeftAlone]:
         """Requests of a job that have ended without success, by the code of their error; none of them by its index."""
         with self._database.read() as connection:
             rows = connection.execute(
@@ -101,7 +101,7 @@ class Retrying:
                 .group_by(outputs.c.error_code)
                 .order_by(outputs.c.error_code)
             ).all()
-        return {row.error_code: Left(row.number, shortest_tokens=row.shortest_tokens) for row in rows}
+        return {row.error_code: LeftAlone(row.number, shortest_tokens=row.shortest_tokens) for row in rows}
 
     @retried
     def _begin_retry(self, job_id: str) -> int:
@@ -132,7 +132,7 @@ class Retrying:
         last = select(func.max(outputs.c.finished_at)).where(_is_unsuccessful(job_id))
         return self._database.larger(self._database.now, func.coalesce(last.scalar_subquery(), 0.0))
 
-    def _chosen(self, job_id: str, chances: Chances, left: defaultdict[str, Left]) -> Iterator[int]:
+    def _chosen(self, job_id: str, chances: Chances, left: defaultdict[str, LeftAlone]) -> Iterator[int]:
         """Indexes of what is to be moved, in order, read in pages; what is not is counted in `left`."""
         last = -1
         while page := self._look(job_id, after=last):

@@ -18,11 +18,11 @@ from batchmill.jobs.errors import StoreBusy
 from batchmill.jobs.models.adapters import from_json, to_json
 from batchmill.jobs.models.identity import differences
 from batchmill.jobs.requests.kinds import kind_named
-from batchmill.jobs.requests.request import JobOptions, Kind, Request
+from batchmill.jobs.requests.request import JobOptions, Request, RequestKind
 from batchmill.jobs.requests.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.store.leases.lease import Claimed, Lease, Seat
+from batchmill.jobs.store.leases.lease import Claimed, Lease, WorkerSession
 from batchmill.jobs.store.leases.queue import Among, Need, count_pending, heads, needs_met, waiting
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, outputs, requests, runs, workers
 from batchmill.jobs.store.workers import idle_workers
@@ -33,9 +33,15 @@ _COUNT_LIMIT = 500
 _MOST_JOBS = 100
 
 
-def _among(seat: Seat) -> Among:
+def _among(session: WorkerSession) -> Among:
     """The jobs that this worker may take."""
-    return Among(seat.spec.canonical, seat.kinds, frozenset([seat.identity]), seat.only_job, begun=not seat.may_begin)
+    return Among(
+        session.spec.canonical,
+        session.kinds,
+        frozenset([session.identity]),
+        session.only_job,
+        begun=not session.may_begin,
+    )
 
 
 class Claiming:
@@ -45,20 +51,22 @@ class Claiming:
         self._database = database
 
     def claim(
-        self, connection: Connection, seat: Seat, holds: bool, wanted_requests: int, in_flight_room: int
+        self, connection: Connection, session: WorkerSession, holds: bool, wanted_requests: int, in_flight_room: int
     ) -> tuple[Claimed, ...]:
         """Claims until `wanted_requests` or a page of bytes are there; beyond the first batch only what no idle worker
         could start.
         """
         claimed: list[Claimed] = []
         spare: Counter[str] | None = None
-        met: Sequence[Need] = needs_met(connection, seat.spec.canonical, seat.adapters) if wanted_requests > 0 else ()
+        met: Sequence[Need] = (
+            needs_met(connection, session.spec.canonical, session.adapters) if wanted_requests > 0 else ()
+        )
         while wanted_requests > 0:
             if holds or claimed:
                 if spare is None:
-                    spare = self._spare(connection, seat, met)
+                    spare = self._spare(connection, session, met)
                 met = [each for each in met if spare[each.adapter] > 0]
-            batch = self._claim_one(connection, seat, met, in_flight_room, alone=not holds and not claimed)
+            batch = self._claim_one(connection, session, met, in_flight_room, alone=not holds and not claimed)
             if batch is None:
                 break
             claimed.append(batch)
@@ -72,13 +80,13 @@ class Claiming:
                 break
         return tuple(claimed)
 
-    def _spare(self, connection: Connection, seat: Seat, met: Sequence[Need]) -> Counter[str]:
+    def _spare(self, connection: Connection, session: WorkerSession, met: Sequence[Need]) -> Counter[str]:
         """What is left, by the adapter needed, of a page of pending batches once every idle worker has taken one.
 
         Who holds the fewest adapters takes first, and what few can take before what all can.
         """
-        spare = count_pending(connection, _among(seat), met, most=_COUNT_LIMIT)
-        for names, count in sorted(self.idle(connection, seat).items(), key=lambda each: len(each[0])):
+        spare = count_pending(connection, _among(session), met, most=_COUNT_LIMIT)
+        for names, count in sorted(self.idle(connection, session).items(), key=lambda each: len(each[0])):
             free = count
             for name in (*sorted(names), NO_ADAPTER):
                 taken = min(free, spare[name])
@@ -86,25 +94,25 @@ class Claiming:
                 free -= taken
         return spare
 
-    def idle(self, connection: Connection, seat: Seat) -> dict[frozenset[str], int]:
+    def idle(self, connection: Connection, session: WorkerSession) -> dict[frozenset[str], int]:
         """How many idle workers there are beside the one that asks, by the adapters they hold."""
         return idle_workers(
             connection,
-            spec=seat.spec.canonical,
-            identity=seat.identity,
-            kinds=seat.kinds,
-            job_id=seat.only_job,
-            other_than=seat.worker_id,
+            spec=session.spec.canonical,
+            identity=session.identity,
+            kinds=session.kinds,
+            job_id=session.only_job,
+            other_than=session.worker_id,
             now=self._database.now,
         )
 
-    def for_idle(self, connection: Connection, seat: Seat, untouched: Sequence[Lease]) -> list[Lease]:
+    def for_idle(self, connection: Connection, session: WorkerSession, untouched: Sequence[Lease]) -> list[Lease]:
         """Which of these leases idle workers could start, who find nothing pending; the last claimed go first."""
-        idle = self.idle(connection, seat)
+        idle = self.idle(connection, session)
         if not idle:
             return []
         takeable = [Need(name) for name in {NO_ADAPTER}.union(*idle)]
-        found = heads(connection, _among(seat), takeable, most=1)
+        found = heads(connection, _among(session), takeable, most=1)
         unclaimed = {each.adapter for each in found}
         needed = self._needed(connection, untouched)
         given: list[Lease] = []
@@ -122,7 +130,7 @@ class Claiming:
         return {row.id: row.adapter for row in rows}
 
     def _claim_one(
-        self, connection: Connection, seat: Seat, met: Sequence[Need], in_flight_room: int, *, alone: bool
+        self, connection: Connection, session: WorkerSession, met: Sequence[Need], in_flight_room: int, *, alone: bool
     ) -> Claimed | None:
         """Claims the best pending batch; None if there is none, or if it runs apart and the worker is not alone.
 
@@ -130,8 +138,8 @@ class Claiming:
         meets them behind the rest of their job claims nothing that comes after them: a worker that always found more
         would never be alone, and they would wait for ever.
         """
-        found = self._best(connection, seat, met, suspects=True) if alone else None
-        found = found or self._best(connection, seat, met)
+        found = self._best(connection, session, met, suspects=True) if alone else None
+        found = found or self._best(connection, session, met)
         if found is None or (found.crashes and not alone):
             return None
         batch_id = found.id
@@ -141,23 +149,25 @@ class Claiming:
             .values(
                 state=BatchState.LEASED.value,
                 fence=batches.c.fence + 1,
-                worker_id=seat.worker_id,
-                worker_generation=seat.generation,
-                lease_until=self._database.now + seat.lease_seconds,
+                worker_id=session.worker_id,
+                worker_generation=session.generation,
+                lease_until=self._database.now + session.lease_seconds,
             )
             .returning(batches.c.fence, batches.c.job_id)
         ).one()
-        kind, options = self._options(connection, seat, won.job_id)
+        kind, options = self._options(connection, session, won.job_id)
         prompts, size_bytes = self._unanswered(connection, batch_id, kind, options)
         first = max(0, min(in_flight_room, len(prompts)))
         in_flight = [each.index for each in prompts[:first]]
-        run_id = self._begin_run(connection, seat, batch_id, won, in_flight)
+        run_id = self._begin_run(connection, session, batch_id, won, in_flight)
         lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0, kind=kind.name)
         return Claimed(lease, prompts, first, found.adapter or None, size_bytes)
 
-    def _best(self, connection: Connection, seat: Seat, met: Sequence[Need], *, suspects: bool = False) -> Any:
+    def _best(
+        self, connection: Connection, session: WorkerSession, met: Sequence[Need], *, suspects: bool = False
+    ) -> Any:
         """The first pending batch that the worker may take, locked; what others have locked is passed over."""
-        found = heads(connection, _among(seat), met, suspects=suspects, most=_MOST_JOBS)
+        found = heads(connection, _among(session), met, suspects=suspects, most=_MOST_JOBS)
         for head in found:
             first = (
                 select(batches.c.id, batches.c.crashes, batches.c.adapter)
@@ -171,7 +181,7 @@ class Claiming:
         return None
 
     def _unanswered(
-        self, connection: Connection, batch_id: int, kind: Kind[Any, Any], options: JobOptions
+        self, connection: Connection, batch_id: int, kind: RequestKind[Any, Any], options: JobOptions
     ) -> tuple[tuple[Request, ...], int]:
         """The requests of a batch that have no output yet, and the bytes of their bodies."""
         answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
@@ -186,14 +196,18 @@ class Claiming:
             sum(text_bytes(row.body) for row in rows),
         )
 
-    def _options(self, connection: Connection, seat: Seat, job_id: str) -> tuple[Kind[Any, Any], JobOptions]:
+    def _options(
+        self, connection: Connection, session: WorkerSession, job_id: str
+    ) -> tuple[RequestKind[Any, Any], JobOptions]:
         """The kind of a job's requests, and what holds for them: what was written down, or what `begin_job` will be."""
         row = connection.execute(select(jobs.c.kind, jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
         kind = kind_named(row.kind)
         settled = None if row.sampling is None else json.loads(row.sampling)
-        return kind, kind.options(json.loads(row.options), settled, seat.defaults)
+        return kind, kind.options(json.loads(row.options), settled, session.defaults)
 
-    def begin_job(self, connection: Connection, seat: Seat, job_id: str, *, adapters: Collection[str]) -> None:
+    def begin_job(
+        self, connection: Connection, session: WorkerSession, job_id: str, *, adapters: Collection[str]
+    ) -> None:
         """Batches of this job that need these adapters were claimed: it runs, and what holds for it is written down.
 
         A step of its own after all claims, since the jobs' rows are locked after the batches', by id.
@@ -205,31 +219,33 @@ class Claiming:
         ).one()
         changes: dict[str, Any] = {}
         if row.identity is None:
-            changes["identity"] = seat.identity
-        elif row.identity != seat.identity:
+            changes["identity"] = session.identity
+        elif row.identity != session.identity:
             raise StoreBusy(
                 f"another worker began job {job_id} at the same moment, and this one holds a model with another"
-                f" {differences(row.identity, seat.identity)}; it claims again without that job"
+                f" {differences(row.identity, session.identity)}; it claims again without that job"
             )
         if row.sampling is None:
-            _, options = self._options(connection, seat, job_id)
+            _, options = self._options(connection, session, job_id)
             changes["sampling"] = json.dumps(options.settled())
-            changes["versions"] = json.dumps(json.loads(row.versions) | dict(seat.versions))
+            changes["versions"] = json.dumps(json.loads(row.versions) | dict(session.versions))
         if adapters:
-            changes |= self._settled(row.adapters, seat, job_id, adapters)
+            changes |= self._settled(row.adapters, session, job_id, adapters)
         if JobState(row.state) in JOB_BEFORE[JobState.RUNNING]:
             changes["state"] = JobState.RUNNING.value
             changes["started_at"] = func.coalesce(jobs.c.started_at, self._database.now)
         if changes:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(changes))
 
-    def _settled(self, before: str | None, seat: Seat, job_id: str, adapters: Collection[str]) -> dict[str, str]:
+    def _settled(
+        self, before: str | None, session: WorkerSession, job_id: str, adapters: Collection[str]
+    ) -> dict[str, str]:
         """What these adapters mean to the job from now on, so that its outputs never mix two meanings of a name.
 
         Raises StoreBusy where another worker has settled one otherwise since this one looked.
         """
         settled = {each.name: each for each in from_json(before)}
-        for each in seat.adapters:
+        for each in session.adapters:
             if each.name not in adapters:
                 continue
             mine = settled.get(each.name, each)
@@ -245,23 +261,23 @@ class Claiming:
     def _begin_run(
         self,
         connection: Connection,
-        seat: Seat,
+        session: WorkerSession,
         batch_id: int,
         won: Row[Any],
         in_flight: list[int],
     ) -> int:
         """The run's id. What its worker's child spent on loading is kept with it: the next child's replaces it."""
-        loading = {name: _of_generation(seat, workers.c[name]) for name in ("loading_since", "torch_load_seconds")}
+        loading = {name: _of_generation(session, workers.c[name]) for name in ("loading_since", "torch_load_seconds")}
         run = insert(runs).values(
             job_id=won.job_id,
             batch_id=batch_id,
             fence=won.fence,
-            worker_id=seat.worker_id,
-            worker_generation=seat.generation,
-            device=seat.device,
-            device_uuid=seat.device_uuid,
-            model_commit=seat.model_commit,
-            model_load_seconds=seat.model_load_seconds,
+            worker_id=session.worker_id,
+            worker_generation=session.generation,
+            device=session.device,
+            device_uuid=session.device_uuid,
+            model_commit=session.model_commit,
+            model_load_seconds=session.model_load_seconds,
             started_at=self._database.now,
             in_flight=json.dumps(in_flight),
             error_codes="{}",
@@ -270,7 +286,7 @@ class Claiming:
         return int(connection.execute(run.returning(runs.c.id)).scalar_one())
 
 
-def _of_generation(seat: Seat, column: Column[float]) -> ScalarSelect[float]:
+def _of_generation(session: WorkerSession, column: Column[float]) -> ScalarSelect[float]:
     """A column of the worker's row while it is of this generation; NULL once it is of a newer one."""
-    mine = and_(workers.c.id == seat.worker_id, workers.c.generation == seat.generation)
+    mine = and_(workers.c.id == session.worker_id, workers.c.generation == session.generation)
     return select(column).where(mine).scalar_subquery()

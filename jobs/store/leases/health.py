@@ -65,7 +65,7 @@ class Health:
                 update(workers).where(workers.c.id == worker_id).values(state=WorkerState.SICK.value, error=reason)
             )
 
-    def fits(self, spec: ModelSpec, device: str) -> int | None:
+    def known_capacity(self, spec: ModelSpec, device: str) -> int | None:
         """What this device was last found to hold of this ModelSpec, in the engine's unit; None if all fitted."""
         with self._database.read() as connection:
             return connection.scalar(
@@ -73,9 +73,9 @@ class Health:
             )
 
     @retried
-    def remember_fits(self, spec: ModelSpec, device: str, fits: int) -> None:
+    def remember_capacity(self, spec: ModelSpec, device: str, capacity: int) -> None:
         """Keeps what the device was found to hold after its memory ran out."""
-        found = {"fits": fits, "found_at": self._database.now}
+        found = {"fits": capacity, "found_at": self._database.now}
         row = self._database.insert(capacities).values(spec=spec.canonical, device=device, **found)
         with self._database.write() as connection:
             connection.execute(row.on_conflict_do_update(index_elements=["spec", "device"], set_=found))

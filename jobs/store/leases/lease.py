@@ -20,7 +20,7 @@ from batchmill.jobs.store.tables import runs
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerSession:
     """Who asks: one generation of one worker, what it holds and what it does where nobody says otherwise.
 
     `identity`: what its model consists of (`jobs.models.identity`).
@@ -77,7 +77,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class BatchReport:
     """What a worker says of one batch it holds.
 
     `in_flight`: the indexes that are in the engine, or enter it after this turn; `in_flight_tokens`: what those have
@@ -96,7 +96,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Turned:
+class SyncResult:
     """What a turn brought back. Batches that are in none of the sets are held on."""
 
     lost: frozenset[int] = frozenset()

@@ -1,4 +1,4 @@
-"""A worker's turn: all that it says and asks, in one fenced transaction.
+"""The sync of a worker with the store: all that it reports and asks for, in one fenced transaction.
 
 It saves outputs, records what is in flight, renews leases, finishes, cancels, releases and claims in one commit,
 so that a kill between any two lines leaves either all of it or nothing.
@@ -22,14 +22,14 @@ from batchmill.jobs.store.conflicts import retried
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.claim import Claiming
-from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Seat, Turned, end_runs
+from batchmill.jobs.store.leases.lease import BatchReport, Claimed, Lease, SyncResult, WorkerSession, end_runs
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, runs, workers
 from batchmill.jobs.store.workers import GIVEN_UP
 
 _ENDING = GIVEN_UP | {WorkerState.DRAINING, WorkerState.STOPPED}
 
 
-class Saving:
+class Leases:
     """The worker's side of the store."""
 
     def __init__(self, database: Database, closing: Closing) -> None:
@@ -38,15 +38,15 @@ class Saving:
         self._claiming = Claiming(database)
 
     @retried
-    def turn(
+    def sync(
         self,
-        seat: Seat,
-        held: Sequence[Held],
+        session: WorkerSession,
+        reports: Sequence[BatchReport],
         *,
         wanted_requests: int = 0,
         in_flight_room: int = 0,
         resumed: bool = False,
-    ) -> Turned:
+    ) -> SyncResult:
         """One commit of a worker.
 
         Saves the outputs and counts of every batch whose fence still holds, renews its lease, finishes it when
@@ -54,36 +54,36 @@ class Saving:
         could start instead; then claims batches until `wanted_requests` are there, of which the first
         `in_flight_room` are recorded as in flight. Beside a batch that runs apart nothing is claimed.
 
-        `resumed`: nobody knows whether the last turn was committed, so leases that it may have brought, and that
-        `held` does not name, are handed back.
+        `resumed`: nobody knows whether the last sync was committed, so leases that it may have brought, and that
+        `reports` does not name, are handed back.
         """
         with self._database.write() as connection:
             if resumed:
-                self._hand_back_strays(connection, seat, held)
-            mine = self._lock(connection, held)
+                self._hand_back_strays(connection, session, reports)
+            mine = self._lock(connection, reports)
             saved = {each.lease.batch_id: self._save(connection, each) for each in mine}
             for each in mine:
-                self._renew(connection, seat, each, saved[each.lease.batch_id])
+                self._renew(connection, session, each, saved[each.lease.batch_id])
             failpoint("turn.saved")
             finished = self._finish(connection, mine)
             cancelled = self._close_cancelled(connection, mine, finished)
             rest = [each for each in mine if each.lease.batch_id not in finished | cancelled]
-            released = self._release(connection, seat, rest)
-            drain = self._draining(connection, seat)
+            released = self._release(connection, session, rest)
+            drain = self._draining(connection, session)
             kept = [each for each in rest if each.lease.batch_id not in released]
             if drain or any(each.lease.apart for each in kept):
                 wanted_requests = 0
-            claimed = self._claiming.claim(connection, seat, bool(kept), wanted_requests, in_flight_room)
+            claimed = self._claiming.claim(connection, session, bool(kept), wanted_requests, in_flight_room)
             failpoint("turn.claimed")
-            self._advance(connection, seat, mine, finished | cancelled, claimed)
-        lost = {each.lease.batch_id for each in held} - {each.lease.batch_id for each in mine}
-        return Turned(frozenset(lost), finished, cancelled, released, claimed, drain)
+            self._advance(connection, session, mine, finished | cancelled, claimed)
+        lost = {each.lease.batch_id for each in reports} - {each.lease.batch_id for each in mine}
+        return SyncResult(frozenset(lost), finished, cancelled, released, claimed, drain)
 
-    def _hand_back_strays(self, connection: Connection, seat: Seat, held: Sequence[Held]) -> None:
-        known = {(each.lease.batch_id, each.lease.fence) for each in held}
+    def _hand_back_strays(self, connection: Connection, session: WorkerSession, reports: Sequence[BatchReport]) -> None:
+        known = {(each.lease.batch_id, each.lease.fence) for each in reports}
         mine = connection.execute(
             select(batches.c.id, batches.c.fence)
-            .where(batches.c.worker_id == seat.worker_id, batches.c.worker_generation == seat.generation)
+            .where(batches.c.worker_id == session.worker_id, batches.c.worker_generation == session.generation)
             .order_by(batches.c.id)
             .with_for_update(key_share=True)
         ).all()
@@ -100,11 +100,11 @@ class Saving:
             .values(state=BatchState.PENDING.value, **NO_LEASE)
         )
 
-    def _lock(self, connection: Connection, held: Sequence[Held]) -> list[Held]:
+    def _lock(self, connection: Connection, reports: Sequence[BatchReport]) -> list[BatchReport]:
         """Locks the batches; those whose fence still holds, by id."""
-        if not held:
+        if not reports:
             return []
-        ids = [each.lease.batch_id for each in held]
+        ids = [each.lease.batch_id for each in reports]
         found = connection.execute(
             select(batches.c.id, batches.c.fence)
             .where(batches.c.id.in_(ids), batches.c.state == BatchState.LEASED.value)
@@ -112,19 +112,19 @@ class Saving:
             .with_for_update(key_share=True)
         ).all()
         fences = {row.id: row.fence for row in found}
-        mine = [each for each in held if fences.get(each.lease.batch_id) == each.lease.fence]
+        mine = [each for each in reports if fences.get(each.lease.batch_id) == each.lease.fence]
         return sorted(mine, key=lambda each: each.lease.batch_id)
 
-    def _save(self, connection: Connection, held: Held) -> _Saved:
+    def _save(self, connection: Connection, report: BatchReport) -> _SavedCounts:
         """Inserts the outputs that are not there yet: their counts and tokens, for batch and run."""
-        if not held.outputs:
-            return _Saved({}, {}, 0)
-        rows = [_output_row(each, held.lease.run_id) for each in held.outputs]
+        if not report.outputs:
+            return _SavedCounts({}, {}, 0)
+        rows = [_output_row(each, report.lease.run_id) for each in report.outputs]
         statement = self._database.insert(outputs).values(finished_at=self._database.now).on_conflict_do_nothing()
         names = ("index", "state", "prompt_tokens", "completion_tokens", "error_code")
         returned = [outputs.c[name] for name in names]
         new = connection.execute(statement.returning(*returned), rows).all()
-        self._add_codes(connection, held.lease.run_id, Counter(row.error_code for row in new if row.error_code))
+        self._add_codes(connection, report.lease.run_id, Counter(row.error_code for row in new if row.error_code))
         states = Counter(row.state for row in new)
         counts = {
             "succeeded": states[RequestState.SUCCEEDED.value],
@@ -133,18 +133,18 @@ class Saving:
             "completion_tokens": sum(row.completion_tokens for row in new),
         }
         answered = sum(row.prompt_tokens for row in new if row.state == RequestState.SUCCEEDED.value)
-        return _Saved(counts, _reasons(held, {row[0] for row in new}), answered)
+        return _SavedCounts(counts, _reasons(report, {row[0] for row in new}), answered)
 
-    def _renew(self, connection: Connection, seat: Seat, held: Held, saved: _Saved) -> None:
+    def _renew(self, connection: Connection, session: WorkerSession, report: BatchReport, saved: _SavedCounts) -> None:
         """Adds the counts to batch and run, records what is in flight, renews the lease."""
-        lease, memory = held.lease, held.memory
+        lease, memory = report.lease, report.memory
         connection.execute(
             update(batches)
             .where(batches.c.id == lease.batch_id)
             .values(
                 {name: batches.c[name] + count for name, count in saved.counts.items()}
                 | _with_reasons(saved.reasons)
-                | {"lease_until": self._database.now + seat.lease_seconds}
+                | {"lease_until": self._database.now + session.lease_seconds}
             )
         )
         larger = self._database.larger
@@ -155,8 +155,8 @@ class Saving:
             .values(prompt_tokens=runs.c.prompt_tokens + saved.answered_prompt_tokens)
             .values(_of_devices(memory))
             .values(
-                in_flight=json.dumps(list(held.in_flight)),
-                in_flight_tokens=held.in_flight_tokens,
+                in_flight=json.dumps(list(report.in_flight)),
+                in_flight_tokens=report.in_flight_tokens,
                 weights_bytes=larger(runs.c.weights_bytes, memory.weights_bytes),
                 device_total_bytes=larger(runs.c.device_total_bytes, memory.device_total_bytes),
                 peak_allocated_bytes=larger(runs.c.peak_allocated_bytes, memory.peak_allocated_bytes),
@@ -171,7 +171,7 @@ class Saving:
         total = dict(Counter(before) + codes)
         connection.execute(update(runs).where(runs.c.id == run_id).values(error_codes=json.dumps(total)))
 
-    def _finish(self, connection: Connection, mine: Sequence[Held]) -> frozenset[int]:
+    def _finish(self, connection: Connection, mine: Sequence[BatchReport]) -> frozenset[int]:
         """Ends the batches of which nothing is pending."""
         done = batches.c.succeeded + batches.c.failed + batches.c.cancelled == batches.c.total
         ids = [each.lease.batch_id for each in mine]
@@ -189,7 +189,7 @@ class Saving:
         return finished
 
     def _close_cancelled(
-        self, connection: Connection, mine: Sequence[Held], finished: frozenset[int]
+        self, connection: Connection, mine: Sequence[BatchReport], finished: frozenset[int]
     ) -> frozenset[int]:
         """Gives every unfinished request of a cancelled job its output."""
         rest = [each.lease for each in mine if each.lease.batch_id not in finished and not each.more]
@@ -204,27 +204,27 @@ class Saving:
         self._end_runs(connection, leases, RunOutcome.CANCELLED)
         return frozenset(lease.batch_id for lease in leases)
 
-    def _release(self, connection: Connection, seat: Seat, rest: Sequence[Held]) -> frozenset[int]:
+    def _release(self, connection: Connection, session: WorkerSession, rest: Sequence[BatchReport]) -> frozenset[int]:
         """Hands back what is to be handed back, and what idle workers could start where nothing is pending."""
         leases = [each.lease for each in rest if each.release]
         untouched = [each.lease for each in rest if each.untouched and not each.release]
         if untouched:
-            leases += self._claiming.for_idle(connection, seat, untouched)
+            leases += self._claiming.for_idle(connection, session, untouched)
         if leases:
             self._free(connection, [lease.batch_id for lease in leases])
             self._end_runs(connection, leases, RunOutcome.RELEASED)
         return frozenset(lease.batch_id for lease in leases)
 
-    def _draining(self, connection: Connection, seat: Seat) -> bool:
+    def _draining(self, connection: Connection, session: WorkerSession) -> bool:
         """Whether the worker is to end, or has given up: a child of it may not know yet."""
-        state = connection.scalar(select(workers.c.state).where(workers.c.id == seat.worker_id))
+        state = connection.scalar(select(workers.c.state).where(workers.c.id == session.worker_id))
         return state in _ENDING
 
     def _advance(
         self,
         connection: Connection,
-        seat: Seat,
-        mine: Sequence[Held],
+        session: WorkerSession,
+        mine: Sequence[BatchReport],
         ended: frozenset[int],
         claimed: Iterable[Claimed],
     ) -> None:
@@ -235,7 +235,7 @@ class Saving:
         touched = {each.lease.job_id for each in mine if each.lease.batch_id in ended}
         for job_id in sorted(begun.keys() | touched):
             if job_id in begun:
-                self._claiming.begin_job(connection, seat, job_id, adapters=begun[job_id])
+                self._claiming.begin_job(connection, session, job_id, adapters=begun[job_id])
             if job_id in touched:
                 self._closing.close_if_done(connection, job_id)
 
@@ -245,8 +245,8 @@ class Saving:
             end_runs(connection, which, outcome, now=self._database.now)
 
 
-class _Saved(NamedTuple):
-    """Counts and tokens of what a turn saved of one batch, and how many of its choices ended for each reason.
+class _SavedCounts(NamedTuple):
+    """Counts and tokens of what a sync saved of one batch, and how many of its choices ended for each reason.
 
     `answered_prompt_tokens`: a run counts those alone, since refused prompts are no part of its speed.
     """
@@ -256,12 +256,12 @@ class _Saved(NamedTuple):
     answered_prompt_tokens: int
 
 
-def _reasons(held: Held, saved: Collection[int]) -> Mapping[str, int]:
+def _reasons(report: BatchReport, saved: Collection[int]) -> Mapping[str, int]:
     """Counts the ends of the parts of the outputs at these indexes, by reason, where their kind has reasons."""
-    reasons_of = kind_named(held.lease.kind).finish_reasons
+    reasons_of = kind_named(report.lease.kind).finish_reasons
     if reasons_of is None:
         return {}
-    ended = Counter(reason for each in held.outputs if each.key.index in saved for reason in reasons_of(each))
+    ended = Counter(reason for each in report.outputs if each.key.index in saved for reason in reasons_of(each))
     return {"stop_choices": ended["stop"], "length_choices": ended["length"]}
 
 

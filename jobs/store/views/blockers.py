@@ -19,7 +19,7 @@ from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.clock import is_over
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, workers
-from batchmill.jobs.store.views.missing_adapters import Lack, lacks
+from batchmill.jobs.store.views.missing_adapters import MissingAdapter, lacks
 from batchmill.jobs.store.workers import GIVEN_UP, alive
 
 #: Workers and crashes of longer ago are no news.
@@ -30,7 +30,7 @@ _MOST_OTHERS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenWorker:
     """One worker as it was last seen; `batches` is how many it holds, of any job.
 
     `loading_since`: when its newest child began to load the model; None before its first child.
@@ -59,7 +59,7 @@ class Seen:
 class Hold:
     """What one worker holds of a job: since when, until when its first lease runs, and how many are over."""
 
-    worker: Seen
+    worker: SeenWorker
     batches: int
     since: float
     lease_until: float
@@ -84,14 +84,14 @@ class Pending:
 class Crashes:
     """How often a worker's processes died, or let their lease expire, while they held batches of a job."""
 
-    worker: Seen
+    worker: SeenWorker
     outcome: RunOutcome
     times: int
     last_at: float
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class Surroundings:
     """Everything around one job at one moment, `now` in seconds since 1970, UTC.
 
     `serving`: workers of its ModelSpec, the last seen first. `others`: live ones of the same model held differently.
@@ -104,8 +104,8 @@ class Around:
     pending: Pending
     older: tuple[tuple[str, int], ...]
     crashes: tuple[Crashes, ...]
-    serving: tuple[Seen, ...]
-    others: tuple[Seen, ...]
+    serving: tuple[SeenWorker, ...]
+    others: tuple[SeenWorker, ...]
     live: tuple[Process | None, ...]
     last_answer_at: float | None
 
@@ -114,13 +114,13 @@ class Around:
         return len(self.live)
 
 
-class Holders:
+class Blockers:
     """The looking around side of the store."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def around(self, job_id: str, *, lease_seconds: float) -> Around:
+    def around(self, job_id: str, *, lease_seconds: float) -> Surroundings:
         """What is around a job. Raises NotFound."""
         with self._database.read() as connection:
             job: Any = connection.execute(
@@ -131,7 +131,7 @@ class Holders:
             if job is None:
                 raise NotFound(f"there is no job {job_id}; `batchmill jobs` lists them")
             now = self._database.now
-            return Around(
+            return Surroundings(
                 now=connection.scalar(select(now)) or 0.0,
                 holds=self._holds(connection, job_id, lease_seconds),
                 pending=_pending(connection, job),
@@ -143,12 +143,12 @@ class Holders:
                 last_answer_at=_last_answer(connection, job_id),
             )
 
-    def lacks(self, job_id: str) -> tuple[Lack, ...]:
+    def lacks(self, job_id: str) -> tuple[MissingAdapter, ...]:
         """The adapters that pending batches of a job need and no live worker holds that may take it."""
         with self._database.read() as connection:
             return lacks(connection, job_id, now=self._database.now)
 
-    def given_up(self, spec: ModelSpec, *, job_id: str) -> tuple[Seen, ...]:
+    def given_up(self, spec: ModelSpec, *, job_id: str) -> tuple[SeenWorker, ...]:
         """Workers of a spec that are sick or failed and were not started again since, the last seen first."""
         which = and_(self._serving(spec.canonical, job_id), workers.c.state.in_(GIVEN_UP))
         with self._database.read() as connection:
@@ -167,13 +167,15 @@ class Holders:
         gone = and_(workers.c.heartbeat_at > self._database.now - _NEWS_SECONDS, bound_here, ~replaced)
         return and_(workers.c.spec == spec, or_(alive(self._database.now), gone))
 
-    def _others(self, connection: Connection, spec: ModelSpec) -> tuple[Seen, ...]:
+    def _others(self, connection: Connection, spec: ModelSpec) -> tuple[SeenWorker, ...]:
         """Live workers of another spec whose model has the same last name."""
         live = and_(alive(self._database.now), workers.c.spec != spec.canonical)
         found = self._seen(connection, live, most=_MOST_OTHERS)
         return tuple(each for each in found if _last_name(each.spec) == _last_name(spec))
 
-    def _seen(self, connection: Connection, which: ColumnElement[bool], *, most: int | None = None) -> tuple[Seen, ...]:
+    def _seen(
+        self, connection: Connection, which: ColumnElement[bool], *, most: int | None = None
+    ) -> tuple[SeenWorker, ...]:
         now = self._database.now
         held = (
             select(func.count())
@@ -193,7 +195,7 @@ class Holders:
         ).all()
         return tuple(_seen(row) for row in rows)
 
-    def _by_id(self, connection: Connection, ids: Sequence[int]) -> dict[int, Seen]:
+    def _by_id(self, connection: Connection, ids: Sequence[int]) -> dict[int, SeenWorker]:
         return {each.id: each for each in self._seen(connection, workers.c.id.in_(ids))}
 
     def _holds(self, connection: Connection, job_id: str, lease_seconds: float) -> tuple[Hold, ...]:
@@ -290,8 +292,8 @@ def _last_name(spec: ModelSpec) -> str:
     return spec.model.rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
-def _seen(row: Row[Any]) -> Seen:
-    return Seen(
+def _seen(row: Row[Any]) -> SeenWorker:
+    return SeenWorker(
         id=row.id,
         name=row.name,
         host=row.host,

@@ -107,7 +107,7 @@ class OutputRow:
     decode_seconds: float | None
 
 
-class Reading:
+class JobView:
     """The asking side of the store."""
 
     def __init__(self, database: Database) -> None:

@@ -14,7 +14,7 @@ from batchmill.jobs.store.workers import alive
 
 
 @dataclass(frozen=True, slots=True)
-class Lack:
+class MissingAdapter:
     """An adapter that `batches` pending batches of a job need and that nobody holds who may take the job.
 
     `meant`: what its name means to the job, if outputs were begun with it. `held_otherwise`: live workers, each as
@@ -37,7 +37,7 @@ class Lack:
         return f"{self.name}={SOMEWHERE}" if self.meant is None else str(self.meant)
 
 
-def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> tuple[Lack, ...]:
+def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> tuple[MissingAdapter, ...]:
     """What a job lacks, by name."""
     needed = connection.execute(
         select(batches.c.adapter, func.count().label("batches"))
@@ -56,7 +56,7 @@ def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> 
         mine, theirs = meant.get(row.adapter), held[row.adapter]
         if any((mine or each).agrees_with(each) for _, each in theirs):
             continue
-        found.append(Lack(row.adapter, row.batches, mine, tuple(theirs)))
+        found.append(MissingAdapter(row.adapter, row.batches, mine, tuple(theirs)))
     return tuple(found)
 
 

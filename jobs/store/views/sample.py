@@ -24,7 +24,7 @@ SAMPLED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SampledRequest:
     """One request. `state`: its output's, None while it is pending; `completion_tokens` are those of its answer.
 
     `max_tokens`: the most that all choices of its answer may have, where its line says so.
@@ -43,13 +43,13 @@ def spread(total: int, *, begun: int) -> list[int]:
     return sorted({place * length // count for length, count in parts for place in range(count)})
 
 
-class Sampling:
+class SampleView:
     """Reads samples; long prompts are not read, the database knows their bytes."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def of(self, job_id: str, *, total: int, begun: int, choices: int = 1) -> tuple[Sampled, ...]:
+    def of(self, job_id: str, *, total: int, begun: int, choices: int = 1) -> tuple[SampledRequest, ...]:
         """In file order. `choices`: of an answer whose line does not say how many."""
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         body_bytes = octets(self._database, requests.c.body)
@@ -68,7 +68,7 @@ class Sampling:
         with self._database.read() as connection:
             rows: Sequence[Any] = connection.execute(chosen).all()
         return tuple(
-            Sampled(
+            SampledRequest(
                 row.index,
                 row.body_bytes,
                 None if row.state is None else RequestState(row.state),

@@ -30,7 +30,7 @@ class Speed:
         return self.completion_tokens / self.seconds
 
 
-class Speeds:
+class SpeedView:
     """Read from the runs; a worker's runs overlap, since it reads ahead, so that their times are united."""
 
     def __init__(self, database: Database) -> None:

@@ -44,7 +44,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class Usage:
     """What a job's runs took. `running_seconds`: in which at least one run was worked on; rates come from these.
 
     `torch_wait_seconds`, `model_wait_seconds`: those of the queued ones in which the worker that began the job imported
@@ -69,13 +69,13 @@ class Effort:
 _SAID = (RunOutcome.DONE.value, RunOutcome.RELEASED.value, RunOutcome.CANCELLED.value)
 
 
-class EffortReading:
+class UsageView:
     """The sums over a job's runs; runs overlap, so that their times are united, not added."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def of(self, job_id: str) -> Effort:
+    def of(self, job_id: str) -> Usage:
         """What a job's runs took so far."""
         with self._database.read() as connection:
             now = connection.scalar(select(self._database.now)) or 0.0
@@ -83,13 +83,13 @@ class EffortReading:
             if first is None:
                 ended = func.coalesce(jobs.c.finished_at, now)
                 waited = connection.scalar(select(ended - jobs.c.queued_at).where(jobs.c.id == job_id))
-                return Effort(queued_seconds=max(0.0, waited or 0.0))
+                return Usage(queued_seconds=max(0.0, waited or 0.0))
             busy = self._busy(connection, job_id, began=first.started_at, now=now)
             memory, load_seconds, commits = self._memory(connection, job_id, self._devices(connection, job_id))
             queued_at = connection.scalar(select(jobs.c.queued_at).where(jobs.c.id == job_id)) or 0.0
         torch_wait_seconds, model_wait_seconds = _waited_for(first, queued_at)
         recent_seconds = sum(each.recent_seconds for each in busy)
-        return Effort(
+        return Usage(
             runs=sum(each.runs for each in busy),
             queued_seconds=max(0.0, first.started_at - queued_at),
             running_seconds=sum(each.seconds for each in busy),

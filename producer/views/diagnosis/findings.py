@@ -17,9 +17,9 @@ from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.one_line import one_line
 from batchmill.jobs.runtime.times import duration, utc
-from batchmill.jobs.store.views.blockers import Crashes, Hold, Seen
+from batchmill.jobs.store.views.blockers import Crashes, Hold, SeenWorker
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.views.missing_adapters import Lack
+from batchmill.jobs.store.views.missing_adapters import MissingAdapter
 from batchmill.jobs.store.views.usage import RECENT_SECONDS
 from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
 from batchmill.producer.views.diagnosis.snapshot import Case
@@ -145,7 +145,7 @@ def _claimable(case: Case) -> Iterator[Finding]:
         yield from (_given_up(case, each) for each in case.gone if each.state in GIVEN_UP)
 
 
-def _lacking(case: Case, lack: Lack) -> Finding:
+def _lacking(case: Case, lack: MissingAdapter) -> Finding:
     """The adapter that nobody holds who could take the job otherwise."""
     return Finding(
         "adapter_missing",
@@ -155,7 +155,7 @@ def _lacking(case: Case, lack: Lack) -> Finding:
     )
 
 
-def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
+def _ready(case: Case, ready: Sequence[SeenWorker]) -> Iterator[Finding]:
     idle = [each for each in ready if not each.batches]
     if case.queue.error is not None:
         yield _redis_away(case, idle)
@@ -175,7 +175,7 @@ def _ready(case: Case, ready: Sequence[Seen]) -> Iterator[Finding]:
         )
 
 
-def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
+def _redis_away(case: Case, idle: Sequence[SeenWorker]) -> Finding:
     embedded = case.settings.embedded_broker
     remedy = "start Redis, or correct BATCHMILL_BROKER_URL"
     if embedded:
@@ -189,7 +189,7 @@ def _redis_away(case: Case, idle: Sequence[Seen]) -> Finding:
     return Finding("redis_away", f"{message} ({one_line(case.queue.error or '')})", remedy)
 
 
-def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
+def _not_claimed(case: Case, idle: Sequence[SeenWorker]) -> Finding:
     pending, wakeups = case.around.pending, case.queue.wakeups
     message = (
         f"{counted(case.takeable_batches, 'batch')} pending beside idle {_names(idle)},"
@@ -209,7 +209,7 @@ def _not_claimed(case: Case, idle: Sequence[Seen]) -> Finding:
     return Finding("not_claimed", message, "wait: an idle worker takes a wake-up within seconds")
 
 
-def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
+def _loading(case: Case, loading: Sequence[SeenWorker]) -> Finding:
     first = min(loading, key=_began_to_load)
     since = _began_to_load(first)
     which = "the first " if len(loading) > 1 else ""
@@ -226,7 +226,7 @@ def _loading(case: Case, loading: Sequence[Seen]) -> Finding:
     )
 
 
-def _began_to_load(worker: Seen) -> float:
+def _began_to_load(worker: SeenWorker) -> float:
     """The time at which a worker's newest child began to load, or the worker itself where it has no child yet."""
     return worker.started_at if worker.loading_since is None else worker.loading_since
 
@@ -268,7 +268,7 @@ def _nobody(case: Case) -> Iterator[Finding]:
     yield from (_near_miss(case, each) for each in case.around.others[:_MOST_NAMES])
 
 
-def _near_miss(case: Case, worker: Seen) -> Finding:
+def _near_miss(case: Case, worker: SeenWorker) -> Finding:
     flags = shlex.join(worker.spec.command_line()[2:])
     return Finding(
         "near_miss",
@@ -277,14 +277,14 @@ def _near_miss(case: Case, worker: Seen) -> Finding:
     )
 
 
-def _gone(case: Case, worker: Seen) -> Finding:
+def _gone(case: Case, worker: SeenWorker) -> Finding:
     if worker.state in GIVEN_UP:
         return _given_up(case, worker)
     ended = "stopped" if worker.state is WorkerState.STOPPED else f"was {worker.state.value} and is dead or unreachable"
     return Finding("worker_gone", f"{_who(worker)} {ended}, last seen {duration(worker.seen_seconds)} ago")
 
 
-def _given_up(case: Case, worker: Seen, *, all_of_them: bool = False) -> Finding:
+def _given_up(case: Case, worker: SeenWorker, *, all_of_them: bool = False) -> Finding:
     """A worker that is sick, or whose model cannot be loaded."""
     code = "sick" if worker.state is WorkerState.SICK else "load_failed"
     before = f"no worker of {case.job.spec} is left: " if all_of_them else ""
@@ -379,15 +379,15 @@ def _where_it_says(case: Case, crashes: Crashes) -> str:
     )
 
 
-def _log(worker: Seen | WorkerRow) -> str:
+def _log(worker: SeenWorker | WorkerRow) -> str:
     return f"`{shlex.join(['batchmill', 'logs', worker.name])}` on {worker.host}"
 
 
-def _who(worker: Seen) -> str:
+def _who(worker: SeenWorker) -> str:
     return f"worker {worker.name} on {worker.host} ({worker.device})"
 
 
-def _names(workers: Sequence[Seen]) -> str:
+def _names(workers: Sequence[SeenWorker]) -> str:
     """`worker a on host`, or `workers a on host, b on host and 4 more`."""
     shown = ", ".join(f"{each.name} on {each.host}" for each in workers[:_MOST_NAMES])
     more = f" and {len(workers) - _MOST_NAMES} more" if len(workers) > _MOST_NAMES else ""

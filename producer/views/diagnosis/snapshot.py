@@ -8,7 +8,7 @@ from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.requests.states import JobState, WorkerState
 from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.tables import NO_ADAPTER
-from batchmill.jobs.store.views.blockers import Around, Crashes, Hold, Seen
+from batchmill.jobs.store.views.blockers import Crashes, Hold, SeenWorker, Surroundings
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.workers import GIVEN_UP
 from batchmill.producer.views.status import JobStatus
@@ -27,7 +27,7 @@ class Case:
     """All that is known of one open job."""
 
     status: JobStatus
-    around: Around
+    around: Surroundings
     queue: QueueState
     settings: Settings
 
@@ -53,21 +53,21 @@ class Case:
         return bool(self.at_work) and not self.cancelling
 
     @property
-    def takers(self) -> list[Seen]:
+    def takers(self) -> list[SeenWorker]:
         """Live workers that may take this job."""
         return [each for each in self._unbound if self.job.is_of(each.identity)]
 
     @property
-    def others(self) -> list[Seen]:
+    def others(self) -> list[SeenWorker]:
         """Live workers that could, and hold another model than it was begun with."""
         return [each for each in self._unbound if not self.job.is_of(each.identity)]
 
     @property
-    def _unbound(self) -> list[Seen]:
+    def _unbound(self) -> list[SeenWorker]:
         return [each for each in self.around.serving if each.alive and each.only_job in (None, self.job.id)]
 
     @property
-    def able(self) -> list[Seen]:
+    def able(self) -> list[SeenWorker]:
         """Those of the takers that hold what some pending batch needs."""
         needs, meant = self.around.pending.needs, {each.name: each for each in self.job.adapters}
         if NO_ADAPTER in needs:
@@ -84,7 +84,7 @@ class Case:
         return max(0, self.around.pending.batches - sum(each.batches for each in self.status.lacks))
 
     @property
-    def gone(self) -> list[Seen]:
+    def gone(self) -> list[SeenWorker]:
         return [each for each in self.around.serving if not each.alive]
 
     @property

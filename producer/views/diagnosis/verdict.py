@@ -68,7 +68,7 @@ def examine_job(settings: Settings, written: str) -> Diagnosis:
     """
     store = open_store(settings)
     try:
-        job = store.reading.job(store.reading.find(written))
+        job = store.jobs.job(store.jobs.find(written))
         # Redis first: where it is away that takes seconds, and the store's word should be the newest.
         queue = QueueState() if job.closed else queue_state(settings, job.spec.queue(store.id))
         return diagnose(JobStatus.read(store, job.id, settings), store, queue, settings)
@@ -80,7 +80,7 @@ def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Setti
     """What the store and Redis say of a job, judged. A job that a live worker holds is moving, whatever else is."""
     if status.job.closed:
         return Diagnosis(status.job, Verdict.CLOSED, (closed(status.job, retry_advice(status.job, store)),))
-    around = around_here(store.holders.around(status.job.id, lease_seconds=settings.lease_seconds))
+    around = around_here(store.blockers.around(status.job.id, lease_seconds=settings.lease_seconds))
     case = Case(status, around, queue, settings)
     findings = open_findings(case)
     if case.moves:

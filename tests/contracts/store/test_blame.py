@@ -8,14 +8,14 @@ from sqlalchemy import select
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.store.leases.blame import SUSPECT_GROUPS
-from batchmill.jobs.store.leases.lease import Claimed, Seat
+from batchmill.jobs.store.leases.lease import Claimed, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches
 from tests.support.store import mill
 from tests.support.store.oracle import violations
 
 
-def crash(store: Store, who: Seat) -> None:
+def crash(store: Store, who: WorkerSession) -> None:
     store.recovery.take_back(who.worker_id, generation=who.generation)
 
 
@@ -33,13 +33,11 @@ def suspects(store: Store) -> dict[int, int]:
 def errors(store: Store, job_id: str) -> dict[int, str | None]:
     states = frozenset({RequestState.FAILED})
     return {
-        row.index: row.error_code
-        for page in store.reading.output_pages(job_id, states=states, page=100)
-        for row in page
+        row.index: row.error_code for page in store.jobs.output_pages(job_id, states=states, page=100) for row in page
     }
 
 
-def work_off(store: Store, who: Seat, poison: set[int]) -> int:
+def work_off(store: Store, who: WorkerSession, poison: set[int]) -> int:
     """Works as a child does that dies on these prompts, and is replaced: how often it died."""
     crashes = 0
     while claimed := mill.claim(store, who, wanted=64, room=80):
@@ -54,11 +52,11 @@ def work_off(store: Store, who: Seat, poison: set[int]) -> int:
 
 def test_what_was_in_flight_runs_apart_at_once_and_the_rest_goes_on(store: Store) -> None:
     job_id = mill.load(store, 128, batch_size=64)
-    who, busy = mill.seat(store), mill.seat(store, name="busy")
+    who, busy = mill.session(store), mill.session(store, name="busy")
     mill.claim(store, who, room=20)
     (held,) = mill.claim(store, busy)
     crash(store, who)
-    turned = store.saving.turn(busy, [mill.answered(held, count=9)], wanted_requests=1_000, in_flight_room=100)
+    turned = store.leases.sync(busy, [mill.answered(held, count=9)], wanted_requests=1_000, in_flight_room=100)
     (rest,) = turned.claimed  # who is at work goes on with the rest, and stops before the suspects
     assert indexes(rest) == list(range(20, 64))
     assert not rest.lease.apart
@@ -70,36 +68,36 @@ def test_what_was_in_flight_runs_apart_at_once_and_the_rest_goes_on(store: Store
         mill.save(store, who, [mill.answered(group)])
     assert groups == [list(range(16)), [16, 17, 18, 19]]
     mill.save(store, busy, [mill.answered(held), mill.answered(rest)])
-    assert store.reading.job(job_id).state is JobState.COMPLETED
+    assert store.jobs.job(job_id).state is JobState.COMPLETED
     assert violations(store) == []
 
 
 def test_a_worker_that_holds_something_claims_no_suspects_and_nothing_past_them(store: Store) -> None:
     mill.load(store, 6, batch_size=2)
     mill.load(store, 8, batch_size=4)
-    who, dead = mill.seat(store), mill.seat(store, name="dead")
+    who, dead = mill.session(store), mill.session(store, name="dead")
     (first,) = mill.claim(store, who)
     mill.claim(store, dead)
     crash(store, dead)
     store.workers.enter(dead.worker_id, WorkerState.STOPPED)
-    turned = store.saving.turn(who, [mill.answered(first, count=1)], wanted_requests=100, in_flight_room=100)
+    turned = store.leases.sync(who, [mill.answered(first, count=1)], wanted_requests=100, in_flight_room=100)
     (third,) = turned.claimed  # the rest of its job; then come the suspects, and nothing past them
     assert indexes(third) == [4, 5]
     held = [mill.answered(first), mill.answered(third)]
-    (suspect,) = store.saving.turn(who, held, wanted_requests=100, in_flight_room=100).claimed
+    (suspect,) = store.leases.sync(who, held, wanted_requests=100, in_flight_room=100).claimed
     assert suspect.lease.apart
     held = [mill.answered(suspect, count=1)]
-    assert store.saving.turn(who, held, wanted_requests=100, in_flight_room=100).claimed == ()
+    assert store.leases.sync(who, held, wanted_requests=100, in_flight_room=100).claimed == ()
     held = [mill.answered(suspect)]
-    assert len(store.saving.turn(who, held, wanted_requests=100, in_flight_room=100).claimed) == 2
+    assert len(store.leases.sync(who, held, wanted_requests=100, in_flight_room=100).claimed) == 2
 
 
 @pytest.mark.parametrize("poison", [{0}, {63}, {40}])
 def test_one_poison_prompt_costs_five_crashes_and_nobody_else(store: Store, poison: set[int]) -> None:
     job_id = mill.load(store, 200, batch_size=64)
-    assert work_off(store, mill.seat(store), poison) == 5
+    assert work_off(store, mill.session(store), poison) == 5
     assert errors(store, job_id) == dict.fromkeys(poison, ErrorCode.POISON)
-    job = store.reading.job(job_id)
+    job = store.jobs.job(job_id)
     assert job.state is JobState.COMPLETED
     assert (job.counts.succeeded, job.counts.failed) == (199, 1)
     assert violations(store) == []
@@ -108,25 +106,25 @@ def test_one_poison_prompt_costs_five_crashes_and_nobody_else(store: Store, pois
 def test_three_poison_prompts_among_a_thousand_cost_at_most_fifteen(store: Store) -> None:
     job_id = mill.load(store, 1_000, batch_size=64)
     poison = {3, 5, 700}
-    assert 5 < work_off(store, mill.seat(store), poison) <= 15
+    assert 5 < work_off(store, mill.session(store), poison) <= 15
     assert errors(store, job_id) == dict.fromkeys(poison, ErrorCode.POISON)
     assert violations(store) == []
 
 
 def test_poison_as_the_last_request_closes_the_job(store: Store) -> None:
     job_id = mill.load(store, 1)
-    assert work_off(store, mill.seat(store), {0}) == 5
-    assert store.reading.job(job_id).state is JobState.COMPLETED
+    assert work_off(store, mill.session(store), {0}) == 5
+    assert store.jobs.job(job_id).state is JobState.COMPLETED
 
 
 def test_a_retry_gives_poison_another_five_lives(store: Store) -> None:
     job_id = mill.load(store, 3)
-    who = mill.seat(store)
+    who = mill.session(store)
     work_off(store, who, {1})
-    store.retrying.retry(job_id)
+    store.retries.retry(job_id)
     assert suspects(store) == {0: 1}
     assert work_off(store, who, set()) == 0
-    assert store.reading.job(job_id).counts.succeeded == 3
+    assert store.jobs.job(job_id).counts.succeeded == 3
     assert violations(store) == []
 
 
@@ -134,7 +132,7 @@ def test_a_release_and_an_expired_lease_are_no_crashes(store_url: str) -> None:
     clock = mill.Clock()
     store = Store(store_url, now=clock.expression())
     job_id = mill.load(store, 20, batch_size=20)
-    who = mill.seat(store)
+    who = mill.session(store)
     mill.claim(store, who)
     store.recovery.take_back(who.worker_id, generation=who.generation, outcome=RunOutcome.RELEASED)
     assert suspects(store) == {0: 1}
@@ -153,7 +151,7 @@ def test_a_suspect_whose_lease_expires_stays_one(store_url: str) -> None:
     clock = mill.Clock()
     store = Store(store_url, now=clock.expression())
     mill.load(store, 1)
-    who = mill.seat(store)
+    who = mill.session(store)
     mill.claim(store, who)
     crash(store, who)
     mill.claim(store, who)
@@ -165,12 +163,12 @@ def test_a_suspect_whose_lease_expires_stays_one(store_url: str) -> None:
 
 def test_suspects_of_a_cancelled_job_are_cancelled(store: Store) -> None:
     job_id = mill.load(store, 20, batch_size=20)
-    who = mill.seat(store)
+    who = mill.session(store)
     mill.claim(store, who)
     store.closing.cancel(job_id)
     crash(store, who)
     store.closing.close_finished()
-    job = store.reading.job(job_id)
+    job = store.jobs.job(job_id)
     assert job.state is JobState.CANCELLED
     assert job.counts.cancelled == 20
     assert violations(store) == []
@@ -178,21 +176,21 @@ def test_suspects_of_a_cancelled_job_are_cancelled(store: Store) -> None:
 
 def test_a_zombie_writes_nothing_for_requests_that_moved(store: Store) -> None:
     job_id = mill.load(store, 4, batch_size=4)
-    zombie, other = mill.seat(store), mill.seat(store, name="other")
+    zombie, other = mill.session(store), mill.session(store, name="other")
     (claimed,) = mill.claim(store, zombie)
     crash(store, zombie)
     assert mill.save(store, zombie, [mill.answered(claimed)]).lost == {claimed.lease.batch_id}
-    assert store.reading.job(job_id).counts.succeeded == 0
+    assert store.jobs.job(job_id).counts.succeeded == 0
     assert mill.work_off(store, other) == 4
     assert violations(store) == []
 
 
 def test_leases_that_a_lost_answer_brought_are_handed_back(store: Store) -> None:
     mill.load(store, 8, batch_size=4)
-    who = mill.seat(store)
+    who = mill.session(store)
     (known,) = mill.claim(store, who)
-    store.saving.turn(who, [mill.answered(known, count=0)], wanted_requests=8, in_flight_room=8)  # its answer is lost
-    turned = store.saving.turn(who, [mill.answered(known)], wanted_requests=8, in_flight_room=8, resumed=True)
+    store.leases.sync(who, [mill.answered(known, count=0)], wanted_requests=8, in_flight_room=8)  # its answer is lost
+    turned = store.leases.sync(who, [mill.answered(known)], wanted_requests=8, in_flight_room=8, resumed=True)
     (again,) = turned.claimed
     assert indexes(again) == [4, 5, 6, 7]
     assert not again.lease.apart

@@ -17,7 +17,7 @@ from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store import bounds
 from batchmill.jobs.store.bounds import PAGE_BYTES, cut
 from batchmill.jobs.store.database import Database
-from batchmill.jobs.store.leases.lease import Held, Turned
+from batchmill.jobs.store.leases.lease import BatchReport, SyncResult
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, requests
 from batchmill.producer.files.prompt_file import PromptFile
@@ -38,8 +38,8 @@ def long(count: int, *, mib: float = 3.0, first: int = 0) -> list[GenerationRequ
 def load(store: Store, *pages: list[GenerationRequest], batch_size: int = 64) -> str:
     job_id = mill.begin(store, batch_size=batch_size)
     for page in pages:
-        store.loading.add(job_id, prompts=page, batch_size=batch_size, lease_seconds=60)
-    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="0" * 64, fingerprint="f", lease_seconds=60)
+        store.creation.add(job_id, prompts=page, batch_size=batch_size, lease_seconds=60)
+    store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256="0" * 64, fingerprint="f", lease_seconds=60)
     return job_id
 
 
@@ -80,7 +80,7 @@ def test_a_batch_closes_at_its_requests_or_at_8_mib_whichever_comes_first(store:
 
 def test_a_claim_brings_a_page_of_bytes_and_the_next_the_rest(store: Store) -> None:
     load(store, long(8))
-    who = mill.seat(store)
+    who = mill.session(store)
     assert [len(each.requests) for each in mill.claim(store, who, wanted=64)] == [2, 2]
     (first, _) = claimed = mill.claim(store, who, wanted=64)
     assert len(claimed) == 2
@@ -89,15 +89,15 @@ def test_a_claim_brings_a_page_of_bytes_and_the_next_the_rest(store: Store) -> N
 
 def test_pages_of_outputs_are_cut_by_bytes_of_prompt_and_answer(store: Store) -> None:
     job_id = load(store, long(6), mill.prompts(3, first=6))
-    who = mill.seat(store)
+    who = mill.session(store)
     answers = {3: "x" * 7 * MIB, 7: "x" * 9 * MIB}
     while claimed := mill.claim(store, who, wanted=1):
         for each in claimed:
             outputs = [mill.output(job_id, one.index, text=answers.get(one.index, "x")) for one in each.requests]
-            mill.save(store, who, [Held(each.lease, outputs=outputs)])
-    pages = [[row.index for row in page] for page in store.reading.output_pages(job_id, states=ALL, page=5)]
+            mill.save(store, who, [BatchReport(each.lease, outputs=outputs)])
+    pages = [[row.index for row in page] for page in store.jobs.output_pages(job_id, states=ALL, page=5)]
     assert pages == [[0, 1], [2], [3], [4, 5, 6], [7], [8]]
-    short = [[row.index for row in page] for page in store.reading.output_pages(job_id, states=ALL, page=2)]
+    short = [[row.index for row in page] for page in store.jobs.output_pages(job_id, states=ALL, page=2)]
     assert short == [[0, 1], [2], [3], [4, 5], [6], [7], [8]]
 
 
@@ -105,10 +105,10 @@ def test_a_retry_makes_batches_by_the_same_rule_in_pages_of_bytes(store: Store) 
     job_id = load(store, long(5), mill.prompts(3, first=5), batch_size=3)
     store.closing.cancel(job_id)
     with transactions(store) as moved:
-        assert store.retrying.retry(job_id).moved == 8
+        assert store.retries.retry(job_id).moved == 8
     assert held_by_batches(store) == [[0, 1], [2, 3], [4, 5, 6], [7]]
     assert max(moved) <= PAGE_BYTES
-    assert store.reading.job(job_id).counts.pending == 8
+    assert store.jobs.job(job_id).counts.pending == 8
 
 
 def test_suspects_of_a_crash_run_in_groups_of_the_same_bound(store: Store) -> None:
@@ -118,7 +118,7 @@ def test_suspects_of_a_crash_run_in_groups_of_the_same_bound(store: Store) -> No
         connection.execute(requests.update().values(batch_id=1))
         connection.execute(batches.update().values(total=0, state="done"))
         connection.execute(batches.update().where(batches.c.id == 1).values(total=7, state="pending"))
-    who = mill.seat(store)
+    who = mill.session(store)
     mill.claim(store, who, wanted=7, room=7)
     assert store.recovery.take_back(who.worker_id, generation=who.generation) == 1
     assert held_by_batches(store) == [[0, 1], [2, 3], [4, 5], [6]]
@@ -126,7 +126,7 @@ def test_suspects_of_a_crash_run_in_groups_of_the_same_bound(store: Store) -> No
 
 def test_a_crash_of_many_long_requests_is_taken_back_in_short_transactions(store: Store) -> None:
     load(store, long(8))
-    who = mill.seat(store)
+    who = mill.session(store)
     for _ in range(2):
         mill.claim(store, who, wanted=64, room=64)
     with transactions(store) as moved:
@@ -137,9 +137,9 @@ def test_a_crash_of_many_long_requests_is_taken_back_in_short_transactions(store
 
 def test_what_a_killed_submit_left_is_deleted_in_pages_of_bytes(store: Store) -> None:
     job_id = mill.begin(store)
-    store.loading.add(job_id, prompts=[*long(5), *mill.prompts(9, first=5)], batch_size=4, lease_seconds=60)
+    store.creation.add(job_id, prompts=[*long(5), *mill.prompts(9, first=5)], batch_size=4, lease_seconds=60)
     with transactions(store) as moved:
-        store.loading.discard(job_id)
+        store.creation.discard(job_id)
     assert mill.rows(store, "requests") == mill.rows(store, "batches") == mill.rows(store, "jobs") == 0
     assert len(moved) == 3
     assert max(moved) <= PAGE_BYTES
@@ -168,11 +168,11 @@ def test_no_transaction_from_submit_to_save_writes_more_than_a_page(store: Store
     path.write_bytes(b"\n".join([b"x" * 3 * MIB] * 7))
     with written() as sizes:
         job_id, _ = load_job(Submission(str(path), "echo"), store=store, settings=Settings())
-        loaded, who = len(sizes), mill.seat(store)
+        loaded, who = len(sizes), mill.session(store)
         while claimed := mill.claim(store, who, wanted=1, room=1):
             for each in claimed:
                 outputs = [mill.output(job_id, one.index, text=one.prompt or "") for one in each.requests]
-                mill.save(store, who, [Held(each.lease, outputs=outputs)])
+                mill.save(store, who, [BatchReport(each.lease, outputs=outputs)])
     assert sum(sizes[:loaded]) > 21 * MIB < sum(sizes[loaded:]), "every line was written, and every answer"
     assert max(sizes) <= PAGE_BYTES
 
@@ -208,41 +208,41 @@ def test_a_page_of_a_submit_is_one_line_where_lines_are_long(store: Store, tmp_p
     path = tmp_path / "p.txt"
     path.write_bytes(b"\n".join([b"x" * 5 * MIB] * 3 + [b"short"] * 3))
     sizes: list[int] = []
-    add = store.loading.add
+    add = store.creation.add
 
     def seen(job_id: str, *, prompts: list[GenerationRequest], **more: Any) -> Any:
         sizes.append(len(prompts))
         return add(job_id, prompts=prompts, **more)
 
-    store.loading.add = seen  # type: ignore[method-assign, assignment]
+    store.creation.add = seen  # type: ignore[method-assign, assignment]
     load_job(Submission(str(path), "echo"), store=store, settings=Settings())
     assert sizes == [1, 1, 4]
 
 
 def test_a_turn_says_a_page_of_outputs_and_nothing_of_the_rest_is_lost(store: Store) -> None:
     job_id = load(store, mill.prompts(6), batch_size=3)
-    who, holdings = mill.seat(store), Holdings()
+    who, holdings = mill.session(store), Holdings()
     claimed = mill.claim(store, who, wanted=6, room=6)
-    empty = holdings.said(room=0, memory=Memory(), release=False)
-    holdings.absorb(empty, Turned(claimed=claimed))
+    empty = holdings.next_request(room=0, memory=Memory(), release=False)
+    holdings.absorb(empty, SyncResult(claimed=claimed))
     holdings.answer([mill.output(job_id, index, text="x" * 5 * MIB) for index in range(6)])
     store.closing.cancel(job_id)
     turns = 0
     while holdings:
-        page = holdings.said(room=0, memory=Memory(), release=True).first_page()
-        assert sum(len(each.outputs) for each in page.held) == 1
-        holdings.absorb(page, store.saving.turn(who, page.held))
+        page = holdings.next_request(room=0, memory=Memory(), release=True).first_page()
+        assert sum(len(each.outputs) for each in page.reports) == 1
+        holdings.absorb(page, store.leases.sync(who, page.reports))
         turns += 1
     assert turns == 6
-    states = [row.state for page in store.reading.output_pages(job_id, states=ALL, page=9) for row in page]
+    states = [row.state for page in store.jobs.output_pages(job_id, states=ALL, page=9) for row in page]
     assert states == [RequestState.SUCCEEDED] * 6, "neither cancelled nor handed back before they were saved"
 
 
 def test_what_is_held_is_counted_until_it_is_answered(store: Store) -> None:
     job_id = load(store, long(2))
     holdings = Holdings()
-    (claimed,) = mill.claim(store, mill.seat(store), wanted=2, room=2)
-    holdings.absorb(holdings.said(room=0, memory=Memory(), release=False), Turned(claimed=(claimed,)))
+    (claimed,) = mill.claim(store, mill.session(store), wanted=2, room=2)
+    holdings.absorb(holdings.next_request(room=0, memory=Memory(), release=False), SyncResult(claimed=(claimed,)))
     assert 6 * MIB <= holdings.size_bytes < 6.1 * MIB
     holdings.answer([mill.output(job_id, 0)])
     assert 3 * MIB <= holdings.size_bytes < 3.1 * MIB

@@ -16,7 +16,7 @@ from batchmill.jobs.errors import StoreConflict
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store import conflicts, postgresql
 from batchmill.jobs.store.leases import sync
-from batchmill.jobs.store.leases.lease import Turned
+from batchmill.jobs.store.leases.lease import SyncResult
 from batchmill.jobs.store.store import Store
 from tests.support.store import mill
 
@@ -33,16 +33,16 @@ class _Job:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.id = mill.load(store, 4)
-        self.seat = mill.seat(store)
-        (self.batch,) = mill.claim(store, self.seat)
+        self.session = mill.session(store)
+        (self.batch,) = mill.claim(store, self.session)
 
-    def save(self) -> Turned:
-        return self.store.saving.turn(self.seat, [mill.answered(self.batch)])
+    def save(self) -> SyncResult:
+        return self.store.leases.sync(self.session, [mill.answered(self.batch)])
 
-    def check_saved(self, turned: Turned) -> None:
+    def check_saved(self, turned: SyncResult) -> None:
         """Everything was done once."""
         assert (turned.finished, turned.lost) == ({self.batch.lease.batch_id}, frozenset())
-        job = self.store.reading.job(self.id)
+        job = self.store.jobs.job(self.id)
         assert (job.state, job.counts.succeeded) == (JobState.COMPLETED, 4)
         assert mill.rows(self.store, "outputs") == 4
 

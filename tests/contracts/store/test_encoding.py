@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from tests.support.paths import ROOT
 from tests.support.store import mill
@@ -75,10 +75,10 @@ def test_every_text_comes_back_whatever_the_surroundings(
     job_id = done.stdout.strip()
     assert job_id, done.stderr
     store = Store(store_url)
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     assert [each.prompt for each in claimed.requests] == [TEXT]
-    mill.save(store, who, [Held(claimed.lease, outputs=[mill.output(job_id, 0, text=TEXT)])])
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=[mill.output(job_id, 0, text=TEXT)])])
     for form in ("jsonl", "csv"):
         assert TEXT in command(store_url, "results", job_id, "--format", form, **surroundings).stdout
     store.close()

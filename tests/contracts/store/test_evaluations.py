@@ -87,7 +87,7 @@ def test_what_another_model_cost_is_not_shown(store: Store) -> None:
     job_id = mill.load(store, spec=NF4)
     add(store, NF4, identity="weights=old")
     assert JobStatus.read(store, job_id).evaluation is not None  # nobody has begun it
-    mill.claim(store, mill.seat(store, spec=NF4, identity="weights=new"))
+    mill.claim(store, mill.session(store, spec=NF4, identity="weights=new"))
     assert JobStatus.read(store, job_id).evaluation is None
     add(store, NF4, identity="weights=new", perplexity=7.0)
     add(store, NF4, identity="weights=old")

@@ -63,7 +63,7 @@ def test_upgrading_twice_changes_nothing(sqlite_url: str) -> None:
     store = Store(sqlite_url)
     job_id = mill.load(store, 3)
     revisions.upgrade(sqlite_url)
-    assert store.reading.job(job_id).counts.total == 3
+    assert store.jobs.job(job_id).counts.total == 3
     store.close()
 
 
@@ -114,7 +114,7 @@ def test_a_store_of_before_timings_keeps_its_outputs(tmp_path: Path) -> None:
         connection.execute(text(OLD_REQUEST))
         connection.execute(text(OLD_OUTPUT))
     revisions.upgrade(url)
-    ((row,),) = store.reading.output_pages("old", states=frozenset(RequestState), page=10)
+    ((row,),) = store.jobs.output_pages("old", states=frozenset(RequestState), page=10)
     assert (row.payload, row.queued_seconds) == ('[{"text":"a","finish_reason":"stop"}]', None)
     store.close()
 
@@ -134,14 +134,14 @@ class TestBeforeIdentities:
 
     def test_nothing_of_it_has_changed(self, store: Store, old_url: str) -> None:
         command.check(revisions.alembic_config(old_url))
-        found = {job.id: job for job in store.reading.jobs(most=9)}
+        found = {job.id: job for job in store.jobs.jobs(most=9)}
         assert {*found, "loading"} == {each.value for each in JobState}
         assert all(job.state.value == job_id and job.identity is None for job_id, job in found.items())
         counts = found["running"].counts
         assert (counts.total, counts.succeeded, counts.failed, counts.pending) == (6, 2, 1, 3)
         assert found["running"].adapters == (Adapter("a", "/adapters/a"),)
         assert {job_id for job_id, job in found.items() if job.counts.finish_reasons is not None} == {"queued"}
-        ((*rows,),) = store.reading.output_pages("completed", states=frozenset(RequestState), page=9)
+        ((*rows,),) = store.jobs.output_pages("completed", states=frozenset(RequestState), page=9)
         assert [row.state for row in rows] == ["succeeded", "failed", "succeeded"]
         assert {(row.identity, row.process) for row in store.workers.rows(only_alive=False)} == {(None, None)}
         assert {each.process for each in store.recovery.holders("host")} == {None}
@@ -149,30 +149,30 @@ class TestBeforeIdentities:
 
     def test_what_is_unfinished_takes_the_model_of_its_next_claim(self, store: Store) -> None:
         held = Adapter("a", "/adapters/a", identity="weights=7")
-        newer = mill.seat(store, name="newer", adapters=[held], identity="weights=1")
+        newer = mill.session(store, name="newer", adapters=[held], identity="weights=1")
         claimed = [*mill.claim(store, newer), *mill.claim(store, newer), *mill.claim(store, newer)]
         assert {each.lease.job_id for each in claimed} == {"queued", "running"}
         for job_id, adapters in (("queued", ()), ("running", (held,))):
-            job = store.reading.job(job_id)
+            job = store.jobs.job(job_id)
             assert (job.identity, job.adapters) == ("weights=1", adapters)
         mill.save(store, newer, [mill.answered(each) for each in claimed])
-        another = mill.seat(store, name="another", adapters=[Adapter("a", "/adapters/a")], identity="weights=2")
+        another = mill.session(store, name="another", adapters=[Adapter("a", "/adapters/a")], identity="weights=2")
         assert mill.claim(store, another) == ()
         taken = store.recovery.take_back(1, generation=1)  # what the old worker held
         assert taken == 2
         assert mill.claim(store, another) == ()
         mill.work_off(store, newer)
-        assert {store.reading.job(each).state for each in ("queued", "running")} == {JobState.COMPLETED}
+        assert {store.jobs.job(each).state for each in ("queued", "running")} == {JobState.COMPLETED}
 
     def test_finish_reasons_are_told_of_what_was_answered_since_alone(self, store: Store) -> None:
         held = Adapter("a", "/adapters/a", identity="weights=7")
         store.recovery.take_back(1, generation=1)
-        mill.work_off(store, mill.seat(store, adapters=[held]))
-        assert store.reading.job("queued").counts.finish_reasons == FinishReasons(stop=3, length=0)
-        assert store.reading.job("running").counts.finish_reasons is None
+        mill.work_off(store, mill.session(store, adapters=[held]))
+        assert store.jobs.job("queued").counts.finish_reasons == FinishReasons(stop=3, length=0)
+        assert store.jobs.job("running").counts.finish_reasons is None
 
     def test_the_loading_is_known_of_runs_that_began_since_alone(self, store: Store) -> None:
-        newer = mill.seat(store)
+        newer = mill.session(store)
         store.workers.imported(newer.worker_id, newer.generation, seconds=4.0)
         mill.claim(store, newer)
         with store.database.read() as connection:
@@ -180,17 +180,17 @@ class TestBeforeIdentities:
         known = {row.worker_id for row in found if (row.loading_since is not None, row.torch_load_seconds) == (True, 4)}
         assert known == {newer.worker_id}
         assert {row.torch_load_seconds for row in found if row.worker_id != newer.worker_id} == {None}
-        effort = store.effort.of("completed")
+        effort = store.usage.of("completed")
         assert (effort.torch_wait_seconds, effort.model_wait_seconds) == (0.0, 0.0)
 
     def test_what_is_finished_has_none_and_can_be_retried(self, store: Store) -> None:
-        assert {store.reading.job(each).identity for each in ("completed", "cancelled")} == {None}
-        assert store.retrying.retry("completed").moved == 1
-        mill.work_off(store, mill.seat(store, identity="weights=2"))
-        assert store.reading.job("completed").identity == "weights=2"
+        assert {store.jobs.job(each).identity for each in ("completed", "cancelled")} == {None}
+        assert store.retries.retry("completed").moved == 1
+        mill.work_off(store, mill.session(store, identity="weights=2"))
+        assert store.jobs.job("completed").identity == "weights=2"
 
     def test_what_was_loading_is_deleted(self, store: Store) -> None:
-        assert store.loading.discard_expired(store.loading.expired(lease_seconds=60)) == ["loading"]
+        assert store.creation.discard_expired(store.creation.expired(lease_seconds=60)) == ["loading"]
 
 
 def test_an_embedded_store_of_before_identities_upgrades_itself() -> None:
@@ -198,7 +198,7 @@ def test_an_embedded_store_of_before_identities_upgrades_itself() -> None:
     settings.home.mkdir(parents=True)
     old_store.build(settings.database, revision="0004")
     store = revisions.open_store(settings)
-    assert (store.revision(), store.reading.job("running").identity) == (REVISION, None)
+    assert (store.revision(), store.jobs.job("running").identity) == (REVISION, None)
     store.close()
     assert [path.name.split(".")[1] for path in settings.home.glob("batchmill.0004.*.db")] == ["0004"]
 

@@ -42,9 +42,9 @@ def _works(url: str) -> None:
     store.check_revision()
     job_id = mill.load(store, 50)
     for name in ("one", "two"):
-        mill.work_off(store, mill.seat(store, name=name))
-    assert store.reading.job(job_id).state is JobState.COMPLETED
-    assert store.reading.job(job_id).counts.succeeded == 50
+        mill.work_off(store, mill.session(store, name=name))
+    assert store.jobs.job(job_id).state is JobState.COMPLETED
+    assert store.jobs.job(job_id).counts.succeeded == 50
     store.close()
 
 

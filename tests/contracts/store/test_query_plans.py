@@ -70,9 +70,9 @@ def test_whole_reads_are_found(sqlite_store: Store) -> None:
 def at_work(sqlite_store: Store) -> tuple[Store, int]:
     """A store with a job that is half done, and the worker that is at it."""
     mill.load(sqlite_store, 40)
-    seat = mill.seat(sqlite_store)
-    mill.claim(sqlite_store, seat, wanted=12)
-    return sqlite_store, seat.worker_id
+    session = mill.session(sqlite_store)
+    mill.claim(sqlite_store, session, wanted=12)
+    return sqlite_store, session.worker_id
 
 
 def test_a_keepers_look(at_work: tuple[Store, int]) -> None:
@@ -90,7 +90,7 @@ def test_a_keepers_look(at_work: tuple[Store, int]) -> None:
 
 def test_crashes_until_the_device_is_to_blame(sqlite_store: Store) -> None:
     mill.load(sqlite_store, 40)
-    good, broken = mill.seat(sqlite_store, name="good"), mill.seat(sqlite_store, name="broken")
+    good, broken = mill.session(sqlite_store, name="good"), mill.session(sqlite_store, name="broken")
     with plans() as found:
         for generation in range(1, 4):
             assert not sqlite_store.health.is_sick(broken.worker_id)
@@ -107,6 +107,6 @@ def test_crashes_until_the_device_is_to_blame(sqlite_store: Store) -> None:
 def test_the_turns_of_a_job(sqlite_store: Store) -> None:
     mill.load(sqlite_store, 40)
     with plans() as found:
-        mill.work_off(sqlite_store, mill.seat(sqlite_store))
+        mill.work_off(sqlite_store, mill.session(sqlite_store))
     assert len(found) > 8
     assert whole_reads(found) == []

@@ -12,9 +12,9 @@ from sqlalchemy import Connection, event, text
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import RequestState
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.views.sample import SAMPLED, Sampled, spread
+from batchmill.jobs.store.views.sample import SAMPLED, SampledRequest, spread
 from batchmill.jobs.store.views.usage import Pace
 from tests.support.store import mill
 
@@ -34,83 +34,83 @@ def timed(store_url: str, clock: mill.Clock) -> Iterator[Store]:
 class TestPaces:
     def test_each_worker_has_its_own_seconds_and_tokens(self, timed: Store, clock: mill.Clock) -> None:
         job_id = mill.load(timed, 12)
-        seats = [mill.seat(timed, name=name) for name in "ab"]
-        (first,), (second,) = (mill.claim(timed, seat) for seat in seats)
+        sessions = [mill.session(timed, name=name) for name in "ab"]
+        (first,), (second,) = (mill.claim(timed, session) for session in sessions)
         clock.seconds += 2
-        mill.save(timed, seats[0], [mill.answered(first, count=3)])
+        mill.save(timed, sessions[0], [mill.answered(first, count=3)])
         clock.seconds += 2
-        mill.save(timed, seats[1], [replace(mill.answered(second, count=1), in_flight_tokens=5)])
-        a, b = timed.effort.of(job_id).paces
-        assert a == Pace(seats[0].worker_id, 4.0, 3, 6, 9, 0, 4.0, 9.0)
-        assert b == Pace(seats[1].worker_id, 4.0, 1, 2, 3, 5, 4.0, 8.0)
-        assert timed.effort.of(job_id).running_seconds == 4.0
+        mill.save(timed, sessions[1], [replace(mill.answered(second, count=1), in_flight_tokens=5)])
+        a, b = timed.usage.of(job_id).paces
+        assert a == Pace(sessions[0].worker_id, 4.0, 3, 6, 9, 0, 4.0, 9.0)
+        assert b == Pace(sessions[1].worker_id, 4.0, 1, 2, 3, 5, 4.0, 8.0)
+        assert timed.usage.of(job_id).running_seconds == 4.0
 
     def test_the_last_minute_is_told_apart(self, timed: Store, clock: mill.Clock) -> None:
         job_id = mill.load(timed, 8)
-        who = mill.seat(timed)
+        who = mill.session(timed)
         for seconds, minutes_later in ((40.0, 10), (20.0, 0)):
             (claimed,) = mill.claim(timed, who)
             clock.seconds += seconds
             mill.save(timed, who, [mill.answered(claimed)])
             clock.seconds += 60 * minutes_later
-        (pace,) = timed.effort.of(job_id).paces
+        (pace,) = timed.usage.of(job_id).paces
         assert (pace.seconds, pace.completion_tokens) == (60.0, 24)
         assert (pace.late_seconds, pace.late_tokens) == (20.0, pytest.approx(12.0))
 
     def test_refused_prompts_are_no_throughput(self, timed: Store, clock: mill.Clock) -> None:
         job_id = mill.load(timed, 4)
-        who = mill.seat(timed)
+        who = mill.session(timed)
         (claimed,) = mill.claim(timed, who)
         clock.seconds += 2
         refused = [mill.output(job_id, index, error=ErrorCode.CONTEXT_LENGTH_EXCEEDED) for index in (0, 1)]
-        mill.save(timed, who, [Held(claimed.lease, outputs=refused, in_flight=(2, 3))])
-        effort = timed.effort.of(job_id)
+        mill.save(timed, who, [BatchReport(claimed.lease, outputs=refused, in_flight=(2, 3))])
+        effort = timed.usage.of(job_id)
         assert (effort.recent_requests_per_second, effort.paces[0].prompt_tokens) == (0.0, 0)
-        assert timed.reading.job(job_id).counts.prompt_tokens == 4
+        assert timed.jobs.job(job_id).counts.prompt_tokens == 4
 
     def test_a_job_that_was_cancelled_in_the_queue_waits_no_longer(self, timed: Store, clock: mill.Clock) -> None:
         job_id = mill.load(timed, 4)
         clock.seconds += 5
-        assert timed.effort.of(job_id).queued_seconds == pytest.approx(5.0)
+        assert timed.usage.of(job_id).queued_seconds == pytest.approx(5.0)
         timed.closing.cancel(job_id)
         clock.seconds += 60
-        assert timed.effort.of(job_id).queued_seconds == pytest.approx(5.0)
+        assert timed.usage.of(job_id).queued_seconds == pytest.approx(5.0)
 
     def test_tokens_in_flight_are_gone_once_the_run_has_ended(self, timed: Store) -> None:
         job_id = mill.load(timed, 4)
-        who = mill.seat(timed)
+        who = mill.session(timed)
         (claimed,) = mill.claim(timed, who)
-        mill.save(timed, who, [Held(claimed.lease, in_flight=(0, 1), in_flight_tokens=7)])
-        assert timed.effort.of(job_id).paces[0].in_flight_tokens == 7
+        mill.save(timed, who, [BatchReport(claimed.lease, in_flight=(0, 1), in_flight_tokens=7)])
+        assert timed.usage.of(job_id).paces[0].in_flight_tokens == 7
         timed.recovery.take_back(who.worker_id, generation=who.generation)
-        assert timed.effort.of(job_id).paces[0].in_flight_tokens == 0
+        assert timed.usage.of(job_id).paces[0].in_flight_tokens == 0
 
     def test_hours_in_which_nobody_lived_are_no_work(self, timed: Store, clock: mill.Clock) -> None:
         """The mill was killed, and what its worker held is taken back hours later."""
         job_id = mill.load(timed, 8)
-        who = mill.seat(timed)
+        who = mill.session(timed)
         (claimed,) = mill.claim(timed, who)
         for _ in range(4):
             clock.seconds += 5
             timed.workers.heartbeat(who.worker_id, beat=5.0)
         mill.save(timed, who, [mill.answered(claimed, count=2)])
         clock.seconds += 3 * 3_600
-        assert timed.effort.of(job_id).running_seconds == 25.0, "until the next heartbeat was due"
+        assert timed.usage.of(job_id).running_seconds == 25.0, "until the next heartbeat was due"
         timed.recovery.take_back(who.worker_id, generation=who.generation)
-        assert timed.effort.of(job_id).running_seconds == 25.0
-        other = mill.seat(timed, name="other")
+        assert timed.usage.of(job_id).running_seconds == 25.0
+        other = mill.session(timed, name="other")
         mill.work_off(timed, other)
         clock.seconds += 3_600
-        assert timed.effort.of(job_id).running_seconds == 25.0
+        assert timed.usage.of(job_id).running_seconds == 25.0
 
     def test_of_a_run_that_a_worker_ended_itself_every_second_counts(self, timed: Store, clock: mill.Clock) -> None:
         job_id = mill.load(timed, 4)
-        who = mill.seat(timed)
+        who = mill.session(timed)
         (claimed,) = mill.claim(timed, who)
         clock.seconds += 12  # no heartbeat came in between
         mill.save(timed, who, [mill.answered(claimed)])
         clock.seconds += 3_600
-        assert timed.effort.of(job_id).running_seconds == 12.0
+        assert timed.usage.of(job_id).running_seconds == 12.0
 
 
 class TestSample:
@@ -124,16 +124,16 @@ class TestSample:
 
     def test_it_tells_bytes_states_and_tokens(self, store: Store) -> None:
         job_id = mill.load(store, 4)
-        who = mill.seat(store)
+        who = mill.session(store)
         (claimed,) = mill.claim(store, who)
         outputs = [mill.output(job_id, 0), mill.output(job_id, 1, error=ErrorCode.ENGINE_ERROR)]
-        mill.save(store, who, [Held(claimed.lease, outputs=outputs, in_flight=(2, 3))])
+        mill.save(store, who, [BatchReport(claimed.lease, outputs=outputs, in_flight=(2, 3))])
         body_bytes = len(mill.prompts(1)[0].to_body())
-        assert store.sampling.of(job_id, total=4, begun=4) == (
-            Sampled(0, body_bytes, RequestState.SUCCEEDED, 3),
-            Sampled(1, body_bytes, RequestState.FAILED, 0),
-            Sampled(2, body_bytes),
-            Sampled(3, body_bytes),
+        assert store.samples.of(job_id, total=4, begun=4) == (
+            SampledRequest(0, body_bytes, RequestState.SUCCEEDED, 3),
+            SampledRequest(1, body_bytes, RequestState.FAILED, 0),
+            SampledRequest(2, body_bytes),
+            SampledRequest(3, body_bytes),
         )
 
     def test_it_tells_how_long_a_line_lets_its_answer_get(self, store: Store) -> None:
@@ -141,17 +141,17 @@ class TestSample:
         prompts = [GenerationRequest(index, str(index), "a", sampling=each) for index, each in enumerate(said)]
         prompts.append(GenerationRequest(4, "4", "a" * 100_000, sampling=said[0]))
         job_id = mill.begin(store)
-        store.loading.add(job_id, prompts=prompts, batch_size=8, lease_seconds=60)
-        store.loading.open(
+        store.creation.add(job_id, prompts=prompts, batch_size=8, lease_seconds=60)
+        store.creation.open(
             job_id, spec=mill.ECHO_SPEC, file_sha256="0" * 64, fingerprint="f", lease_seconds=mill.LEASE_SECONDS
         )
-        found = store.sampling.of(job_id, total=5, begun=0, choices=2)
+        found = store.samples.of(job_id, total=5, begun=0, choices=2)
         assert [each.max_tokens for each in found] == [16, 24, None, None, None]
 
     def test_what_an_estimate_asks_scans_no_requests_and_no_outputs(self, store: Store) -> None:
         """Of a job among many rows: each question about it goes by an index."""
         job_id = mill.load(store, 3_000, batch_size=100)
-        mill.work_off(store, mill.seat(store))
+        mill.work_off(store, mill.session(store))
         plans = []
         for statement, parameters in _asked(store, job_id):
             with store.database.read() as connection:
@@ -175,8 +175,8 @@ def _asked(store: Store, job_id: str) -> list[tuple[str, Any]]:
     with store.database.read() as connection:
         engine = connection.engine
     event.listen(engine, "before_cursor_execute", note)
-    store.effort.of(job_id)
-    store.sampling.of(job_id, total=3_000, begun=1_000)
+    store.usage.of(job_id)
+    store.samples.of(job_id, total=3_000, begun=1_000)
     event.remove(engine, "before_cursor_execute", note)
     return found
 

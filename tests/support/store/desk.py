@@ -20,7 +20,7 @@ from batchmill.jobs.models.engine_facts import EngineFacts, EngineLimits
 from batchmill.jobs.requests.generation import GenerationRequest
 from batchmill.jobs.requests.request import RequestKey
 from batchmill.jobs.requests.states import BatchState
-from batchmill.jobs.store.leases.lease import Lease, Seat
+from batchmill.jobs.store.leases.lease import Lease, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata, stores
 from batchmill.jobs.store.workers import Loaded
@@ -54,7 +54,7 @@ class Queues:
 class Child:
     """One process that holds a model: what its saver and its engine know. The engine is a list."""
 
-    seat: Seat
+    session: WorkerSession
     spool: Spool
     rows: int
     holdings: Holdings = field(default_factory=Holdings)
@@ -77,7 +77,7 @@ class Child:
         return max(0, self.rows - recorded - self.holdings.waiting), max(0, self.fill - recorded)
 
     def leases(self) -> dict[int, Lease]:
-        held = self.holdings.said(room=0, memory=Memory(), release=False).held
+        held = self.holdings.next_request(room=0, memory=Memory(), release=False).reports
         return {each.lease.batch_id: each.lease for each in held}
 
     def top_up(self) -> None:
@@ -128,10 +128,12 @@ class Desk:
         loaded = Loaded(EngineFacts(EngineLimits("echo", self.rows), mill.IDENTITY), "cpu", None, {})
         self.store.workers.loaded(self.worker_id, self.generation, loaded=loaded)
         spec, seconds = mill.ECHO_SPEC, mill.LEASE_SECONDS
-        seat = Seat(self.worker_id, self.generation, spec, "cpu", seconds, mill.IDENTITY, adapters=self.adapters)
+        session = WorkerSession(
+            self.worker_id, self.generation, spec, "cpu", seconds, mill.IDENTITY, adapters=self.adapters
+        )
         spools = Spools(self.bed.folder, self.store.id, database=self.bed.settings.database)
         path = spools.path(self.worker_id, self.generation)
-        self.child = Child(seat, Spool(path, limit_bytes=self.bed.spool_bytes), self.rows)
+        self.child = Child(session, Spool(path, limit_bytes=self.bed.spool_bytes), self.rows)
 
     def settle(self) -> None:
         if self.unsettled is not None:

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, text
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata
-from tests.support.store.mill import answered, claim, load, save, seat, work_off
+from tests.support.store.mill import answered, claim, load, save, session, work_off
 
 #: Does a statement of SQL for as long as the block runs.
 Harmed = Callable[[str], AbstractContextManager[None]]
@@ -22,7 +22,7 @@ def sound(store: Store) -> None:
     Batches 1, 2 and 3 are done, 4 is leased with two answers, 5 is pending.
     """
     load(store, 8)
-    who = seat(store)
+    who = session(store)
     first = claim(store, who)[0]
     save(store, who, [answered(first, error=ErrorCode.ENGINE_ERROR)])
     work_off(store, who)

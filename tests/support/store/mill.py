@@ -1,4 +1,4 @@
-"""A small mill for tests of the store: loads jobs, seats workers and answers requests, without any process."""
+"""A small mill for tests of the store: loads jobs, sessions workers and answers requests, without any process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import Choice, GenerationOptions, GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import FIRST_KIND, ErrorCode, Output, Provenance, RequestKey
 from batchmill.jobs.runtime.process.process import Process
-from batchmill.jobs.store.leases.lease import Claimed, Held, Seat, Turned
+from batchmill.jobs.store.leases.lease import BatchReport, Claimed, SyncResult, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata
 from batchmill.jobs.store.workers import Loaded
@@ -47,15 +47,15 @@ def load(
 ) -> str:
     """A queued job of `count` requests: its id."""
     job_id = begin(store, batch_size=batch_size, options=options, name=name)
-    store.loading.add(job_id, prompts=prompts(count), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
-    store.loading.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint=fingerprint, lease_seconds=LEASE_SECONDS)
+    store.creation.add(job_id, prompts=prompts(count), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
+    store.creation.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint=fingerprint, lease_seconds=LEASE_SECONDS)
     return job_id
 
 
 def begin(
     store: Store, *, batch_size: int = 4, options: GenerationOptions | None = None, name: str | None = None
 ) -> str:
-    return store.loading.begin(
+    return store.creation.begin(
         name=name,
         options=options or GenerationOptions(),
         batch_size=batch_size,
@@ -81,12 +81,12 @@ def load_named(store: Store, *adapters: str | None, batch_size: int = 4, spec: M
     """A queued job of one request for each of these adapters: its id."""
     declared = tuple(sorted({each for each in adapters if each is not None}))
     job_id = begin(store, batch_size=batch_size, options=GenerationOptions(adapters=declared))
-    store.loading.add(job_id, prompts=named(*adapters), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
-    store.loading.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint="f", lease_seconds=LEASE_SECONDS)
+    store.creation.add(job_id, prompts=named(*adapters), batch_size=batch_size, lease_seconds=LEASE_SECONDS)
+    store.creation.open(job_id, spec=spec, file_sha256="0" * 64, fingerprint="f", lease_seconds=LEASE_SECONDS)
     return job_id
 
 
-def seat(
+def session(
     store: Store,
     *,
     name: str = "w",
@@ -98,7 +98,7 @@ def seat(
     host: str = "host",
     process: Process | None = None,
     kinds: frozenset[str] = frozenset({FIRST_KIND}),
-) -> Seat:
+) -> WorkerSession:
     """A live worker, ready unless told otherwise."""
     worker_id = store.workers.register(
         host=host,
@@ -117,7 +117,7 @@ def seat(
         facts = EngineFacts(limits, identity, None, tuple(adapters), 0.5, weights_by_device=(100,), kinds=kinds)
         loaded = Loaded(facts, "cpu", None, {"torch": "2"})
         store.workers.loaded(worker_id, generation, loaded=loaded)
-    return Seat(
+    return WorkerSession(
         worker_id,
         generation,
         spec,
@@ -133,14 +133,14 @@ def seat(
     )
 
 
-def claim(store: Store, who: Seat, *, wanted: int = 1, room: int = 100) -> tuple[Claimed, ...]:
-    return store.saving.turn(who, [], wanted_requests=wanted, in_flight_room=room).claimed
+def claim(store: Store, who: WorkerSession, *, wanted: int = 1, room: int = 100) -> tuple[Claimed, ...]:
+    return store.leases.sync(who, [], wanted_requests=wanted, in_flight_room=room).claimed
 
 
-def answered(claimed: Claimed, *, count: int | None = None, error: ErrorCode | None = None) -> Held:
+def answered(claimed: Claimed, *, count: int | None = None, error: ErrorCode | None = None) -> BatchReport:
     """A batch of which the first `count` requests (all, if None) are answered."""
     mine = claimed.requests[:count]
-    return Held(
+    return BatchReport(
         claimed.lease,
         outputs=[output(claimed.lease.job_id, each.index, error=error) for each in mine],
         in_flight=[each.index for each in claimed.requests[len(mine) :]],
@@ -155,17 +155,17 @@ def output(job_id: str, index: int, *, error: ErrorCode | None = None, text: str
     return Output(key, (Choice(text or f"answer {index}", "stop"),), prompt_tokens=2, completion_tokens=3)
 
 
-def work_off(store: Store, who: Seat, *, error: ErrorCode | None = None) -> int:
+def work_off(store: Store, who: WorkerSession, *, error: ErrorCode | None = None) -> int:
     """Answers everything that can be claimed: how many requests."""
     done = 0
     while claimed := claim(store, who):
-        store.saving.turn(who, [answered(each, error=error) for each in claimed])
+        store.leases.sync(who, [answered(each, error=error) for each in claimed])
         done += sum(len(each.requests) for each in claimed)
     return done
 
 
-def save(store: Store, who: Seat, held: Sequence[Held]) -> Turned:
-    return store.saving.turn(who, held)
+def save(store: Store, who: WorkerSession, held: Sequence[BatchReport]) -> SyncResult:
+    return store.leases.sync(who, held)
 
 
 def rows(store: Store, table: str) -> int:

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from batchmill.jobs.store.store import Store
 from tests.support.store import oracle
 from tests.support.store.harm import sound, without_constraints
-from tests.support.store.mill import begin, claim, load, seat, work_off
+from tests.support.store.mill import begin, claim, load, session, work_off
 from tests.support.store.oracle import accepted, changed, export_violations, violations
 
 #: What is broken in a sound store.
@@ -104,7 +104,7 @@ def test_what_is_open_is_named_once_all_should_have_ended(store: Store) -> None:
 
 def test_many_violations_of_a_kind_are_cut_short(store: Store) -> None:
     load(store, 40)
-    work_off(store, seat(store))
+    work_off(store, session(store))
     with store.database.write() as connection:
         connection.execute(text("UPDATE outputs SET payload = '[]'"))
     found = violations(store)
@@ -113,7 +113,7 @@ def test_many_violations_of_a_kind_are_cut_short(store: Store) -> None:
 
 
 def test_cancelled_retried_and_crashed_jobs_are_sound(store: Store) -> None:
-    who = seat(store)
+    who = session(store)
     job_id = load(store, 12)
     claim(store, who)
     store.closing.cancel(job_id)
@@ -122,7 +122,7 @@ def test_cancelled_retried_and_crashed_jobs_are_sound(store: Store) -> None:
     assert violations(store, closed=False) == []
     store.closing.close_finished()
     assert violations(store) == []
-    store.retrying.retry(job_id)
+    store.retries.retry(job_id)
     assert violations(store, closed=False) == []
     claim(store, who, room=2)
     store.recovery.take_back(who.worker_id, generation=1)

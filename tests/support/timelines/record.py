@@ -22,8 +22,8 @@ _PAGE = 1_000
 def record(url: str, written: str, *, rows: int, out: Path) -> None:
     """`rows`: how many requests its one worker took at once."""
     store = Store(url)
-    job = store.reading.job(store.reading.find(written))
-    pages = store.reading.output_pages(job.id, states=frozenset(RequestState), page=_PAGE)
+    job = store.jobs.job(store.jobs.find(written))
+    pages = store.jobs.output_pages(job.id, states=frozenset(RequestState), page=_PAGE)
     begin, events, tells = job.started_at or job.queued_at, [], False
     for page in pages:
         for row in page:

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.views.jobs import Counts
-from batchmill.jobs.store.views.sample import Sampled, spread
+from batchmill.jobs.store.views.sample import SampledRequest, spread
 from batchmill.jobs.store.views.usage import Pace, late_since
 from batchmill.producer.views.estimate import Estimate, estimate
 
@@ -45,7 +45,7 @@ class Moment:
     seconds: float
     counts: Counts
     paces: tuple[Pace, ...]
-    sample: tuple[Sampled, ...]
+    sample: tuple[SampledRequest, ...]
     rows: dict[int, int]
     max_tokens: int
 
@@ -131,12 +131,12 @@ class Timeline:
         away = sum(max(0.0, min(last, end) - max(first, begin)) for first, last in self.away)
         return max(0.0, end - begin - away)
 
-    def _sampled(self, index: int, seconds: float) -> Sampled:
+    def _sampled(self, index: int, seconds: float) -> SampledRequest:
         event = self.events[index]
         if event.ended > seconds:
-            return Sampled(index, event.body_bytes, max_tokens=event.max_tokens)
+            return SampledRequest(index, event.body_bytes, max_tokens=event.max_tokens)
         state = RequestState.SUCCEEDED if event.completion_tokens else RequestState.FAILED
-        return Sampled(index, event.body_bytes, state, event.completion_tokens, event.max_tokens)
+        return SampledRequest(index, event.body_bytes, state, event.completion_tokens, event.max_tokens)
 
 
 def simulated(

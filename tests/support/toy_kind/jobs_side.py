@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from batchmill.jobs.requests.request import Kind, to_text
+from batchmill.jobs.requests.request import RequestKind, to_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +67,4 @@ def _part(value: Mapping[str, Any]) -> Count:
     return Count(**value)
 
 
-COUNT = Kind(CountRequest.kind, _request, _options, _part)
+COUNT = RequestKind(CountRequest.kind, _request, _options, _part)

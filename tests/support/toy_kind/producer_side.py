@@ -6,18 +6,18 @@ from typing import Any
 
 from batchmill.jobs.store.views.jobs import Job, OutputRow
 from batchmill.producer.requests.checks import STRING
-from batchmill.producer.requests.forms import SHARED, Answer, Form, Forms, Parts, response_id
+from batchmill.producer.requests.forms import SHARED, AnswerKeys, Forms, LineForm, Parts, response_id
 from tests.support.toy_kind.jobs_side import CountRequest
 
-_FORM = Form(SHARED | {"sentence": STRING}, "sentence")
+_FORM = LineForm(SHARED | {"sentence": STRING}, "sentence")
 
 
 def _request(taken: dict[str, Any], index: int, custom_id: str, adapter: str | None) -> CountRequest:
     return CountRequest(index, custom_id, taken["sentence"], adapter=adapter)
 
 
-def _answer(parts: Parts) -> Answer:
-    return Answer({"words": parts[0]["words"] if parts else None}, {})
+def _answer(parts: Parts) -> AnswerKeys:
+    return AnswerKeys({"words": parts[0]["words"] if parts else None}, {})
 
 
 def _response(row: OutputRow, job: Job, parts: Parts) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.vetting import Refusal
 from batchmill.worker.plan.hardware import Hardware, Rates, this_cpu, this_gpu
 from batchmill.worker.plan.model import PlannedModel
-from batchmill.worker.plan.speed import Work, expert_part, tokens_per_second
+from batchmill.worker.plan.speed import Workload, expert_part, tokens_per_second
 
 _COPY_BYTES = 2**30
 _PRODUCT_SIZE = 8192
@@ -30,7 +30,7 @@ class Floor:
     that a token is multiplied with.
     """
 
-    work: Work
+    work: Workload
     block_parameters: int
 
     def decode(self, hardware: Hardware, *, rows: int, context_tokens: int, copied: bool) -> float | None:
@@ -50,7 +50,7 @@ def floor_of(folder: Path, quantization: Quantization, device: torch.device) -> 
     holding = model.holding(quantization, device)
     found, part = holding.footprint, expert_part(model.config.get_text_config())
     int8 = quantization.kind is Kind.INT8
-    work = Work(
+    work = Workload(
         found,
         holding.token.bytes,
         torch.int8 if int8 else holding.dtype,

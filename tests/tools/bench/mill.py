@@ -69,7 +69,7 @@ def first_answer(lines: int) -> list[Row]:
         begin = perf_counter()
         process = _start(folder, "run", file, "-m", "demo")
         store = open_store(load_settings(home=folder))
-        while not any(each.counts.succeeded for each in store.reading.jobs(most=1)):
+        while not any(each.counts.succeeded for each in store.jobs.jobs(most=1)):
             sleep(0.05)
         seconds = perf_counter() - begin
         store.close()
@@ -86,7 +86,7 @@ def results_and_status(lines: int) -> list[Row]:
         seconds, peak_bytes = command(folder, "results", "last", "-o", folder / "out.jsonl")
         status_seconds, _ = command(folder, "status", "last", "--json")
         store = Store(load_settings(home=folder).database)
-        job_id = store.reading.find("last")
+        job_id = store.jobs.find("last")
         begin = perf_counter()
         JobStatus.read(store, job_id)
         read_seconds = perf_counter() - begin

@@ -35,8 +35,8 @@ class Mutant:
 
 _NO_FENCE = Edit(
     "jobs/store/leases/sync.py",
-    "mine = [each for each in held if fences.get(each.lease.batch_id) == each.lease.fence]",
-    "mine = [each for each in held if each.lease.batch_id in fences]",
+    "mine = [each for each in reports if fences.get(each.lease.batch_id) == each.lease.fence]",
+    "mine = [each for each in reports if each.lease.batch_id in fences]",
 )
 _LAST_OUTPUT_WINS = Edit(
     "jobs/store/leases/sync.py",
@@ -455,7 +455,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "logits that are no numbers are no answer (continuous)",
-        (Edit("worker/engine/continuous/execution/flight.py", ".masked_fill(~sampled.sound, _NO_TOKEN)", ""),),
+        (Edit("worker/engine/continuous/execution/executor.py", ".masked_fill(~sampled.sound, _NO_TOKEN)", ""),),
         (_NUMBERS,),
     ),
     Mutant(
@@ -546,7 +546,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a job keeps the model that began it",
-        (Edit("jobs/store/leases/claim.py", "elif row.identity != seat.identity:", "elif False:"),),
+        (Edit("jobs/store/leases/claim.py", "elif row.identity != session.identity:", "elif False:"),),
         ("tests/contracts/store/test_identities.py::TestClaiming",),
     ),
     Mutant(

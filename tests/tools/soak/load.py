@@ -163,7 +163,7 @@ class Load(threading.Thread):
 
     def _look_after(self, stream: Stream, asked: Asked) -> None:
         try:
-            job = self._world.store.reading.job(asked.id)
+            job = self._world.store.jobs.job(asked.id)
         except StoreError:
             return
         if job.closed and asked.retries_left and job.state is JobState.CANCELLED:
@@ -225,6 +225,6 @@ class Load(threading.Thread):
         """Nothing that was ever exported has changed since."""
         out = self._folder / "again.jsonl"
         for asked in self.done:
-            export(self._world.store, self._world.store.reading.job(asked.id), out=out, form="jsonl", only="all")
+            export(self._world.store, self._world.store.jobs.job(asked.id), out=out, form="jsonl", only="all")
             if hashlib.sha256(out.read_bytes()).hexdigest() != asked.digest:
                 self._world.problem(f"job {asked.id}: its export is another than before")

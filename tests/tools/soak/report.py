@@ -54,7 +54,7 @@ def oracle(world: World, *, closed: bool) -> list[str]:
 def check_end(world: World, posts: list[Post], load: Load) -> None:
     """Everything has ended: nothing may be left, and everything has to be right."""
     for asked in load.open_jobs:
-        job = world.store.reading.job(asked.id)
+        job = world.store.jobs.job(asked.id)
         world.problem(f"job {asked.id} has not ended: {job.state.value}, {job.counts}")
     for sentence in oracle(world, closed=True):
         world.problem(f"oracle: {sentence}")

@@ -96,7 +96,7 @@ def _watch_holdings(spy: _Spy) -> None:
         spy.write()
 
     def absorbed(self: Holdings, said: Any, turned: Any) -> list[Any]:
-        said_of = {each.lease.batch_id: len(each.outputs) for each in said.held}
+        said_of = {each.lease.batch_id: len(each.outputs) for each in said.reports}
         spy.counts.lost += _unsaved(self, turned.lost, {})
         spy.counts.dropped += _unsaved(self, turned.finished | turned.cancelled | turned.released, said_of)
         spy.write()

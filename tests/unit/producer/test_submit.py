@@ -46,14 +46,14 @@ def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) ->
     options = GenerationOptions("be brief", SamplingParams(max_tokens=5))
     asked = Submission(path, "echo", name="n", options=options, batch_size=1, command="batchmill submit p.jsonl")
     job_id, spec = load_job(asked, store=store, settings=SETTINGS)
-    job = store.reading.job(job_id)
+    job = store.jobs.job(job_id)
     assert job.state is JobState.QUEUED
     assert (job.name, job.file_name, job.command) == ("n", "p.jsonl", "batchmill submit p.jsonl")
     assert len(job.file_sha256) == 64
     assert job.options == {"system": "be brief", "max_tokens": 5}
     assert job.counts.total == 2
     assert mill.rows(store, "batches") == 2
-    assert store.reading.resumable(asked.fingerprint(spec, job.file_sha256)) == [job]
+    assert store.jobs.resumable(asked.fingerprint(spec, job.file_sha256)) == [job]
 
 
 def test_declared_adapters_are_part_of_the_job(
@@ -63,7 +63,7 @@ def test_declared_adapters_are_part_of_the_job(
     path = write(tmp_path / "p.jsonl", {"prompt": "x", "adapter": "sql"}, {"prompt": "y"})
     asked = Submission(path, "echo", options=GenerationOptions(adapters=("sql", "unused")))
     job_id, spec = load_job(asked, store=store, settings=SETTINGS)
-    job = store.reading.job(job_id)
+    job = store.jobs.job(job_id)
     assert (job.options, job.adapters) == ({"adapters": ["sql", "unused"]}, ())
     assert mill.rows(store, "batches") == 2
     said = capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_an_interrupted_submit_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sqlite_store.loading, "open", interrupted)
+    monkeypatch.setattr(sqlite_store.creation, "open", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_job(Submission(path, "echo"), store=sqlite_store, settings=SETTINGS)
     assert mill.rows(sqlite_store, "jobs") == 0
@@ -199,18 +199,18 @@ def test_the_loading_lease_is_renewed_while_stdin_is_silent(
     settings = load_settings(loading_lease_seconds=lease_seconds)
     monkeypatch.setattr(submit_module, "_RENEWAL_SECONDS", 0.1)
     renewals = []
-    real = sqlite_store.loading.renew
+    real = sqlite_store.creation.renew
 
     def renew(job_id: str, *, lease_seconds: float) -> None:
         real(job_id, lease_seconds=lease_seconds)
-        renewals.append(sqlite_store.loading.expired(lease_seconds=lease_seconds))
+        renewals.append(sqlite_store.creation.expired(lease_seconds=lease_seconds))
         if len(renewals) == 8:  # twice the short lease's length
             feed(b'{"prompt": "late"}\n')
             feed(b"")
 
-    monkeypatch.setattr(sqlite_store.loading, "renew", renew)
+    monkeypatch.setattr(sqlite_store.creation, "renew", renew)
     job_id, _ = load_job(Submission("-", "echo"), store=sqlite_store, settings=settings)
-    assert sqlite_store.reading.job(job_id).counts.total == 1
+    assert sqlite_store.jobs.job(job_id).counts.total == 1
     assert renewals == [{}] * len(renewals)
 
 
@@ -218,13 +218,13 @@ def test_a_submit_that_lost_its_lease_says_so(
     sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "x"})
-    real = sqlite_store.loading.add
+    real = sqlite_store.creation.add
 
     def deleted_by_others(job_id: str, **kwargs: object) -> object:
-        sqlite_store.loading.discard(job_id)
+        sqlite_store.creation.discard(job_id)
         return real(job_id, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sqlite_store.loading, "add", deleted_by_others)
+    monkeypatch.setattr(sqlite_store.creation, "add", deleted_by_others)
     with pytest.raises(LoadingLost, match="submit it again"):
         load_job(Submission(path, "echo"), store=sqlite_store, settings=SETTINGS)
 
@@ -248,9 +248,9 @@ def test_a_reader_and_a_writer_get_through_during_a_submit(sqlite_url: str, tmp_
         own.close()
 
     store = Store(sqlite_url)
-    who = mill.seat(store)
+    who = mill.session(store)
     watchers = [
-        threading.Thread(target=watch, args=("read", lambda own: own.reading.jobs(most=5))),
+        threading.Thread(target=watch, args=("read", lambda own: own.jobs.jobs(most=5))),
         threading.Thread(target=watch, args=("write", lambda own: own.workers.heartbeat(who.worker_id, beat=5))),
     ]
     for watcher in watchers:

@@ -22,13 +22,13 @@ from batchmill.worker.engine import Progress
 from batchmill.worker.engine.capacity import Capacity
 from batchmill.worker.engine.continuous.answer import Answer, ChoiceRow
 from batchmill.worker.engine.continuous.execution.decoder import Decoder
+from batchmill.worker.engine.continuous.execution.executor import Executor, InFlightStep
 from batchmill.worker.engine.continuous.execution.flash import serves
-from batchmill.worker.engine.continuous.execution.flight import Flight, Launcher
-from batchmill.worker.engine.continuous.probe import cache_shape, refuse_outliers
 from batchmill.worker.engine.continuous.scheduling.prefixes import by_beginning
 from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
 from batchmill.worker.engine.continuous.scheduling.step import Step
 from batchmill.worker.engine.continuous.sizing import copies_budget_bytes, size
+from batchmill.worker.engine.continuous.support import cache_shape, refuse_outliers
 from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
 from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
 from batchmill.worker.engine.grammar.matching import Matching
@@ -83,10 +83,10 @@ class ContinuousEngine:
         self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=fixed)
         self._decoder = Decoder(loaded, shape, slots, lora=self._lora, rows=rows, tokens=step_tokens, fixed=fixed)
         self.cache_bytes = self._decoder.cache_bytes
-        self._schedule = Schedule[ChoiceRow](slots, seats=rows, close_holes=not flash, alone=fixed)
-        sampler = Sampler(seats=rows, vocabulary=loaded.vocabulary, device=loaded.device)
-        self._launcher = Launcher(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
-        self._flight: Flight | None = None
+        self._schedule = Schedule[ChoiceRow](slots, batch_slots=rows, close_holes=not flash, alone=fixed)
+        sampler = Sampler(batch_slots=rows, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._executor = Executor(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
+        self._in_flight: InFlightStep | None = None
         self._ahead = loaded.device.type == "cuda" if ahead is None else ahead
         self._tokenization = Tokenization.of(loaded, context_tokens=self.limits.context_tokens)
         self._matching = Matching(
@@ -153,7 +153,7 @@ class ContinuousEngine:
     def split(self) -> dict[str, float]:
         """Seconds by part since the engine was made: where the time of its steps went."""
         attention = self._decoder.attention_seconds
-        launched = self._launcher.seconds
+        launched = self._executor.seconds
         return {**self._seconds, **launched, "model": launched["model"] - attention, "attention": attention}
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class ContinuousEngine:
             self._schedule.add(row)
 
     def _take_matched(self) -> None:
-        """Lets requests wait for a seat whose grammars are compiled; where nothing else is to do, for a moment."""
+        """Enqueues the requests whose grammars are compiled; waits for one a moment where nothing else is to do."""
         seconds = 0.0 if self._scheduled else _COMPILING_SECONDS
         for key, prompt, matchers in self._matching.ready(seconds=seconds):
             with self._refusing(key):
@@ -189,26 +189,26 @@ class ContinuousEngine:
 
     def _advance(self) -> None:
         """Launches a step, and where it can the one after it, and takes the tokens of the first."""
-        flight = self._flight or self._launch_planned()
-        self._flight = None
-        if flight is not None:
+        in_flight = self._in_flight or self._launch_planned()
+        self._in_flight = None
+        if in_flight is not None:
             if self._ahead:
-                self._flight = self._launch_after(flight)
-            self._land(flight)
+                self._in_flight = self._launch_ahead(in_flight)
+            self._finish(in_flight)
 
-    def _launch_planned(self) -> Flight | None:
+    def _launch_planned(self) -> InFlightStep | None:
         with self._timed("schedule"):
-            step = self._schedule.plan(self.capacity.limit)
+            step = self._schedule.schedule(self.capacity.limit)
         if not step.pieces:
             return None
         for row in step.entered:
             row.answer.began()
-        self._seat(step)
+        self._enter(step)
         if not step.pieces:
             self._decoder.copy(step.copies)
             return None
         try:
-            return self._launcher.launch(step)
+            return self._executor.launch(step)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -216,34 +216,34 @@ class ContinuousEngine:
         self._too_much(step)
         return None
 
-    def _seat(self, step: Step[ChoiceRow]) -> None:
+    def _enter(self, step: Step[ChoiceRow]) -> None:
         """Rows that enter get their places in the sampler; the step goes on without those that find no memory there."""
-        for row in self._launcher.seat(step):
+        for row in self._executor.enter(step):
             if not row.ended:
                 self._fail(row.answer, row.answer.too_large())
                 step.pieces = [piece for piece in step.pieces if not piece.row.ended]
 
-    def _launch_after(self, flight: Flight) -> Flight | None:
-        if any(row.matcher is not None for row in flight.rows):
+    def _launch_ahead(self, in_flight: InFlightStep) -> InFlightStep | None:
+        if any(row.matcher is not None for row in in_flight.rows):
             return None
         with self._timed("schedule"):
-            step = self._schedule.after(flight.step)
+            step = self._schedule.schedule_ahead(in_flight.step)
         if step is None:
             return None
         try:
-            return self._launcher.launch_after(flight, step)
+            return self._executor.launch_ahead(in_flight, step)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
 
-    def _land(self, flight: Flight) -> None:
+    def _finish(self, in_flight: InFlightStep) -> None:
         with self._timed("waiting"):
-            landed = list(flight.land())
+            rows_done = list(in_flight.wait())
         with self._timed("bookkeeping"):
-            self.capacity.held(flight.step.tokens)
-            self._schedule.computed(flight.step)
-            for row, token, logprob in landed:
+            self.capacity.held(in_flight.step.tokens)
+            self._schedule.computed(in_flight.step)
+            for row, token, logprob in rows_done:
                 if row.ended:
                     continue
                 if token is None:
@@ -264,8 +264,8 @@ class ContinuousEngine:
         if row.ended:
             return
         row.ended = True
-        if row.seat >= 0:
-            self._launcher.unseat(row)
+        if row.batch_slot >= 0:
+            self._executor.leave(row)
         self._schedule.leave(row)
 
     def _write(self, answer: Answer) -> None:

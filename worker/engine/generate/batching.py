@@ -31,7 +31,7 @@ IDLING = 2
 SHORT_ANSWER_TOKENS = 32
 
 
-class Size(NamedTuple):
+class RequestTokens(NamedTuple):
     """What planning has to know of a request, in tokens."""
 
     prompt: int
@@ -54,7 +54,7 @@ class _Sums(NamedTuple):
     least: int = sys.maxsize  #: the smallest max_tokens
     most: int = 0  #: the largest max_tokens
 
-    def joined_by(self, size: Size) -> _Sums:
+    def joined_by(self, size: RequestTokens) -> _Sums:
         prompt = max(size.prompt, SHORT_PROMPT_TOKENS)
         answer = max(size.answer, SHORT_ANSWER_TOKENS)
         return _Sums(
@@ -74,7 +74,7 @@ class _Sums(NamedTuple):
         return padding and self.most <= IDLING * self.least and self.tokens <= tokens
 
 
-def plan(queue: Sequence[Size], *, rows: int, tokens: int) -> Plan:
+def plan(queue: Sequence[RequestTokens], *, rows: int, tokens: int) -> Plan:
     """The next micro-batch of a queue that is not empty; `queue[0]` is its oldest request."""
     oldest = queue[0]
     nearest_first = sorted(range(1, len(queue)), key=lambda place: abs(queue[place].prompt - oldest.prompt))

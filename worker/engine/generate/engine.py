@@ -21,7 +21,7 @@ from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress, not_a_number
 from batchmill.worker.engine.capacity import Capacity
-from batchmill.worker.engine.generate.batching import Size, plan
+from batchmill.worker.engine.generate.batching import RequestTokens, plan
 from batchmill.worker.engine.generate.row_sampler import RowSampler
 from batchmill.worker.engine.generate.sizing import size
 from batchmill.worker.engine.lora import Lora
@@ -114,7 +114,7 @@ class GenerateEngine:
         self._refused.clear()
         while self._waiting and not self._progress():
             keys = self._alike()
-            sizes = [Size(len(self._waiting[key].tokens), self._waiting[key].max_tokens) for key in keys]
+            sizes = [RequestTokens(len(self._waiting[key].tokens), self._waiting[key].max_tokens) for key in keys]
             planned = plan(sizes, rows=self.limits.rows, tokens=self.capacity.limit)
             batch = {keys[place]: self._waiting[keys[place]] for place in planned.places}
             answered = self._answer(batch)

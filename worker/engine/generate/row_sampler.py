@@ -1,6 +1,6 @@
 """The sampler as a logits processor: what `generate` takes the largest score of is each row's next token.
 
-Owns nothing but the translation, and whose logits are no numbers; the rows of a micro-batch are the seats.
+Owns nothing but the translation, and whose logits are no numbers; the rows of a micro-batch are the batch slots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class RowSampler:
         self._rows = range(len(prompts))
         #: Rows whose logits were numbers at every step so far, (rows,) of bool, on the device.
         self.sound = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        self._sampler = Sampler(seats=len(prompts), vocabulary=vocabulary, device=device)
+        self._sampler = Sampler(batch_slots=len(prompts), vocabulary=vocabulary, device=device)
         for row, prompt in enumerate(prompts):
             self._sampler.enter(row, prompt.sampling, prompt=prompt.tokens, end_token_ids=prompt.end_token_ids)
 

@@ -33,38 +33,38 @@ class _Bias(NamedTuple):
 
 
 class Biases:
-    """The biases of the sequences on some of the seats; only seats that ask are ever named to it."""
+    """The biases of the sequences on some of the batch slots; only batch slots that ask are ever named to it."""
 
     def __init__(self, *, vocabulary: int, device: torch.device) -> None:
         self._vocabulary, self._device = vocabulary, device
-        self._by_seat: dict[int, _Bias] = {}
+        self._by_batch_slot: dict[int, _Bias] = {}
 
-    def enter(self, seat: int, sampling: SamplingParams, end_token_ids: Collection[int]) -> None:
-        """A sequence that asks takes the seat; the tokens of its logit_bias are of the vocabulary."""
+    def enter(self, batch_slot: int, sampling: SamplingParams, end_token_ids: Collection[int]) -> None:
+        """A sequence that asks takes the batch slot; the tokens of its logit_bias are of the vocabulary."""
         # A tokenizer may name end tokens that the model cannot write.
         ends = {each for each in (*end_token_ids, *(sampling.stop_token_ids or ())) if each < self._vocabulary}
         late = {**dict.fromkeys(ends, 0.0), **dict(sampling.logit_bias or ())}
         early = {**late, **dict.fromkeys(ends, -np.inf)}
-        self._by_seat[seat] = _Bias(
+        self._by_batch_slot[batch_slot] = _Bias(
             np.array(list(late), dtype=np.int64),
             np.array(list(early.values()), dtype=np.float32),
             np.array(list(late.values()), dtype=np.float32),
             sampling.min_tokens or 0,
         )
 
-    def leave(self, seat: int) -> None:
+    def leave(self, batch_slot: int) -> None:
         """The sequence that asked is gone, or found no room."""
-        self._by_seat.pop(seat, None)
+        self._by_batch_slot.pop(batch_slot, None)
 
-    def add(self, scores: torch.Tensor, rows: _Places, seats: _Places, generated: npt.NDArray[np.int64]) -> None:
-        """Changes in place these rows of the scores (all rows, vocabulary), contiguous, of the sequences on `seats`.
+    def add(self, scores: torch.Tensor, rows: _Places, batch_slots: _Places, generated: npt.NDArray[np.int64]) -> None:
+        """Adds the biases in place to `rows` of the contiguous scores (all rows, vocabulary), one for each batch slot.
 
         `generated` says how many tokens each of them has.
         """
         logits: list[npt.NDArray[np.int64]] = []
         values: list[npt.NDArray[np.float32]] = []
-        for row, seat, count in zip(rows.tolist(), seats.tolist(), generated.tolist(), strict=True):
-            bias = self._by_seat[seat]
+        for row, batch_slot, count in zip(rows.tolist(), batch_slots.tolist(), generated.tolist(), strict=True):
+            bias = self._by_batch_slot[batch_slot]
             logits.append(bias.tokens + row * scores.shape[1])
             values.append(bias.early if count < bias.min_tokens else bias.late)
         places = upload(np.concatenate(logits), self._device)

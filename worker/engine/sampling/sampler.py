@@ -1,4 +1,4 @@
-"""The next token of every sequence that holds a seat, each by its own sampling parameters, all in one call.
+"""The next token of every sequence that holds a batch slot, each by its own sampling parameters, all in one call.
 
 Owns who asks for what, how many tokens each has generated, and the order of the options: logprobs are taken, then
 logit_bias, min_tokens, the penalties, a grammar's mask, temperature, top_k, top_p, min_p, and the draw. What each
@@ -61,25 +61,27 @@ class Sampled:
 
 
 class Sampler:
-    """The state of at most `seats` sequences, and their next tokens.
+    """The state of at most `batch_slots` sequences, and their next tokens.
 
     Seats are numbered from 0. Sequences come and go with `enter` and `leave`; `sample` takes any of those that are
     there, in any order.
     """
 
-    def __init__(self, *, seats: int, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, *, batch_slots: int, vocabulary: int, device: torch.device) -> None:
         self._device, self._vocabulary = device, vocabulary
         at_once = LOGITS_AT_ONCE_ON_CPU if device.type == "cpu" else LOGITS_AT_ONCE
         self._rows_at_once = max(1, at_once // vocabulary)
         self._asking: set[int] = set()
-        self._asks = np.zeros((len(_Ask), seats), dtype=np.bool_)
-        self._generated = np.zeros(seats, dtype=np.int64)
-        self._temperatures = np.ones(seats, dtype=np.float32)
-        self._limits = nucleus.Limits(np.zeros(seats, dtype=np.int64), np.ones(seats), np.zeros(seats))
-        self._keys = np.zeros(seats, dtype=np.uint64)
-        self._alternatives = np.zeros(seats, dtype=np.int64)
+        self._asks = np.zeros((len(_Ask), batch_slots), dtype=np.bool_)
+        self._generated = np.zeros(batch_slots, dtype=np.int64)
+        self._temperatures = np.ones(batch_slots, dtype=np.float32)
+        self._limits = nucleus.Limits(
+            np.zeros(batch_slots, dtype=np.int64), np.ones(batch_slots), np.zeros(batch_slots)
+        )
+        self._keys = np.zeros(batch_slots, dtype=np.uint64)
+        self._alternatives = np.zeros(batch_slots, dtype=np.int64)
         self._biases = Biases(vocabulary=vocabulary, device=device)
-        self._penalties = Penalties(seats=seats, device=device)
+        self._penalties = Penalties(batch_slots=batch_slots, device=device)
         self._bitmask = Bitmask(device)
 
     @property
@@ -90,7 +92,7 @@ class Sampler:
     @torch.inference_mode()
     def enter(
         self,
-        seat: int,
+        batch_slot: int,
         sampling: SamplingParams,
         *,
         prompt: Sequence[int],
@@ -98,50 +100,52 @@ class Sampler:
         end_token_ids: Collection[int] = (),
         choice: int = 0,
     ) -> None:
-        """A sequence takes a free seat.
+        """A sequence takes a free batch slot.
 
-        One that had a seat before comes with the tokens that it has generated, and goes on as if it had stayed; only
-        without a seed does it draw other numbers. `end_token_ids` are those that min_tokens holds back, with the
-        stop_token_ids; `choice` is which of its request's n choices it is, each with numbers of its own. All tokens
-        of prompt, answer and logit_bias are of the vocabulary.
+        One that had a batch slot before comes with the tokens that it has generated, and goes on as if it had stayed;
+        only without a seed does it draw other numbers. `end_token_ids` are those that min_tokens holds back, with the
+        stop_token_ids; `choice` is which of its request's n choices it is, each with numbers of its own. All tokens of
+        prompt, answer and logit_bias are of the vocabulary.
         """
-        self._generated[seat] = len(generated)
+        self._generated[batch_slot] = len(generated)
         biased, penalised = asks_for_biases(sampling), asks_for_penalties(sampling)
         drawn = (sampling.temperature or 0.0) >= GREEDY_BELOW
-        self._asks[:, seat] = asked = (biased, penalised, drawn, bool(sampling.logprobs))
+        self._asks[:, batch_slot] = asked = (biased, penalised, drawn, bool(sampling.logprobs))
         if any(asked):
-            self._asking.add(seat)
+            self._asking.add(batch_slot)
         if biased:
-            self._biases.enter(seat, sampling, end_token_ids)
+            self._biases.enter(batch_slot, sampling, end_token_ids)
         if penalised:
-            self._penalties.enter(seat, sampling, prompt, generated)
+            self._penalties.enter(batch_slot, sampling, prompt, generated)
         if drawn:
-            self._set_draw(seat, sampling)
-            self._keys[seat] = draws.key(sampling.seed, choice)
-        self._alternatives[seat] = sampling.top_logprobs or 0
+            self._set_draw(batch_slot, sampling)
+            self._keys[batch_slot] = draws.key(sampling.seed, choice)
+        self._alternatives[batch_slot] = sampling.top_logprobs or 0
 
-    def _set_draw(self, seat: int, sampling: SamplingParams) -> None:
+    def _set_draw(self, batch_slot: int, sampling: SamplingParams) -> None:
         top_k = sampling.top_k or 0
-        self._temperatures[seat] = sampling.temperature
-        self._limits.top_k[seat] = top_k if 0 < top_k < self._vocabulary else 0
-        self._limits.top_p[seat] = 1.0 if sampling.top_p is None else sampling.top_p
-        self._limits.min_p[seat] = sampling.min_p or 0.0
+        self._temperatures[batch_slot] = sampling.temperature
+        self._limits.top_k[batch_slot] = top_k if 0 < top_k < self._vocabulary else 0
+        self._limits.top_p[batch_slot] = 1.0 if sampling.top_p is None else sampling.top_p
+        self._limits.min_p[batch_slot] = sampling.min_p or 0.0
 
     @torch.inference_mode()
-    def leave(self, seat: int) -> None:
-        """The seat's sequence goes, and nothing of it stays."""
-        if self._asks[_Ask.BIASES, seat]:
-            self._biases.leave(seat)
-        if self._asks[_Ask.PENALTIES, seat]:
-            self._penalties.leave(seat)
-        self._asks[:, seat] = False
-        self._asking.discard(seat)
+    def leave(self, batch_slot: int) -> None:
+        """The batch slot's sequence goes, and nothing of it stays."""
+        if self._asks[_Ask.BIASES, batch_slot]:
+            self._biases.leave(batch_slot)
+        if self._asks[_Ask.PENALTIES, batch_slot]:
+            self._penalties.leave(batch_slot)
+        self._asks[:, batch_slot] = False
+        self._asking.discard(batch_slot)
 
     @torch.inference_mode()
-    def sample(self, seats: Sequence[int], logits: torch.Tensor, *, allowed: torch.Tensor | None = None) -> Sampled:
-        """The next tokens of the sequences on `seats`, which are all different, from logits (len(seats), vocabulary).
+    def sample(
+        self, batch_slots: Sequence[int], logits: torch.Tensor, *, allowed: torch.Tensor | None = None
+    ) -> Sampled:
+        """Samples the next tokens of different batch slots from logits, (len(batch_slots), vocabulary).
 
-        Logits of float32 may be changed in place. `allowed`: a grammar's packed bitmask, (len(seats),
+        Logits of float32 may be changed in place. `allowed`: a grammar's packed bitmask, (len(batch_slots),
         ceil(vocabulary / 32)) int32, the lowest bit the first token; rows without a grammar have all bits set. A row
         whose tokens are all forbidden takes one of them.
         """
@@ -149,7 +153,7 @@ class Sampler:
         sound = _sound(logits, tokens)
         if self.greedy and allowed is None:
             return Sampled(tokens, sound, None)
-        held = np.asarray(seats, dtype=np.intp)
+        held = np.asarray(batch_slots, dtype=np.intp)
         biased, penalised, drawn, told = (np.flatnonzero(each) for each in self._asks[:, held])
         scores = logits.float().contiguous()
         raw = RawLogprobs(scores, upload(told, self._device)) if len(told) else None
@@ -171,13 +175,13 @@ class Sampler:
             return Sampled(tokens, sound, None)
         return Sampled(tokens, sound, raw.of(tokens, tuple(told.tolist()), int(self._alternatives[held[told]].max())))
 
-    def _draw(self, scores: torch.Tensor, tokens: torch.Tensor, rows: _Places, seats: _Places) -> None:
+    def _draw(self, scores: torch.Tensor, tokens: torch.Tensor, rows: _Places, batch_slots: _Places) -> None:
         """Puts what these rows draw from their scores (all rows, vocabulary) among the tokens, (all rows,)."""
         places = upload(rows, self._device)
-        temperatures = upload(self._temperatures[seats, None], self._device)
+        temperatures = upload(self._temperatures[batch_slots, None], self._device)
         probabilities = scores.index_select(0, places).div_(temperatures).softmax(dim=-1)
-        nucleus.restrict(probabilities, self._limits.of(seats))
-        at = upload(draws.numbers(self._keys[seats], self._generated[seats])[:, None], self._device)
+        nucleus.restrict(probabilities, self._limits.of(batch_slots))
+        at = upload(draws.numbers(self._keys[batch_slots], self._generated[batch_slots])[:, None], self._device)
         tokens.index_copy_(0, places, draws.drawn(probabilities, at, otherwise=tokens.index_select(0, places)))
 
 

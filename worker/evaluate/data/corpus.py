@@ -25,7 +25,7 @@ _FORMS = '{"text"}, {"prompt", "answer"} or {"messages", "answer"}'
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class DataEntry:
     """One text, or one question with its answer where the data has one; `line` from 1.
 
     Exactly one of `text`, `prompt` and `messages` is set. Nothing of it is ever shown.
@@ -48,7 +48,7 @@ class Corpus:
 
     name: str
     sha256: str
-    examples: tuple[Example, ...]
+    examples: tuple[DataEntry, ...]
 
     @classmethod
     def read(cls, path: Path, *, tokens: int) -> Corpus:
@@ -61,7 +61,7 @@ class Corpus:
             with path.open("rb") as stream:
                 if what := formats.foreign(stream.peek(formats.HEAD_BYTES)):
                     raise UsageError(f"{path}: {what}")
-                reading = _Reading(stream, path)
+                reading = _HashedStream(stream, path)
                 running = formats.read_as(str(path)) == "text"
                 examples = tuple(reading.running(most_bytes) if running else reading.lines(most_bytes))
                 if not examples:
@@ -71,7 +71,7 @@ class Corpus:
             raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-class _Reading:
+class _HashedStream:
     """One pass over a file; every byte of it goes into its hash."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
@@ -85,7 +85,7 @@ class _Reading:
             pass
         return self._hash.hexdigest()
 
-    def running(self, most_bytes: int) -> Iterator[Example]:
+    def running(self, most_bytes: int) -> Iterator[DataEntry]:
         raw = self._read(self._stream.read(most_bytes))
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         try:
@@ -94,9 +94,9 @@ class _Reading:
             line = raw.count(b"\n", 0, error.start) + 1
             raise UsageError(f"{self._path}:{line}: is not UTF-8; convert it with iconv") from None
         if text.strip():
-            yield Example(1, text=text)
+            yield DataEntry(1, text=text)
 
-    def lines(self, most_bytes: int) -> Iterator[Example]:
+    def lines(self, most_bytes: int) -> Iterator[DataEntry]:
         number = taken = 0
         while taken < most_bytes and (raw := self._read(self._stream.readline(MAX_LINE_BYTES + 1))):
             number, taken = number + 1, taken + len(raw)
@@ -111,7 +111,7 @@ class _Reading:
         return raw
 
 
-def _example(number: int, raw: bytes) -> Example:
+def _example(number: int, raw: bytes) -> DataEntry:
     """The example of one line. Raises ValueError, which says what is wrong and quotes nothing."""
     if len(raw) > MAX_LINE_BYTES:
         raise ValueError(f"is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -126,7 +126,7 @@ def _example(number: int, raw: bytes) -> Example:
     for key in ("text", "prompt", "answer"):
         if not isinstance(line.get(key), str | None):
             raise ValueError(f"{key} must be a string")
-    return Example(number, line.get("text"), line.get("prompt"), messages, answer)
+    return DataEntry(number, line.get("text"), line.get("prompt"), messages, answer)
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from batchmill.jobs.errors import UsageError
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
-from batchmill.worker.evaluate.data.corpus import Corpus, Example
+from batchmill.worker.evaluate.data.corpus import Corpus, DataEntry
 from batchmill.worker.models.load import LoadedModel
 
 #: Where the data asks nothing, so many tokens of a text are what a continuation begins with.
@@ -96,7 +96,7 @@ class Passages:
             if context_tokens is None or length < context_tokens
         )
 
-    def _passage(self, example: Example) -> Passage:
+    def _passage(self, example: DataEntry) -> Passage:
         if example.text is not None:
             return self._text(example, example.text)
         asked = list(self._asked(example).tokens)
@@ -109,13 +109,13 @@ class Passages:
         same = next((at for at, pair in enumerate(zip(asked, together, strict=False)) if pair[0] != pair[1]), None)
         return self._begun(together, min(len(asked), len(together)) if same is None else same)
 
-    def _text(self, example: Example, text: str) -> Passage:
+    def _text(self, example: DataEntry, text: str) -> Passage:
         return self._begun(list(self._tokens(example, text).tokens), 0) if text else Passage(())
 
-    def _asked(self, example: Example) -> Prompt:
+    def _asked(self, example: DataEntry) -> Prompt:
         return self._tokens(example, example.prompt)
 
-    def _tokens(self, example: Example, text: str | None) -> Prompt:
+    def _tokens(self, example: DataEntry, text: str | None) -> Prompt:
         request = GenerationRequest(0, "0", text, example.messages, SamplingParams(max_tokens=1))
         try:
             return self._tokenization.prompt(request)
@@ -140,7 +140,7 @@ class Passages:
             yield from filter(None, pieces)
 
 
-def _between(example: Example) -> str:
+def _between(example: DataEntry) -> str:
     """The space between a plain prompt and its answer, unless one of them has it."""
     assert example.prompt is not None
     assert example.answer is not None

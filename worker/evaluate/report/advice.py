@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.evaluate.measures.measurement import Measurement, Report
-from batchmill.worker.evaluate.report.finding import Finding, Verdict, findings, plural
+from batchmill.worker.evaluate.report.finding import Certainty, Measured, findings, plural
 
 #: Weights up to so many times as large are as small, so that quality decides.
 _AS_SMALL = 1.05
@@ -59,14 +59,14 @@ def _loss(each: Measurement) -> tuple[float, float]:
     return (each.divergence.mean if each.divergence is not None else 0.0), each.perplexity
 
 
-def _is_sure(found: list[Finding]) -> bool:
-    return all(each.verdict is Verdict.LITTLE for each in found)
+def _is_sure(found: list[Measured]) -> bool:
+    return all(each.verdict is Certainty.LITTLE for each in found)
 
 
-def _loses(each: Measurement, reference: Measurement) -> list[Finding]:
+def _loses(each: Measurement, reference: Measurement) -> list[Measured]:
     """The columns in which it surely loses much."""
     found = findings(each, reference)
-    return [each for each in found if each.verdict is Verdict.MUCH and not each.is_change]
+    return [each for each in found if each.verdict is Certainty.MUCH and not each.is_change]
 
 
 def _taken(taken: Measurement, reference: Measurement) -> str:
@@ -89,10 +89,10 @@ def _kept(others: list[Measurement], may_do: list[Measurement], reference: Measu
 
 def _may_do(each: Measurement, reference: Measurement) -> str:
     """What speaks for one that is small and not known to lose little, and what would settle it."""
-    found: dict[Verdict, list[Finding]] = {verdict: [] for verdict in Verdict}
+    found: dict[Certainty, list[Measured]] = {verdict: [] for verdict in Certainty}
     for one in findings(each, reference):
         found[one.verdict].append(one)
-    little, changed, unknown = found[Verdict.LITTLE], found[Verdict.MUCH], found[Verdict.UNKNOWN]
+    little, changed, unknown = found[Certainty.LITTLE], found[Certainty.MUCH], found[Certainty.UNKNOWN]
     said = f"{_name(each)} may do, whose weights take {_weights(each, reference)}"
     if little:
         said += f": little is lost by {_listed(little)}"
@@ -103,7 +103,7 @@ def _may_do(each: Measurement, reference: Measurement) -> str:
     return f"{said}. {_basis(unknown)} too few to tell about {_listed(unknown)}; {_more(unknown)}."
 
 
-def _basis(unknown: list[Finding]) -> str:
+def _basis(unknown: list[Measured]) -> str:
     """How much these rest on, as the beginning of a sentence."""
     answers = max((each.answers for each in unknown if each.answers is not None), default=None)
     scored = "the tokens that were scored" if any(each.answers is None for each in unknown) else ""
@@ -114,7 +114,7 @@ def _basis(unknown: list[Finding]) -> str:
     return f"{answers:,} {plural(answers)} {'is' if answers == 1 else 'are'}"
 
 
-def _more(unknown: list[Finding]) -> str:
+def _more(unknown: list[Measured]) -> str:
     """What to measure more of; as many answers as would tell, if they went on as they began."""
     of_answers = [each for each in unknown if each.answers is not None]
     said = ["measure more text"] if len(of_answers) < len(unknown) else []
@@ -129,11 +129,11 @@ def _more(unknown: list[Finding]) -> str:
     return ", and ".join(said)
 
 
-def _would_tell(found: list[Finding], times: int) -> bool:
-    return all(each.verdict_of(times) is not Verdict.UNKNOWN for each in found)
+def _would_tell(found: list[Measured], times: int) -> bool:
+    return all(each.verdict_of(times) is not Certainty.UNKNOWN for each in found)
 
 
-def _listed(found: list[Finding]) -> str:
+def _listed(found: list[Measured]) -> str:
     return ", ".join(map(str, found))
 
 

@@ -28,7 +28,7 @@ LIMITS = (
 )
 
 
-class Verdict(Enum):
+class Certainty(Enum):
     """Little or much is lost for sure, or what was measured cannot tell."""
 
     LITTLE = "little"
@@ -37,7 +37,7 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Measured:
     """One column. `words`: what was found; `worst`: how bad it may still be, from that bound of the loss.
 
     `bounds`: of the loss, had so many times as much been measured to the same figures. `answers`: how many it rests on;
@@ -54,35 +54,35 @@ class Finding:
     beside: str = ""
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Certainty:
         return self.verdict_of(1)
 
-    def verdict_of(self, times: float) -> Verdict:
+    def verdict_of(self, times: float) -> Certainty:
         low, high = self.bounds(times)
         if high <= self.limit:
-            return Verdict.LITTLE
-        return Verdict.MUCH if low > self.limit else Verdict.UNKNOWN
+            return Certainty.LITTLE
+        return Certainty.MUCH if low > self.limit else Certainty.UNKNOWN
 
     def __str__(self) -> str:
         """What was found, with how bad it may be where that is not sure."""
         notes = [self.beside] if self.beside else []
-        if self.verdict is Verdict.UNKNOWN:
+        if self.verdict is Certainty.UNKNOWN:
             high = self.bounds(1).high
             notes.append(f"maybe {self.worst(high) if math.isfinite(high) else 'more'}")
         return f"{self.words} ({'; '.join(notes)})" if notes else self.words
 
 
-def findings(each: Measurement, reference: Measurement) -> list[Finding]:
+def findings(each: Measurement, reference: Measurement) -> list[Measured]:
     """A finding for each column of quality that both rows have."""
     found = [_perplexity(each, reference)]
     if (divergence := each.divergence) is not None:
         mean, error, p99, places = divergence.mean, divergence.standard_error, divergence.p99, divergence.places
         found += [
-            Finding(
+            Measured(
                 f"mean KL {mean:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE,
                 lambda times: of_mean(mean, error, times),
             ),
-            Finding(
+            Measured(
                 f"KL p99 {p99:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE_P99,
                 lambda times: of_p99(p99, places * times),
             ),
@@ -90,7 +90,7 @@ def findings(each: Measurement, reference: Measurement) -> list[Finding]:
     if (agreement := each.agreement) is not None:
         share, answers = agreement.share, agreement.answers
         found.append(
-            Finding(
+            Measured(
                 f"same tokens {share:.1%} of {answers:,} {plural(answers)}",
                 lambda most: f"down to {1 - most:.1%}",
                 AGREEMENT,
@@ -104,7 +104,7 @@ def findings(each: Measurement, reference: Measurement) -> list[Finding]:
     return found
 
 
-def _perplexity(each: Measurement, reference: Measurement) -> Finding:
+def _perplexity(each: Measurement, reference: Measurement) -> Measured:
     ratio, change = each.perplexity / reference.perplexity, each.perplexity_change
     error = 0.0 if change is None else change.standard_error
 
@@ -112,13 +112,13 @@ def _perplexity(each: Measurement, reference: Measurement) -> Finding:
         low, high = of_mean(math.log(ratio), error, times)
         return Bounds(math.expm1(low), math.expm1(high))
 
-    return Finding(f"perplexity {ratio - 1:+.1%}", lambda most: f"up to {most:+.1%}", PERPLEXITY, bounds)
+    return Measured(f"perplexity {ratio - 1:+.1%}", lambda most: f"up to {most:+.1%}", PERPLEXITY, bounds)
 
 
-def _accuracy(found: Accuracy, reference: Accuracy) -> Finding:
+def _accuracy(found: Accuracy, reference: Accuracy) -> Measured:
     count = found.answers
     lost, gained = _differing(found, reference)
-    return Finding(
+    return Measured(
         f"{found.right:,} of {count:,} {plural(count)} right",
         lambda most: f"up to {most:.1%} fewer",
         ACCURACY,

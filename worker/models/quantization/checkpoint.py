@@ -35,7 +35,7 @@ _FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
-class _Method:
+class _CheckpointFormat:
     """`modules`: what has to be importable, after `pip install` of `package`. `dequantized`: why, if it is.
 
     Without a `package` nothing brings them beside the versions that batchmill needs.
@@ -47,24 +47,26 @@ class _Method:
     dequantized: str = ""
 
 
-_METHODS: Mapping[str, _Method] = {
-    BITSANDBYTES_4BIT: _Method(),
-    BITSANDBYTES_8BIT: _Method(),
-    "gptq": _Method(("gptqmodel", "optimum")),
-    "awq": _Method(("gptqmodel",)),
-    COMPRESSED_TENSORS: _Method(("compressed_tensors",), "batchmill[compressed-tensors]", dequantized=_NO_KERNELS),
-    "fp8": _Method(dequantized=_HUB_KERNELS),
-    "mxfp8": _Method(dequantized=_HUB_KERNELS),
-    "mxfp4": _Method(dequantized=_HUB_KERNELS),
-    "fbgemm_fp8": _Method(("fbgemm_gpu",), "fbgemm-gpu-genai", cpu=False),
-    "aqlm": _Method(("aqlm",), "aqlm[gpu,cpu]"),
-    "auto-round": _Method(("auto_round",), "auto-round"),
-    "bitnet": _Method(),
-    "hqq": _Method(("hqq",), "hqq", cpu=False),
-    "quanto": _Method(("optimum.quanto",), "optimum-quanto"),
-    "spqr": _Method(("spqr_quant",), "spqr_quant[gpu]", cpu=False),
-    "torchao": _Method(("torchao",), "torchao"),
-    "vptq": _Method(("vptq",), "vptq", cpu=False),
+_METHODS: Mapping[str, _CheckpointFormat] = {
+    BITSANDBYTES_4BIT: _CheckpointFormat(),
+    BITSANDBYTES_8BIT: _CheckpointFormat(),
+    "gptq": _CheckpointFormat(("gptqmodel", "optimum")),
+    "awq": _CheckpointFormat(("gptqmodel",)),
+    COMPRESSED_TENSORS: _CheckpointFormat(
+        ("compressed_tensors",), "batchmill[compressed-tensors]", dequantized=_NO_KERNELS
+    ),
+    "fp8": _CheckpointFormat(dequantized=_HUB_KERNELS),
+    "mxfp8": _CheckpointFormat(dequantized=_HUB_KERNELS),
+    "mxfp4": _CheckpointFormat(dequantized=_HUB_KERNELS),
+    "fbgemm_fp8": _CheckpointFormat(("fbgemm_gpu",), "fbgemm-gpu-genai", cpu=False),
+    "aqlm": _CheckpointFormat(("aqlm",), "aqlm[gpu,cpu]"),
+    "auto-round": _CheckpointFormat(("auto_round",), "auto-round"),
+    "bitnet": _CheckpointFormat(),
+    "hqq": _CheckpointFormat(("hqq",), "hqq", cpu=False),
+    "quanto": _CheckpointFormat(("optimum.quanto",), "optimum-quanto"),
+    "spqr": _CheckpointFormat(("spqr_quant",), "spqr_quant[gpu]", cpu=False),
+    "torchao": _CheckpointFormat(("torchao",), "torchao"),
+    "vptq": _CheckpointFormat(("vptq",), "vptq", cpu=False),
 }
 #: What transformers lists besides, and why it is not loaded.
 REFUSED: Mapping[str, str] = {
@@ -125,7 +127,7 @@ class Checkpoint:
                 return {"dequantize": False}
         return {"dequantize": True}
 
-    def _refuse_missing(self, method: _Method) -> None:
+    def _refuse_missing(self, method: _CheckpointFormat) -> None:
         missing = [each for each in method.modules if not _installed(each)]
         if missing:
             remedy = f"run: pip install '{method.package}'" if method.package else _NO_EXTRA

@@ -36,7 +36,7 @@ _GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedCopy:
     """`weights_bytes`: the safetensors files. `seconds`: loading, quantizing and writing."""
 
     folder: Path
@@ -44,7 +44,7 @@ class Saved:
     seconds: float
 
 
-def save_quantized(spec: ModelSpec, out: Path, device: str) -> Saved:
+def save_quantized(spec: ModelSpec, out: Path, device: str) -> SavedCopy:
     """Loads the model of this spec on `cpu` or `cuda:N`, and saves it quantized in `out`.
 
     `out` must not exist or be empty. It appears when all of it is written. Raises UsageError for what cannot be
@@ -69,7 +69,7 @@ def save_quantized(spec: ModelSpec, out: Path, device: str) -> Saved:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     weights_bytes = sum(each.stat().st_size for each in out.glob("*.safetensors"))
-    return Saved(out, weights_bytes, time.monotonic() - started)
+    return SavedCopy(out, weights_bytes, time.monotonic() - started)
 
 
 def _refuse(spec: ModelSpec, out: Path) -> None:

@@ -15,7 +15,7 @@ from batchmill.jobs.requests.states import RunOutcome
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.runtime.process.process import Lives, Process
 from batchmill.jobs.store.bounds import cut
-from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.leases.recovery import Holder
 from batchmill.jobs.store.store import Store
 from batchmill.worker.loop.batch_lines import log_taken_back
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 _SILENT_HEARTBEATS = 3
 #: A spool that was not written to for so many leases belongs to nobody.
 _ABANDONED_LEASES = 1_440
-#: A turn saves at most so many outputs of a spool, beside the bound of their bytes.
+#: A sync saves at most so many outputs of a spool, beside the bound of their bytes.
 _PAGE_OUTPUTS = 2_000
 
 
@@ -74,18 +74,18 @@ class Leftovers:
 
     def _save(self, spool: SpoolFile) -> None:
         """Saves a spool under its fences, as far as they hold, and removes it."""
-        seat = Seat(
+        session = WorkerSession(
             spool.worker_id, spool.generation, ModelSpec.parse(ECHO), "", self._settings.lease_seconds, identity=""
         )
         told = {"worker": spool.worker_id, "generation": spool.generation}
         try:
-            held = read(spool.path)
+            reports = read(spool.path)
         except FileNotFoundError:
             return  # another worker of this home was quicker
         except NewerSpool:
             log.warning("a spool of a newer batchmill is left to it", spool=spool.path.name, **told)
             return
-        lost = frozenset().union(*(self._store.saving.turn(seat, [page]).lost for page in _pages(held)))
+        lost = frozenset().union(*(self._store.leases.sync(session, [page]).lost for page in _pages(reports)))
         log.warning("saved the spool of a child that is gone or silent", lost_batches=len(lost), **told)
         spool.path.unlink(missing_ok=True)
 
@@ -106,9 +106,9 @@ def _lives(process: Process | None) -> bool:
     return process is not None and process.lives() is Lives.YES
 
 
-def _pages(helds: list[Held]) -> Iterator[Held]:
-    for held in helds:
+def _pages(reports: list[BatchReport]) -> Iterator[BatchReport]:
+    for report in reports:
         begin = 0
-        for count in cut((each.size_bytes for each in held.outputs), most=_PAGE_OUTPUTS):
-            yield replace(held, outputs=held.outputs[begin : begin + count])
+        for count in cut((each.size_bytes for each in report.outputs), most=_PAGE_OUTPUTS):
+            yield replace(report, outputs=report.outputs[begin : begin + count])
             begin += count

@@ -81,5 +81,5 @@ class Reconciler:
         return self._store.recovery.reap(due) if due else 0
 
     def _discard(self) -> list[str]:
-        due = self._loads.due(self._store.loading.expired(lease_seconds=self._loading_lease_seconds))
-        return self._store.loading.discard_expired(due) if due else []
+        due = self._loads.due(self._store.creation.expired(lease_seconds=self._loading_lease_seconds))
+        return self._store.creation.discard_expired(due) if due else []

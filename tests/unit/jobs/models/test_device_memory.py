@@ -11,7 +11,7 @@ from batchmill.jobs.models.device_memory import (
     largest_of_texts,
 )
 from batchmill.jobs.requests.generation import GenerationRequest
-from batchmill.jobs.store.leases.lease import Claimed, Held, Lease, Turned
+from batchmill.jobs.store.leases.lease import BatchReport, Claimed, Lease, SyncResult
 from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.text.device_lines import device_line, memory_lines
 from batchmill.producer.views.public_json import status_json
@@ -59,13 +59,13 @@ def holding(*batches: tuple[int, int]) -> Holdings:
         for number, _ in batches
     }
     claimed = tuple(Claimed(Lease(number, 1, number, "job"), prompts[number], begun) for number, begun in batches)
-    holdings.absorb(holdings.said(room=0, memory=Memory(), release=False), Turned(claimed=claimed))
+    holdings.absorb(holdings.next_request(room=0, memory=Memory(), release=False), SyncResult(claimed=claimed))
     return holdings
 
 
 def joules(holdings: Holdings, taken: float | None) -> list[float | None]:
     memory = Memory.of([gpu()], energy_joules=taken)
-    return [each.memory.energy_joules for each in holdings.said(room=0, memory=memory, release=False).held]
+    return [each.memory.energy_joules for each in holdings.next_request(room=0, memory=memory, release=False).reports]
 
 
 def test_energy_is_shared_by_the_batches_that_are_worked_on_and_adds_up() -> None:
@@ -78,23 +78,23 @@ def test_energy_is_shared_by_the_batches_that_are_worked_on_and_adds_up() -> Non
 def test_a_batch_says_the_most_since_it_was_claimed_also_what_no_commit_took() -> None:
     holdings = holding((1, 1))
     for peak in (20, 70, 30):
-        said = holdings.said(room=0, memory=Memory.of([gpu(peak=peak)]), release=False)
-    assert said.held[0].memory.devices == (gpu(peak=70),)
+        said = holdings.next_request(room=0, memory=Memory.of([gpu(peak=peak)]), release=False)
+    assert said.reports[0].memory.devices == (gpu(peak=70),)
 
 
 def run_with(store: Store, memory: Memory, *, more: Memory | None = None) -> str:
     """A job of one batch, worked on with this memory, and then with more."""
-    job_id, who = mill.load(store, 2), mill.seat(store)
+    job_id, who = mill.load(store, 2), mill.session(store)
     (claimed,) = mill.claim(store, who)
     for each in filter(None, (memory, more)):
-        mill.save(store, who, [Held(claimed.lease, memory=each)])
+        mill.save(store, who, [BatchReport(claimed.lease, memory=each)])
     return job_id
 
 
 def test_a_run_keeps_each_device_and_its_energy_in_the_store(store: Store) -> None:
     first = Memory.of([gpu(1), gpu(2)], energy_joules=2.0)
     job_id = run_with(store, first, more=first.and_then(Memory.of([gpu(1, peak=80)], energy_joules=1.5)))
-    found = store.effort.of(job_id).memory
+    found = store.usage.of(job_id).memory
     assert found.devices == (gpu(1, peak=80), gpu(2))
     assert found.energy_joules == 3.5
     assert found.weights_bytes == 20
@@ -102,16 +102,16 @@ def test_a_run_keeps_each_device_and_its_energy_in_the_store(store: Store) -> No
 
 def test_what_a_crash_left_takes_nothing_back(store: Store) -> None:
     job_id = run_with(store, Memory.of([gpu()], energy_joules=2.0), more=Memory())
-    assert store.effort.of(job_id).memory.devices == (gpu(),)
-    assert store.effort.of(job_id).memory.energy_joules == 2.0
+    assert store.usage.of(job_id).memory.devices == (gpu(),)
+    assert store.usage.of(job_id).memory.energy_joules == 2.0
 
 
 def test_a_job_has_the_largest_of_all_its_runs_and_the_sum_of_their_energy(store: Store) -> None:
     job_id = mill.load(store, 8, batch_size=4)
     for peak in (50, 70):
-        who = mill.seat(store)
+        who = mill.session(store)
         (claimed,) = mill.claim(store, who, wanted=4, room=4)
-        mill.save(store, who, [Held(claimed.lease, memory=Memory.of([gpu(peak=peak)], energy_joules=2.0))])
+        mill.save(store, who, [BatchReport(claimed.lease, memory=Memory.of([gpu(peak=peak)], energy_joules=2.0))])
     status = status_json(JobStatus.read(store, job_id))
     assert [each["peak_allocated_bytes"] for each in status["devices"]] == [70]
     assert status["energy_joules"] == 4.0
@@ -119,7 +119,7 @@ def test_a_job_has_the_largest_of_all_its_runs_and_the_sum_of_their_energy(store
 
 
 def test_a_worker_says_what_its_devices_hold_now(store: Store) -> None:
-    who = mill.seat(store)
+    who = mill.session(store)
     store.workers.measured(who.worker_id, who.generation, devices=[gpu(used=60)])
     store.workers.measured(who.worker_id, who.generation, devices=[gpu(used=40)])
     store.workers.measured(who.worker_id, who.generation - 1, devices=[gpu(used=99)])

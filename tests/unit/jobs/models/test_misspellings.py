@@ -50,8 +50,8 @@ def test_models_in_the_cache_are_known(cache: Path) -> None:
 
 def test_what_a_worker_has_held_is_known_and_what_a_job_asked_for_is_not(store: Store) -> None:
     mill.load(store, 1, spec=ModelSpec("dmeo"))
-    mill.seat(store, spec=ModelSpec("/models/tiny-chat"))
-    mill.seat(store, spec=ModelSpec("never-loaded"), ready=False)
+    mill.session(store, spec=ModelSpec("/models/tiny-chat"))
+    mill.session(store, spec=ModelSpec("never-loaded"), ready=False)
     assert store.workers.models() == ["/models/tiny-chat"]
     assert meant_instead(ModelSpec("tinychat"), served=store.workers.models()) == "/models/tiny-chat"
 
@@ -61,7 +61,7 @@ def test_the_status_of_a_job_asks_while_nobody_serves_it(store: Store) -> None:
     lines = missing_lines(JobStatus.read(store, job_id))
     assert "did you mean demo?" in lines[0]
     assert lines[1].startswith(f"`batchmill cancel {job_id}`, and submit it again with -m demo")
-    mill.seat(store, spec=ModelSpec("dmeo"))
+    mill.session(store, spec=ModelSpec("dmeo"))
     assert missing_lines(JobStatus.read(store, job_id)) == []
 
 
@@ -99,7 +99,7 @@ class TestSubmit:
         assert "did you mean demo?" in f"{done.stderr}{done.exception}"
         assert done.exit_code != 0
         store = open_store(load_settings())
-        assert store.reading.jobs(most=1) == []
+        assert store.jobs.jobs(most=1) == []
         store.close()
 
 

@@ -89,7 +89,8 @@ def test_several_processes_rotate_one_file_and_lose_no_line(folder: Path) -> Non
     with closing(WorkerLog(path, Chosen(folder))) as kept:
         said = sorted(each.line.rstrip() for each in kept.new())
     assert said == sorted(f"{name} {number}" for name in names for number in range(200))
-    assert (folder / "a.log.2").exists()
+    # A second time only if nobody was held up: whoever finds the file being rotated writes on.
+    assert (folder / "a.log.1").exists()
 
 
 def test_of_the_older_files_two_are_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

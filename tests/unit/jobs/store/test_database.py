@@ -28,7 +28,7 @@ def test_a_store_is_found_under_any_name_and_never_made_by_opening_it(tmp_path: 
     with pytest.raises(SchemaMismatch, match="no tables yet"):
         store.check_revision()
     with pytest.raises(StoreUnavailable, match="unable to open"):
-        store.reading.jobs(most=1)
+        store.jobs.jobs(most=1)
     assert list(folder.iterdir()) == []
     upgrade(settings.database)
     store.check_revision()
@@ -36,7 +36,7 @@ def test_a_store_is_found_under_any_name_and_never_made_by_opening_it(tmp_path: 
     store.close()
     settings.database_file.unlink()
     with pytest.raises(StoreUnavailable):
-        store.reading.jobs(most=1)
+        store.jobs.jobs(most=1)
     assert not settings.database_file.exists()
 
 

@@ -16,7 +16,7 @@ from sqlalchemy import event
 from batchmill.jobs.store.database import Database
 from batchmill.jobs.store.jobs import close, retry
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
-from batchmill.jobs.store.line import Line
+from batchmill.jobs.store.line import WriterLine
 from batchmill.jobs.store.store import Store
 from tests.support.store import mill
 
@@ -30,10 +30,10 @@ def test_who_came_first_goes_first(tmp_path: Path) -> None:
     path, began = tmp_path / "line", []
 
     def wait(place: int) -> None:
-        with Line(path, most_seconds=60).head():
+        with WriterLine(path, most_seconds=60).head():
             began.append(place)
 
-    with Line(path, most_seconds=60).head():
+    with WriterLine(path, most_seconds=60).head():
         threads = []
         for place in range(8):
             last = path.read_bytes()
@@ -50,7 +50,7 @@ def test_who_came_first_goes_first(tmp_path: Path) -> None:
 def test_one_who_never_leaves_the_line_keeps_nobody_for_ever(tmp_path: Path) -> None:
     with ExitStack() as all_at_its_head:
         for _ in range(3):
-            all_at_its_head.enter_context(Line(tmp_path / "line", most_seconds=0.05).head())
+            all_at_its_head.enter_context(WriterLine(tmp_path / "line", most_seconds=0.05).head())
 
 
 @pytest.mark.parametrize("line", ["no/such/folder", "folder", "link"])
@@ -58,7 +58,7 @@ def test_who_cannot_use_the_line_goes_on_without(tmp_path: Path, line: str) -> N
     (tmp_path / "folder").mkdir()
     (tmp_path / "target").write_text("somebody's")
     (tmp_path / "link").symlink_to("target")
-    with Line(tmp_path / line, most_seconds=60).head():
+    with WriterLine(tmp_path / line, most_seconds=60).head():
         pass
     assert (tmp_path / "target").read_text() == "somebody's"
 
@@ -66,7 +66,7 @@ def test_who_cannot_use_the_line_goes_on_without(tmp_path: Path, line: str) -> N
 def test_what_was_left_in_its_file_does_no_harm(tmp_path: Path) -> None:
     for left in (b"\xff" * 8, b"somebody's", b""):
         (tmp_path / "line").write_bytes(left)
-        with Line(tmp_path / "line", most_seconds=60).head():
+        with WriterLine(tmp_path / "line", most_seconds=60).head():
             pass
     assert (tmp_path / "line").stat().st_size < 100
 
@@ -106,7 +106,7 @@ def test_a_small_submit_gets_in_between_two_pages(sqlite_url: str, monkeypatch: 
         store.closing.cancel(job_id)
     monkeypatch.setattr(retry, "PAGE_REQUESTS", 10)
     monkeypatch.setattr(close, "PAGE_REQUESTS", 10)
-    command = store.retrying.retry if paged == "retry" else store.closing.cancel
+    command = store.retries.retry if paged == "retry" else store.closing.cancel
     long_one = threading.Thread(target=command, args=(job_id,))
     long_one.start()
     for _ in range(3):
@@ -124,16 +124,16 @@ def _work(url: str, work: str, job_id: str, start: threading.Barrier, told: Call
     event.listen(engine, "begin", lambda _connection: waited.append(monotonic() - asked[-1]))
     start.wait()
     if work == "retry":
-        store.retrying.retry(job_id)
+        store.retries.retry(job_id)
     elif work == "cancel":
         store.closing.cancel(job_id)
     elif work == "discard":
-        store.loading.discard(job_id)
+        store.creation.discard(job_id)
     elif work == "submit":
         job_id = mill.begin(store, batch_size=64)
         for first in range(0, _MANY, MAX_REQUESTS):
             page = mill.prompts(MAX_REQUESTS, first=first)
-            store.loading.add(job_id, prompts=page, batch_size=64, lease_seconds=mill.LEASE_SECONDS)
+            store.creation.add(job_id, prompts=page, batch_size=64, lease_seconds=mill.LEASE_SECONDS)
     else:
         for _ in range(20):
             store.closing.cancel(mill.load(store, 5))
@@ -148,10 +148,10 @@ def test_nobody_waits_for_two_seconds_beside_five_who_write_all_the_time(sqlite_
         jobs[work] = mill.begin(store, batch_size=64)
         for first in range(0, _MANY, MAX_REQUESTS):
             page = mill.prompts(MAX_REQUESTS, first=first)
-            store.loading.add(jobs[work], prompts=page, batch_size=64, lease_seconds=600)
+            store.creation.add(jobs[work], prompts=page, batch_size=64, lease_seconds=600)
         if work != "discard":
             opened = {"spec": mill.ECHO_SPEC, "file_sha256": "0" * 64, "fingerprint": "f", "lease_seconds": 600.0}
-            store.loading.open(jobs[work], **opened)  # type: ignore[arg-type]
+            store.creation.open(jobs[work], **opened)  # type: ignore[arg-type]
     store.closing.cancel(jobs["retry"])
     store.close()
     start, told = _START.Barrier(6), _START.SimpleQueue()

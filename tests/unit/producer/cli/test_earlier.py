@@ -50,7 +50,7 @@ def ran(store: Store, spec: ModelSpec, identity: str, *, finished: bool = True, 
     """A job of this model, finished or interrupted after its first batch."""
     names = [adapter.name if adapter else None] * 8
     job_id = mill.load_named(store, *names, spec=spec)
-    who = mill.seat(store, spec=spec, identity=identity, adapters=[adapter] if adapter else [])
+    who = mill.session(store, spec=spec, identity=identity, adapters=[adapter] if adapter else [])
     (claimed,) = mill.claim(store, who)
     mill.save(store, who, [mill.answered(claimed)])
     if finished:
@@ -59,7 +59,7 @@ def ran(store: Store, spec: ModelSpec, identity: str, *, finished: bool = True, 
 
 
 def chosen(store: Store, spec: ModelSpec, *adapters: Adapter) -> Job | None:
-    return choose(store.reading.resumable("f"), spec, adapters, home=Path("home").absolute())
+    return choose(store.jobs.resumable("f"), spec, adapters, home=Path("home").absolute())
 
 
 def present(spec: ModelSpec) -> str:

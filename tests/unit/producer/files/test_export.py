@@ -27,7 +27,7 @@ from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.runtime.failpoints import arm
 from batchmill.jobs.runtime.files.output_file import replaced
 from batchmill.jobs.store import tables
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job, OutputRow
 from batchmill.producer.cli.jobs import results
@@ -57,9 +57,9 @@ def store(sqlite_url: str) -> Store:
 def job(store: Store) -> Job:
     """A cancelled job with an output of every kind."""
     job_id = mill.begin(store, batch_size=4)
-    store.loading.add(job_id, prompts=REQUESTS, batch_size=4, lease_seconds=60)
-    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
-    who = mill.seat(store)
+    store.creation.add(job_id, prompts=REQUESTS, batch_size=4, lease_seconds=60)
+    store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     outputs = [
         Output(RequestKey(job_id, 0), (Choice("hello\u2028ü", "stop"),), 3, 4),
@@ -67,9 +67,9 @@ def job(store: Store) -> Job:
         Output.failed(RequestKey(job_id, 2), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "too long", prompt_tokens=9),
         Output.failed(RequestKey(job_id, 3), ErrorCode.OUT_OF_MEMORY, "no memory"),
     ]
-    mill.save(store, who, [Held(claimed.lease, outputs=outputs)])
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=outputs)])
     store.closing.cancel(job_id)
-    return store.reading.job(job_id)
+    return store.jobs.job(job_id)
 
 
 def test_jsonl_has_the_documented_keys_and_what_was_passed_through(store: Store, job: Job, tmp_path: Path) -> None:
@@ -216,10 +216,10 @@ def test_two_openai_exports_are_byte_for_byte_equal(store: Store, job: Job, tmp_
 
 def test_answers_of_an_adapter_name_it(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     job_id = mill.load_named(store, "sql", None)
-    mill.work_off(store, mill.seat(store, adapters=[Adapter("sql", "/a")]))
+    mill.work_off(store, mill.session(store, adapters=[Adapter("sql", "/a")]))
     lines = {}
     for form in ("jsonl", "openai"):
-        export(store, store.reading.job(job_id), out=None, form=form, only="all")
+        export(store, store.jobs.job(job_id), out=None, form=form, only="all")
         lines[form] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.get("adapter", "none") for line in lines["jsonl"]] == ["sql", "none"]
     assert [line["response"]["body"]["model"] for line in lines["openai"]] == ["sql", "echo"]
@@ -254,15 +254,15 @@ LOGPROBS = {
 def rich(store: Store) -> Job:
     """A job whose outputs have several choices, logprobs and timings: one of messages, one of a prompt."""
     job_id = mill.begin(store, batch_size=4)
-    store.loading.add(job_id, prompts=REQUESTS[:2], batch_size=4, lease_seconds=60)
-    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
-    who = mill.seat(store)
+    store.creation.add(job_id, prompts=REQUESTS[:2], batch_size=4, lease_seconds=60)
+    store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     choices = (Choice("hey", "stop", LOGPROBS), Choice("ho", "length", {"content": []}))
     timings = Timings(0.25, 0.5, 1.0)
     outputs = [Output(RequestKey(job_id, index), choices, 3, 5, timings=timings) for index in (0, 1)]
-    mill.save(store, who, [Held(claimed.lease, outputs=outputs)])
-    return store.reading.job(job_id)
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=outputs)])
+    return store.jobs.job(job_id)
 
 
 def test_jsonl_has_choices_logprobs_and_timings_where_there_are_some(
@@ -498,10 +498,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(store: Store, small_disk: Path) -> None:
     job_id = mill.load(store, 40, batch_size=40)
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     long = [mill.output(job_id, each.index, text="x" * 50_000) for each in claimed.requests]
-    mill.save(store, who, [Held(claimed.lease, outputs=long)])
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=long)])
     for form in FORMS:
         out = small_disk / f"out.{'csv' if form == 'csv' else 'jsonl'}"
         done = command(store, "results", job_id, "-o", out, "--format", form)
@@ -526,10 +526,10 @@ def test_a_submit_onto_a_full_disk_is_one_line_and_shows_no_half_job(
     said = [line for line in done.stderr.splitlines() if line.startswith("batchmill: ")]
     assert said == [f"batchmill: no space left for the store sqlite:///{database}; free some and try again"]
     assert "Traceback" not in done.stderr
-    assert store.reading.jobs(most=5) == []
+    assert store.jobs.jobs(most=5) == []
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     done = command(store, "submit", path, "-m", "echo", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0
-    assert [each.counts.total for each in store.reading.jobs(most=5)] == [12_000]
+    assert [each.counts.total for each in store.jobs.jobs(most=5)] == [12_000]
     assert mill.rows(store, "requests") == 12_000
     store.close()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from batchmill.jobs.errors import PromptFileError
 from batchmill.jobs.requests.generation import NO_SAMPLING, GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import DEFAULT_LINE_BYTES as MAX_LINE_BYTES
-from batchmill.producer.files.prompt_file import Line, PromptFile
+from batchmill.producer.files.prompt_file import PromptFile, PromptLine
 from batchmill.producer.requests.messages import ROLES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -452,7 +452,7 @@ def test_every_bad_line_is_reported_with_its_number_in_file_order(tmp_path: Path
 
 def test_good_lines_are_yielded_though_a_bad_one_came_before(tmp_path: Path) -> None:
     path = write(tmp_path, b"\n" + GOOD + b"x\n" + GOOD)
-    seen: list[Line] = []
+    seen: list[PromptLine] = []
     with PromptFile(path) as prompts:
         seen.extend(prompts)
     assert [(line.number, line.request.index, line.size_bytes) for line in seen] == [(2, 0, 18), (4, 2, 18)]

@@ -12,7 +12,14 @@ from click.testing import CliRunner
 from batchmill.jobs.requests.generation import SamplingParams
 from batchmill.producer.cli.submit import run, submit
 from batchmill.producer.requests.checks import BadLine
-from batchmill.producer.requests.option_table import FLAG_GROUPS, FLAGS, MAX_INT32, OPTIONS, Option, markdown_table
+from batchmill.producer.requests.option_table import (
+    FLAG_GROUPS,
+    FLAGS,
+    MAX_INT32,
+    OPTIONS,
+    SamplingOption,
+    markdown_table,
+)
 from batchmill.producer.requests.options import CHAT_SAMPLING, PROMPT_SAMPLING
 
 NAMES = {each.name for each in fields(SamplingParams)}
@@ -63,7 +70,7 @@ def test_the_flags_stand_below_the_groups_of_the_table(command: click.Command) -
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
-def test_a_default_is_said_once(option: Option) -> None:
+def test_a_default_is_said_once(option: SamplingOption) -> None:
     """That of the fallback is not written a second time, and any other is said."""
     fallback = getattr(SamplingParams.fallback(), option.name)
     assert (fallback is None) == bool(option.default)
@@ -74,7 +81,7 @@ def test_a_default_is_said_once(option: Option) -> None:
 @pytest.mark.parametrize(
     "option", [each for each in OPTIONS if each.values.words.startswith("a number")], ids=lambda each: each.name
 )
-def test_the_words_about_a_number_are_its_bounds(option: Option) -> None:
+def test_the_words_about_a_number_are_its_bounds(option: SamplingOption) -> None:
     low, *high = (float(each) for each in re.findall(r"-?[\d.]+", option.values.words))
     assert option.values.check(high[0]) == high[0]
     for bad in (low - 1, high[0] + 1):
@@ -85,7 +92,7 @@ def test_the_words_about_a_number_are_its_bounds(option: Option) -> None:
 @pytest.mark.parametrize(
     "option", [each for each in OPTIONS if each.values.words.startswith("an integer from")], ids=lambda each: each.name
 )
-def test_the_words_about_an_integer_are_its_bounds(option: Option) -> None:
+def test_the_words_about_an_integer_are_its_bounds(option: SamplingOption) -> None:
     low, *high = (int(each) for each in re.findall(r"\d+", option.values.words.partition(";")[0]))
     highest = high[0] if high else MAX_INT32
     assert (option.values.check(low) or 0, option.values.check(highest)) == (low, highest)

@@ -305,7 +305,7 @@ def test_a_worker_claims_what_was_asked_for(
     path.write_text("".join(json.dumps({"messages": [message]} | each.to_json()) + "\n" for each in sampling))
     options = GenerationOptions(None, flags, template)
     job_id, spec = load_job(Submission(str(path), "echo", options=options), store=store, settings=load_settings())
-    (claimed,) = mill.claim(store, mill.seat(store, spec=spec, only_job=job_id))
+    (claimed,) = mill.claim(store, mill.session(store, spec=spec, only_job=job_id))
     model = SamplingParams(top_k=7).over(SamplingParams.fallback())
     assert [each.sampling for each in claimed.requests] == [each.over(flags).over(model) for each in sampling]
     assert [each.chat_template_kwargs for each in claimed.requests] == [template] * len(sampling)

@@ -28,7 +28,7 @@ from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.runtime.sizes import size
 from batchmill.jobs.runtime.times import duration
-from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs, runs, workers
 from batchmill.producer.cli.jobs import COMMANDS
@@ -142,11 +142,11 @@ def job_id(store: Store) -> str:
     """A job of ten requests: two succeeded, two failed, one worker at work."""
     flags = GenerationOptions(None, SamplingParams(temperature=0.0))
     job_id = mill.load(store, 10, name="nightly", options=flags)
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     mill.save(store, who, [mill.answered(claimed, count=2)])
     errors = [mill.output(job_id, index, error=ErrorCode.ENGINE_ERROR) for index in (2, 3)]
-    mill.save(store, who, [Held(claimed.lease, outputs=errors)])
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=errors)])
     mill.claim(store, who)
     return job_id
 
@@ -168,14 +168,14 @@ def test_an_option_with_a_structure_of_its_own_is_shown_as_json_and_cut_short(st
     schema = {"type": "object", "description": "x" * 1_000}
     options = GenerationOptions(None, SamplingParams(n=2, response_format={"type": "json_schema", "schema": schema}))
     job_id = mill.load(store, 1, options=options)
-    mill.claim(store, mill.seat(store))
+    mill.claim(store, mill.session(store))
     (line,) = [each for each in job_lines(JobStatus.read(store, job_id)) if each.startswith("  sampling")]
     assert 'n 2, response_format {"type": "json_schema", "schema": {"type": "object", "d' in line
     assert len(line) < 500
 
 
 def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
-    job = job_json(store.reading.job(job_id))
+    job = job_json(store.jobs.job(job_id))
     assert list(job) == [
         "id",
         "name",
@@ -200,7 +200,7 @@ def test_the_json_of_jobs_and_workers(store: Store, job_id: str) -> None:
 def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> None:
     spec = ModelSpec.parse("demo")
     job_id = mill.load(store, 3, spec=spec)
-    who = mill.seat(store, ready=False, spec=spec)
+    who = mill.session(store, ready=False, spec=spec)
 
     def said(*, ago: float) -> str:
         with store.database.write() as connection:
@@ -216,13 +216,13 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
     assert said(ago=4_000) == "loading torch 1 h 6 min", "an older child says nothing of this one"
     store.workers.imported(who.worker_id, who.generation, seconds=3_600.0)
     assert said(ago=7_500) == "loading torch 1 h 0 min, the model 1 h 5 min"
-    mill.seat(store, name="ready", spec=spec)
+    mill.session(store, name="ready", spec=spec)
     assert JobStatus.read(store, job_id).loading == ()
 
 
 def test_a_worker_whose_child_died_holds_nothing_and_is_waited_for(store: Store) -> None:
     job_id = mill.load(store, 3)
-    who = mill.seat(store)
+    who = mill.session(store)
     store.workers.measured(who.worker_id, who.generation, devices=[DeviceMemory("cpu", "cpu", cache_bytes=5)])
     store.workers.child_died(who.worker_id, who.generation - 1)
     assert store.workers.rows()[0].state is WorkerState.READY, "that was another child"
@@ -242,7 +242,7 @@ def test_a_worker_whose_child_died_holds_nothing_and_is_waited_for(store: Store)
 def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(store: Store) -> None:
     spec = ModelSpec.parse("demo")
     job_id = mill.load(store, 3, spec=spec)
-    who = mill.seat(store, spec=spec)
+    who = mill.session(store, spec=spec)
     store.workers.imported(who.worker_id, who.generation, seconds=4.0)
     mill.claim(store, who)
 
@@ -281,12 +281,12 @@ class TestEnd(Clocked):
     """When a job ends, which every command says by the same words."""
 
     @pytest.fixture
-    def who(self, store: Store) -> Seat:
+    def who(self, store: Store) -> WorkerSession:
         """A worker of eight rows, and a job of 400 requests, which are answered with three tokens each."""
         mill.load(store, 400, batch_size=40, options=GenerationOptions(None, SamplingParams(max_tokens=4)))
-        return mill.seat(store)
+        return mill.session(store)
 
-    def work(self, store: Store, who: Seat, clock: mill.Clock, *, batches: int) -> None:
+    def work(self, store: Store, who: WorkerSession, clock: mill.Clock, *, batches: int) -> None:
         """Answers four requests a second; of another batch the first half, so that it is held on."""
         for place in range(batches + 1):
             (claimed,) = mill.claim(store, who)
@@ -295,10 +295,10 @@ class TestEnd(Clocked):
             mill.save(store, who, [mill.answered(claimed, count=None if place < batches else 20)])
 
     def read(self, store: Store) -> JobStatus:
-        return JobStatus.read(store, store.reading.find("last"))
+        return JobStatus.read(store, store.jobs.find("last"))
 
     def test_it_is_measured_then_known_and_nothing_once_no_worker_lives(
-        self, store: Store, who: Seat, clock: mill.Clock
+        self, store: Store, who: WorkerSession, clock: mill.Clock
     ) -> None:
         assert self.read(store).ends_in == ""
         (claimed,) = mill.claim(store, who)
@@ -318,7 +318,7 @@ class TestEnd(Clocked):
         assert gone.rate == pytest.approx(180 / 50), "and the hour in which nobody lived is no work"
 
     def test_status_wait_and_jobs_say_the_same(
-        self, store: Store, who: Seat, clock: mill.Clock, monkeypatch: pytest.MonkeyPatch
+        self, store: Store, who: WorkerSession, clock: mill.Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.work(store, who, clock, batches=4)
         monkeypatch.setattr("batchmill.producer.cli.jobs._open", lambda: (load_settings(), store))
@@ -333,9 +333,11 @@ class TestEnd(Clocked):
         in_json = json.loads(run(COMMANDS[1], ["--json"]).stdout)[0]
         assert in_json["eta_seconds"] == json.loads(run(COMMANDS[0], ["--json"]).stdout)["eta_seconds"]
 
-    def test_a_job_that_is_cancelled_or_over_says_nothing(self, store: Store, who: Seat, clock: mill.Clock) -> None:
+    def test_a_job_that_is_cancelled_or_over_says_nothing(
+        self, store: Store, who: WorkerSession, clock: mill.Clock
+    ) -> None:
         self.work(store, who, clock, batches=4)
-        store.closing.cancel(store.reading.find("last"))
+        store.closing.cancel(store.jobs.find("last"))
         assert self.read(store).ends_in == ""
 
 
@@ -365,14 +367,14 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
 
 def test_a_job_whose_last_worker_has_ended_says_since_when(store: Store) -> None:
     job_id = mill.load(store, 3)
-    store.workers.enter(mill.seat(store).worker_id, WorkerState.STOPPED)
+    store.workers.enter(mill.session(store).worker_id, WorkerState.STOPPED)
     first, _ = missing_lines(JobStatus.read(store, job_id))
     assert re.fullmatch(r"no live worker has served echo \(none\) for \d+ s; start one:", first)
 
 
 def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) -> None:
     job_id = mill.load_named(store, "sql", "x")
-    mill.work_off(store, mill.seat(store, adapters=[Adapter("x", "org/x", "v1")]))
+    mill.work_off(store, mill.session(store, adapters=[Adapter("x", "org/x", "v1")]))
     status = JobStatus.read(store, job_id)
     assert missing_lines(status) == [
         "1 batch waits for the adapter sql, which no live worker holds",
@@ -389,7 +391,7 @@ def test_an_adapter_that_nobody_holds_is_named_with_the_command(store: Store) ->
 
 
 def test_the_line_and_the_json_of_a_worker_name_its_adapters(store: Store) -> None:
-    mill.seat(store, adapters=[Adapter("sql", "/a"), Adapter("x", "org/x", "v1")])
+    mill.session(store, adapters=[Adapter("sql", "/a"), Adapter("x", "org/x", "v1")])
     (row,) = store.workers.rows()
     assert "cache tokens  adapters: sql=/a, x=org/x@v1  up " in worker_line(row)
     assert worker_json(row)["adapters"]["sql"] == {"path": "/a", "revision": None, "identity": None}
@@ -406,7 +408,7 @@ def test_where_all_workers_gave_up_the_reason_is_given(
     store: Store, state: WorkerState, said: str, advice: str
 ) -> None:
     job_id = mill.load(store, 3)
-    store.workers.enter(mill.seat(store).worker_id, state, error="Xid 79\nfell off the bus")
+    store.workers.enter(mill.session(store).worker_id, state, error="Xid 79\nfell off the bus")
     status = JobStatus.read(store, job_id)
     assert status.missing_seconds is not None
     text = "\n".join(job_lines(status))
@@ -422,8 +424,8 @@ def test_where_all_workers_gave_up_the_reason_is_given(
 
 def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> None:
     job_id = mill.load(store, 3)
-    store.workers.enter(mill.seat(store).worker_id, WorkerState.SICK, error="Xid 79")
-    mill.seat(store)
+    store.workers.enter(mill.session(store).worker_id, WorkerState.SICK, error="Xid 79")
+    mill.session(store)
     status = JobStatus.read(store, job_id)
     assert (status.missing_seconds, missing_lines(status)) == (None, [])
     assert "Xid 79" not in "\n".join(job_lines(status))
@@ -433,7 +435,7 @@ def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store
     assert worker_line(store.workers.rows()[0]).startswith(
         "w  ready, 1 batch  echo (none)  cpu on host  100 B weights  echo: 8 rows, 128 context, 1,024 cache tokens  up "
     )
-    who = mill.seat(store, name="bad")
+    who = mill.session(store, name="bad")
     store.workers.enter(who.worker_id, WorkerState.SICK, error="x" * 1_000)
     (bad,) = [each for each in store.workers.rows(only_alive=False) if each.name == "bad"]
     assert worker_line(bad).startswith("bad  sick  echo (none)")
@@ -446,7 +448,7 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     ended = replace(live, start_ticks=live.start_ticks - 1)
     job_id = mill.load(store, 3)
     for name, process in (("lives", live), ("contained", replace(ended, namespace=1)), ("ended", ended)):
-        mill.seat(store, name=name, process=process, host=gethostname())
+        mill.session(store, name=name, process=process, host=gethostname())
     rows = {each.name: seen_here(each) for each in store.workers.rows()}
     assert {name: each.alive for name, each in rows.items()} == {"ended": False, "lives": True, "contained": True}
     assert worker_line(rows["ended"]).startswith("ended  dead  ")
@@ -468,12 +470,12 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
 class TestUptime(Clocked):
     """A worker's time up ends where it stopped, was last seen, or is found gone."""
 
-    def up(self, store: Store, who: Seat) -> float:
+    def up(self, store: Store, who: WorkerSession) -> float:
         (row,) = [each for each in store.workers.rows(only_alive=False) if each.id == who.worker_id]
         return seen_here(row).uptime_seconds
 
     def test_of_a_worker_that_stopped_between_two_heartbeats(self, store: Store, clock: mill.Clock) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         clock.seconds += 7
         assert self.up(store, who) == 7
         store.workers.enter(who.worker_id, WorkerState.STOPPED)
@@ -481,7 +483,7 @@ class TestUptime(Clocked):
         assert self.up(store, who) == 7
 
     def test_of_a_worker_that_is_heard_of_no_more(self, store: Store, clock: mill.Clock) -> None:
-        who = mill.seat(store)
+        who = mill.session(store)
         clock.seconds += 5
         store.workers.heartbeat(who.worker_id, beat=5.0)
         clock.seconds += 1_000
@@ -490,7 +492,7 @@ class TestUptime(Clocked):
     def test_of_a_worker_whose_process_is_gone(self, store: Store, clock: mill.Clock) -> None:
         live = Process.own()
         assert live is not None
-        who = mill.seat(store, process=replace(live, start_ticks=live.start_ticks - 1))
+        who = mill.session(store, process=replace(live, start_ticks=live.start_ticks - 1))
         clock.seconds += 5
         store.workers.heartbeat(who.worker_id, beat=5.0)
         clock.seconds += 3
@@ -498,7 +500,7 @@ class TestUptime(Clocked):
 
 
 def test_a_worker_that_loads_has_no_limits_yet(store: Store) -> None:
-    mill.seat(store, ready=False)
+    mill.session(store, ready=False)
     (row,) = store.workers.rows()
     assert "cpu on host  up " in worker_line(row)
     said = worker_json(row)
@@ -507,7 +509,7 @@ def test_a_worker_that_loads_has_no_limits_yet(store: Store) -> None:
 
 def test_a_worker_bound_to_another_job_serves_nobody_else(store: Store) -> None:
     job_id = mill.load(store, 3)
-    mill.seat(store, only_job="another")
+    mill.session(store, only_job="another")
     assert JobStatus.read(store, job_id).missing_seconds is not None
 
 
@@ -546,7 +548,7 @@ def test_a_worker_that_is_silent_while_its_process_lives_has_not_ended(store: St
     home.mkdir(parents=True, exist_ok=True)
     (home / "mill.pid").write_text(f"{Process.own()}\n")
     job_id = mill.load(store, 3)
-    mill.seat(store, process=Process.own(), host=gethostname())
+    mill.session(store, process=Process.own(), host=gethostname())
 
     def said_after(seconds: float) -> str:
         earlier = {"heartbeat_at": workers.c.heartbeat_at - seconds, "alive_until": workers.c.alive_until - seconds}
@@ -601,7 +603,7 @@ class TestAMillThatStarts:
         serve("-m", "echo", "--devices", "cpu")
         assert self.said(store, job_id).endswith(": the mill here is starting its worker")
         assert "; start one: batchmill worker -m demo" in self.said(store, other)
-        mill.seat(store)
+        mill.session(store)
         assert self.said(store, job_id) == ""
 
     def test_starts_that_of_a_run_for_its_job_alone(self, store: Store, serve: Callable[..., None]) -> None:
@@ -612,14 +614,14 @@ class TestAMillThatStarts:
 
     def test_says_that_its_worker_is_sick(self, store: Store, serve: Callable[..., None]) -> None:
         job_id = mill.load(store, 3)
-        store.workers.enter(mill.seat(store).worker_id, WorkerState.SICK, error="Xid 79")
+        store.workers.enter(mill.session(store).worker_id, WorkerState.SICK, error="Xid 79")
         serve("-m", "echo", "--devices", "cpu")
         assert "is sick: Xid 79" in self.said(store, job_id)
 
 
 def test_early_lines_leave_out_what_nothing_is_known_of(store: Store) -> None:
     job_id = mill.load(store, 8)
-    mill.claim(store, mill.seat(store), wanted=4, room=8)
+    mill.claim(store, mill.session(store), wanted=4, room=8)
     text = "\n".join(job_lines(JobStatus.read(store, job_id)))
     assert "  seconds  " in text
     assert "  memory  " not in text

@@ -34,7 +34,7 @@ from batchmill.worker.evaluate.lineup import Lineup
 from batchmill.worker.evaluate.measures.accuracy import Match
 from batchmill.worker.evaluate.measures.measurement import Failure, Measurement, Method
 from batchmill.worker.evaluate.measures.perplexity import PerplexityChange
-from batchmill.worker.evaluate.progress import Shown
+from batchmill.worker.evaluate.progress import ProgressBar
 from tests.support.models.tiny import save_tiny_model
 from tests.support.paths import ROOT
 
@@ -179,7 +179,7 @@ def evaluation(
         device=DeviceInfo("cpu", None, 2**30, CPU),
         options=EngineOptions(),
         digests=Digests(),
-        shown=Shown(len(lineup.specs)),
+        shown=ProgressBar(len(lineup.specs)),
         keep=keep,
     )
 

@@ -183,7 +183,7 @@ def test_held_out_additions_are_right_and_different() -> None:
 
 
 def test_corpus_is_deterministic() -> None:
-    def some(seed: int) -> list[corpus.Example]:
+    def some(seed: int) -> list[corpus.Exercise]:
         choose = random.Random(seed)
         return [corpus.training_example(choose) for _ in range(200)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from batchmill.jobs.models.device_memory import DeviceMemory, Memory
 from batchmill.worker.devices import memory as telemetry
-from batchmill.worker.devices.memory import MemoryMeter, MemoryReader, Reading
+from batchmill.worker.devices.memory import MemoryMeter, MemoryReader, MemoryReading
 from batchmill.worker.devices.nvml import Nvml
 from batchmill.worker.devices.selection import DeviceInfo
 
@@ -107,7 +107,7 @@ def test_cuda_reads_what_torch_allocated_and_reserved(gpus: dict[str, Gpu]) -> N
     gpus["cuda:0"].hold(300, 400)
     gpus["cuda:0"].free = 500
     reader = MemoryReader("cuda:0")
-    assert reader.read() == Reading(300, 400)
+    assert reader.read() == MemoryReading(300, 400)
     assert reader.available_bytes() == 600
 
 
@@ -135,7 +135,7 @@ def test_a_cpus_meter_keeps_the_largest_that_was_observed(monkeypatch: pytest.Mo
     meter = MemoryMeter([DeviceInfo("cpu", None, 1000, "cpu")])
     meter.loaded([7], [3])
     for resident in (10, 30, 20):
-        monkeypatch.setattr(MemoryReader, "read", lambda self, resident=resident: Reading(resident, resident))
+        monkeypatch.setattr(MemoryReader, "read", lambda self, resident=resident: MemoryReading(resident, resident))
         meter.observe()
     assert [meter.take().peak_allocated_bytes for _ in range(2)] == [30, 20]
 

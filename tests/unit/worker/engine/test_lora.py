@@ -20,9 +20,9 @@ from batchmill.worker.cli.worker import _arguments
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.probe import Unsupported, cache_shape
 from batchmill.worker.engine.continuous.scheduling.prefixes import BLOCK_TOKENS, Prefixes
 from batchmill.worker.engine.continuous.scheduling.step import Row
+from batchmill.worker.engine.continuous.support import Unsupported, cache_shape
 from batchmill.worker.engine.echo.engine import EchoEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import Dequantize, EngineOptions

@@ -12,7 +12,7 @@ from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine import Engine, transformers_kind
-from batchmill.worker.engine.continuous.probe import Unsupported
+from batchmill.worker.engine.continuous.support import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.generate.sizing import GENERATE_ROWS
 from batchmill.worker.engine.options import Dequantize, EngineChoice, EngineOptions

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.probe import Unsupported
+from batchmill.worker.engine.continuous.support import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel

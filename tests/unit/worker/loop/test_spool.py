@@ -19,7 +19,7 @@ from batchmill.jobs.requests.generation import Choice
 from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.jobs.requests.states import JobState, RunOutcome
 from batchmill.jobs.runtime.process.process import Process
-from batchmill.jobs.store.leases.lease import Held, Lease
+from batchmill.jobs.store.leases.lease import BatchReport, Lease
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import workers
 from batchmill.worker.loop import spool
@@ -70,8 +70,8 @@ def fall_silent(store: Store) -> None:
         connection.execute(update(workers).values(alive_until=workers.c.alive_until - 3_600))
 
 
-def held(*indexes: int, in_flight: tuple[int, ...] = ()) -> Held:
-    return Held(LEASE, outputs=[mill.output("job", index) for index in indexes], in_flight=in_flight)
+def held(*indexes: int, in_flight: tuple[int, ...] = ()) -> BatchReport:
+    return BatchReport(LEASE, outputs=[mill.output("job", index) for index in indexes], in_flight=in_flight)
 
 
 def test_what_is_appended_is_read_once_with_the_last_in_flight(path: Path) -> None:
@@ -82,9 +82,9 @@ def test_what_is_appended_is_read_once_with_the_last_in_flight(path: Path) -> No
     assert own.append([held(0, 1, in_flight=(2, 3))])
     assert path.stat().st_size == size
     failed = mill.output("job", 2, error=ErrorCode.OUT_OF_MEMORY)
-    assert own.append([Held(LEASE, outputs=[mill.output("job", 0), mill.output("job", 1), failed])])
+    assert own.append([BatchReport(LEASE, outputs=[mill.output("job", 0), mill.output("job", 1), failed])])
     (found,) = read(path)
-    assert found == Held(LEASE, outputs=[mill.output("job", 0), mill.output("job", 1), failed], in_flight=[])
+    assert found == BatchReport(LEASE, outputs=[mill.output("job", 0), mill.output("job", 1), failed], in_flight=[])
     own.clear()
     assert not path.exists()
 
@@ -103,7 +103,7 @@ def test_what_an_older_batchmill_spooled_is_read(path: Path, line: str) -> None:
     path.write_text(f"{line}\n")
     timings = None if line is OLDEST else Timings(0.0, 0.25, 1.5)
     output = replace(mill.output("job", 0, text="a"), timings=timings)
-    assert read(path) == [Held(LEASE, outputs=[output], in_flight=[1])]
+    assert read(path) == [BatchReport(LEASE, outputs=[output], in_flight=[1])]
 
 
 def test_it_is_written_by_name_and_says_its_form(path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_newer_form_is_not_read(path: Path) -> None:
 def test_timings_and_every_choice_are_read_back(path: Path) -> None:
     choices = (Choice("a", "stop", {"content": []}), Choice("b", "length"))
     output = Output(RequestKey("job", 0), choices, 2, 3, timings=Timings(0.0, 0.25, 1.5))
-    assert Spool(path, limit_bytes=10_000).append([Held(LEASE, outputs=[output])])
+    assert Spool(path, limit_bytes=10_000).append([BatchReport(LEASE, outputs=[output])])
     assert read(path)[0].outputs == [output]
 
 
@@ -193,19 +193,19 @@ class TestLeftovers:
     ) -> tuple[str, mill.Seat]:
         """A child that answered 0 to 4 of 20 requests, had 5 to 9 in flight, and died while the store was away."""
         job_id = mill.load(store, 20, batch_size=20)
-        who = mill.seat(store, host=host, process=process)
+        who = mill.session(store, host=host, process=process)
         (claimed,) = mill.claim(store, who, room=8)
         path = path or spools(store, settings).path(who.worker_id, who.generation)
         answers = [mill.output(job_id, index) for index in range(5)]
-        Spool(path, limit_bytes=10_000).append([Held(claimed.lease, outputs=answers, in_flight=range(5, 10))])
+        Spool(path, limit_bytes=10_000).append([BatchReport(claimed.lease, outputs=answers, in_flight=range(5, 10))])
         return job_id, who
 
     def test_the_outputs_are_kept_and_who_was_in_flight_is_blamed(self, store: Store, settings: Settings) -> None:
         job_id, who = self.died(store, settings)
         assert Leftovers(store, settings).settle(who.worker_id, who.generation) == 1
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
         assert list((settings.home / "spool").iterdir()) == []
-        next_one = mill.seat(store, name="next")
+        next_one = mill.session(store, name="next")
         (suspects,) = mill.claim(store, next_one)
         assert [each.index for each in suspects.requests] == list(range(5, 10))
         assert suspects.lease.apart
@@ -213,14 +213,14 @@ class TestLeftovers:
         (rest,) = mill.claim(store, next_one)
         assert [each.index for each in rest.requests] == list(range(10, 20))
         mill.save(store, next_one, [mill.answered(rest)])
-        assert store.reading.job(job_id).state is JobState.COMPLETED
+        assert store.jobs.job(job_id).state is JobState.COMPLETED
         assert violations(store) == []
 
     def test_a_spool_whose_fence_is_lost_writes_nothing(self, store: Store, settings: Settings) -> None:
         job_id, who = self.died(store, settings)
         store.recovery.take_back(who.worker_id, generation=who.generation, outcome=RunOutcome.RELEASED)
         Leftovers(store, settings).settle(who.worker_id, who.generation)
-        assert store.reading.job(job_id).counts.succeeded == 0
+        assert store.jobs.job(job_id).counts.succeeded == 0
         assert list((settings.home / "spool").iterdir()) == []
 
     def test_orphans_of_this_host_are_settled_at_once_by_whoever_comes_next(
@@ -232,7 +232,7 @@ class TestLeftovers:
         left = Leftovers(store, settings)
         assert left.settle_orphans() == 1
         assert left.settle_orphans() == 0
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
 
     @pytest.mark.parametrize(
         ("host", "known"),
@@ -244,7 +244,7 @@ class TestLeftovers:
     ) -> None:
         job_id, _ = self.died(store, settings, process=None if known is None else replace(own(), **known), host=host)
         assert Leftovers(store, settings).settle_orphans() == 0
-        assert store.reading.job(job_id).counts.succeeded == 0
+        assert store.jobs.job(job_id).counts.succeeded == 0
         assert len(list((settings.home / "spool").iterdir())) == 1
 
     def test_a_worker_of_an_earlier_boot_is_dead_once_it_is_silent(self, store: Store, settings: Settings) -> None:
@@ -255,7 +255,7 @@ class TestLeftovers:
         assert left.settle_orphans() == 0
         left._silent_seconds = 0.0
         assert left.settle_orphans() == 1
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
 
     @pytest.mark.parametrize("change", ["a new password", "a new host name"])
     def test_the_spool_is_found_whatever_the_url_says_by_then(
@@ -266,7 +266,7 @@ class TestLeftovers:
         later = Store(url)
         Leftovers(later, load_settings(database_url=url)).settle(who.worker_id, who.generation)
         later.close()
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
         assert list((settings.home / "spool").iterdir()) == []
 
     def test_a_spool_that_is_named_as_it_once_was_is_found(self, store: Store, settings: Settings) -> None:
@@ -274,7 +274,7 @@ class TestLeftovers:
         job_id, who = self.died(store, settings, path=settings.home / "spool" / f"{digest}-1-1.jsonl")
         assert (who.worker_id, who.generation) == (1, 1)
         Leftovers(store, settings).settle(1, 1)
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
         assert list((settings.home / "spool").iterdir()) == []
 
     def test_a_spool_of_another_store_is_left_alone(self, store: Store, settings: Settings) -> None:
@@ -292,10 +292,10 @@ class TestLeftovers:
         job_id, who = self.died(store, settings, process=None if known is None else replace(own(), **known))
         left = Leftovers(store, settings)
         left.settle_orphans()
-        assert store.reading.job(job_id).counts.succeeded == 0
+        assert store.jobs.job(job_id).counts.succeeded == 0
         fall_silent(store)
         assert left.settle_orphans() == 0
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
         assert list((settings.home / "spool").iterdir()) == []
         assert store.recovery.take_back(who.worker_id, generation=1, outcome=RunOutcome.RELEASED) == 1  # still held
         assert violations(store, closed=False) == []
@@ -321,7 +321,7 @@ class TestLeftovers:
         monkeypatch.setattr(leftovers, "_PAGE_OUTPUTS", 2)
         job_id, who = self.died(store, settings)
         Leftovers(store, settings).settle(who.worker_id, who.generation)
-        assert store.reading.job(job_id).counts.succeeded == 5
+        assert store.jobs.job(job_id).counts.succeeded == 5
 
 
 def _other_url(url: URL, change: str, folder: Path) -> str:

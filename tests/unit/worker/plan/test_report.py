@@ -24,14 +24,14 @@ from batchmill.jobs.store.tables import runs
 from batchmill.jobs.store.views.speeds import Speed
 from batchmill.migrations import revisions
 from batchmill.worker.cli import plan as cli_plan
-from batchmill.worker.engine.continuous.probe import cache_shape
+from batchmill.worker.engine.continuous.support import cache_shape
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import load, read_model
 from batchmill.worker.plan.advice import advice
 from batchmill.worker.plan.hardware import Hardware, Rates, known_rates, pretended_gpu, this_cpu
 from batchmill.worker.plan.model import PlannedModel
 from batchmill.worker.plan.report import report
-from batchmill.worker.plan.speed import Work, tokens_per_second
+from batchmill.worker.plan.speed import Workload, tokens_per_second
 from batchmill.worker.plan.table import to_lines
 from tests.support.models.families import FAMILIES
 from tests.support.models.tiny import build_tokenizer
@@ -192,7 +192,7 @@ def test_the_floor_of_a_step_is_that_of_known_figures(
     holding = shape(tmp_path, "8b").holding(asked, GPU)
     gpu = Hardware("cuda:0", "", True, GIB, GIB, Rates(4.3e12, {torch.bfloat16: 790e12}, ""))
     dtype = torch.int8 if quantization.startswith("int8") else holding.dtype
-    work = Work(holding.footprint, holding.token.bytes, dtype, copied=copied)
+    work = Workload(holding.footprint, holding.token.bytes, dtype, copied=copied)
     assert tokens_per_second(work, gpu, rows=rows, context_tokens=1024) == pytest.approx(expected, rel=0.01)
 
 
@@ -360,10 +360,10 @@ def test_speeds_are_of_this_machine_and_count_overlapping_runs_once(tmp_path: Pa
     revisions.upgrade(url)
     store = Store(url, now=clock.expression())
     mill.load(store, count=8, batch_size=4)
-    who = mill.seat(store)
+    who = mill.session(store)
     claimed = mill.claim(store, who, wanted=8)
     clock.seconds += 10
-    store.saving.turn(who, [mill.answered(each) for each in claimed])
+    store.leases.sync(who, [mill.answered(each) for each in claimed])
     assert [each.tokens_per_second for each in store.speeds.of(mill.ECHO_SPEC, host="host")] == [8 * 3 / 10]
     with store.database.write() as connection:
         # The second begins when the first is half done, and takes five seconds longer.

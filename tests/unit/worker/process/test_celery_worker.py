@@ -16,7 +16,7 @@ from celery.worker.request import Request
 from kombu.transport import virtual
 
 from batchmill.jobs.configuration.settings import Settings
-from batchmill.worker.process.celery_worker import _Pool, _Processes, make_celery_worker
+from batchmill.worker.process.celery_worker import _Processes, _TaskPool, make_celery_worker
 
 
 def test_a_child_gets_queues_though_those_of_the_last_one_were_never_given_back() -> None:
@@ -27,7 +27,7 @@ def test_a_child_gets_queues_though_those_of_the_last_one_were_never_given_back(
     queues = pool.get_process_queues()
     assert pool._queues[queues] is None
     assert len(pool._queues) == 2
-    assert issubclass(_Pool.Pool, AsynPool)
+    assert issubclass(_TaskPool.Pool, AsynPool)
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ class TestBeginning:
     @pytest.fixture
     def worker_id(self, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, int]]:
         store = Store(sqlite_url)
-        worker_id = mill.seat(store, ready=False).worker_id
+        worker_id = mill.session(store, ready=False).worker_id
         placement = Placement(("cuda:0",)).to_json()
         order = ChildOrder(
             worker_id, mill.ECHO_SPEC.canonical, placement, None, False, None, Pulse.create().path, "", 7
@@ -228,8 +228,8 @@ class TestBoundToAJob:
     @pytest.fixture
     def job(self, store: Store) -> Job:
         job_id = mill.load_named(store, "a", "a", batch_size=1)
-        mill.claim(store, mill.seat(store, identity="weights=1", adapters=[self.A]))
-        return store.reading.job(job_id)
+        mill.claim(store, mill.session(store, identity="weights=1", adapters=[self.A]))
+        return store.jobs.job(job_id)
 
     def held(self, identity: str, *adapters: Adapter) -> EngineFacts:
         return EngineFacts(EngineLimits("echo", 8), identity, adapters=adapters)

@@ -15,13 +15,13 @@ import torch
 from batchmill.jobs.models.quantization import Kind
 from batchmill.worker.devices.upload import upload
 from batchmill.worker.engine.continuous.execution.attention import Attention
+from batchmill.worker.engine.continuous.execution.attention_backend import attention_backend, register
 from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
 from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, FlashAttention, serves
 from batchmill.worker.engine.continuous.execution.graphs import DecodeGraphs
-from batchmill.worker.engine.continuous.execution.interface import attending, register
-from batchmill.worker.engine.continuous.probe import Unsupported, finds_outliers
 from batchmill.worker.engine.continuous.scheduling.slots import Slots
 from batchmill.worker.engine.continuous.scheduling.step import Copy, Piece, Row
+from batchmill.worker.engine.continuous.support import Unsupported, finds_outliers
 from batchmill.worker.engine.lora import BASE, Lora, OtherTokens
 from batchmill.worker.models.load import LoadedModel
 from batchmill.worker.models.loaded.trial import sound_tokens
@@ -142,7 +142,7 @@ class Decoder:
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """`keep`: the places whose logits are computed, 0 for all."""
-        with attending(self._model, self._name):
+        with attention_backend(self._model, self._name):
             output = self._model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -19,7 +19,7 @@ from batchmill.worker.engine.continuous.scheduling.prefixes import Prefixes
 from batchmill.worker.engine.continuous.scheduling.slots import Slot, Slots
 from batchmill.worker.engine.continuous.scheduling.step import Copy, Piece, R, Row, Step
 
-#: A row that waited while this many others per seat entered enters next.
+#: A row that waited while this many others per batch slot entered enters next.
 PATIENCE = 4
 #: Rows enter while this part of the cache stays free for the growth of those that run, if not all can have all.
 RESERVE = 1 / 16
@@ -28,14 +28,15 @@ RESERVE = 1 / 16
 class Schedule(Generic[R]):
     """The rows of one engine.
 
-    `seats`: how many run at once. `close_holes`: neighbours in the cache are worth a copy. `alone`: what is computed
-    with a row depends on that row alone: prompts one by one, and a slot for the whole of it from its first step on.
+    `batch_slots`: how many run at once. `close_holes`: neighbours in the cache are worth a copy. `alone`: what is
+    computed with a row depends on that row alone: prompts one by one, and a slot for the whole of it from its first
+    step on.
     """
 
-    def __init__(self, slots: Slots, *, seats: int, close_holes: bool = True, alone: bool = False) -> None:
+    def __init__(self, slots: Slots, *, batch_slots: int, close_holes: bool = True, alone: bool = False) -> None:
         self._slots = slots
-        self._seats = list(range(seats))
-        self._patience = PATIENCE * seats
+        self._free_batch_slots = list(range(batch_slots))
+        self._patience = PATIENCE * batch_slots
         self._close_holes = close_holes
         self._alone = alone
         self._prefixes: Prefixes[R] = Prefixes()
@@ -47,12 +48,12 @@ class Schedule(Generic[R]):
 
     @property
     def waiting(self) -> int:
-        """Rows without a seat."""
+        """Rows without a batch slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Rows with a seat."""
+        """Rows with a batch slot."""
         return len(self._running)
 
     def add(self, row: R) -> None:
@@ -63,11 +64,11 @@ class Schedule(Generic[R]):
 
     def leave(self, row: R) -> None:
         """Forgets a row that has ended or was cancelled."""
-        if row.seat < 0:
+        if row.batch_slot < 0:
             self._waiting.remove(row)
             return
         self._running.remove(row)
-        self._unseat(row)
+        self._leave_batch_slot(row)
         if row.computed < row.prompt_tokens or not row.proven:
             self._forget(row)
         else:
@@ -78,7 +79,7 @@ class Schedule(Generic[R]):
         for piece in step.pieces:
             piece.row.computed = piece.end
 
-    def plan(self, budget: int) -> Step[R]:
+    def schedule(self, budget: int) -> Step[R]:
         """The next step: at most `budget` tokens, and none only if there are no rows."""
         step: Step[R] = Step()
         if self._alone:
@@ -93,15 +94,17 @@ class Schedule(Generic[R]):
         step.pieces.sort(key=_in_reading_order)
         return step
 
-    def after(self, step: Step[R]) -> Step[R] | None:
+    def schedule_ahead(self, step: Step[R]) -> Step[R] | None:
         """The step that follows one of decoding rows, whose tokens are not known yet.
 
         None where rows have to enter, to move, or to compute their prompts first. A row that ends with the token that
         is not known is computed in vain.
         """
-        following = [Piece(row, end, end + 1) for row, _, end in step.pieces if row.seat >= 0]
-        decoding = all(piece.end - piece.begin == 1 and piece.sampled for piece in step.pieces if piece.row.seat >= 0)
-        entering = bool(self._seats and self._waiting)
+        following = [Piece(row, end, end + 1) for row, _, end in step.pieces if row.batch_slot >= 0]
+        decoding = all(
+            piece.end - piece.begin == 1 and piece.sampled for piece in step.pieces if piece.row.batch_slot >= 0
+        )
+        entering = bool(self._free_batch_slots and self._waiting)
         room = all(piece.row.held.size >= piece.end for piece in following)
         if not following or not decoding or entering or not room or len(following) < len(self._running):
             return None
@@ -117,10 +120,10 @@ class Schedule(Generic[R]):
 
     def _decode(self, step: Step[R], budget: int) -> None:
         for row in sorted(self._running, key=lambda each: each.arrival):
-            if row.seat >= 0 and row.decodes and self._room_for_next(row, step):
+            if row.batch_slot >= 0 and row.decodes and self._room_for_next(row, step):
                 step.pieces.append(Piece(row, row.computed, row.computed + 1))
         while len(step.pieces) > budget:
-            self._put_back(step.pieces.pop().row, step)
+            self._preempt(step.pieces.pop().row, step)
 
     def _room_for_next(self, row: R, step: Step[R]) -> bool:
         """Whether the row's slot holds one more token, if others are put back for it; else it was put back itself."""
@@ -130,7 +133,7 @@ class Schedule(Generic[R]):
                 self._move(row, slot, step)
                 return True
             youngest = max(self._running, key=lambda each: each.arrival)
-            self._put_back(youngest, step)
+            self._preempt(youngest, step)
             if youngest is row:
                 return False
         return True
@@ -140,9 +143,9 @@ class Schedule(Generic[R]):
             self._add_piece(step, row, budget)
 
     def _admit(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
-        """Lets waiting rows enter, while there are seats, slots and a budget for them."""
+        """Lets waiting rows enter, while there are batch slots, slots and a budget for them."""
         for row in self._candidates():
-            if not self._seats or step.tokens >= budget or len(step.entered) == most:
+            if not self._free_batch_slots or step.tokens >= budget or len(step.entered) == most:
                 return
             if self._enter(row, step, budget - step.tokens):
                 self._add_piece(step, row, budget)
@@ -156,7 +159,7 @@ class Schedule(Generic[R]):
 
     def _candidates(self) -> list[R]:
         """Those that waited too long, then those whose beginning is in the cache, then the longest."""
-        if not self._seats:
+        if not self._free_batch_slots:
             return []
         return sorted(self._waiting, key=self._rank)
 
@@ -167,7 +170,7 @@ class Schedule(Generic[R]):
         return self._entries - row.entries > self._patience
 
     def _enter(self, row: R, step: Step[R], budget: int) -> bool:
-        """Gives the row a seat and a slot, if there is room; a prompt that is read beside others is read whole."""
+        """Gives the row a batch slot and a KV slot, if there is room; a prompt beside others is read whole."""
         whole = row.most_tokens if self._alone else min(row.most_tokens, 2 * len(row.tokens))
         size = self._slots.size_for(whole)
         left = self._slots.free_tokens - size
@@ -185,7 +188,7 @@ class Schedule(Generic[R]):
         slot = self._take(whole)
         if slot is None:
             return False
-        row.slot, row.seat = slot, heappop(self._seats)
+        row.slot, row.batch_slot = slot, heappop(self._free_batch_slots)
         # To make room, the row that it begins like may have gone.
         source = nearest[0].slot if nearest is not None else None
         row.computed = known if source is not None else 0
@@ -209,17 +212,17 @@ class Schedule(Generic[R]):
             slot = self._slots.take(tokens)
         return slot
 
-    def _put_back(self, row: R, step: Step[R]) -> None:
+    def _preempt(self, row: R, step: Step[R]) -> None:
         self._running.remove(row)
-        step.vacated.append(row.seat)
-        self._unseat(row)
+        step.vacated.append(row.batch_slot)
+        self._leave_batch_slot(row)
         self._forget(row)
         row.computed = 0
         insort(self._waiting, row, key=_longest_first)
 
-    def _unseat(self, row: R) -> None:
-        heappush(self._seats, row.seat)
-        row.seat = -1
+    def _leave_batch_slot(self, row: R) -> None:
+        heappush(self._free_batch_slots, row.batch_slot)
+        row.batch_slot = -1
 
     def _forget(self, row: R) -> None:
         self._prefixes.leave(row)

@@ -17,8 +17,8 @@ class Row:
     """One sequence of tokens: a prompt and the answer so far.
 
     `most_tokens`: its length at the most. `adapter`: the number of the one that computes it, 0 for none. `computed`:
-    how many of its tokens have keys and values in the cache. `seat`: its place among the rows that run, which it keeps
-    while it does; -1 before.
+    how many of its tokens have keys and values in the cache. `batch_slot`: its place among the rows that run, which it
+    keeps while it does; -1 before.
     """
 
     tokens: list[int]
@@ -29,7 +29,7 @@ class Row:
     blocks: tuple[int, ...] = field(init=False)
     computed: int = 0
     slot: Slot | None = None
-    seat: int = -1
+    batch_slot: int = -1
     arrival: int = 0
     entries: int = 0
 
@@ -85,8 +85,8 @@ class Copy(NamedTuple):
 class Step(Generic[R]):
     """The next step. Decoding rows come first, then pieces of prompts, in the order of the cache; beginnings by length.
 
-    `copies` are done one after the other before anything is computed. Then rows lost the seats `vacated`, and others
-    `entered`.
+    `copies` are done one after the other before anything is computed. Then rows lost the batch slots `vacated`, and
+    others `entered`.
     """
 
     pieces: list[Piece[R]] = field(default_factory=list)

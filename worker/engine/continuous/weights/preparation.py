@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from batchmill.worker.engine.continuous.weights.products import Product, product_of
-from batchmill.worker.engine.continuous.weights.siblings import Siblings, find_siblings
+from batchmill.worker.engine.continuous.weights.fused_matmul import FusedMatmul, fused_matmul_of
+from batchmill.worker.engine.continuous.weights.fused_projections import FusedProjections, find_shared_inputs
 from batchmill.worker.engine.options import Dequantize
 
 #: One product of several layers must equal theirs for inputs of so many rows: one, few, a decode step, a prefill.
@@ -51,7 +51,7 @@ def prepare(model: PreTrainedModel, *, dequantize: Dequantize, free_bytes: int) 
     or none. Raises what the device raises when memory for a copy is short.
     """
     before = [_logits(model, tokens) for tokens in _PROMPTS]
-    products = dict(_joined(find_siblings(model, lambda: _logits(model, _PROMPTS[-1]))))
+    products = dict(_joined(find_shared_inputs(model, lambda: _logits(model, _PROMPTS[-1]))))
     if not all(torch.equal(_logits(model, tokens), logits) for tokens, logits in zip(_PROMPTS, before, strict=True)):
         for each in products:
             each.part()
@@ -69,7 +69,7 @@ def _logits(model: PreTrainedModel, tokens: int) -> Tensor:
     return logits
 
 
-def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[Siblings, Product]]:
+def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[FusedProjections, FusedMatmul]]:
     """Puts a product in place of each group's layers, or of each one alone where the group's would not be equal.
 
     What is equal depends on shapes and kinds, so of layers that are alike only the first are tried in full.
@@ -77,7 +77,7 @@ def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[Siblings,
     tried: set[tuple[object, ...]] = set()
     for group in groups:
         for layers in (group, *((each,) for each in group if len(group) > 1)):
-            product = product_of(layers)
+            product = fused_matmul_of(layers)
             if product is None or any("forward" in vars(each) for each in layers):
                 continue
             kind = tuple((type(each), each.in_features, each.out_features) for each in layers)
@@ -85,12 +85,12 @@ def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[Siblings,
                 continue
             tried.add(kind)
             product.adopt()
-            siblings = Siblings(layers, product)
+            siblings = FusedProjections(layers, product)
             siblings.join()
             yield siblings, product
 
 
-def _equal(layers: Sequence[nn.Linear], product: Product, rows: Sequence[int]) -> bool:
+def _equal(layers: Sequence[nn.Linear], product: FusedMatmul, rows: Sequence[int]) -> bool:
     """Whether the product's values are those of the layers, bit for bit."""
     weight = next(each for each in (layers[0].bias, layers[0].weight) if each is not None)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -103,7 +103,7 @@ def _equal(layers: Sequence[nn.Linear], product: Product, rows: Sequence[int]) -
     return True
 
 
-def _copied(products: Sequence[Product], dequantize: Dequantize, free_bytes: int) -> tuple[int, tuple[int, int]]:
+def _copied(products: Sequence[FusedMatmul], dequantize: Dequantize, free_bytes: int) -> tuple[int, tuple[int, int]]:
     """Makes copies of full precision where they are wanted. Returns their bytes and the rows that they begin at."""
     able = [each for each in products if each.copy_bytes]
     needed = sum(each.copy_bytes for each in able)

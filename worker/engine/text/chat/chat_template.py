@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from batchmill.jobs.requests.generation import GenerationRequest
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.worker.engine.refused import Refused
-from batchmill.worker.engine.text.chat.form import Form, forms
+from batchmill.worker.engine.text.chat.form import MessageForm, forms
 from batchmill.worker.engine.text.chat.marks import Marked, shape_of
 
 #: What `apply_chat_template` takes besides the template's own variables, and a request may not set.
@@ -47,7 +47,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._kept: OrderedDict[tuple[Any, ...], Form | str] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], MessageForm | str] = OrderedDict()
 
     def rendered(self, request: GenerationRequest) -> str:
         """The prompt of a request that has messages. Raises Refused."""
@@ -88,7 +88,7 @@ class ChatTemplate:
 
     def _form(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-    ) -> Form:
+    ) -> MessageForm:
         """The form in which all of such a conversation is in the prompt. Raises Refused."""
         shape = shape_of(messages, tools, variables)
         found = self._kept.pop(shape, None) or self._proven(Marked(messages, tools), variables)
@@ -99,7 +99,7 @@ class ChatTemplate:
             raise _refused(found)
         return found
 
-    def _proven(self, marked: Marked, variables: Mapping[str, Any]) -> Form | str:
+    def _proven(self, marked: Marked, variables: Mapping[str, Any]) -> MessageForm | str:
         """The first form that leaves no mark out, or what is wrong with them all."""
         lost = refused = failed = None
         for form in forms(marked.messages):

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class MessageForm:
     """How messages in OpenAI's form are written for a template.
 
     `system`: a developer's messages are those of the system. `parts`: a content is a list of one text part. `blank`:
@@ -54,7 +54,7 @@ class Form:
         return written | {"id": _short(call["id"])} if self.short and "id" in call else written
 
 
-def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Form]:
+def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[MessageForm]:
     """Every form in which these messages differ, the usual ones first."""
     differs = {
         "parts": any(each.get("content") for each in messages),
@@ -64,7 +64,7 @@ def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Form]:
         "short": any("tool_call_id" in each or each.get("tool_calls") for each in messages),
     }
     for values in product(*((False, True) if differs[name] else (False,) for name in differs)):
-        yield Form(**dict(zip(differs, values, strict=True)))
+        yield MessageForm(**dict(zip(differs, values, strict=True)))
 
 
 def arguments_of(call: Mapping[str, Any]) -> dict[str, Any] | None:

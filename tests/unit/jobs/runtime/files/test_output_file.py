@@ -165,18 +165,18 @@ def test_results_do_not_follow_the_jobs_own_prompts(prompts: Path) -> None:
 def test_results_do_not_replace_the_jobs_own_prompts(sqlite_url: str, tmp_path: Path) -> None:
     store = Store(sqlite_url)
     job_id = mill.begin(store)
-    store.loading.add(job_id, prompts=mill.prompts(2), batch_size=4, lease_seconds=60)
+    store.creation.add(job_id, prompts=mill.prompts(2), batch_size=4, lease_seconds=60)
     sha256 = hashlib.sha256(PROMPTS.encode()).hexdigest()
-    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256=sha256, fingerprint="", lease_seconds=60)
+    store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256=sha256, fingerprint="", lease_seconds=60)
     store.closing.cancel(job_id)
     out = tmp_path / "answers.jsonl"
     for form, prompts in (("jsonl", out), ("openai", out), ("openai", errors_path(out)), ("csv", out)):
         prompts.write_text(PROMPTS)
         with pytest.raises(UsageError, match=f"holds the prompts of job {job_id}"):
-            export(store, store.reading.job(job_id), out=out, form=form, only="all")
+            export(store, store.jobs.job(job_id), out=out, form=form, only="all")
         assert prompts.read_text() == PROMPTS
         prompts.write_text("another file")
-        export(store, store.reading.job(job_id), out=out, form=form, only="all")
+        export(store, store.jobs.job(job_id), out=out, form=form, only="all")
         assert prompts.read_text() != "another file"
         prompts.unlink()
 
@@ -256,4 +256,4 @@ def test_a_folder_that_goes_away_meanwhile_costs_no_answer(sqlite_url: str, tmp_
     again = rf"cannot write .*; the answers are kept in job {job_id}: `batchmill results {job_id} -o FILE` writes them"
     for out in (tmp_path / "gone" / "x.jsonl", Path("/dev/full")):
         with pytest.raises(BatchmillError, match=again):
-            export(store, store.reading.job(job_id), out=out, form="jsonl", only="all")
+            export(store, store.jobs.job(job_id), out=out, form="jsonl", only="all")

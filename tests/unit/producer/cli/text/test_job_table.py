@@ -20,7 +20,7 @@ from tests.support.store import mill
 
 @pytest.fixture
 def job(store: Store) -> Job:
-    return store.reading.job(mill.load(store, 4, name="nightly"))
+    return store.jobs.job(mill.load(store, 4, name="nightly"))
 
 
 def cells(job: Job, *, now: float) -> list[str]:
@@ -60,7 +60,7 @@ def test_a_clock_that_was_set_back_makes_no_negative_time(job: Job) -> None:
 
 
 def test_ages_are_by_the_clock_of_the_store(store: Store, job: Job) -> None:
-    assert 0 <= store.reading.now() - job.queued_at < 3_600
+    assert 0 <= store.jobs.now() - job.queued_at < 3_600
 
 
 class TestNarrow:

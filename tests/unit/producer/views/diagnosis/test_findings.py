@@ -19,7 +19,7 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.process.process import Process
-from batchmill.jobs.store.leases.lease import Held, Seat
+from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches
 from batchmill.producer.cli.main import cli
@@ -45,7 +45,7 @@ class Place:
         settings = Settings(broker_url="redis://mill/0") if external else Settings()
         return diagnose(JobStatus.read(self.store, job_id, settings), self.store, queue or QueueState(), settings)
 
-    def later(self, seconds: float, *beating: Seat) -> None:
+    def later(self, seconds: float, *beating: WorkerSession) -> None:
         """Time passes; these workers live on."""
         self.clock.seconds += seconds
         for each in beating:
@@ -75,21 +75,21 @@ def expect(diagnosis: Diagnosis, verdict: Verdict, reason: str) -> Finding:
 class TestClosedAndMoving:
     def test_a_job_that_succeeded_needs_nothing(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        mill.work_off(place.store, mill.seat(place.store))
+        mill.work_off(place.store, mill.session(place.store))
         reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
         assert reason.remedy == f"`batchmill results {job_id}` writes its outputs"
         assert reason.message.endswith("0 failed, 0 cancelled; finished: 3 stop")
 
     def test_a_job_that_failed_names_results_and_retry(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.ENGINE_ERROR)
+        mill.work_off(place.store, mill.session(place.store), error=ErrorCode.ENGINE_ERROR)
         reason = expect(place.diagnose(job_id), Verdict.CLOSED, "closed")
         assert "3 failed" in reason.message
         assert reason.remedy.endswith(f"; `batchmill retry {job_id}` runs those that may succeed now")
 
     def test_a_retry_that_would_move_nothing_is_not_advised(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        mill.work_off(place.store, mill.seat(place.store), error=ErrorCode.EMPTY_PROMPT)
+        mill.work_off(place.store, mill.session(place.store), error=ErrorCode.EMPTY_PROMPT)
         assert expect(place.diagnose(job_id), Verdict.CLOSED, "closed").remedy == (
             f"`batchmill results {job_id} --only failed` shows what did not succeed; a retry would skip them"
             f" (3 empty_prompt: its line alone decides that); `batchmill retry {job_id} --all` runs these too;"
@@ -97,7 +97,7 @@ class TestClosedAndMoving:
         )
 
     def test_answers_in_the_last_minute_are_moving_with_an_end(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 20)
         place.later(10, who)
         for _ in range(3):
@@ -116,20 +116,20 @@ class TestClosedAndMoving:
         assert "busy workers go on" in finding(diagnosis, "redis_away").message
 
     def test_a_held_batch_without_answers_yet_is_in_somebodys_hands(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(15, who)
         assert "no answer yet" in expect(place.diagnose(job_id), Verdict.MOVING, "at_work").message
 
     def test_a_long_silence_under_a_renewed_lease_says_who_ends_it(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         (claimed,) = mill.claim(place.store, who)
         mill.save(place.store, who, [mill.answered(claimed, count=1)])
         for _ in range(3):
             place.later(50, who)
-            mill.save(place.store, who, [Held(claimed.lease)])
+            mill.save(place.store, who, [BatchReport(claimed.lease)])
         reason = expect(place.diagnose(job_id), Verdict.MOVING, "at_work")
         assert "no answer for 2 min 30 s" in reason.message
         assert "600 s" in reason.remedy
@@ -149,38 +149,38 @@ class TestNames:
 class TestAdapters:
     def test_the_adapter_that_nobody_holds_is_named_with_the_command(self, place: Place) -> None:
         job_id = mill.load_named(place.store, "sql", "sql", "x", batch_size=1)
-        mill.seat(place.store, adapters=[Adapter("x", "/x")])
-        mill.claim(place.store, mill.seat(place.store, name="other", adapters=[Adapter("x", "/x")]))
+        mill.session(place.store, adapters=[Adapter("x", "/x")])
+        mill.claim(place.store, mill.session(place.store, name="other", adapters=[Adapter("x", "/x")]))
         place.store.workers.enter(2, WorkerState.STOPPED)
         place.store.recovery.take_back(2, generation=1, outcome=RunOutcome.RELEASED)
         found = finding(place.diagnose(job_id), "adapter_missing")
         assert found.message == "2 batches wait for the adapter sql, which no live worker holds"
         assert found.remedy == f"start a worker that holds it: {START} --adapter sql=PATH_OR_ID"
         assert not found.stuck  # a worker is there for the third batch
-        mill.work_off(place.store, mill.seat(place.store, name="third", adapters=[Adapter("x", "/x")]))
+        mill.work_off(place.store, mill.session(place.store, name="third", adapters=[Adapter("x", "/x")]))
         expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
-        mill.seat(place.store, name="fourth", ready=False, adapters=[Adapter("sql", "org/sql")])
+        mill.session(place.store, name="fourth", ready=False, adapters=[Adapter("sql", "org/sql")])
         expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
 
     def test_an_adapter_that_means_another_one_here_is_told_from_it(self, place: Place) -> None:
         job_id = mill.load_named(place.store, "sql", "sql", batch_size=1)
-        first = mill.seat(place.store, adapters=[Adapter("sql", "org/sql", "v1")])
+        first = mill.session(place.store, adapters=[Adapter("sql", "org/sql", "v1")])
         mill.save(place.store, first, [mill.answered(mill.claim(place.store, first)[0])])
         place.later(30)
-        mill.seat(place.store, name="newer", adapters=[Adapter("sql", "/b")])
+        mill.session(place.store, name="newer", adapters=[Adapter("sql", "/b")])
         found = expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
         assert found.message.endswith(": this job means org/sql@v1, and worker newer on host holds /b under that name")
         assert found.remedy.endswith("--adapter sql=org/sql@v1")
 
     def test_idle_workers_without_the_adapter_are_not_said_to_be_late(self, place: Place) -> None:
         job_id = mill.load_named(place.store, "sql", "x", batch_size=1)
-        busy = mill.seat(place.store, adapters=[Adapter("x", "/x"), Adapter("sql", "/s")])
+        busy = mill.session(place.store, adapters=[Adapter("x", "/x"), Adapter("sql", "/s")])
         mill.load_named(place.store, "sql")
         (claimed,) = mill.claim(place.store, busy)
-        idle = mill.seat(place.store, name="idle")
+        idle = mill.session(place.store, name="idle")
         for _ in range(10):
             place.later(15, busy, idle)
-            mill.save(place.store, busy, [Held(claimed.lease)])
+            mill.save(place.store, busy, [BatchReport(claimed.lease)])
         codes = [each.code for each in place.diagnose(job_id).findings]
         assert "not_claimed" not in codes
         assert "adapter_missing" not in codes
@@ -205,8 +205,8 @@ class TestNobodyServes:
 
     def test_a_typo_shows_as_a_near_miss(self, place: Place) -> None:
         job_id = mill.load(place.store, 3, spec=LLAMA)
-        mill.seat(place.store, name="near", spec=ModelSpec("org/Llama", "v2", Quantization(Kind.INT8)))
-        mill.seat(place.store, name="far", spec=ModelSpec("org/other", None, Quantization(Kind.NF4)))
+        mill.session(place.store, name="near", spec=ModelSpec("org/Llama", "v2", Quantization(Kind.INT8)))
+        mill.session(place.store, name="far", spec=ModelSpec("org/other", None, Quantization(Kind.NF4)))
         diagnosis = place.diagnose(job_id)
         expect(diagnosis, Verdict.STUCK, "no_worker")
         near = finding(diagnosis, "near_miss")
@@ -216,17 +216,17 @@ class TestNobodyServes:
 
     def test_a_worker_of_another_job_alone_does_not_count(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        mill.seat(place.store, only_job="another")
+        mill.session(place.store, only_job="another")
         diagnosis = place.diagnose(job_id)
         expect(diagnosis, Verdict.STUCK, "no_worker")
         assert "serves job another alone" in finding(diagnosis, "bound_worker").message
 
     def test_dead_and_stopped_workers_are_told_apart(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.enter(mill.seat(place.store, name="one").worker_id, WorkerState.STOPPED)
+        place.store.workers.enter(mill.session(place.store, name="one").worker_id, WorkerState.STOPPED)
         place.later(100)
         assert "worker one on host (cpu) stopped" in finding(place.diagnose(job_id), "worker_gone").message
-        mill.seat(place.store, name="two")
+        mill.session(place.store, name="two")
         place.later(300)
         gone = finding(place.diagnose(job_id), "worker_gone").message
         assert "worker two on host (cpu) was ready and is dead or unreachable, last seen 5 min 0 s ago" in gone
@@ -237,7 +237,7 @@ class TestNobodyServes:
     )
     def test_workers_that_gave_up_say_why(self, place: Place, state: WorkerState, code: str, advice: str) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.enter(mill.seat(place.store, name="bad").worker_id, state, error="Xid 79\nfell off")
+        place.store.workers.enter(mill.session(place.store, name="bad").worker_id, state, error="Xid 79\nfell off")
         reason = expect(place.diagnose(job_id), Verdict.STUCK, code)
         assert reason.message.startswith("no worker of echo (none) is left: worker bad on host (cpu) ")
         assert reason.message.endswith(": Xid 79 fell off")
@@ -245,7 +245,7 @@ class TestNobodyServes:
         assert reason.remedy.endswith(START)
 
     def test_a_sick_worker_beside_a_good_one_is_told_and_blocks_nobody(self, place: Place) -> None:
-        place.store.workers.enter(mill.seat(place.store, name="bad").worker_id, WorkerState.SICK, error="Xid 79")
+        place.store.workers.enter(mill.session(place.store, name="bad").worker_id, WorkerState.SICK, error="Xid 79")
         good = place.store.workers.register(
             host="other", name="good", pid=1, spec=mill.ECHO_SPEC, device="cpu", only_job=None, beat=5.0
         )
@@ -255,13 +255,13 @@ class TestNobodyServes:
         assert "worker bad on host (cpu) is sick: Xid 79" in finding(diagnosis, "worker_sick").message
 
     def test_a_sick_worker_that_was_started_again_is_forgotten(self, place: Place) -> None:
-        place.store.workers.enter(mill.seat(place.store).worker_id, WorkerState.SICK, error="Xid 79")
-        place.store.workers.enter(mill.seat(place.store).worker_id, WorkerState.STOPPED)
+        place.store.workers.enter(mill.session(place.store).worker_id, WorkerState.SICK, error="Xid 79")
+        place.store.workers.enter(mill.session(place.store).worker_id, WorkerState.STOPPED)
         expect(place.diagnose(mill.load(place.store, 3)), Verdict.STUCK, "no_worker")
 
     def test_a_model_that_is_being_loaded_is_waited_for(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        who = mill.seat(place.store, ready=False)
+        who = mill.session(place.store, ready=False)
         place.later(90, who)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "loading_model")
         assert reason.message.startswith("worker w on host is starting, since ")
@@ -270,13 +270,13 @@ class TestNobodyServes:
             "wait: a load that takes longer than 1 h 0 min is given up; `batchmill workers` shows its progress"
         )
         demo = ModelSpec("demo")
-        mill.seat(place.store, ready=False, spec=demo)
+        mill.session(place.store, ready=False, spec=demo)
         reason = expect(place.diagnose(mill.load(place.store, 3, spec=demo)), Verdict.WAITING, "loading_model")
         assert reason.message.startswith("the model is being loaded by worker w on host, since ")
 
     def test_a_worker_that_is_silent_and_lives_is_waited_for(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        mill.seat(place.store, process=Process.own(), host=gethostname())
+        mill.session(place.store, process=Process.own(), host=gethostname())
         place.later(40)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "worker_silent")
         assert reason.message == "worker w has not been heard of for 40 s, and its process lives"
@@ -291,7 +291,7 @@ class TestNobodyServes:
 
     def test_a_load_is_counted_and_timed_from_its_own_beginning(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        who = mill.seat(place.store, ready=False)
+        who = mill.session(place.store, ready=False)
         for nth in ("2nd", "3rd", "4th"):
             place.later(90, who)
             place.store.workers.new_generation(who.worker_id, child_pid=3)
@@ -299,7 +299,7 @@ class TestNobodyServes:
             message = place.diagnose(job_id).findings[0].message
             assert message.startswith(f"worker w on host is starting, for the {nth} time, since ")
             assert message.endswith("(5 s ago)")
-        mill.seat(place.store, name="later", ready=False)
+        mill.session(place.store, name="later", ready=False)
         message = place.diagnose(job_id).findings[0].message
         assert "w on host" in message
         assert ", the first for the 4th time, since " in message
@@ -314,14 +314,14 @@ class TestNobodyServes:
 
     def test_workers_that_are_ending_take_nothing_new(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.enter(mill.seat(place.store).worker_id, WorkerState.DRAINING)
+        place.store.workers.enter(mill.session(place.store).worker_id, WorkerState.DRAINING)
         assert START in expect(place.diagnose(job_id), Verdict.STUCK, "draining").remedy
 
 
 class TestReadyWorkers:
     def test_idle_workers_find_work_without_redis(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        mill.seat(place.store)
+        mill.session(place.store)
         reason = expect(place.diagnose(job_id, AWAY), Verdict.WAITING, "redis_away")
         assert "worker w on host checks the store for work every 15 s" in reason.message
         assert reason.remedy == "start Redis, or correct BATCHMILL_BROKER_URL"
@@ -337,7 +337,7 @@ class TestReadyWorkers:
         job_id = mill.load(place.store, 3)
         live = Process.own()
         assert live is not None
-        mill.seat(place.store, process=replace(live, start_ticks=live.start_ticks - 1), host=gethostname())
+        mill.session(place.store, process=replace(live, start_ticks=live.start_ticks - 1), host=gethostname())
         expect(place.diagnose(job_id), Verdict.STUCK, "no_worker")
         home = Settings().home
         home.mkdir(parents=True, exist_ok=True)
@@ -347,27 +347,27 @@ class TestReadyWorkers:
 
     def test_missing_wakeups_follow_with_the_next_pass(self, place: Place) -> None:
         job_id = mill.load(place.store, 10)
-        mill.seat(place.store)
+        mill.session(place.store)
         reason = expect(place.diagnose(job_id, QueueState(wakeups=1)), Verdict.WAITING, "not_claimed")
         assert "3 batches pending beside idle worker w on host, with 1 wake-up in the queue" in reason.message
         assert "within 15 s" in reason.remedy
 
     def test_a_full_queue_is_taken_within_seconds(self, place: Place) -> None:
         job_id = mill.load(place.store, 10)
-        mill.seat(place.store)
+        mill.session(place.store)
         reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.WAITING, "not_claimed")
         assert "within seconds" in reason.remedy
 
     def test_an_idle_worker_that_never_claims_is_to_be_started_again(self, place: Place) -> None:
         job_id = mill.load(place.store, 10)
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         place.later(61, who)
         reason = expect(place.diagnose(job_id, QueueState(wakeups=3)), Verdict.STUCK, "not_claimed")
         assert "with 3 wake-ups in the queue, for 1 min 1 s" in reason.message
         assert "see `batchmill logs w` on host" in reason.remedy
 
     def test_an_older_job_goes_first(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         older = mill.load(place.store, 20)
         place.later(1, who)
         job_id = mill.load(place.store, 4)
@@ -382,11 +382,11 @@ class TestReadyWorkers:
 
 class TestLeases:
     def test_a_dead_holder_loses_its_lease_at_a_known_time(self, place: Place) -> None:
-        dead = mill.seat(place.store, name="dead")
+        dead = mill.session(place.store, name="dead")
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, dead)
         place.later(30)
-        mill.seat(place.store, name="other", spec=LLAMA)
+        mill.session(place.store, name="other", spec=LLAMA)
         reason = expect(place.diagnose(job_id), Verdict.WAITING, "dead_holder")
         assert "worker dead on host (cpu) holds 1 batch since 1970-01-12 13:46:40 UTC (30 s)" in reason.message
         assert "last seen 30 s ago; the lease runs until 1970-01-12 13:47:40 UTC, for another 30 s" in reason.message
@@ -394,7 +394,7 @@ class TestLeases:
 
     def test_a_lease_without_anybody_alive_is_never_taken_back(self, place: Place) -> None:
         job_id = mill.load(place.store, 4)
-        mill.claim(place.store, mill.seat(place.store))
+        mill.claim(place.store, mill.session(place.store))
         place.later(100)
         reason = expect(place.diagnose(job_id), Verdict.STUCK, "nobody_reconciles")
         assert "the lease expired at 1970-01-12 13:47:40 UTC, 40 s ago" in reason.message
@@ -404,18 +404,18 @@ class TestLeases:
         live = Process.own()
         assert live is not None
         killed = replace(live, start_ticks=live.start_ticks - 1)
-        who = mill.seat(place.store, process=killed)
+        who = mill.session(place.store, process=killed)
         job_id = mill.load(place.store, 4)
         assert START in expect(place.diagnose(job_id), Verdict.STUCK, "no_worker").remedy
         mill.claim(place.store, who)
         place.later(3)
         reason = expect(place.diagnose(job_id), Verdict.STUCK, "nobody_reconciles")
         assert "has ended or is unreachable, last seen 3 s ago" in reason.message
-        mill.seat(place.store, name="other", spec=LLAMA)
+        mill.session(place.store, name="other", spec=LLAMA)
         expect(place.diagnose(job_id), Verdict.WAITING, "dead_holder")
 
     def test_a_frozen_process_loses_its_lease_while_its_worker_lives(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(70, who)
@@ -423,7 +423,7 @@ class TestLeases:
         assert "is alive but does not renew it" in reason.message
 
     def test_a_lease_that_live_workers_leave_alone_is_a_reason_to_act(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(200, who)
@@ -432,7 +432,7 @@ class TestLeases:
         )
 
     def test_a_lease_of_a_clock_that_was_set_back_is_no_work_in_progress(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(-3_600, who)
@@ -441,7 +441,7 @@ class TestLeases:
         assert "a live worker requeues them" in reason.remedy
 
     def test_suspects_and_crashes_are_named(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.store.recovery.take_back(who.worker_id, generation=1)
@@ -454,7 +454,7 @@ class TestLeases:
     def test_a_worker_that_ended_itself_is_told_by_the_log_of_its_supervisor(self, place: Place) -> None:
         live = Process.own()
         assert live is not None
-        who = mill.seat(place.store, name="gpu 1", process=replace(live, start_ticks=live.start_ticks - 1))
+        who = mill.session(place.store, name="gpu 1", process=replace(live, start_ticks=live.start_ticks - 1))
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(3)
@@ -466,7 +466,7 @@ class TestLeases:
 
     @pytest.mark.parametrize("then", ["lives on", "stops"])
     def test_a_worker_that_outlived_its_process_says_itself_how_that_ended(self, place: Place, then: str) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(3)
@@ -479,7 +479,7 @@ class TestLeases:
         assert finding(place.diagnose(job_id), "crashed").remedy == "`batchmill logs w` on host shows why"
 
     def test_a_lease_that_ran_out_is_no_death(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 4)
         mill.claim(place.store, who)
         place.later(100, who)
@@ -491,7 +491,7 @@ class TestLeases:
 
 class TestEnding:
     def test_a_cancel_waits_for_who_holds_the_rest(self, place: Place) -> None:
-        who = mill.seat(place.store)
+        who = mill.session(place.store)
         job_id = mill.load(place.store, 8)
         mill.claim(place.store, who)
         place.store.closing.cancel(job_id)
@@ -500,7 +500,7 @@ class TestEnding:
 
     def test_a_cancel_of_what_the_dead_hold_is_ended_by_status(self, place: Place) -> None:
         job_id = mill.load(place.store, 8)
-        mill.claim(place.store, mill.seat(place.store))
+        mill.claim(place.store, mill.session(place.store))
         place.store.closing.cancel(job_id)
         place.later(30)
         diagnosis = place.diagnose(job_id)
@@ -510,7 +510,7 @@ class TestEnding:
 
     def test_a_job_with_nothing_open_is_closed_by_the_next_pass(self, place: Place) -> None:
         job_id = mill.load(place.store, 4)
-        mill.claim(place.store, who := mill.seat(place.store))
+        mill.claim(place.store, who := mill.session(place.store))
         with place.store.database.write() as connection:
             leased = {"worker_id": None, "worker_generation": None, "lease_until": None}
             connection.execute(update(batches).values(state="done", **leased))
@@ -521,7 +521,7 @@ class TestEnding:
     def test_a_job_that_is_loading_is_no_job_yet(self, place: Place) -> None:
         job_id = mill.begin(place.store)
         with pytest.raises(NotFound):
-            place.store.holders.around(job_id, lease_seconds=60.0)
+            place.store.blockers.around(job_id, lease_seconds=60.0)
 
 
 class TestWords:
@@ -544,7 +544,7 @@ class TestWords:
 
     def test_many_workers_are_counted_rather_than_named(self, place: Place) -> None:
         for number in range(5):
-            mill.seat(place.store, name=f"w{number}", ready=False)
+            mill.session(place.store, name=f"w{number}", ready=False)
         message = place.diagnose(mill.load(place.store, 3)).findings[0].message
         assert "and 2 more" in message
 

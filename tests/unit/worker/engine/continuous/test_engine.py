@@ -19,7 +19,7 @@ from batchmill.jobs.models.spec import DEMO, ModelSpec
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.probe import Unsupported
+from batchmill.worker.engine.continuous.support import Unsupported
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
 from batchmill.worker.engine.options import EngineOptions

@@ -10,17 +10,17 @@ from batchmill.worker.engine.generate.batching import (
     PADDING,
     SHORT_ANSWER_TOKENS,
     SHORT_PROMPT_TOKENS,
-    Size,
+    RequestTokens,
     plan,
 )
 
 PLENTY = 10**9
-sizes = st.builds(Size, st.integers(1, 4000), st.integers(1, 4000))
+sizes = st.builds(RequestTokens, st.integers(1, 4000), st.integers(1, 4000))
 queues = st.lists(sizes, min_size=1, max_size=60)
 
 
 @given(queues, st.integers(1, 40), st.integers(1, 100_000))
-def test_a_micro_batch_keeps_every_bound(queue: list[Size], rows: int, tokens: int) -> None:
+def test_a_micro_batch_keeps_every_bound(queue: list[RequestTokens], rows: int, tokens: int) -> None:
     planned = plan(queue, rows=rows, tokens=tokens)
     chosen = [queue[place] for place in planned.places]
     prompts = [max(each.prompt, SHORT_PROMPT_TOKENS) for each in chosen]
@@ -34,7 +34,9 @@ def test_a_micro_batch_keeps_every_bound(queue: list[Size], rows: int, tokens: i
 
 
 @given(queues, st.integers(1, 40), st.integers(1, 100_000))
-def test_the_oldest_request_is_always_in_so_that_nothing_starves(queue: list[Size], rows: int, tokens: int) -> None:
+def test_the_oldest_request_is_always_in_so_that_nothing_starves(
+    queue: list[RequestTokens], rows: int, tokens: int
+) -> None:
     left = list(queue)
     for _ in queue:
         if not left:
@@ -45,22 +47,35 @@ def test_the_oldest_request_is_always_in_so_that_nothing_starves(queue: list[Siz
     assert not left
 
 
-@given(st.lists(st.just(Size(100, 50)), min_size=1, max_size=80), st.integers(1, 40))
-def test_equal_requests_fill_all_rows_in_their_order(queue: list[Size], rows: int) -> None:
+@given(st.lists(st.just(RequestTokens(100, 50)), min_size=1, max_size=80), st.integers(1, 40))
+def test_equal_requests_fill_all_rows_in_their_order(queue: list[RequestTokens], rows: int) -> None:
     assert plan(queue, rows=rows, tokens=PLENTY).places == tuple(range(min(rows, len(queue))))
 
 
 def test_the_nearest_lengths_join_the_oldest_request() -> None:
-    queue = [Size(100, 50), Size(124, 50), Size(98, 50), Size(1000, 50), Size(101, 50), Size(90, 50)]
+    queue = [
+        RequestTokens(100, 50),
+        RequestTokens(124, 50),
+        RequestTokens(98, 50),
+        RequestTokens(1000, 50),
+        RequestTokens(101, 50),
+        RequestTokens(90, 50),
+    ]
     assert plan(queue, rows=3, tokens=PLENTY).places == (0, 2, 4)
     assert plan(queue, rows=40, tokens=PLENTY).places == (0, 1, 2, 4, 5)
 
 
 def test_short_prompts_of_any_length_run_together() -> None:
-    queue = [Size(length, 10) for length in range(1, SHORT_PROMPT_TOKENS + 1)]
+    queue = [RequestTokens(length, 10) for length in range(1, SHORT_PROMPT_TOKENS + 1)]
     assert len(plan(queue, rows=40, tokens=PLENTY).places) == len(queue)
 
 
 def test_short_answers_do_not_wait_for_long_ones() -> None:
-    queue = [Size(50, 64), Size(50, 4000), Size(50, 100), Size(50, 128), Size(50, 33)]
+    queue = [
+        RequestTokens(50, 64),
+        RequestTokens(50, 4000),
+        RequestTokens(50, 100),
+        RequestTokens(50, 128),
+        RequestTokens(50, 33),
+    ]
     assert plan(queue, rows=40, tokens=PLENTY).places == (0, 2, 3)

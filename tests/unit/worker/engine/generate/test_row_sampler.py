@@ -29,9 +29,9 @@ def test_the_largest_score_is_the_token_that_the_sampler_chose() -> None:
         prompt(0, temperature=0.0),
         prompt(3, temperature=2.0, top_p=0.9, frequency_penalty=1.0, seed=2),
     ]
-    rows, sampler = RowSampler(prompts, vocabulary=30, device=CPU), Sampler(seats=3, vocabulary=30, device=CPU)
-    for seat, each in enumerate(prompts):
-        sampler.enter(seat, each.sampling, prompt=each.tokens)
+    rows, sampler = RowSampler(prompts, vocabulary=30, device=CPU), Sampler(batch_slots=3, vocabulary=30, device=CPU)
+    for batch_slot, each in enumerate(prompts):
+        sampler.enter(batch_slot, each.sampling, prompt=each.tokens)
     scores = torch.randn(3, 30, generator=torch.Generator().manual_seed(1))
     for _ in range(10):
         assert next_tokens(rows, scores) == sampler.sample(range(3), scores.clone()).tokens.tolist()

@@ -48,30 +48,32 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), max_size=12)
 @settings(max_examples=60)
 @given(st.data())
 def test_sequences_come_go_and_generate_in_any_company(data: st.DataObject) -> None:
-    penalties = Penalties(seats=SEATS, device=CPU)
+    penalties = Penalties(batch_slots=SEATS, device=CPU)
     held: dict[int, Plain] = {}
     scores = torch.randn(SEATS, VOCABULARY, generator=torch.Generator().manual_seed(1))
     for _ in range(data.draw(st.integers(1, 12))):
-        seat = data.draw(st.integers(0, SEATS - 1))
-        if held.pop(seat, None):
-            penalties.leave(seat)
+        batch_slot = data.draw(st.integers(0, SEATS - 1))
+        if held.pop(batch_slot, None):
+            penalties.leave(batch_slot)
         else:
-            held[seat] = Plain(data.draw(SAMPLINGS), data.draw(TOKENS), data.draw(TOKENS))
-            penalties.enter(seat, held[seat].sampling, held[seat].prompt, held[seat].generated)
+            held[batch_slot] = Plain(data.draw(SAMPLINGS), data.draw(TOKENS), data.draw(TOKENS))
+            penalties.enter(batch_slot, held[batch_slot].sampling, held[batch_slot].prompt, held[batch_slot].generated)
         if held:
-            seats = np.array(data.draw(st.lists(st.sampled_from(sorted(held)), unique=True, min_size=1)))
+            batch_slots = np.array(data.draw(st.lists(st.sampled_from(sorted(held)), unique=True, min_size=1)))
             found = scores.clone()
-            penalties.apply(found, np.flatnonzero(np.isin(np.arange(SEATS), seats)), np.sort(seats))
-            wanted = [held[s].penalised(scores[s]) if s in seats else scores[s] for s in range(SEATS)]
+            penalties.apply(found, np.flatnonzero(np.isin(np.arange(SEATS), batch_slots)), np.sort(batch_slots))
+            wanted = [held[s].penalised(scores[s]) if s in batch_slots else scores[s] for s in range(SEATS)]
             torch.testing.assert_close(found, torch.stack(wanted))
-            tokens = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=len(seats), max_size=len(seats)))
-            penalties.record(seats, torch.tensor(tokens))
-            for each, token in zip(seats.tolist(), tokens, strict=True):
+            tokens = data.draw(
+                st.lists(st.integers(0, VOCABULARY - 1), min_size=len(batch_slots), max_size=len(batch_slots))
+            )
+            penalties.record(batch_slots, torch.tensor(tokens))
+            for each, token in zip(batch_slots.tolist(), tokens, strict=True):
                 held[each].generated.append(token)
 
 
 def test_lists_grow_with_long_answers() -> None:
-    penalties = Penalties(seats=2, device=CPU)
+    penalties = Penalties(batch_slots=2, device=CPU)
     long = Plain(SamplingParams(repetition_penalty=1.3, frequency_penalty=0.01), [1, 2])
     short = Plain(SamplingParams(presence_penalty=1.0), [])
     penalties.enter(0, long.sampling, long.prompt, [])
@@ -89,7 +91,7 @@ def test_lists_grow_with_long_answers() -> None:
 
 
 def test_minus_infinity_stays_what_it_is() -> None:
-    penalties = Penalties(seats=1, device=CPU)
+    penalties = Penalties(batch_slots=1, device=CPU)
     sampling = SamplingParams(repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=1.0)
     penalties.enter(0, sampling, [0], [1])
     scores = torch.full((1, 3), -torch.inf)

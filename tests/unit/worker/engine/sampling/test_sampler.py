@@ -21,8 +21,8 @@ PROMPT = [3, 5, 5, 9]
 ENDS = [1, 4]
 
 
-def sampler(vocabulary: int = VOCABULARIES[0], *, seats: int = 8) -> Sampler:
-    return Sampler(seats=seats, vocabulary=vocabulary, device=CPU)
+def sampler(vocabulary: int = VOCABULARIES[0], *, batch_slots: int = 8) -> Sampler:
+    return Sampler(batch_slots=batch_slots, vocabulary=vocabulary, device=CPU)
 
 
 def logits(*names: int, vocabulary: int = VOCABULARIES[0]) -> torch.Tensor:
@@ -40,9 +40,9 @@ def packed(allowed: Sequence[Sequence[int] | None], vocabulary: int = VOCABULARI
     return torch.from_numpy(words.view(np.int32))
 
 
-def steps(of: Sampler, seat: int, count: int, *, start: int = 0, vocabulary: int = VOCABULARIES[0]) -> list[int]:
-    """The tokens that one seat gets alone, from logits that differ from step to step."""
-    return [int(of.sample([seat], logits(start + step, vocabulary=vocabulary)).tokens) for step in range(count)]
+def steps(of: Sampler, batch_slot: int, count: int, *, start: int = 0, vocabulary: int = VOCABULARIES[0]) -> list[int]:
+    """The tokens that one batch slot gets alone, from logits that differ from step to step."""
+    return [int(of.sample([batch_slot], logits(start + step, vocabulary=vocabulary)).tokens) for step in range(count)]
 
 
 def greedy(**options: Any) -> SamplingParams:
@@ -80,17 +80,17 @@ def test_a_row_gets_the_same_whatever_the_company(
     """Its token and its logprobs, bit for bit: alone, and among any of the others in any order at any step."""
     alone, together = [sampler(vocabulary) for _ in sequences], sampler(vocabulary)
     forbidden = data.draw(st.sampled_from([None, range(7, vocabulary, 2)]))
-    for seat, sampling in enumerate(sequences):
-        alone[seat].enter(0, sampling, prompt=PROMPT, end_token_ids=ENDS)
-        together.enter(seat, sampling, prompt=PROMPT, end_token_ids=ENDS)
+    for batch_slot, sampling in enumerate(sequences):
+        alone[batch_slot].enter(0, sampling, prompt=PROMPT, end_token_ids=ENDS)
+        together.enter(batch_slot, sampling, prompt=PROMPT, end_token_ids=ENDS)
     for _ in range(3):
         some = data.draw(st.lists(st.sampled_from(range(len(sequences))), unique=True, min_size=1))
-        masks = [None if seat % 2 else forbidden for seat in some]
+        masks = [None if batch_slot % 2 else forbidden for batch_slot in some]
         allowed = packed(masks, vocabulary) if any(masks) else None
         found = together.sample(some, logits(*some, vocabulary=vocabulary), allowed=allowed)
-        for place, seat in enumerate(some):
+        for place, batch_slot in enumerate(some):
             own = packed([masks[place]], vocabulary) if masks[place] else None
-            wanted = alone[seat].sample([0], logits(seat, vocabulary=vocabulary), allowed=own)
+            wanted = alone[batch_slot].sample([0], logits(batch_slot, vocabulary=vocabulary), allowed=own)
             assert_same(found, place, wanted)
 
 
@@ -111,17 +111,23 @@ def test_many_rows_of_a_large_vocabulary_get_the_same_as_each_alone() -> None:
     vocabulary, rows = 33_000, 70
     sampling = [
         SamplingParams(
-            temperature=1.0 + seat % 3, top_p=(None, 0.9)[seat % 2], min_p=(None, 1e-5)[seat // 2 % 2], seed=1
+            temperature=1.0 + batch_slot % 3,
+            top_p=(None, 0.9)[batch_slot % 2],
+            min_p=(None, 1e-5)[batch_slot // 2 % 2],
+            seed=1,
         )
-        for seat in range(rows)
+        for batch_slot in range(rows)
     ]
-    alone, together = sampler(vocabulary, seats=rows), sampler(vocabulary, seats=rows)
-    for seat in range(rows):
-        alone.enter(seat, sampling[seat], prompt=PROMPT, choice=seat)
-        together.enter(seat, sampling[seat], prompt=PROMPT, choice=seat)
+    alone, together = sampler(vocabulary, batch_slots=rows), sampler(vocabulary, batch_slots=rows)
+    for batch_slot in range(rows):
+        alone.enter(batch_slot, sampling[batch_slot], prompt=PROMPT, choice=batch_slot)
+        together.enter(batch_slot, sampling[batch_slot], prompt=PROMPT, choice=batch_slot)
     scores = logits(*range(rows), vocabulary=vocabulary)
     tokens = together.sample(range(rows), scores.clone()).tokens.tolist()
-    assert tokens == [int(alone.sample([seat], scores[seat : seat + 1].clone()).tokens) for seat in range(rows)]
+    assert tokens == [
+        int(alone.sample([batch_slot], scores[batch_slot : batch_slot + 1].clone()).tokens)
+        for batch_slot in range(rows)
+    ]
     assert len(set(tokens)) > rows // 2
 
 
@@ -151,7 +157,7 @@ def test_a_sequence_that_was_put_back_goes_on_as_if_it_had_stayed(generated: int
 
 
 @pytest.mark.parametrize("after", [greedy(), greedy(frequency_penalty=0.1), SamplingParams(temperature=1.0, seed=2)])
-def test_nothing_of_a_sequence_stays_on_its_seat(after: SamplingParams) -> None:
+def test_nothing_of_a_sequence_stays_in_its_batch_slot(after: SamplingParams) -> None:
     used, fresh = sampler(), sampler()
     everything = SamplingParams(
         temperature=0.5, top_k=2, top_p=0.5, min_p=0.5, logit_bias=((6, 100.0),), logprobs=True, top_logprobs=4, seed=9
@@ -181,11 +187,11 @@ def test_the_same_seed_draws_the_same(seed: int) -> None:
 def test_seeds_choices_and_sequences_without_a_seed_draw_differently() -> None:
     rows = sampler()
     seeds = [SamplingParams(temperature=1.0, seed=seed) for seed in (1, 2, 2**64 - 1, None, None)]
-    for seat, sampling in enumerate(seeds):
-        rows.enter(seat, sampling, prompt=PROMPT)
+    for batch_slot, sampling in enumerate(seeds):
+        rows.enter(batch_slot, sampling, prompt=PROMPT)
     rows.enter(5, seeds[0], prompt=PROMPT, choice=1)
     rows.enter(6, seeds[1], prompt=PROMPT, choice=1)
-    assert len({tuple(steps(rows, seat, 20)) for seat in range(7)}) == 7
+    assert len({tuple(steps(rows, batch_slot, 20)) for batch_slot in range(7)}) == 7
 
 
 def test_greedy_takes_the_largest_logit_whatever_is_asked_of_a_draw() -> None:
@@ -226,13 +232,13 @@ def test_no_end_token_comes_before_min_tokens() -> None:
 
 def test_a_grammar_allows_and_its_neighbours_are_free() -> None:
     rows = sampler(40)
-    for seat in range(4):
-        rows.enter(seat, (greedy(), SamplingParams(temperature=1.0, seed=1))[seat % 2], prompt=PROMPT)
+    for batch_slot in range(4):
+        rows.enter(batch_slot, (greedy(), SamplingParams(temperature=1.0, seed=1))[batch_slot % 2], prompt=PROMPT)
     scores = logits(1, vocabulary=40)
     free = rows.sample([0, 1], scores.repeat(2, 1)).tokens.tolist()
-    for seat in range(4):
-        rows.leave(seat)
-        rows.enter(seat, (greedy(), SamplingParams(temperature=1.0, seed=1))[seat % 2], prompt=PROMPT)
+    for batch_slot in range(4):
+        rows.leave(batch_slot)
+        rows.enter(batch_slot, (greedy(), SamplingParams(temperature=1.0, seed=1))[batch_slot % 2], prompt=PROMPT)
     allowed = packed([[33, 39], [39], None, None], 40)
     tokens = rows.sample(range(4), scores.repeat(4, 1), allowed=allowed).tokens.tolist()
     assert tokens == [33 if scores[0, 33] > scores[0, 39] else 39, 39, *free]
@@ -242,8 +248,10 @@ def test_a_grammar_allows_and_its_neighbours_are_free() -> None:
 def test_a_row_that_may_take_nothing_takes_something_and_leaves_the_others_alone(vocabulary: int) -> None:
     rows = sampler(vocabulary)
     restricted = SamplingParams(temperature=1.0, top_p=0.9, top_k=7, min_p=0.1, seed=1)
-    for seat, sampling in enumerate([restricted, SamplingParams(temperature=1.0, top_p=0.5), greedy(), restricted]):
-        rows.enter(seat, sampling, prompt=PROMPT)
+    for batch_slot, sampling in enumerate(
+        [restricted, SamplingParams(temperature=1.0, top_p=0.5), greedy(), restricted]
+    ):
+        rows.enter(batch_slot, sampling, prompt=PROMPT)
     scores = logits(1, vocabulary=vocabulary).repeat(4, 1)
     scores[1] = torch.nan
     tokens = rows.sample(range(4), scores, allowed=packed([[], None, [], None], vocabulary)).tokens
@@ -266,7 +274,7 @@ def test_logprobs_are_the_models_own() -> None:
     found = sampled.logprobs
     assert found is not None
     assert found.places == (0, 2, 3)
-    wanted = [model[seat, sampled.tokens[place]] for place, seat in ((0, 3), (2, 2), (3, 1))]
+    wanted = [model[batch_slot, sampled.tokens[place]] for place, batch_slot in ((0, 3), (2, 2), (3, 1))]
     torch.testing.assert_close(found.chosen, torch.stack(wanted))
     top = model[[3, 2, 1]].topk(5)
     torch.testing.assert_close(found.top, top.values)

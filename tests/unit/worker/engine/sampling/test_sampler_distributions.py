@@ -99,12 +99,12 @@ def logits(vocabulary: int = VOCABULARY) -> torch.Tensor:
 
 def drawn(sampling: Sequence[SamplingParams], scores: torch.Tensor, *, samples: int) -> list[list[int]]:
     """For each of these, what so many of its rows draw, all in one call, each row as a choice of its own."""
-    seats = range(len(sampling) * samples)
-    sampler = Sampler(seats=len(seats), vocabulary=scores.shape[1], device=CPU)
-    for seat in seats:
-        params = replace(sampling[seat % len(sampling)], seed=11)
-        sampler.enter(seat, params, prompt=PROMPT, generated=GENERATED, end_token_ids=ENDS, choice=seat)
-    tokens = sampler.sample(seats, scores.repeat(len(seats), 1)).tokens
+    batch_slots = range(len(sampling) * samples)
+    sampler = Sampler(batch_slots=len(batch_slots), vocabulary=scores.shape[1], device=CPU)
+    for batch_slot in batch_slots:
+        params = replace(sampling[batch_slot % len(sampling)], seed=11)
+        sampler.enter(batch_slot, params, prompt=PROMPT, generated=GENERATED, end_token_ids=ENDS, choice=batch_slot)
+    tokens = sampler.sample(batch_slots, scores.repeat(len(batch_slots), 1)).tokens
     return [tokens[place :: len(sampling)].tolist() for place in range(len(sampling))]
 
 
@@ -152,7 +152,7 @@ def test_draws_follow_it_where_the_vocabulary_is_searched_in_parts(name: str, vo
 
 
 def test_one_sequence_draws_from_it_step_after_step() -> None:
-    sampler = Sampler(seats=1, vocabulary=VOCABULARY, device=CPU)
+    sampler = Sampler(batch_slots=1, vocabulary=VOCABULARY, device=CPU)
     sampler.enter(0, SamplingParams(temperature=1.0, seed=1), prompt=PROMPT)
     tokens = [int(sampler.sample([0], logits()).tokens) for _ in range(3_000)]
     assert_drawn_from(expected([], logits()), tokens)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from batchmill.jobs.requests.generation import GENERATION, Choice, GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import Output, RequestKey
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import export
 from batchmill.worker.engine.text.decoding import Decoding
@@ -116,15 +116,15 @@ def test_both_kinds_of_lines_have_the_calls(sqlite_url: str, capsys: pytest.Capt
     calling = Choice("x <call>", "stop", None, [call], "x")
     choices = (calling, Choice("<call>", "length", None, [call]), Choice("y", "stop"))
     job_id = mill.begin(store, batch_size=4)
-    store.loading.add(job_id, prompts=[GenerationRequest(0, "a", None, (USER,))], batch_size=4, lease_seconds=60)
-    store.loading.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
-    who = mill.seat(store)
+    store.creation.add(job_id, prompts=[GenerationRequest(0, "a", None, (USER,))], batch_size=4, lease_seconds=60)
+    store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     output = Output(RequestKey(job_id, 0), choices, 3, 5)
     assert Output.from_json(json.loads(json.dumps(output.to_json())), GENERATION) == output
-    mill.save(store, who, [Held(claimed.lease, outputs=[output])])
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=[output])])
     for form in ("jsonl", "openai"):
-        export(store, store.reading.job(job_id), out=None, form=form, only="all")
+        export(store, store.jobs.job(job_id), out=None, form=form, only="all")
     own, openai = map(json.loads, capsys.readouterr().out.splitlines())
     assert (own["text"], own["finish_reason"], own["tool_calls"]) == ("x <call>", "stop", [call])
     assert own["choices"][1:] == [

@@ -43,7 +43,7 @@ def test_the_end_of_a_child_that_celery_is_just_noting_is_waited_for() -> None:
 
 def test_the_end_of_a_child_is_told_also_where_the_next_one_reported_first(sqlite_url: str) -> None:
     store, settings = Store(sqlite_url), load_settings(database_url=sqlite_url, broker_url="redis://127.0.0.1:1")
-    broker, who = Broker.of(settings), mill.seat(store)
+    broker, who = Broker.of(settings), mill.session(store)
     keeper = Keeper(
         store,
         broker,

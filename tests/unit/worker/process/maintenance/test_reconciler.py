@@ -8,7 +8,7 @@ import pytest
 
 from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.requests.states import JobState
-from batchmill.jobs.store.leases.lease import Held
+from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from batchmill.worker.process.maintenance import reconciler as reconciler_module
 from batchmill.worker.process.maintenance.reconciler import Reconciler
@@ -53,7 +53,7 @@ def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
     store: Store, clock: mill.Clock, own_clock: mill.Clock
 ) -> None:
     job_id = mill.load(store, 4)
-    mill.claim(store, mill.seat(store))
+    mill.claim(store, mill.session(store))
     queue = QueueOfOne()
     reconciler = Reconciler(store, queue, lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds += 61
@@ -67,31 +67,31 @@ def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
     reconciler.repair()
     reconciler.send_wakeups()
     assert list(queue.sent) == [mill.ECHO_SPEC.queue(store.id)]
-    assert store.reading.job(job_id).counts.pending == 4
+    assert store.jobs.job(job_id).counts.pending == 4
 
 
 def test_an_outage_of_the_store_reaps_nobody(store: Store, clock: mill.Clock, own_clock: mill.Clock) -> None:
     mill.load(store, 4)
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds += 600  # nobody could renew; the worker does as soon as the store is back
     own_clock.seconds += 600
     reconciler.repair()
     reconciler.send_wakeups()
-    assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
+    assert mill.save(store, who, [BatchReport(claimed.lease)]).lost == frozenset()
     clock.seconds += 30
     own_clock.seconds += 31
     reconciler.repair()
     reconciler.send_wakeups()
-    assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
+    assert mill.save(store, who, [BatchReport(claimed.lease)]).lost == frozenset()
 
 
 def test_a_lease_renewed_between_two_sightings_starts_again(
     store: Store, clock: mill.Clock, own_clock: mill.Clock
 ) -> None:
     mill.load(store, 4)
-    who = mill.seat(store)
+    who = mill.session(store)
     (claimed,) = mill.claim(store, who)
     reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     for _ in range(4):
@@ -99,14 +99,14 @@ def test_a_lease_renewed_between_two_sightings_starts_again(
         reconciler.repair()
         reconciler.send_wakeups()
         own_clock.seconds += 40
-        assert mill.save(store, who, [Held(claimed.lease)]).lost == frozenset()
+        assert mill.save(store, who, [BatchReport(claimed.lease)]).lost == frozenset()
 
 
 def test_a_batch_held_by_a_clock_that_was_set_back_is_taken_back_within_a_lease(
     store: Store, clock: mill.Clock, own_clock: mill.Clock
 ) -> None:
     job_id = mill.load(store, 4)
-    mill.claim(store, mill.seat(store))
+    mill.claim(store, mill.session(store))
     reconciler = Reconciler(store, QueueOfOne(), lease_seconds=60, loading_lease_seconds=60)  # type: ignore[arg-type]
     clock.seconds -= 3_600
     for seconds in (29, 1):
@@ -116,7 +116,7 @@ def test_a_batch_held_by_a_clock_that_was_set_back_is_taken_back_within_a_lease(
         own_clock.seconds += seconds
     reconciler.repair()
     assert len(store.recovery.pending(most=9)) == 1
-    assert store.reading.job(job_id).counts.pending == 4
+    assert store.jobs.job(job_id).counts.pending == 4
 
 
 def test_a_submit_is_deleted_once_it_was_seen_expired_twice(
@@ -130,11 +130,11 @@ def test_a_submit_is_deleted_once_it_was_seen_expired_twice(
     own_clock.seconds += 29
     reconciler.repair()
     assert mill.rows(store, "jobs") == 2
-    store.loading.renew(alive, lease_seconds=60)
+    store.creation.renew(alive, lease_seconds=60)
     own_clock.seconds += 1
     reconciler.repair()
     assert mill.rows(store, "jobs") == 1
-    store.loading.open(alive, spec=mill.ECHO_SPEC, file_sha256="0", fingerprint="f", lease_seconds=60)
+    store.creation.open(alive, spec=mill.ECHO_SPEC, file_sha256="0", fingerprint="f", lease_seconds=60)
 
 
 def test_dead_submits_are_deleted_and_cancelled_jobs_closed(
@@ -142,7 +142,7 @@ def test_dead_submits_are_deleted_and_cancelled_jobs_closed(
 ) -> None:
     mill.begin(store)
     job_id = mill.load(store, 4)
-    who = mill.seat(store)
+    who = mill.session(store)
     mill.claim(store, who)
     store.closing.cancel(job_id)
     store.recovery.take_back(who.worker_id, generation=1)
@@ -153,7 +153,7 @@ def test_dead_submits_are_deleted_and_cancelled_jobs_closed(
     reconciler.repair()
     reconciler.send_wakeups()
     assert mill.rows(store, "jobs") == 1
-    assert store.reading.job(job_id).state is JobState.CANCELLED
+    assert store.jobs.job(job_id).state is JobState.CANCELLED
 
 
 def test_a_broker_that_is_away_stops_nothing_else(store: Store) -> None:

@@ -25,15 +25,15 @@ class Device:
     schedule: Schedule[Row]
     budget: int
     places: dict[int, int] = field(default_factory=dict)
-    seated: dict[int, Row] = field(default_factory=dict)
+    running: dict[int, Row] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     chains: dict[Row, list[int]] = field(default_factory=dict)
     computed_tokens: int = 0
 
     @classmethod
-    def of(cls, *, tokens: int, seats: int = 4, budget: int = 64, alone: bool = False) -> Device:
+    def of(cls, *, tokens: int, batch_slots: int = 4, budget: int = 64, alone: bool = False) -> Device:
         slots = Slots(tokens, longest=LONGEST)
-        return cls(slots, Schedule(slots, seats=seats, alone=alone), budget)
+        return cls(slots, Schedule(slots, batch_slots=batch_slots, alone=alone), budget)
 
     def add(self, prompt: Sequence[int], answer_tokens: int) -> Row:
         row = Row(list(prompt), len(prompt) + answer_tokens)
@@ -46,12 +46,12 @@ class Device:
             self._leave(row)
 
     def step(self) -> Step[Row]:
-        step = self.schedule.plan(self.budget)
-        for seat in step.vacated:
-            del self.seated[seat]
+        step = self.schedule.schedule(self.budget)
+        for batch_slot in step.vacated:
+            del self.running[batch_slot]
         for row in step.entered:
-            assert row.seat not in self.seated
-            self.seated[row.seat] = row
+            assert row.batch_slot not in self.running
+            self.running[row.batch_slot] = row
         for target, source, tokens in step.copies:
             for place in range(target.size):
                 if source is not None and place < tokens:
@@ -77,11 +77,11 @@ class Device:
             self.step()
             steps += 1
             assert steps < 10_000, "a row starves"
-        assert not self.schedule.plan(self.budget).pieces
+        assert not self.schedule.schedule(self.budget).pieces
 
     def _leave(self, row: Row) -> None:
-        if row.seat >= 0:
-            del self.seated[row.seat]
+        if row.batch_slot >= 0:
+            del self.running[row.batch_slot]
         self.schedule.leave(row)
         self.rows.remove(row)
 
@@ -94,7 +94,7 @@ class Device:
     def _check(self, step: Step[Row]) -> None:
         assert 0 < step.tokens <= self.budget or not self.rows
         assert len({id(piece.row) for piece in step.pieces}) == len(step.pieces)
-        held = sorted((row.held for row in self.seated.values()), key=lambda slot: slot.start)
+        held = sorted((row.held for row in self.running.values()), key=lambda slot: slot.start)
         assert all(one.end <= other.start for one, other in pairwise(held))
         assert all(slot.end <= self.slots.tokens for slot in held)
         for row, begin, end in step.pieces:
@@ -117,7 +117,7 @@ def test_arrivals_cancels_and_a_full_cache_lose_nothing_and_use_nothing_twice(da
     draw = data.draw
     device = Device.of(
         tokens=draw(st.sampled_from([LONGEST, 2 * LONGEST, 16 * LONGEST, 64 * LONGEST])),
-        seats=draw(st.integers(1, 6)),
+        batch_slots=draw(st.integers(1, 6)),
         budget=draw(st.sampled_from([2, 8, 33, 200])),
         alone=draw(st.booleans()),
     )
@@ -136,13 +136,13 @@ def test_arrivals_cancels_and_a_full_cache_lose_nothing_and_use_nothing_twice(da
 
 
 def test_the_longest_enter_first() -> None:
-    device = Device.of(tokens=16 * LONGEST, seats=2)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=2)
     rows = [device.add([place, *range(5)], answer) for place, answer in enumerate([3, 90, 10, 40])]
     assert device.step().entered == [rows[1], rows[3]]
 
 
 def test_a_short_row_does_not_wait_for_ever_behind_longer_ones() -> None:
-    device = Device.of(tokens=16 * LONGEST, seats=2)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=2)
     short = device.add([9], 1)
     for number in range(2 * PATIENCE + 3):
         for _ in range(2):
@@ -154,7 +154,7 @@ def test_a_short_row_does_not_wait_for_ever_behind_longer_ones() -> None:
 
 def test_a_common_beginning_is_computed_once() -> None:
     beginning = [5] * (3 * BLOCK_TOKENS)
-    device = Device.of(tokens=16 * LONGEST, seats=4, budget=512)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=4, budget=512)
     for number in range(4):
         device.add([*beginning, number, number], 1)
     device.drain()
@@ -163,7 +163,7 @@ def test_a_common_beginning_is_computed_once() -> None:
 
 def test_a_beginning_outlives_its_row_while_others_wait_for_it() -> None:
     beginning = [5] * (3 * BLOCK_TOKENS)
-    device = Device.of(tokens=16 * LONGEST, seats=1, budget=512)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=1, budget=512)
     for number in range(4):
         device.add([*beginning, number, number], 1)
     device.drain()
@@ -173,7 +173,7 @@ def test_a_beginning_outlives_its_row_while_others_wait_for_it() -> None:
 
 def test_rows_with_a_known_beginning_enter_before_longer_ones() -> None:
     beginning = [5] * BLOCK_TOKENS
-    device = Device.of(tokens=16 * LONGEST, seats=2, budget=512)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=2, budget=512)
     device.add([*beginning, 1], 200)
     device.step()
     longer = device.add([7] * BLOCK_TOKENS, 100)
@@ -183,7 +183,7 @@ def test_rows_with_a_known_beginning_enter_before_longer_ones() -> None:
 
 
 def test_when_the_cache_is_full_the_row_that_came_last_is_put_back_with_its_tokens() -> None:
-    device = Device.of(tokens=LONGEST, seats=2)
+    device = Device.of(tokens=LONGEST, batch_slots=2)
     first, second = device.add([1] * 10, LONGEST - 10), device.add([2] * 10, LONGEST - 10)
     put_back = []
     while first in device.rows:
@@ -198,7 +198,7 @@ def test_when_the_cache_is_full_the_row_that_came_last_is_put_back_with_its_toke
 
 
 def test_a_long_prompt_is_read_between_the_steps_of_others() -> None:
-    device = Device.of(tokens=16 * LONGEST, seats=2, budget=32)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=2, budget=32)
     first = device.add([1] * 4, 40)
     device.step()
     device.add([2] * 150, 2)
@@ -208,7 +208,7 @@ def test_a_long_prompt_is_read_between_the_steps_of_others() -> None:
 
 
 def test_a_hole_in_the_cache_is_closed() -> None:
-    device = Device.of(tokens=16 * LONGEST, seats=3)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=3)
     rows = [device.add([number] * 5, 9) for number in range(3)]
     device.step()
     device.cancel(rows[0])
@@ -217,7 +217,7 @@ def test_a_hole_in_the_cache_is_closed() -> None:
 
 
 def test_alone_each_prompt_is_read_by_itself_and_keeps_its_slot() -> None:
-    device = Device.of(tokens=16 * LONGEST, seats=3, alone=True)
+    device = Device.of(tokens=16 * LONGEST, batch_slots=3, alone=True)
     for number in range(3):
         device.add([number] * 5, 100)
     steps = [device.step() for _ in range(80)]

@@ -1,4 +1,4 @@
-"""Weights laid out for speed say what they said before: siblings, 4-bit kernels and copies, really quantized."""
+"""Weights laid out for speed say what they said before: fused layers, 4-bit kernels and copies, really quantized."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from batchmill.worker.engine.continuous.weights.fused_matmul import CPU_COPY_ROWS, fused_matmul_of
+from batchmill.worker.engine.continuous.weights.fused_projections import FusedProjections, find_shared_inputs
 from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
-from batchmill.worker.engine.continuous.weights.products import CPU_COPY_ROWS, product_of
-from batchmill.worker.engine.continuous.weights.siblings import Siblings, find_siblings
 from batchmill.worker.engine.options import Dequantize
 
 SIZES: dict[str, Any] = {
@@ -153,7 +153,7 @@ def test_large_steps_run_from_copies_of_the_same_weights_and_small_ones_do_not(f
 @needs_fused_kernel
 def test_a_copy_holds_what_the_fused_kernel_multiplies_with(folders: dict[str, Path]) -> None:
     layer = loaded(folders["llama"], "fp4").model.layers[0].mlp.down_proj
-    product = product_of([layer])
+    product = fused_matmul_of([layer])
     assert product is not None
     with torch.inference_mode():
         rows = torch.eye(192)
@@ -215,24 +215,26 @@ class Pair(nn.Module):
         return self.left(x), self.right(self.change(x))
 
 
-def joined(pair: Pair) -> Siblings:
+def joined(pair: Pair) -> FusedProjections:
     layers = (pair.left, pair.right)
-    product = product_of(layers)
+    product = fused_matmul_of(layers)
     assert product is not None
     product.adopt()
-    siblings = Siblings(layers, product)
-    siblings.join()
-    return siblings
+    fused = FusedProjections(layers, product)
+    fused.join()
+    return fused
 
 
 def test_siblings_are_those_of_one_parent_that_read_one_tensor() -> None:
     same, other = Pair(), Pair(change=torch.clone)
     x = torch.ones(2, 8)
-    assert find_siblings(same, lambda: same(x)) == [(same.left, same.right)]
-    assert find_siblings(other, lambda: other(x)) == [(other.left,), (other.right,)]
-    assert find_siblings(same, lambda: (same(x), same(x))) == [(same.left,), (same.right,)], "called more than once"
+    assert find_shared_inputs(same, lambda: same(x)) == [(same.left, same.right)]
+    assert find_shared_inputs(other, lambda: other(x)) == [(other.left,), (other.right,)]
+    assert find_shared_inputs(same, lambda: (same(x), same(x))) == [(same.left,), (same.right,)], (
+        "called more than once"
+    )
     both = nn.ModuleList([Pair(), Pair()])
-    assert len(find_siblings(both, lambda: [each(x) for each in both])) == 2, "of two parents"
+    assert len(find_shared_inputs(both, lambda: [each(x) for each in both])) == 2, "of two parents"
 
 
 @torch.inference_mode()
@@ -252,14 +254,14 @@ def test_every_call_gets_the_output_of_its_own_input() -> None:
 @torch.inference_mode()
 def test_an_error_between_siblings_leaves_nothing_behind() -> None:
     pair = Pair()
-    siblings = joined(pair)
+    fused = joined(pair)
     taken = weakref.ref(pair.left(x := torch.randn(3, 8)))
-    assert siblings._parts, "the right layer's part waits"
+    assert fused._parts, "the right layer's part waits"
     del x
     gc.collect()
-    assert (taken(), siblings._parts, siblings._read) == (None, {}, None)
+    assert (taken(), fused._parts, fused._read) == (None, {}, None)
     pair(torch.randn(3, 8))
-    assert (siblings._parts, siblings._read) == ({}, None), "all parts were taken"
+    assert (fused._parts, fused._read) == ({}, None), "all parts were taken"
 
 
 def test_layers_that_were_parted_compute_for_themselves() -> None:
@@ -273,12 +275,12 @@ def test_layers_that_were_parted_compute_for_themselves() -> None:
 
 def test_layers_of_different_kinds_are_not_joined() -> None:
     plain, biasless = nn.Linear(8, 4).eval(), nn.Linear(8, 4, bias=False).eval()
-    assert product_of([plain, biasless]) is None
-    assert product_of([plain, nn.Linear(16, 4).eval()]) is None
-    assert product_of([plain, nn.Linear(8, 4)]) is None, "in training"
-    assert product_of([plain, Linear4bit(8, 4).eval()]) is None
-    assert product_of([Linear4bit(8, 4).eval()] * 2) is None, "not quantized yet"
-    assert product_of([plain]) is None, "nothing to gain"
+    assert fused_matmul_of([plain, biasless]) is None
+    assert fused_matmul_of([plain, nn.Linear(16, 4).eval()]) is None
+    assert fused_matmul_of([plain, nn.Linear(8, 4)]) is None, "in training"
+    assert fused_matmul_of([plain, Linear4bit(8, 4).eval()]) is None
+    assert fused_matmul_of([Linear4bit(8, 4).eval()] * 2) is None, "not quantized yet"
+    assert fused_matmul_of([plain]) is None, "nothing to gain"
 
 
 class Changing(nn.Module):

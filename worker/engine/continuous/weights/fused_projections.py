@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchmill.worker.engine.continuous.weights.products import Product
+from batchmill.worker.engine.continuous.weights.fused_matmul import FusedMatmul
 
 
-def find_siblings(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Linear, ...]]:
+def find_shared_inputs(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Linear, ...]]:
     """The linear layers that `run` calls, those of one parent that read one tensor together; each exactly once.
 
     A layer that is called more often in one run stands alone.
@@ -45,13 +45,13 @@ def find_siblings(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.
     return [tuple(group) for group in groups.values()]
 
 
-class Siblings:
+class FusedProjections:
     """Layers whose outputs come from one product: `join` puts it in place of their forward, `part` takes it out.
 
     One thread at a time. The layers stay where they are, with weights that others may look at.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], product: Product) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], product: FusedMatmul) -> None:
         self._layers = layers
         self._product = product
         self._parts: dict[int, Tensor] = {}

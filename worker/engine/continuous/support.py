@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from batchmill.worker.engine.continuous.execution.attention_backend import attention_backend, register
 from batchmill.worker.engine.continuous.execution.cache import CacheShape
-from batchmill.worker.engine.continuous.execution.interface import attending, register
 from batchmill.worker.engine.stretching import stretched
 from batchmill.worker.models.load import LoadedModel
 
@@ -31,10 +31,10 @@ def cache_shape(loaded: LoadedModel) -> CacheShape:
     """What the model keeps of a token, seen by a forward of two tokens. Raises Unsupported."""
     if loaded.layout.spread:
         raise Unsupported("its layers are spread over several devices")
-    return seen_shape(loaded.model, loaded.device, context_tokens=loaded.context_tokens)
+    return probed_shape(loaded.model, loaded.device, context_tokens=loaded.context_tokens)
 
 
-def seen_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: int | None) -> CacheShape:
+def probed_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: int | None) -> CacheShape:
     """The same of a model that may have no weights, on the device `meta`. Raises Unsupported."""
     config = model.config
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -42,11 +42,11 @@ def seen_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: 
     if config.is_encoder_decoder:
         raise Unsupported("it has an encoder")
     _refuse_longest(config.get_text_config(), context_tokens)
-    seen = _Seen()
+    seen = _ProbeAttention()
     name = register(seen)
     positions = torch.arange(2, device=device)[None]
     try:
-        with torch.inference_mode(), attending(model, name):
+        with torch.inference_mode(), attention_backend(model, name):
             model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
     except Exception as error:
         # Whatever a model does with an attention function that it does not expect.
@@ -54,7 +54,7 @@ def seen_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: 
     return seen.shape(config.get_text_config())
 
 
-class _Seen:
+class _ProbeAttention:
     """An attention function that notes what it is asked."""
 
     def __init__(self) -> None:

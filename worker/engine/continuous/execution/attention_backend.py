@@ -20,7 +20,7 @@ def register(attention: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_backend(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The model's layers call this function; afterwards it is as it was, for whoever else calls it."""
     before, model.config._attn_implementation = model.config._attn_implementation, name
     try:

@@ -28,7 +28,7 @@ _IDENTITY_ROWS = 256
 _CUDA_FUSED_ROWS = 1536
 
 
-class Product(Protocol):
+class FusedMatmul(Protocol):
     """`product(x)`: float [..., inputs] -> [..., sum of widths], in x's dtype: the layers' outputs side by side."""
 
     widths: tuple[int, ...]
@@ -46,7 +46,7 @@ class Product(Protocol):
         """Makes that copy. Returns from how many rows of x it is used."""
 
 
-def product_of(layers: Sequence[nn.Linear]) -> Product | None:
+def fused_matmul_of(layers: Sequence[nn.Linear]) -> FusedMatmul | None:
     """One product for layers of one kind and one input width, or None where they cannot be computed as one."""
     first = layers[0]
     alike = {(type(each), each.in_features, each.bias is None, each.training) for each in layers}
@@ -65,7 +65,7 @@ def product_of(layers: Sequence[nn.Linear]) -> Product | None:
     return None
 
 
-def _four_bit(layers: Sequence[nn.Linear]) -> Product | None:
+def _four_bit(layers: Sequence[nn.Linear]) -> FusedMatmul | None:
     """4-bit layers of one kind, whose blocks end where a row of the weight does."""
     states: list[Any] = [getattr(each.weight, "quant_state", None) for each in layers]
     if any(each is None or len(each.shape) != 2 or each.shape[1] % each.blocksize for each in states):

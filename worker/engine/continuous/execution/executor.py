@@ -31,7 +31,7 @@ _NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
+class InFlightStep:
     """A launched step. `rows`: those that get a token; `tokens`: theirs, (rows,), on the device.
 
     `_copy`: the same for the host, with _NO_TOKEN for a row whose logits are no numbers.
@@ -42,22 +42,22 @@ class Flight:
     tokens: torch.Tensor
     _copy: torch.Tensor
     _logprobs: Logprobs | None
-    _landed: torch.cuda.Event | None
+    _done: torch.cuda.Event | None
 
-    def land(self) -> Iterator[tuple[ChoiceRow, int | None, TokenLogprob | None]]:
+    def wait(self) -> Iterator[tuple[ChoiceRow, int | None, TokenLogprob | None]]:
         """Waits for the step; each row with its next token, and the token's logprob where it is asked for.
 
         A row whose logits are no numbers has no token.
         """
-        if self._landed is not None:
-            self._landed.synchronize()
+        if self._done is not None:
+            self._done.synchronize()
         tokens = self._copy.tolist()
         logprobs = _token_logprobs(self._logprobs, self.rows, tokens)
         for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
             yield row, None if token == _NO_TOKEN else token, logprobs.get(place)
 
 
-class Launcher:
+class Executor:
     """Launches the steps of one engine. `seconds`: what was spent in the model and in sampling so far."""
 
     def __init__(self, decoder: Decoder, sampler: Sampler, *, vocabulary: int, device: torch.device) -> None:
@@ -67,17 +67,17 @@ class Launcher:
         self._words = -(-vocabulary // _WORD_BITS)
         self._device = device
 
-    def seat(self, step: Step[ChoiceRow]) -> list[ChoiceRow]:
+    def enter(self, step: Step[ChoiceRow]) -> list[ChoiceRow]:
         """Tells the sampler who sits where in this step. Returns the rows for which it has no memory."""
-        for seat in step.vacated:
-            self._sampler.leave(seat)
-        return [row for row in step.entered if not self._seated(row)]
+        for batch_slot in step.vacated:
+            self._sampler.leave(batch_slot)
+        return [row for row in step.entered if not self._entered(row)]
 
-    def _seated(self, row: ChoiceRow) -> bool:
+    def _entered(self, row: ChoiceRow) -> bool:
         sampling = row.prompt.sampling
         try:
             self._sampler.enter(
-                row.seat,
+                row.batch_slot,
                 # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
                 sampling if row.matcher is None else replace(sampling, min_tokens=None),
                 prompt=row.prompt.tokens,
@@ -91,47 +91,47 @@ class Launcher:
             return False
         return True
 
-    def unseat(self, row: ChoiceRow) -> None:
-        """Tells the sampler that this row leaves its seat."""
-        self._sampler.leave(row.seat)
+    def leave(self, row: ChoiceRow) -> None:
+        """Tells the sampler that this row leaves its batch slot."""
+        self._sampler.leave(row.batch_slot)
 
-    def launch(self, step: Step[ChoiceRow]) -> Flight:
+    def launch(self, step: Step[ChoiceRow]) -> InFlightStep:
         """Launches a planned step."""
         with self._timed("model"):
             self._decoder.copy(step.copies)
             logits = self._decoder.logits(step.pieces)
         return self._sampled(step, [piece.row for piece in step.pieces if piece.sampled], logits)
 
-    def launch_after(self, flight: Flight, step: Step[ChoiceRow]) -> Flight:
-        """Launches the step that follows a flight in the air; its rows are the flight's, or some of them."""
+    def launch_ahead(self, in_flight: InFlightStep, step: Step[ChoiceRow]) -> InFlightStep:
+        """Launches the step after the one in flight; its rows are those of that one, or some of them."""
         rows = [piece.row for piece in step.pieces]
-        newest = flight.tokens
-        if len(rows) < len(flight.rows):
+        newest = in_flight.tokens
+        if len(rows) < len(in_flight.rows):
             staying = set(map(id, rows))
-            places = [place for place, row in enumerate(flight.rows) if id(row) in staying]
+            places = [place for place, row in enumerate(in_flight.rows) if id(row) in staying]
             newest = newest.index_select(0, upload(np.array(places), self._device))
         with self._timed("model"):
             logits = self._decoder.following(step.pieces, newest)
         return self._sampled(step, rows, logits)
 
-    def _sampled(self, step: Step[ChoiceRow], rows: Sequence[ChoiceRow], logits: torch.Tensor) -> Flight:
+    def _sampled(self, step: Step[ChoiceRow], rows: Sequence[ChoiceRow], logits: torch.Tensor) -> InFlightStep:
         with self._timed("sampling"):
             if not rows:
                 nothing = torch.empty(0, dtype=torch.long)
-                return Flight(step, rows, nothing, nothing, None, None)
-            sampled = self._sampler.sample([row.seat for row in rows], logits, allowed=self._allowed(rows))
+                return InFlightStep(step, rows, nothing, nothing, None, None)
+            sampled = self._sampler.sample([row.batch_slot for row in rows], logits, allowed=self._allowed(rows))
             logprobs = sampled.logprobs
             told = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
             if self._device.type == "cpu":
-                return Flight(step, rows, sampled.tokens, told, logprobs, None)
+                return InFlightStep(step, rows, sampled.tokens, told, logprobs, None)
             if logprobs is not None:
                 logprobs = Logprobs(
                     logprobs.places, _to_host(logprobs.chosen), _to_host(logprobs.top_ids), _to_host(logprobs.top)
                 )
             copy = _to_host(told)
-            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            landed.record()
-            return Flight(step, rows, sampled.tokens, copy, logprobs, landed)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            return InFlightStep(step, rows, sampled.tokens, copy, logprobs, done)
 
     def _allowed(self, rows: Sequence[ChoiceRow]) -> torch.Tensor | None:
         """What the grammars of these rows allow, packed, made while the device computes; None if no row has one."""
