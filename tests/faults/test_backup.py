@@ -25,7 +25,7 @@ def shown_command() -> list[str]:
 
 def test_a_backup_taken_in_mid_job_is_restored_and_finished(mill: Mill, tmp_path: Path) -> None:
     worker = mill.start("worker", "-m", "echo", echo_step_seconds=0.1, engine_rows=10)
-    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 300), "-m", "echo").strip()
+    job_id = mill.command("submit", write_prompts(tmp_path / "p.jsonl", 2_000), "-m", "echo").strip()
     until(lambda: mill.succeeded(job_id) > 20, "some answers")
     copy = tmp_path / "copy.db"
     where = {"batchmill.db": str(mill.settings.database_file), "backup.db": str(copy)}
@@ -34,10 +34,10 @@ def test_a_backup_taken_in_mid_job_is_restored_and_finished(mill: Mill, tmp_path
     worker.kill()
     shutil.copy(copy, mill.settings.database_file)
     restored = Store(mill.settings.database)
-    assert 20 < restored.reading.job(job_id).counts.succeeded < 300
+    assert 20 < restored.jobs.job(job_id).counts.succeeded < 2_000
     restored.close()
     mill.start("worker", "-m", "echo")
     mill.command("wait", job_id, "--timeout", "300")
-    texts = [f"one two three {index}" for index in range(300)]
+    texts = [f"one two three {index}" for index in range(2_000)]
     assert export_violations(mill.command("results", job_id).splitlines(), texts=texts) == []
     assert violations(mill.store) == []

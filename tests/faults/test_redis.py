@@ -57,7 +57,8 @@ def test_redis_killed_and_started_empty_is_found_again(proxied_mill: ProxiedMill
     assert "stored" in done.stderr
     assert time.monotonic() - began < SUBMIT_SECONDS
     time.sleep(max(0.0, pace.redis_away_seconds - (time.monotonic() - began)))
-    assert mill.succeeded(first) > done_when_killed + 100, "the running job goes on without Redis"
+    goal = min(done_when_killed + 100, pace.requests)
+    assert mill.succeeded(first) >= goal > done_when_killed, "the running job goes on without Redis"
     mill.server.start()
     second = done.stdout.strip()
     for job_id in (first, second):
