@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_HOME := .demo
+PYTEST = $(BIN)/python -m pytest $(XDIST)
+XDIST := --numprocesses=3 --dist=loadgroup --durations=15 -ra
+LOWEST := .venv-lowest
 MINUTES ?= 10
 SEED ?= 1
 BENCH ?= --peers
@@ -12,7 +15,7 @@ DECODE ?= --peers
 # Every process of the tests would compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all lint bench bench-engine bench-gpu bench-peers mutants soak demo-model docs docs-reference clean
+.PHONY: help demo check test test-all test-lowest lint bench bench-engine bench-gpu bench-peers mutants soak demo-model docs docs-reference clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +26,21 @@ demo: $(VENV)/run.stamp  ## run the main job: 4-bit demo model, examples/prompts
 		-o $(DEMO_HOME)/answers.jsonl --new
 	@echo "the first answers:"; head -n 5 $(DEMO_HOME)/answers.jsonl
 
+check: lint  ## lint, types, unit tests and contracts on SQLite, in seconds (no PostgreSQL, no torch, no processes)
+	$(PYTEST) -m "not slow" -k "not postgresql" --ignore=tests/unit/worker tests/unit tests/contracts/store
+
 test: lint docs  ## lint, types, the site and the test suite, with the slowest tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint  ## the suite with the long checks
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-lowest: $(VENV)/test.stamp  ## types, imports and unit tests with the lowest versions that pyproject.toml allows
+	$(PIP) uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[worker,embedded,postgres,test]'
+	$(LOWEST)/bin/mypy
+	$(LOWEST)/bin/python -m pytest $(XDIST) -m "not slow" tests/unit tests/contracts
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -64,7 +77,7 @@ docs-reference: $(VENV)/test.stamp  ## write the pages of docs/ that come from t
 	$(BIN)/python -m docs.generate
 
 clean:  ## remove what make made
-	rm -rf $(VENV) $(DEMO_HOME) .site src/*.egg-info build dist
+	rm -rf $(VENV) $(LOWEST) $(DEMO_HOME) .site src/*.egg-info build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
