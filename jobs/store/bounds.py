@@ -1,6 +1,6 @@
-"""How much one transaction takes: so many rows, or so many bytes of prompts and answers, whichever comes first.
+"""Bounds of one transaction: so many rows, or so many bytes of prompts and answers, whichever comes first.
 
-One row is always taken, however long it is. It knows neither tables nor what the rows are for.
+One row is always taken, however long it is. It knows neither tables nor the purpose of the rows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from sqlalchemy import ColumnElement, Connection, LargeBinary, Row, Select, cast
 
 from batchmill.jobs.store.database import Database
 
-#: What a batch holds at most, and what one transaction reads or writes at most: a tenth of a second or two.
+#: The most bytes of a batch, and of what one transaction reads or writes: a tenth of a second or two.
 PAGE_BYTES = 8 * 1024 * 1024
 
 
 def cut(sizes: Iterable[int], *, most: int, filled: tuple[int, int] = (0, 0)) -> list[int]:
-    """How many of these, by their bytes, go into each of several parts, in order: where a batch or a page closes.
+    """Splits rows of these sizes, in order, into parts that each fit a batch or a page: the number of rows in each.
 
-    The first part has so many rows and bytes already, so that nothing may go into it.
+    `filled`: the rows and bytes that the first part has already, so that nothing may go into it.
     """
     parts = [0]
     count, total = filled
@@ -49,7 +49,7 @@ def octets(database: Database, *texts: ColumnElement[str]) -> ColumnElement[int]
 def page_of(
     database: Database, connection: Connection, chosen: Select[Any], *, size: ColumnElement[int]
 ) -> list[Row[Any]]:
-    """The first rows of a query, each with its `size` behind, until they are a page; it is ordered by its first column.
+    """The first page of a query's rows, each with its `size` behind; the query is ordered by its first column.
 
     SQLite finds rows one by one, and the rest is never read; PostgreSQL counts bytes without reading long texts.
     """

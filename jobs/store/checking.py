@@ -1,6 +1,6 @@
-"""Looks a store over and changes nothing: damage, rows that belong nowhere, counts against sums, states.
+"""Checks a whole store and changes nothing: damage, rows that belong nowhere, counts against sums, states.
 
-One job is looked at in one short transaction for each question, so that workers go on meanwhile; every question is a
+A job is checked in one short transaction for each question, so that workers go on meanwhile; every question is a
 single statement and sees one state of the store.
 """
 
@@ -42,13 +42,13 @@ _COUNTS = ("succeeded", "failed", "cancelled", "prompt_tokens", "completion_toke
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    `check`: which look found it. `job_id`: none for the whole store. `text`: a sentence about it.
-    """
-
+    #: The check that found it: `file`, `rows`, `counts` or `states`.
     check: str
+    #: None for the whole store.
     job_id: str | None
+    #: A sentence about it.
     text: str
 
 
@@ -132,7 +132,7 @@ def _counts_of_batches() -> Iterator[_StoreCheck]:
 
 
 def _counts_of_choices() -> _StoreCheck:
-    """Every answer has a choice at least; what was answered before revision 0007 has no counts."""
+    """Every answer has at least one choice; answers from before revision 0007 have no counts."""
     choices = batches.c.stop_choices + batches.c.length_choices
     query = select(batches.c.id, batches.c.succeeded, choices.label("found")).where(
         batches.c.job_id == _THIS, choices < batches.c.succeeded
@@ -209,7 +209,7 @@ _OF_A_JOB = (batches, runs, requests, outputs)
 
 
 class Checking:
-    """The looks at a whole store and at each of its jobs."""
+    """The checks of a whole store and of each of its jobs."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -233,7 +233,7 @@ class Checking:
                 rows = list(connection.exec_driver_sql(f"PRAGMA quick_check({_DAMAGES})").scalars())
             if rows != ["ok"]:
                 yield from (Violation("file", None, row) for row in rows)
-                return  # what else is asked of it would fail
+                return  # any further question would fail
         for table in _OF_A_JOB:
             strange = select(table.c.job_id).distinct().where(table.c.job_id.not_in(select(jobs.c.id)))
             with self._database.read() as connection:

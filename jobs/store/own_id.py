@@ -19,14 +19,14 @@ _PLACE = 1
 
 
 class OwnId:
-    """Read once, and kept for as long as this object is."""
+    """The id, read once and kept for as long as this object is."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: str | None = None
 
     def get(self) -> str:
-        """Raises StoreError."""
+        """The id. Raises StoreError where the store has lost it."""
         if self._known is None:
             with self._database.read() as connection:
                 found = connection.scalar(select(stores.c.id))
@@ -37,7 +37,7 @@ class OwnId:
 
     @retried
     def renew(self) -> str:
-        """Gives the store another id: that id. Raises UsageError where a worker is alive, which has the old one."""
+        """Gives the store a new id and returns it. Raises UsageError while a worker lives, which has the old one."""
         new = uuid.uuid4().hex
         with self._database.write() as connection:
             live = connection.execute(select(workers.c.name, workers.c.host).where(alive(self._database.now))).first()

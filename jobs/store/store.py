@@ -74,7 +74,7 @@ class Store:
 
     @property
     def id(self) -> str:
-        """What tells this store from every other. Raises StoreError."""
+        """The id that tells this store from every other. Raises StoreError."""
         return self.own_id.get()
 
     def revision(self) -> str | None:

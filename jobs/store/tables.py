@@ -1,6 +1,6 @@
 """The tables of the store, their constraints and indexes. Times are seconds since 1970, UTC, by the database's clock.
 
-Core tables rather than mapped classes: no row ever lives as an object, it is turned into a value of `jobs.requests`.
+Core tables rather than mapped classes: no row lives as an object, it is turned into a value of `jobs.requests`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _one_of(column: str, values: type) -> CheckConstraint:
 
 
 def _partial(name: str, *columns: str, where: str) -> Index:
-    """An index of the rows `where` alone, which its migration says to each database.
+    """An index of the rows `where` alone; its migration spells that for each database.
 
     Arguments of a dialect would import it here, PostgreSQL's for a command that reads SQLite.
     """
@@ -136,7 +136,7 @@ batches = Table(
     _partial("ix_batches_worker", "worker_id", where="worker_id IS NOT NULL"),
 )
 
-#: What `batches.adapter` holds where the requests name none.
+#: The value of `batches.adapter` where the requests name none.
 NO_ADAPTER = ""
 #: The columns of a batch that nobody holds, as an UPDATE sets them.
 NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}

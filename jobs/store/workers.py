@@ -1,4 +1,4 @@
-"""The workers' rows: who is there, what it holds, since when, and whether it is alive."""
+"""The rows of workers: what each is, what it holds, since when, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CLOCK_SLACK_SECONDS = 1.0
 GIVEN_UP = frozenset({WorkerState.FAILED, WorkerState.SICK})
 
 
-#: Of a worker whose child holds no model (yet).
+#: The columns of a worker whose child holds no model (yet).
 _NOTHING_HELD: dict[str, object] = {
     "identity": None,
     "torch_load_seconds": None,
@@ -45,7 +45,7 @@ _NOTHING_HELD: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What the parent reads back with each heartbeat: its child, and the state that the child wrote."""
+    """The values that the parent reads back with each heartbeat: its child, and the state that the child wrote."""
 
     state: WorkerState
     generation: int
@@ -68,12 +68,9 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """One worker as the store has it; `leases` is how many batches it holds, `seen_seconds` how long ago it was.
+    """One worker as the store has it.
 
-    The engine and its limits are those of its newest child that held the model; None before. `devices`: what each
-    held at most since that child began, and what all processes held there when it was last asked. `identity`: what
-    the model consists of that its child holds; None while it loads. `torch_load_seconds`: what torch took its newest
-    child, None before; `loading_seconds`: for how long that child has been loading, None once it holds its model.
+    The engine and its limits are those of its newest child that held the model; None before.
     """
 
     id: int
@@ -85,11 +82,14 @@ class WorkerRow:
     error: str | None
     spec: ModelSpec
     only_job: str | None
+    #: The content of the model that its child holds; None while it loads.
     identity: str | None
     device: str
     device_name: str | None
     device_uuid: str | None
+    #: Seconds that its newest child took to import torch, None before.
     torch_load_seconds: float | None
+    #: Seconds for which that child has been loading, None once it holds its model.
     loading_seconds: float | None
     model_load_seconds: float | None
     weights_bytes: int
@@ -98,11 +98,14 @@ class WorkerRow:
     context_tokens: int | None
     cache_tokens: int | None
     alive: bool
+    #: Seconds since its last heartbeat.
     seen_seconds: float
     uptime_seconds: float
+    #: The number of batches that it holds.
     leases: int
     generation: int
     adapters: tuple[Adapter, ...]
+    #: The most that each held since that child began, and what all processes held there at the last look.
     devices: tuple[DeviceMemory, ...]
 
     @property
@@ -131,16 +134,17 @@ class Workers:
         adapters: Sequence[Adapter] = (),
         process: Process | None = None,
     ) -> int:
-        """A new worker in the state `starting`: its id. `beat` is its heartbeat in seconds.
+        """Adds a worker in the state `starting` and returns its id.
 
-        `process`: its parent process, by which others know whether it lives; None where nothing can be told.
+        `beat`: the interval of its heartbeats in seconds.
+        `process`: its parent process, by which others know whether it lives; None where that is unknown.
 
         Raises UsageError where a live worker of this spec holds another adapter by the name of one of `adapters`.
         """
         now = self._database.now
         with self._database.write() as connection:
             if adapters:
-                # Of two that register at once, each would see the other's row too late.
+                # Two workers that register at once would each see the other's row too late.
                 self._database.alone(connection, f"adapters of {spec.canonical}")
                 self._refuse_other_meanings(connection, spec, adapters)
             row = insert(workers).values(
@@ -187,7 +191,7 @@ class Workers:
 
     @retried
     def heartbeat(self, worker_id: int, *, beat: float, hindrance: str | None = None) -> Heartbeat:
-        """Says that the worker lives, and what hinders it."""
+        """Records that the worker lives, and what hinders it."""
         now = self._database.now
         with self._database.write() as connection:
             row = connection.execute(
@@ -205,7 +209,7 @@ class Workers:
 
     @retried
     def child_died(self, worker_id: int, generation: int) -> None:
-        """The child of this generation is gone, and with it what it held; the next one is being started."""
+        """Records that the child of this generation is gone with all that it held; the next one is being started."""
         with self._database.write() as connection:
             connection.execute(
                 update(workers)
@@ -216,7 +220,7 @@ class Workers:
 
     @retried
     def new_generation(self, worker_id: int, *, child_pid: int) -> int:
-        """A new child of this worker begins to load its model: the generation it is."""
+        """Records that a new child of this worker begins to load its model, and returns its generation."""
         with self._database.write() as connection:
             return int(
                 connection.execute(
@@ -236,7 +240,7 @@ class Workers:
 
     @retried
     def imported(self, worker_id: int, generation: int, *, seconds: float) -> None:
-        """The child has imported torch and its kin, and goes on to its model."""
+        """Records that the child has imported torch and its kin, and goes on to its model."""
         with self._database.write() as connection:
             connection.execute(
                 update(workers)
@@ -246,7 +250,7 @@ class Workers:
 
     @retried
     def loaded(self, worker_id: int, generation: int, *, loaded: Loaded) -> None:
-        """The child holds its model and may be given work."""
+        """Records that the child holds its model and may be given work."""
         facts, limits = loaded.facts, loaded.facts.limits
         adapters = {"adapters": to_json(facts.adapters)} if facts.adapters else {}
         with self._database.write() as connection:
@@ -274,7 +278,7 @@ class Workers:
 
     @retried
     def measured(self, worker_id: int, generation: int, *, devices: Sequence[DeviceMemory]) -> None:
-        """What each device of this child holds now; of a child that is not the newest it is of no interest."""
+        """Records the memory of each device of this child; that of an older child is ignored."""
         with self._database.write() as connection:
             connection.execute(
                 update(workers)
@@ -284,7 +288,7 @@ class Workers:
 
     @retried
     def enter(self, worker_id: int, state: WorkerState, *, error: str | None = None) -> None:
-        """The worker drains, has stopped, or has given up for the reason given; one that has given up stays so."""
+        """Records that the worker drains, has stopped, or gave up for this reason; one that gave up stays so."""
         values: dict[str, object] = {"state": state.value}
         if error is not None:
             values["error"] = error
@@ -298,7 +302,7 @@ class Workers:
     def gave_up(self, *, host: str, pid: int, process: Process | None = None) -> WorkerState | None:
         """FAILED or SICK if the newest worker of this process gave up, else None.
 
-        `process`: tells it from an earlier one of this pid, where that is known.
+        `process`: tells it from an earlier process of this pid, where that is known.
         """
         newest = (
             select(workers.c.state)
@@ -312,19 +316,19 @@ class Workers:
         return WorkerState(state) if state in GIVEN_UP else None
 
     def knows(self, process: Process, *, within_seconds: float) -> bool:
-        """Whether a worker of this process was heard of so lately."""
+        """True where a worker of this process was heard of so lately."""
         seen = workers.c.heartbeat_at > self._database.now - within_seconds
         with self._database.read() as connection:
             return bool(connection.scalar(select(exists().where(workers.c.process == str(process), seen))))
 
     @retried
     def meet(self, worker_id: int, namesake: str | None) -> None:
-        """This worker met that one, of another store that shows this one's id; None: it has met none of late."""
+        """Records the namesake that this worker met, a worker of another store with this id; None for none."""
         with self._database.write() as connection:
             connection.execute(update(workers).where(workers.c.id == worker_id).values(namesake=namesake))
 
     def namesakes(self) -> list[str]:
-        """Workers of other stores, which show this one's id, that live workers of this one have met of late."""
+        """Workers of other stores with the id of this one that its live workers have met of late."""
         met = select(workers.c.namesake).where(workers.c.namesake.is_not(None), alive(self._database.now)).distinct()
         with self._database.read() as connection:
             return sorted(connection.scalars(met).all())
@@ -336,7 +340,7 @@ class Workers:
             return sorted(connection.scalars(held).all())
 
     def unserved_seconds(self, spec: ModelSpec, *, since: float) -> float:
-        """How long no worker of this spec has lived: since the last one was seen, or since this time."""
+        """Seconds in which no worker of this spec has lived: since the last one was seen, or since this time."""
         seen = func.coalesce(func.max(workers.c.heartbeat_at), since)
         with self._database.read() as connection:
             found = connection.scalar(
@@ -357,7 +361,7 @@ class Workers:
         job_id: str | None = None,
         seen_within_seconds: float | None = None,
     ) -> list[WorkerRow]:
-        """Workers: all or the live ones, of one spec, that hold a batch of one job, or were seen so lately."""
+        """Workers: all or the live ones, of one spec, that hold a batch of one job, or that were seen so lately."""
         now = self._database.now
         held = (
             select(func.count())
@@ -391,9 +395,9 @@ class Workers:
 
 
 def alive(now: ColumnElement[float]) -> ColumnElement[bool]:
-    """Whether a row of `workers` is of a live worker that has not given up.
+    """True for a row of a live worker that has not given up.
 
-    One last seen in the future is none until its next heartbeat: the store's clock was set back since.
+    One last seen in the future counts as dead until its next heartbeat: the store's clock was set back since.
     """
     seen = workers.c.heartbeat_at <= now + _CLOCK_SLACK_SECONDS
     return and_(workers.c.alive_until > now, seen, workers.c.state.not_in(GIVEN_UP))
@@ -409,7 +413,7 @@ def idle_workers(
     other_than: int,
     now: ColumnElement[float],
 ) -> dict[frozenset[str], int]:
-    """How many other live workers of this very model are ready and hold no batch, by the adapters they hold.
+    """The number of other live workers of this very model that are ready and hold no batch, by the adapters they hold.
 
     `kinds`: those that the asking worker's engine serves; workers that serve less do not count. `job_id`: the one job
     that it serves; workers bound to another job do not count.

@@ -1,6 +1,6 @@
-"""Opening a closed job again: its failed and cancelled requests become pending in new batches, page by page.
+"""The retry of a closed job: its failed and cancelled requests become pending in new batches, page by page.
 
-What another try would end with as well is left as it is.
+A request that another try would end in the same way is left as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchmill.jobs.store.tables import batches, jobs, outputs, requests
 PAGE_REQUESTS = 1_000
 #: So many outputs are looked at in one read, which takes no lock that a writer waits for.
 _LOOK_REQUESTS = 10_000
-#: Of requests that are left alone so many are named.
+#: So many of the requests that are left alone are named.
 _NAMED = 3
 _ALL = Chances()
 #: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id, adapter, size_bytes.
@@ -51,18 +51,16 @@ class LeftAlone:
 
 @dataclass(slots=True)
 class Retried:
-    """Requests that are pending again, and those left alone, by the code of their error.
-
-    `is_whole`: no cancel and no other retry of the same job came in between, so that all of it was looked at.
-    """
+    """Requests that are pending again, and those left alone, by the code of their error."""
 
     moved: int = 0
     left: defaultdict[str, LeftAlone] = field(default_factory=lambda: defaultdict(LeftAlone))
+    #: True where no cancel and no other retry of the job came in between, so that all of it was looked at.
     is_whole: bool = True
 
 
 class Retries:
-    """Cut short, the same call finishes it: the job keeps a mark until its last page."""
+    """Retries jobs. The same call finishes one that was cut short: the job keeps a mark until its last page."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -83,7 +81,7 @@ class Retries:
         return found
 
     def is_cut_short(self, job_id: str) -> bool:
-        """Tells if a retry of this job was begun and not ended."""
+        """True where a retry of this job was begun and not ended."""
         with self._database.read() as connection:
             began = connection.scalar(select(jobs.c.retry_started_at).where(jobs.c.id == job_id))
         return began is not None
@@ -105,9 +103,9 @@ class Retries:
 
     @retried
     def _begin_retry(self, job_id: str) -> int:
-        """Marks which outputs are meant: those that are there now. A retry cut short keeps its mark.
+        """Marks the outputs that are meant, those that are there now, and returns the requests that a page moves.
 
-        How many requests a page of it moves.
+        A retry that was cut short keeps its mark.
         """
         with self._database.write() as connection:
             marked = connection.execute(
@@ -133,7 +131,7 @@ class Retries:
         return self._database.larger(self._database.now, func.coalesce(last.scalar_subquery(), 0.0))
 
     def _chosen(self, job_id: str, chances: Chances, left: defaultdict[str, LeftAlone]) -> Iterator[int]:
-        """Indexes of what is to be moved, in order, read in pages; what is not is counted in `left`."""
+        """Indexes of the requests to move, in order, read in pages; the others are counted in `left`."""
         last = -1
         while page := self._look(job_id, after=last):
             for row in page:
@@ -155,7 +153,7 @@ class Retries:
 
     @retried
     def _retry_page(self, job_id: str, indexes: list[int], *, keeps_model: bool = True) -> tuple[int, list[int]]:
-        """Moves the first of these requests, as many as one transaction takes: how many, and which are still to move.
+        """Moves the first of these requests, as many as one transaction takes; returns their number and the rest.
 
         They are read again under the locks: another retry of the same job may have moved some meanwhile.
         """
@@ -203,7 +201,7 @@ class Retries:
         ).all()
 
     def _reopen(self, connection: Connection, job_id: str, *, keeps_model: bool) -> int | None:
-        """Locks the job, and opens it again: its batch size, or None when a cancel took the mark away in between."""
+        """Locks and reopens the job; returns its batch size, or None when a cancel took the mark away in between."""
         row = connection.execute(
             select(jobs.c.state, jobs.c.batch_size)
             .where(jobs.c.id == job_id, jobs.c.retry_started_at.is_not(None))
@@ -219,7 +217,7 @@ class Retries:
         return int(row.batch_size)
 
     def _is_answered(self, connection: Connection, job_id: str) -> bool:
-        """Tells if any request of a closed job has an answer, which no other model may be mixed with."""
+        """True where a request of a closed job has an answer, which no other model may be mixed with."""
         answered = exists().where(batches.c.job_id == job_id, batches.c.succeeded > 0)
         return bool(connection.scalar(select(answered)))
 

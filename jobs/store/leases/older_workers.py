@@ -20,16 +20,17 @@ _BATCHES = table("batches", *map(column, ("worker_id", "state", "lease_until")))
 
 @dataclass(frozen=True, slots=True)
 class OlderWorker:
-    """One of them. `lease_seconds`: so long its last lease runs; None where it is known to live, whatever it holds."""
+    """One worker of an older batchmill."""
 
     name: str
     host: str
     pid: int
+    #: The time until its last lease ends; None where it is known to live, whatever it holds.
     lease_seconds: float | None
 
 
 def older_workers(database: Database) -> list[OlderWorker]:
-    """Those that live, and those of which that is not known, as long as a lease of theirs lasts."""
+    """The workers that live, and those of which that is unknown, as long as a lease of theirs lasts."""
     with database.read() as connection:
         has_process = any(each["name"] == "process" for each in inspect(connection).get_columns("workers"))
         its_leases = (_BATCHES.c.worker_id == _WORKERS.c.id) & (_BATCHES.c.state == BatchState.LEASED.value)

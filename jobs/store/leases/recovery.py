@@ -1,4 +1,4 @@
-"""Taking leases back from who died, and knowing what is pending: the reconciler's side of the store."""
+"""Recovery: takes leases back from dead workers, and lists what is pending. The reconciler's side of the store."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ from batchmill.jobs.store.leases.queue import Among, needs_met, pending_batches
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, requests, runs, workers
 from batchmill.jobs.store.workers import alive
 
-#: How many batches one transaction takes back: to blame who was in flight takes ten queries for each.
+#: Batches that one transaction takes back: blaming the requests in flight takes ten queries for each.
 _PAGE = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker that holds leases: its process if it is known, its children so far, when it was last heard of."""
+    """A worker that holds leases."""
 
     worker_id: int
+    #: None where it is unknown.
     process: Process | None
+    #: The number of its children so far.
     generation: int
+    #: Seconds since its last heartbeat.
     seen_seconds: float
 
 
@@ -69,7 +72,7 @@ class Recovery:
         return held
 
     def take_back(self, worker_id: int, *, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
-        """Takes back every lease of this worker's children up to a generation: how many there were.
+        """Takes back every lease of this worker's children up to a generation, and returns their number.
 
         After a crash what was in flight is blamed (`jobs.store.leases.blame`); what was released is not.
         """
@@ -126,9 +129,9 @@ class Recovery:
         return {row.id: (row.fence, row.lease_until) for row in found}
 
     def reap(self, leases: Mapping[int, tuple[int, float]]) -> int:
-        """Takes back these leases, as `expired` gave them, unless they were renewed since: how many.
+        """Takes back these leases, as `expired` gave them, unless they were renewed since; returns their number.
 
-        Nobody is blamed: whose worker was not heard of may have been paused, or cut off, as well as dead.
+        Nothing is blamed: a silent worker may have been paused, or cut off, as well as dead.
         """
         reaped = 0
         for batch_id, (fence, lease_until) in sorted(leases.items()):
@@ -155,7 +158,10 @@ class Recovery:
             return self._pending(connection, spec.canonical, who, most)
 
     def _pending(self, connection: Connection, spec: str, who: ColumnElement[bool], most: int) -> list[int]:
-        """Where none of these workers has loaded its model, or one has not yet, any model may be what it holds."""
+        """The pending batches that one of these workers could take.
+
+        Where none of them is there, or one has not loaded its model yet, jobs of every identity count.
+        """
         holding = connection.execute(
             select(workers.c.identity, workers.c.adapters, workers.c.kinds)
             .where(workers.c.spec == spec, who)

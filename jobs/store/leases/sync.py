@@ -216,7 +216,7 @@ class Leases:
         return frozenset(lease.batch_id for lease in leases)
 
     def _draining(self, connection: Connection, session: WorkerSession) -> bool:
-        """Whether the worker is to end, or has given up: a child of it may not know yet."""
+        """True where the worker is to end, or has given up: a child of it may not know yet."""
         state = connection.scalar(select(workers.c.state).where(workers.c.id == session.worker_id))
         return state in _ENDING
 
@@ -246,13 +246,13 @@ class Leases:
 
 
 class _SavedCounts(NamedTuple):
-    """Counts and tokens of what a sync saved of one batch, and how many of its choices ended for each reason.
+    """The counts of what a sync saved of one batch."""
 
-    `answered_prompt_tokens`: a run counts those alone, since refused prompts are no part of its speed.
-    """
-
+    #: Outputs by state, and tokens, by column.
     counts: Mapping[str, int]
+    #: Choices by the reason that ended them, by column.
     reasons: Mapping[str, int]
+    #: A run counts these alone, since refused prompts are no part of its speed.
     answered_prompt_tokens: int
 
 
@@ -275,7 +275,7 @@ def _with_reasons(reasons: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _of_devices(memory: Memory) -> dict[str, object]:
-    """What a run says of its devices, since it began; what a crash left has nothing to say of them."""
+    """The columns of a run about its devices since it began; none for outputs that a crash left behind."""
     values = {"devices": devices_text(memory.devices), "energy_joules": memory.energy_joules}
     return {name: each for name, each in values.items() if each is not None}
 

@@ -1,6 +1,6 @@
-"""Who stands between a job and its end: who holds its batches, what waits, who could take it. It changes nothing.
+"""Blockers of a job: the workers that hold its batches, what waits, and the workers that could take it.
 
-All of it is one short transaction, so that the parts agree with each other; what it means is not known here.
+It changes nothing. All of it is one short transaction, so that the parts agree; their meaning is not known here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, 
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter, lacks
 from batchmill.jobs.store.workers import GIVEN_UP, alive
 
-#: Workers and crashes of longer ago are no news.
+#: Workers and crashes of longer ago are left out.
 _NEWS_SECONDS = 86_400.0
 _MOST_OLDER_JOBS = 3
 _MOST_CRASHES = 5
@@ -31,10 +31,7 @@ _MOST_OTHERS = 500
 
 @dataclass(frozen=True, slots=True)
 class SeenWorker:
-    """One worker as it was last seen; `batches` is how many it holds, of any job.
-
-    `loading_since`: when its newest child began to load the model; None before its first child.
-    """
+    """One worker as it was last seen."""
 
     id: int
     name: str
@@ -49,40 +46,46 @@ class SeenWorker:
     adapters: tuple[Adapter, ...]
     generation: int
     started_at: float
+    #: The time when its newest child began to load the model; None before its first child.
     loading_since: float | None
     seen_seconds: float
     alive: bool
+    #: The number that it holds, of any job.
     batches: int
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What one worker holds of a job: since when, until when its first lease runs, and how many are over."""
+    """The batches of a job that one worker holds."""
 
     worker: SeenWorker
     batches: int
+    #: The beginning of the oldest run.
     since: float
+    #: The end of the first lease.
     lease_until: float
+    #: The number of leases that are over.
     expired: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job's pending batches; those of `suspects` run apart. `waits_since`: when the next one could be claimed.
-
-    `needs`: the adapters that they need, empty for those that need none.
-    """
+    """A job's pending batches."""
 
     batches: int
+    #: The adapters that they need, NO_ADAPTER among them where some need none.
     needs: frozenset[str]
+    #: Those that run apart.
     suspects: int
+    #: The open requests of those.
     suspect_requests: int
+    #: The time since which the next one could be claimed.
     waits_since: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Crashes:
-    """How often a worker's processes died, or let their lease expire, while they held batches of a job."""
+    """Deaths of a worker's processes, or leases that they let expire, while they held batches of a job."""
 
     worker: SeenWorker
     outcome: RunOutcome
@@ -92,20 +95,20 @@ class Crashes:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Everything around one job at one moment, `now` in seconds since 1970, UTC.
+    """Everything around one job at one moment."""
 
-    `serving`: workers of its ModelSpec, the last seen first. `others`: live ones of the same model held differently.
-    `older`: jobs that go first, with their pending batches. `live`: the process of each live worker, of any
-    ModelSpec, None where it told none; each of them reconciles.
-    """
-
+    #: Seconds since 1970, UTC.
     now: float
     holds: tuple[Hold, ...]
     pending: Pending
+    #: Jobs that go first, with their pending batches.
     older: tuple[tuple[str, int], ...]
     crashes: tuple[Crashes, ...]
+    #: Workers of its ModelSpec, the last seen first.
     serving: tuple[SeenWorker, ...]
+    #: Live workers of the same model held differently.
     others: tuple[SeenWorker, ...]
+    #: The process of each live worker, of any ModelSpec, None where it told none; each of them reconciles.
     live: tuple[Process | None, ...]
     last_answer_at: float | None
 
@@ -115,13 +118,13 @@ class Surroundings:
 
 
 class Blockers:
-    """The looking around side of the store."""
+    """Looks around jobs."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def around(self, job_id: str, *, lease_seconds: float) -> Surroundings:
-        """What is around a job. Raises NotFound."""
+        """Everything around a job. Raises NotFound."""
         with self._database.read() as connection:
             job: Any = connection.execute(
                 select(jobs.c.id, jobs.c.spec, jobs.c.queued_at).where(
@@ -274,7 +277,7 @@ def _older(connection: Connection, job: Row[Any]) -> tuple[tuple[str, int], ...]
 
 
 def _last_answer(connection: Connection, job_id: str) -> float | None:
-    """When the last answer came: in a batch that is held, or at the end of a run that brought some."""
+    """The time of the last answer: in a batch that is held, or at the end of a run that brought some."""
     answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
     held = connection.scalar(
         select(func.max(outputs.c.finished_at))

@@ -31,17 +31,16 @@ class FinishReasons:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """A job's requests by state; `total` is their sum.
+    """A job's requests by state."""
 
-    `finish_reasons`: None where some were answered before they were counted, at revision 0007.
-    """
-
+    #: The sum of all states.
     total: int
     succeeded: int
     failed: int
     cancelled: int
     prompt_tokens: int
     completion_tokens: int
+    #: None where some were answered before they were counted, at revision 0007.
     finish_reasons: FinishReasons | None = None
 
     @property
@@ -51,21 +50,20 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as the store has it; times in seconds since 1970, UTC.
-
-    `identity`: what its model consists of, None until it was begun (or where that was before revision 0005).
-    `adapters`: what the names it used mean to it. `kind`: of all of its requests.
-    """
+    """One job as the store has it; times in seconds since 1970, UTC."""
 
     id: str
     name: str | None
     state: JobState
+    #: The kind of all of its requests.
     kind: str
     spec: ModelSpec
     batch_size: int
     options: Mapping[str, Any]
     sampling: Mapping[str, Any] | None
+    #: The content of its model, None until it was begun (or where that was before revision 0005).
     identity: str | None
+    #: The meanings that the names it used have to it.
     adapters: tuple[Adapter, ...]
     file_name: str
     file_sha256: str
@@ -81,19 +79,17 @@ class Job:
         return self.state in CLOSED_JOB_STATES
 
     def is_of(self, identity: str | None) -> bool:
-        """Whether a model of this identity may answer it, as far as both are known."""
+        """True where a model of this identity may answer it, as far as both are known."""
         return None in (self.identity, identity) or self.identity == identity
 
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One request with its output, as exports need it; `body` is the request's JSON text.
-
-    The three seconds are those of Timings: all of them, or none.
-    """
+    """One request with its output, as exports need it; the three seconds of Timings are all set, or none."""
 
     index: int
     custom_id: str
+    #: The request's JSON text.
     body: str
     state: RequestState
     payload: str

@@ -1,4 +1,4 @@
-"""Which adapters the pending batches of a job need and no live worker holds. It changes nothing."""
+"""Missing adapters: pending batches of a job need them, and no live worker holds them. It changes nothing."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from batchmill.jobs.store.workers import alive
 
 @dataclass(frozen=True, slots=True)
 class MissingAdapter:
-    """An adapter that `batches` pending batches of a job need and that nobody holds who may take the job.
-
-    `meant`: what its name means to the job, if outputs were begun with it. `held_otherwise`: live workers, each as
-    `name on host`, that hold another adapter by this name.
-    """
+    """An adapter that pending batches of a job need, and that no worker holds that may take the job."""
 
     name: str
+    #: The number of pending batches that need it.
     batches: int
+    #: The meaning of its name to the job, if outputs were begun with it.
     meant: Adapter | None = None
+    #: Live workers, as `name on host`, that hold another adapter by this name.
     held_otherwise: tuple[tuple[str, Adapter], ...] = ()
 
     @property
     def changed(self) -> bool:
-        """Whether another one lies by now where the job's adapter lay."""
+        """True where another one lies by now where the job's adapter lay."""
         return self.meant is not None and self.meant.where in {each.where for _, each in self.held_otherwise}
 
     @property
     def wanted(self) -> str:
-        """What `--adapter` takes; with a word in the place of what only the user knows."""
+        """The argument of `--adapter`, with a placeholder for what only the user knows."""
         return f"{self.name}={SOMEWHERE}" if self.meant is None else str(self.meant)
 
 
 def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> tuple[MissingAdapter, ...]:
-    """What a job lacks, by name."""
+    """The adapters that a job lacks, by name."""
     needed = connection.execute(
         select(batches.c.adapter, func.count().label("batches"))
         .where(batches.c.job_id == job_id, batches.c.state == BatchState.PENDING.value)
