@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """VERSION, looked up when it is first asked for, which takes longer than to start the command line."""
+        """Looks VERSION up on first use, since that takes longer than starting the command line."""
         if name != "VERSION":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version

@@ -26,7 +26,7 @@ with engine.connect() as connection:
     )
     with context.begin_transaction():
         if connection.dialect.name == "sqlite":
-            # Python begins a transaction for rows alone: each change of a table would stand by itself.
+            # Python begins a transaction for rows alone: each change of a table would commit by itself.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         context.run_migrations()
 engine.dispose()

@@ -1,4 +1,4 @@
-"""The store's revisions, and how a store is brought to the newest one; a package, so found without a checkout.
+"""The store's revisions, and the upgrade of a store to the newest one; a package, so found without a checkout.
 
 A store that is at its revision is opened without importing alembic.
 """
@@ -63,7 +63,7 @@ def open_store(settings: Settings) -> Store:
     """The store of these settings, at the right revision.
 
     The embedded store is made, or upgraded after a copy was kept beside it, unless a worker of an older batchmill is at
-    work on it; any other has to be at the revision already. Raises SchemaMismatch, StoreError, AlreadyRunning.
+    work on it; any other store has to be at the revision already. Raises SchemaMismatch, StoreError, AlreadyRunning.
     """
     if settings.embedded_store:
         make_home(settings.home)

@@ -1,4 +1,4 @@
-"""batchmill.toml of the current folder: whose it has to be, and what it says.
+"""batchmill.toml of the current folder: the check of its owner and its mode, and the values in it.
 
 It can lead a command to servers and folders, so it is read only if nobody but the user, or root, can have written it.
 """
@@ -15,13 +15,13 @@ from typing import Any
 from batchmill.jobs.errors import SettingsError
 
 TOML_FILE = "batchmill.toml"
-#: It has some lines of text.
+#: A settings file has some lines of text.
 _MOST_BYTES = 16 * 1024
 _ROOT = 0
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """What the file says, unchecked; nothing if there is none. Raises SettingsError."""
+    """The values in the file, unchecked; none if there is no file. Raises SettingsError."""
     try:
         link = os.lstat(path)
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def _refuse_owner(found: os.stat_result, path: Path) -> None:
 
 
 def _refuse_writers(found: os.stat_result, path: Path) -> None:
-    """Refuses what others may write; the user's own primary group is no other."""
+    """Refuses a file that others may write; the user's own primary group is not another."""
     if found.st_mode & stat.S_IWOTH:
         raise SettingsError(f"everybody may write {path}: look what it says, and run `chmod go-w {path}`")
     if found.st_mode & stat.S_IWGRP and found.st_gid != _own_group():

@@ -1,4 +1,4 @@
-"""Files that a command writes for its user: refused before any work is done, and replaced whole at the end.
+"""Files that a command writes for its user: checked before any work is done, and replaced whole at the end.
 
 It knows neither what is written nor which command writes it.
 """
@@ -17,7 +17,7 @@ from typing import IO, Any
 from batchmill.jobs.errors import UsageError, WriteFailed
 from batchmill.jobs.runtime.failpoints import failpoint
 
-#: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
+#: Characters of a file's name, of at most 255 bytes, in the name of the temporary file beside it.
 _NAME_LENGTH = 40
 #: Kinds that open as a file and are none: written to, they would be destroyed, or take nothing.
 _NO_TARGETS = ((stat.S_ISDIR, "a folder"), (stat.S_ISBLK, "a disk"), (stat.S_ISSOCK, "a socket"))
@@ -70,7 +70,7 @@ def replaced(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 @contextmanager
 def written(what: object) -> Iterator[None]:
-    """Errors of the block are told of `what` as WriteFailed; that nobody reads a pipe any more passes through."""
+    """Turns errors of the block into WriteFailed, about `what`; BrokenPipeError passes through."""
     try:
         yield
     except BrokenPipeError:
@@ -87,7 +87,7 @@ def _of_stdout() -> os.stat_result | None:
 
 
 def _of_path(target: Path) -> os.stat_result | None:
-    """None for a file that is not there yet."""
+    """The status of the target, None for a file that is not there yet. Raises UsageError for what takes no output."""
     try:
         found = target.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -121,7 +121,7 @@ def _status(kept: str | Path) -> os.stat_result | None:
 
 
 def _try_folder(target: Path) -> None:
-    """A file is made beside the target, and is gone again: rights, quotas and read-only disks all have their say."""
+    """Makes a file beside the target and removes it: rights, quotas and read-only disks may all refuse it."""
     folder = Path(os.path.realpath(target)).parent
     if not folder.is_dir():
         raise UsageError(f"-o {target}: there is no folder {folder}; make it first, or name another")
