@@ -6,7 +6,7 @@ from alembic import context
 from sqlalchemy import create_engine, pool
 from sqlalchemy.engine import make_url
 
-from batchmill.jobs.store.postgresql import postgresql_engine
+from batchmill.jobs.store.database.postgresql import postgresql_engine
 from batchmill.jobs.store.tables import metadata
 
 _BUSY_SECONDS = 30.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, LargeBinary, Row, Select, cast, func, or_, select
 
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 
 #: The most bytes of a batch, and of what one transaction reads or writes: a tenth of a second or two.
 PAGE_BYTES = 8 * 1024 * 1024

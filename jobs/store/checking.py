@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, OPEN_BATCH_STATES, BatchState, JobState, RequestState
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
 
 #: So many findings of one kind in one job are told.

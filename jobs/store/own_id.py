@@ -10,10 +10,10 @@ import uuid
 from sqlalchemy import insert, select, update
 
 from batchmill.jobs.errors import StoreError, UsageError
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import stores, workers
-from batchmill.jobs.store.workers import alive
+from batchmill.jobs.store.workers.liveness import alive
 
 _PLACE = 1
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from batchmill.jobs.runtime.process.process import Lives, Process
 from batchmill.jobs.store.views.blockers import SeenWorker, Surroundings
-from batchmill.jobs.store.workers import WorkerRow
+from batchmill.jobs.store.views.workers import WorkerRow
 
 _Worker = TypeVar("_Worker", WorkerRow, SeenWorker)
 

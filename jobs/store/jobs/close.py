@@ -9,8 +9,8 @@ from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select
 from batchmill.jobs.requests.request import MAX_BATCH_SIZE, ErrorCode
 from batchmill.jobs.requests.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
 from batchmill.jobs.runtime.failpoints import failpoint
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, requests
 
 #: One transaction closes or moves at most this many requests; no batch holds more.

@@ -21,9 +21,9 @@ from batchmill.jobs.requests.ids import new_job_id
 from batchmill.jobs.requests.request import FIRST_KIND, JobOptions, Provenance, Request
 from batchmill.jobs.requests.states import JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import cut, octets, page_of, text_bytes
-from batchmill.jobs.store.clock import is_over
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.clock import is_over
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.rebatch import new_batches
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, requests
 

@@ -17,8 +17,8 @@ from batchmill.jobs.errors import JobStateError
 from batchmill.jobs.requests.causes import Chances
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, JobState, RequestState
 from batchmill.jobs.store.bounds import octets, page_of
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.rebatch import move
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests
 

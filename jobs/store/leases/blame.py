@@ -16,7 +16,7 @@ from sqlalchemy import Connection, and_, select, update
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import BATCH_BEFORE, BatchState, RequestState
 from batchmill.jobs.store.bounds import octets
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import end_unanswered
 from batchmill.jobs.store.jobs.rebatch import move
 from batchmill.jobs.store.tables import NO_LEASE, batches, outputs, requests, runs

@@ -21,11 +21,11 @@ from batchmill.jobs.requests.kinds import kind_named
 from batchmill.jobs.requests.request import JobOptions, Request, RequestKind
 from batchmill.jobs.requests.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.leases.lease import Claimed, Lease, WorkerSession
 from batchmill.jobs.store.leases.queue import Among, Need, count_pending, heads, needs_met, waiting
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, outputs, requests, runs, workers
-from batchmill.jobs.store.workers import idle_workers
+from batchmill.jobs.store.workers.idle import idle_workers
 
 #: Pending batches are counted up to this many when they are compared with idle workers.
 _COUNT_LIMIT = 500

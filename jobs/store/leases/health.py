@@ -14,8 +14,8 @@ from sqlalchemy import Connection, and_, exists, or_, select, text, update
 
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import BatchState, RunOutcome, WorkerState
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, capacities, jobs, runs, workers
 
 #: So many crashes in a row, each of other requests, make a device suspect.

@@ -12,7 +12,7 @@ from sqlalchemy import column, func, inspect, null, select, table
 
 from batchmill.jobs.requests.states import BatchState, WorkerState
 from batchmill.jobs.runtime.process.process import Lives, Process
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 
 _WORKERS = table("workers", *map(column, ("id", "name", "host", "pid", "state", "process")))
 _BATCHES = table("batches", *map(column, ("worker_id", "state", "lease_until")))

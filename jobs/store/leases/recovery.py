@@ -23,15 +23,15 @@ from batchmill.jobs.requests.states import (
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.bounds import octets, page_of
-from batchmill.jobs.store.clock import is_over
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.clock import is_over
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.blame import Blaming
 from batchmill.jobs.store.leases.lease import end_runs
 from batchmill.jobs.store.leases.queue import Among, needs_met, pending_batches
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, requests, runs, workers
-from batchmill.jobs.store.workers import alive
+from batchmill.jobs.store.workers.liveness import alive
 
 #: Batches that one transaction takes back: blaming the requests in flight takes ten queries for each.
 _PAGE = 50

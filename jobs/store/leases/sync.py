@@ -18,13 +18,13 @@ from batchmill.jobs.requests.kinds import kind_named
 from batchmill.jobs.requests.request import Output
 from batchmill.jobs.requests.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.runtime.failpoints import failpoint
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.claim import Claiming
 from batchmill.jobs.store.leases.lease import BatchReport, Claimed, Lease, SyncResult, WorkerSession, end_runs
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, runs, workers
-from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
 
 _ENDING = GIVEN_UP | {WorkerState.DRAINING, WorkerState.STOPPED}
 

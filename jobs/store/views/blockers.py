@@ -16,11 +16,11 @@ from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
 from batchmill.jobs.runtime.process.process import Process
-from batchmill.jobs.store.clock import is_over
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.clock import is_over
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, workers
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter, lacks
-from batchmill.jobs.store.workers import GIVEN_UP, alive
+from batchmill.jobs.store.workers.liveness import GIVEN_UP, alive
 
 #: Workers and crashes of longer ago are left out.
 _NEWS_SECONDS = 86_400.0

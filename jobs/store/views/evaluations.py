@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import insert, select
 
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import evaluations
 
 

@@ -17,7 +17,7 @@ from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, JobState, RequestState
 from batchmill.jobs.store.bounds import octets, page_of
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests
 
 

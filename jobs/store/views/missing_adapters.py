@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, func, or_, select
 from batchmill.jobs.models.adapters import SOMEWHERE, Adapter, from_json
 from batchmill.jobs.requests.states import BatchState, WorkerState
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, workers
-from batchmill.jobs.store.workers import alive
+from batchmill.jobs.store.workers.liveness import alive
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from sqlalchemy import JSON, ColumnElement, Text, and_, case, cast, func, select
 
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.bounds import octets
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import outputs, requests
 
 #: A longer request is not parsed, which would take the database long.

@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import runs, workers
 
 

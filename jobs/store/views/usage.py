@@ -13,9 +13,9 @@ from sqlalchemy import ColumnElement, Connection, Row, Subquery, case, func, lit
 
 from batchmill.jobs.models.device_memory import DeviceMemory, Memory, largest_of_texts
 from batchmill.jobs.requests.states import RunOutcome
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import jobs, runs, workers
-from batchmill.jobs.store.workers import MISSED_HEARTBEATS, alive
+from batchmill.jobs.store.workers.liveness import MISSED_HEARTBEATS, alive
 
 #: The window over which a job's present speed is taken.
 RECENT_SECONDS = 60.0

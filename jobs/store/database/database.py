@@ -30,9 +30,9 @@ from batchmill.jobs.errors import (
 )
 from batchmill.jobs.runtime.files.locks import sqlite_held_by
 from batchmill.jobs.runtime.waiting import Wait, telling
-from batchmill.jobs.store.clock import StoreClock
-from batchmill.jobs.store.line import WriterLine
-from batchmill.jobs.store.postgresql import crowded, postgresql_engine
+from batchmill.jobs.store.database.clock import StoreClock
+from batchmill.jobs.store.database.line import WriterLine
+from batchmill.jobs.store.database.postgresql import crowded, postgresql_engine
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
 WAL_SAFE_SINCE = (3, 51, 3)
