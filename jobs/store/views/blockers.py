@@ -9,49 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, or_, select
+from sqlalchemy import Connection, Row, and_, case, func, or_, select
 
 from batchmill.jobs.errors import NotFound
-from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
+from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.database.clock import is_over
 from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, workers
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter, lacks
+from batchmill.jobs.store.views.seen_workers import NEWS_SECONDS, SeenWorker, seen_workers, serving
 from batchmill.jobs.store.workers.liveness import GIVEN_UP, alive
 
-#: Workers and crashes of longer ago are left out.
-_NEWS_SECONDS = 86_400.0
 _MOST_OLDER_JOBS = 3
 _MOST_CRASHES = 5
 _MOST_OTHERS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class SeenWorker:
-    """One worker as it was last seen."""
-
-    id: int
-    name: str
-    host: str
-    process: Process | None
-    device: str
-    state: WorkerState
-    error: str | None
-    spec: ModelSpec
-    only_job: str | None
-    identity: str | None
-    adapters: tuple[Adapter, ...]
-    generation: int
-    started_at: float
-    #: The time when its newest child began to load the model; None before its first child.
-    loading_since: float | None
-    seen_seconds: float
-    alive: bool
-    #: The number that it holds, of any job.
-    batches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +113,7 @@ class Blockers:
                 pending=_pending(connection, job),
                 older=_older(connection, job),
                 crashes=self._crashes(connection, job_id),
-                serving=self._seen(connection, self._serving(job.spec, job_id)),
+                serving=seen_workers(connection, serving(job.spec, job_id, now=now), now=now),
                 others=self._others(connection, ModelSpec.from_canonical(job.spec)),
                 live=tuple(map(Process.parse, connection.scalars(select(workers.c.process).where(alive(now))))),
                 last_answer_at=_last_answer(connection, job_id),
@@ -153,53 +126,19 @@ class Blockers:
 
     def given_up(self, spec: ModelSpec, *, job_id: str) -> tuple[SeenWorker, ...]:
         """Workers of a spec that are sick or failed and were not started again since, the last seen first."""
-        which = and_(self._serving(spec.canonical, job_id), workers.c.state.in_(GIVEN_UP))
+        which = and_(serving(spec.canonical, job_id, now=self._database.now), workers.c.state.in_(GIVEN_UP))
         with self._database.read() as connection:
-            return self._seen(connection, which)
-
-    def _serving(self, spec: str, job_id: str) -> ColumnElement[bool]:
-        """Live workers of a spec, also those bound to other jobs, and of late those that nobody has replaced."""
-        newer = workers.alias("newer")
-        replaced = exists().where(
-            newer.c.spec == workers.c.spec,
-            newer.c.host == workers.c.host,
-            newer.c.device == workers.c.device,
-            newer.c.id > workers.c.id,
-        )
-        bound_here = or_(workers.c.only_job.is_(None), workers.c.only_job == job_id)
-        gone = and_(workers.c.heartbeat_at > self._database.now - _NEWS_SECONDS, bound_here, ~replaced)
-        return and_(workers.c.spec == spec, or_(alive(self._database.now), gone))
+            return seen_workers(connection, which, now=self._database.now)
 
     def _others(self, connection: Connection, spec: ModelSpec) -> tuple[SeenWorker, ...]:
         """Live workers of another spec whose model has the same last name."""
         live = and_(alive(self._database.now), workers.c.spec != spec.canonical)
-        found = self._seen(connection, live, most=_MOST_OTHERS)
-        return tuple(each for each in found if _last_name(each.spec) == _last_name(spec))
-
-    def _seen(
-        self, connection: Connection, which: ColumnElement[bool], *, most: int | None = None
-    ) -> tuple[SeenWorker, ...]:
-        now = self._database.now
-        held = (
-            select(func.count())
-            .where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
-            .scalar_subquery()
-        )
-        rows: Sequence[Any] = connection.execute(
-            select(
-                workers,
-                alive(now).label("alive"),
-                (now - workers.c.heartbeat_at).label("seen_seconds"),
-                held.label("batches"),
-            )
-            .where(which)
-            .order_by(workers.c.heartbeat_at.desc(), workers.c.id.desc())
-            .limit(most)
-        ).all()
-        return tuple(_seen(row) for row in rows)
+        live_workers = seen_workers(connection, live, now=self._database.now, most=_MOST_OTHERS)
+        return tuple(each for each in live_workers if _last_name(each.spec) == _last_name(spec))
 
     def _by_id(self, connection: Connection, ids: Sequence[int]) -> dict[int, SeenWorker]:
-        return {each.id: each for each in self._seen(connection, workers.c.id.in_(ids))}
+        which = workers.c.id.in_(ids)
+        return {each.id: each for each in seen_workers(connection, which, now=self._database.now)}
 
     def _holds(self, connection: Connection, job_id: str, lease_seconds: float) -> tuple[Hold, ...]:
         its_run = and_(runs.c.batch_id == batches.c.id, runs.c.fence == batches.c.fence)
@@ -233,7 +172,7 @@ class Blockers:
                 func.count(runs.c.worker_generation.distinct()).label("times"),
                 last_at,
             )
-            .where(runs.c.job_id == job_id, runs.c.finished_at > self._database.now - _NEWS_SECONDS)
+            .where(runs.c.job_id == job_id, runs.c.finished_at > self._database.now - NEWS_SECONDS)
             .where(runs.c.outcome.in_([RunOutcome.CRASHED.value, RunOutcome.EXPIRED.value]))
             .group_by(runs.c.worker_id, runs.c.outcome)
             .order_by(last_at.desc())
@@ -293,25 +232,3 @@ def _last_answer(connection: Connection, job_id: str) -> float | None:
 def _last_name(spec: ModelSpec) -> str:
     """`Llama-3` of `org/llama-3` and of `/models/Llama-3`, in small letters."""
     return spec.model.rstrip("/").rsplit("/", 1)[-1].casefold()
-
-
-def _seen(row: Row[Any]) -> SeenWorker:
-    return SeenWorker(
-        id=row.id,
-        name=row.name,
-        host=row.host,
-        process=Process.parse(row.process),
-        device=row.device,
-        state=WorkerState(row.state),
-        error=row.error,
-        spec=ModelSpec.from_canonical(row.spec),
-        only_job=row.only_job,
-        identity=row.identity,
-        adapters=from_json(row.adapters),
-        generation=row.generation,
-        started_at=row.started_at,
-        loading_since=row.loading_since,
-        seen_seconds=row.seen_seconds,
-        alive=bool(row.alive),
-        batches=row.batches,
-    )
