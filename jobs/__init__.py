@@ -13,7 +13,7 @@ else:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            found = version("batchmill")
+            installed = version("batchmill")
         except PackageNotFoundError:  # a checkout that was never installed: `python -m batchmill` still works
-            found = "0+unknown"
-        return globals().setdefault(name, found)
+            installed = "0+unknown"
+        return globals().setdefault(name, installed)

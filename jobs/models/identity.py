@@ -98,8 +98,8 @@ def of_adapter(folder: Path, digests: Digests) -> Content:
 def differences(before: str, now: str) -> str:
     """The differences between two identities, for people: `tokenizer and weights`."""
     old, new = (dict(part.split("=", 1) for part in each.split()) for each in (before, now))
-    *most, last = [_WORDS.get(each, each) for each in sorted(old.keys() | new.keys()) if old.get(each) != new.get(each)]
-    return f"{', '.join(most)} and {last}" if most else last
+    *rest, last = [_WORDS.get(each, each) for each in sorted(old.keys() | new.keys()) if old.get(each) != new.get(each)]
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _content(
@@ -117,11 +117,11 @@ def _joined(hashed: Sequence[tuple[str, str]]) -> str:
 
 def _parts(folder: Path, patterns: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The names of the files that are there, by part; a part without any is left out."""
-    found = {
+    by_part = {
         part: sorted({str(each.relative_to(folder)) for one in globs for each in folder.glob(one) if each.is_file()})
         for part, globs in patterns.items()
     }
-    return {part: names for part, names in found.items() if names}
+    return {part: names for part, names in by_part.items() if names}
 
 
 def _weights(folder: Path) -> list[str]:

@@ -24,8 +24,8 @@ def meant_instead(spec: ModelSpec, *, served: Iterable[str] = ()) -> str | None:
     known = {_short(each): each for each in (*cached, *served, DEMO, ECHO)}
     if spec.model in known.values():
         return None
-    found = get_close_matches(_short(spec.model), known, n=1, cutoff=_ALIKE)
-    return known[found[0]] if found else None
+    alike = get_close_matches(_short(spec.model), known, n=1, cutoff=_ALIKE)
+    return known[alike[0]] if alike else None
 
 
 def slip_line(spec: ModelSpec, meant: str) -> str:

@@ -196,17 +196,17 @@ NF4 = Quantization()
 
 def _values(kind: Kind, text: str) -> dict[str, Value]:
     """The options of `a=b,c=d` that differ from the defaults of this kind."""
-    found: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for name, written in _pairs(kind, text):
         option = _option(kind, name)
         try:
             value = option.parse(written)
         except ValueError as error:
             raise UsageError(f"-q {kind}: {name} takes {error}, not {written!r}") from None
-        if name in found:
+        if name in values:
             raise UsageError(f"-q {kind}: {name} is written twice")
-        found[name] = value
-    return {name: value for name, value in found.items() if value != _OPTIONS[kind][name].default}
+        values[name] = value
+    return {name: value for name, value in values.items() if value != _OPTIONS[kind][name].default}
 
 
 def _pairs(kind: Kind, text: str) -> Iterator[tuple[str, str]]:

@@ -67,10 +67,10 @@ class SamplingParams:
     def to_json(self) -> dict[str, Any]:
         """The options that are set, ready for json; `logit_bias` as an object by token id."""
         values = ((name, getattr(self, name)) for name in _SAMPLING_NAMES)
-        asked = {name: list(v) if isinstance(v, tuple) else v for name, v in values if v is not None}
+        options = {name: list(v) if isinstance(v, tuple) else v for name, v in values if v is not None}
         if self.logit_bias is not None:
-            asked["logit_bias"] = {str(token): bias for token, bias in self.logit_bias}
-        return asked
+            options["logit_bias"] = {str(token): bias for token, bias in self.logit_bias}
+        return options
 
     def over(self, lower: SamplingParams) -> SamplingParams:
         """These parameters, filled up from a lower level."""

@@ -77,8 +77,8 @@ def _unwritten_stdout() -> str:
 
 
 def _shortened(line: str) -> str:
-    def ends(found: re.Match[str]) -> str:
-        word = found[0]
+    def ends(match: re.Match[str]) -> str:
+        word = match[0]
         return f"{word[:_SHOWN_OF_WORD]}...{word[-_SHOWN_OF_WORD:]}"
 
     return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", ends, line)

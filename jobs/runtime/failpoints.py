@@ -68,13 +68,13 @@ def arm(written: str, *, home: Path) -> None:
     _armed = None
     if not written:
         return
-    found = _WRITTEN.fullmatch(written)
-    if found is None or found["name"] not in POINTS:
+    match = _WRITTEN.fullmatch(written)
+    if match is None or match["name"] not in POINTS:
         raise SettingsError(
             f"BATCHMILL_FAILPOINT={written}: write name=kill9@1, name=full@1 or name=note@1, "
             f"the name one of {', '.join(POINTS)}"
         )
-    _armed = _Armed(found["name"], found["action"], int(found["hit"]), home / f"failpoint.{found['name']}")
+    _armed = _Armed(match["name"], match["action"], int(match["hit"]), home / f"failpoint.{match['name']}")
 
 
 def failpoint(name: str) -> None:

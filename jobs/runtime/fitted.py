@@ -22,8 +22,8 @@ def fitted(lines: Iterable[str], *, indent: int, width: int | None) -> Iterator[
         if width is None or len(line) <= width:
             yield line
             continue
-        text, found, command = line.partition(_COMMAND if "`" not in line else "\n")
+        text, separator, command = line.partition(_COMMAND if "`" not in line else "\n")
         margin = " " * min(indent, width // 2)
         yield from wrap(text, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
-        if found:
+        if separator:
             yield f"{margin}{_COMMAND.lstrip()}{command}"

@@ -39,14 +39,14 @@ def try_home(home: Path) -> None:
 
 def nearest_folder(home: Path) -> Path:
     """The folder, or where it is not there yet the nearest one above it. Raises SettingsError for a file."""
-    found = home
+    folder = home
     with _told_of(home):
-        while not found.exists():
-            found = found.parent
-    if not found.is_dir():
-        where = "is a file" if found == home else f"lies below {found}, which is a file"
+        while not folder.exists():
+            folder = folder.parent
+    if not folder.is_dir():
+        where = "is a file" if folder == home else f"lies below {folder}, which is a file"
         raise SettingsError(f"BATCHMILL_HOME={home} {where}; name a folder")
-    return found
+    return folder
 
 
 def socket_path(home: Path) -> Path:

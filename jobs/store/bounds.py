@@ -60,12 +60,12 @@ def page_of(
         counted = select(rows, so_far.label("so_far")).subquery()
         page = or_(counted.c.so_far <= PAGE_BYTES, counted.c.so_far == counted.c.size_bytes)
         return list(connection.execute(select(*counted.c[:-1]).where(page).order_by(counted.c[0])).all())
-    found: list[Row[Any]] = []
+    taken: list[Row[Any]] = []
     total = 0
     with connection.execute(chosen) as result:
         for row in result:
             total += row.size_bytes
-            if found and total > PAGE_BYTES:
+            if taken and total > PAGE_BYTES:
                 break
-            found.append(row)
-    return found
+            taken.append(row)
+    return taken

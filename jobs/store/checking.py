@@ -121,11 +121,11 @@ def _sums() -> FromClause:
 def _counts_of_batches() -> Iterator[_StoreCheck]:
     for name in _COUNTS:
         sums = _sums()
-        found = func.coalesce(sums.c[name], 0)
+        summed = func.coalesce(sums.c[name], 0)
         query = (
-            select(batches.c.id, batches.c[name].label("said"), found.label("found"))
+            select(batches.c.id, batches.c[name].label("said"), summed.label("found"))
             .select_from(batches.outerjoin(sums, sums.c.batch_id == batches.c.id))
-            .where(batches.c.job_id == _THIS, batches.c[name] != found)
+            .where(batches.c.job_id == _THIS, batches.c[name] != summed)
         )
         what = name.replace("_", " ")
         yield _StoreCheck("counts", f"batch {{id}} counts {{said}} {what}, and its outputs add up to {{found}}", query)
@@ -147,11 +147,11 @@ def _counts_of_runs() -> _StoreCheck:
         .group_by(outputs.c.run_id)
         .subquery()
     )
-    found = func.coalesce(written.c.found, 0)
+    number = func.coalesce(written.c.found, 0)
     query = (
-        select(runs.c.id, runs.c.succeeded, found.label("found"))
+        select(runs.c.id, runs.c.succeeded, number.label("found"))
         .select_from(runs.outerjoin(written, written.c.run_id == runs.c.id))
-        .where(runs.c.job_id == _THIS, runs.c.succeeded != found)
+        .where(runs.c.job_id == _THIS, runs.c.succeeded != number)
     )
     return _StoreCheck("counts", "run {id} counts {succeeded} succeeded, and wrote {found}", query)
 
@@ -244,13 +244,13 @@ class Checking:
         """Everything that is wrong with one job."""
         for question in _QUESTIONS:
             with self._database.read() as connection:
-                rows = _asked(connection, question, job_id)
+                rows = _violating_rows(connection, question, job_id)
             told = rows[:MOST_OF_A_KIND]
             yield from (Violation(question.check, job_id, question.sentence.format(**row)) for row in told)
             if len(rows) > len(told):
                 yield Violation(question.check, job_id, "and more like the last")
 
 
-def _asked(connection: Connection, question: _StoreCheck, job_id: str) -> list[Any]:
+def _violating_rows(connection: Connection, question: _StoreCheck, job_id: str) -> list[Any]:
     query = question.query.limit(MOST_OF_A_KIND + 1)
     return list(connection.execute(query, {"job_id": job_id}).mappings())

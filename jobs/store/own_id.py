@@ -29,10 +29,10 @@ class OwnId:
         """The id. Raises StoreError where the store has lost it."""
         if self._known is None:
             with self._database.read() as connection:
-                found = connection.scalar(select(stores.c.id))
-            if found is None:
+                store_id = connection.scalar(select(stores.c.id))
+            if store_id is None:
                 raise StoreError(f"the store {self._database.name} has lost its id: `batchmill db new-id` makes one")
-            self._known = str(found)
+            self._known = str(store_id)
         return self._known
 
     @retried

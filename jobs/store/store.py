@@ -85,24 +85,24 @@ class Store:
             return None
         with self.database.read() as connection:
             tables = set(inspect(connection).get_table_names())
-            found = None
+            revision = None
             if "alembic_version" in tables:
-                found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+                revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
         # Others may have tables in a PostgreSQL database, under other names; a file is one program's.
         foreign = tables if self.database.is_sqlite else tables & metadata.tables.keys()
-        if (found is None and foreign - {"alembic_version"}) or (found and not _REVISION.fullmatch(found)):
+        if (revision is None and foreign - {"alembic_version"}) or (revision and not _REVISION.fullmatch(revision)):
             names = ", ".join(sorted(foreign)[:_MOST_NAMES])
             raise StoreError(
                 f"{self.database.name} holds the tables of another program ({names}), and no store of batchmill; "
                 "name another by BATCHMILL_HOME or BATCHMILL_DATABASE_URL"
             )
-        return found
+        return revision
 
     def check_revision(self) -> None:
         """Raises SchemaMismatch unless the tables are of the revision that this batchmill works with."""
-        found = self.revision()
-        if found != REVISION:
-            state = "has no tables yet" if found is None else f"is at revision {found}"
+        revision = self.revision()
+        if revision != REVISION:
+            state = "has no tables yet" if revision is None else f"is at revision {revision}"
             raise SchemaMismatch(
                 f"the store {self.database.name} {state}, this batchmill works at {REVISION}: "
                 "run `batchmill db upgrade`"

@@ -109,7 +109,7 @@ def written_as(out: str | PurePath | None, asked: str | None = None) -> str:
 
 def foreign(begin: bytes) -> str | None:
     """A message about a file that begins so and is not plain UTF-8: what it is, and what to do; None if it may be."""
-    known = next((said for pattern, said in _FOREIGN if re.match(pattern, begin, re.DOTALL)), None)
+    known = next((message for pattern, message in _FOREIGN if re.match(pattern, begin, re.DOTALL)), None)
     return known or (_NO_TEXT if _is_binary(begin[:HEAD_BYTES]) else None)
 
 
@@ -147,8 +147,8 @@ def _no_text(first: bytes, second: bytes, path: str) -> str | None:
 
 
 def _no_lines(first: bytes, second: bytes, path: str) -> str | None:
-    if found := _ARRAY.match(first):
-        each = '{"prompt": each}' if found["string"] else "each"
+    if array := _ARRAY.match(first):
+        each = '{"prompt": each}' if array["string"] else "each"
         made = f"import json, sys; [print(json.dumps({each})) for each in json.load(open(sys.argv[1]))]"
         return f"looks like a JSON array, and not JSON Lines; make it some: {_python(made, path)}"
     if _PRETTY.fullmatch(first):

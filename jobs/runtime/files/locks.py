@@ -60,15 +60,15 @@ def _locks(file: Path, within: tuple[int, int] | None = None) -> list[tuple[int,
         meant, lines = os.stat(file), _LOCKS.read_text().splitlines()
     except OSError:
         return []
-    found = []
+    locks = []
     for held in filter(None, map(_HELD.match, lines)):
         device = os.makedev(int(held["major"], 16), int(held["minor"], 16))
         if (device, int(held["inode"])) != (meant.st_dev, meant.st_ino):
             continue
         first, last = int(held["first"]), float(held["last"].replace("EOF", "inf"))
         if within is None or (first <= within[1] and last >= within[0]):
-            found.append((int(held["pid"]), held["kind"], first))
-    return found
+            locks.append((int(held["pid"]), held["kind"], first))
+    return locks
 
 
 def _named(pids: set[int]) -> str | None:

@@ -70,8 +70,8 @@ class Process:
     @classmethod
     def parse(cls, text: str | None) -> Process | None:
         """The process of this text; None for any other, from which nothing can be concluded."""
-        found = _WRITTEN.fullmatch((text or "").strip())
-        return None if found is None else cls(int(found[1]), int(found[2]), found[3], int(found[4]))
+        match = _WRITTEN.fullmatch((text or "").strip())
+        return None if match is None else cls(int(match[1]), int(match[2]), match[3], int(match[4]))
 
     def __str__(self) -> str:
         return f"1.{self.pid}.{self.start_ticks}.{self.boot_id}.{self.namespace}"

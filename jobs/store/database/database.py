@@ -244,10 +244,10 @@ class Database:
 def _file_of(url: URL) -> tuple[int, int] | None:
     """The file of a SQLite store, by device and inode; None where there is none."""
     try:
-        found = os.stat(url.database or "")
+        status = os.stat(url.database or "")
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _first_line(error: BaseException) -> str:

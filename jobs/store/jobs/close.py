@@ -121,7 +121,7 @@ class Closing:
 
     def _pending_page(self, connection: Connection, job_id: str) -> list[int]:
         """Pending batches of a cancelling job that hold at most a page of requests, locked by id."""
-        found = connection.execute(
+        pending = connection.execute(
             select(batches.c.id, batches.c.total)
             .select_from(batches.join(jobs, jobs.c.id == batches.c.job_id))
             .where(jobs.c.id == job_id, jobs.c.state == JobState.CANCELLING.value)
@@ -132,7 +132,7 @@ class Closing:
         ).all()
         page: list[int] = []
         room = PAGE_REQUESTS
-        for row in found:
+        for row in pending:
             room -= row.total
             if page and room < 0:
                 break

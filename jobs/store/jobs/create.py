@@ -167,10 +167,10 @@ class Creation:
         """Loading jobs whose lease is over, as `is_over` has it: {job id: loading_until}."""
         over = is_over(jobs.c.loading_until, now=self._database.now, lease_seconds=lease_seconds)
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(jobs.c.id, jobs.c.loading_until).where(jobs.c.state == JobState.LOADING.value, over)
             ).all()
-        return {row.id: row.loading_until for row in found}
+        return {row.id: row.loading_until for row in rows}
 
     def discard_expired(self, leases: Mapping[str, float]) -> list[str]:
         """Deletes these loading jobs, as `expired` gave them, unless their lease was renewed; returns their ids."""
@@ -263,12 +263,12 @@ class Creation:
         with self._database.read() as connection:
             for begin in range(0, len(prompts), _SLICE):
                 ids = [each.custom_id for each in prompts[begin : begin + _SLICE]]
-                found = connection.execute(
+                rows = connection.execute(
                     select(requests.c.custom_id, requests.c.index).where(
                         requests.c.job_id == job_id, requests.c.custom_id.in_(ids)
                     )
                 )
-                first.update(dict(found.all()))
+                first.update(dict(rows.all()))
         duplicates = []
         for each in prompts:
             seen = first.setdefault(each.custom_id, each.index)

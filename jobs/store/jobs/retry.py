@@ -70,15 +70,15 @@ class Retries:
 
         Raises JobStateError for a job that is open, unless a retry of it was cut short.
         """
-        most = self._begin_retry(job_id)
-        found = Retried()
-        chosen = self._chosen(job_id, chances, found.left)
-        while page := list(islice(chosen, most)):
+        page_requests = self._begin_retry(job_id)
+        result = Retried()
+        chosen = self._chosen(job_id, chances, result.left)
+        while page := list(islice(chosen, page_requests)):
             while page:
                 moved, page = self._retry_page(job_id, page, keeps_model=chances.keeps_model)
-                found.moved += moved
-        found.is_whole = self._end_retry(job_id)
-        return found
+                result.moved += moved
+        result.is_whole = self._end_retry(job_id)
+        return result
 
     def is_cut_short(self, job_id: str) -> bool:
         """True where a retry of this job was begun and not ended."""
@@ -160,10 +160,10 @@ class Retries:
         with self._database.write() as connection:
             seen = {row.batch_id for row in self._unsuccessful(connection, job_id, indexes)}
             self._lock(connection, seen)
-            found = self._unsuccessful(connection, job_id, indexes) if seen else []
-            page = list(takewhile(lambda row: row.batch_id in seen, found))
+            rows = self._unsuccessful(connection, job_id, indexes) if seen else []
+            page = list(takewhile(lambda row: row.batch_id in seen, rows))
             if not page:
-                return 0, [index for index in indexes if found and index >= found[0].place]
+                return 0, [index for index in indexes if rows and index >= rows[0].place]
             batch_size = self._reopen(connection, job_id, keeps_model=keeps_model)
             if batch_size is None:
                 return 0, []

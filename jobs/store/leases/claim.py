@@ -113,8 +113,8 @@ class Claiming:
         if not idle:
             return []
         takeable = [Need(name) for name in {NO_ADAPTER}.union(*idle)]
-        found = heads(connection, _among(session), takeable, most=1)
-        unclaimed = {each.adapter for each in found}
+        pending_heads = heads(connection, _among(session), takeable, most=1)
+        unclaimed = {each.adapter for each in pending_heads}
         needed = self._needed(connection, untouched)
         given: list[Lease] = []
         for names, count in sorted(idle.items(), key=lambda each: len(each[0])):
@@ -139,11 +139,11 @@ class Claiming:
         that meets suspects behind the rest of their job claims nothing that comes after them: if it always found more,
         it would never be alone, and they would wait for ever.
         """
-        found = self._best(connection, session, met, suspects=True) if alone else None
-        found = found or self._best(connection, session, met)
-        if found is None or (found.crashes and not alone):
+        best = self._best(connection, session, met, suspects=True) if alone else None
+        best = best or self._best(connection, session, met)
+        if best is None or (best.crashes and not alone):
             return None
-        batch_id = found.id
+        batch_id = best.id
         won = connection.execute(
             update(batches)
             .where(batches.c.id == batch_id, batches.c.state.in_(BATCH_BEFORE[BatchState.LEASED]))
@@ -161,15 +161,15 @@ class Claiming:
         first = max(0, min(in_flight_room, len(prompts)))
         in_flight = [each.index for each in prompts[:first]]
         run_id = self._begin_run(connection, session, batch_id, won, in_flight)
-        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0, kind=kind.name)
-        return Claimed(lease, prompts, first, found.adapter or None, size_bytes)
+        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=best.crashes > 0, kind=kind.name)
+        return Claimed(lease, prompts, first, best.adapter or None, size_bytes)
 
     def _best(
         self, connection: Connection, session: WorkerSession, met: Sequence[Need], *, suspects: bool = False
     ) -> Any:
         """The first pending batch that the worker may take, locked; what others have locked is passed over."""
-        found = heads(connection, _among(session), met, suspects=suspects, most=_MOST_JOBS)
-        for head in found:
+        candidates = heads(connection, _among(session), met, suspects=suspects, most=_MOST_JOBS)
+        for head in candidates:
             first = (
                 select(batches.c.id, batches.c.crashes, batches.c.adapter)
                 .where(batches.c.job_id == head.job_id, *waiting(head.adapter, suspects=suspects))

@@ -77,10 +77,10 @@ class Health:
     @retried
     def remember_capacity(self, spec: ModelSpec, device: str, capacity: int) -> None:
         """Keeps the capacity that the device was found to have when its memory ran out."""
-        found = {"fits": capacity, "found_at": self._database.now}
-        row = self._database.insert(capacities).values(spec=spec.canonical, device=device, **found)
+        values = {"fits": capacity, "found_at": self._database.now}
+        row = self._database.insert(capacities).values(spec=spec.canonical, device=device, **values)
         with self._database.write() as connection:
-            connection.execute(row.on_conflict_do_update(index_elements=["spec", "device"], set_=found))
+            connection.execute(row.on_conflict_do_update(index_elements=["spec", "device"], set_=values))
 
     def _crashes(self, connection: Connection, worker_id: int) -> list[_Crash]:
         """The last crashes of a worker, each the runs of one of its processes, oldest first."""

@@ -42,12 +42,12 @@ def older_workers(database: Database) -> list[OlderWorker]:
             .where(_WORKERS.c.state != WorkerState.STOPPED.value)
             .order_by(_WORKERS.c.id)
         ).all()
-    found = []
+    older = []
     for row in rows:
         named = Process.parse(row.process)
         lives = Lives.UNKNOWN if named is None else named.lives()
         if lives is Lives.YES:
-            found.append(OlderWorker(row.name, row.host, row.pid, None))
+            older.append(OlderWorker(row.name, row.host, row.pid, None))
         elif lives is Lives.UNKNOWN and (row.lease_seconds or 0) > 0:
-            found.append(OlderWorker(row.name, row.host, row.pid, row.lease_seconds))
-    return found
+            older.append(OlderWorker(row.name, row.host, row.pid, row.lease_seconds))
+    return older

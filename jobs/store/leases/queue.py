@@ -98,8 +98,8 @@ def count_pending(connection: Connection, among: Among, needs: Iterable[Need], *
     """The number of pending batches by the adapter that they need, each counted up to `most`."""
     chosen: list[Select[Any]] = []
     for need in needs:
-        found = select(batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
-        page = _of_queue(found, among, need).limit(most).subquery()
+        pending = select(batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
+        page = _of_queue(pending, among, need).limit(most).subquery()
         counted: Any = select(literal(need.adapter).label("adapter"), func.count().label("batches"))
         chosen.append(counted.select_from(page))
     return Counter({row.adapter: row.batches for row in _rows(connection, chosen)})
@@ -109,8 +109,8 @@ def pending_batches(connection: Connection, among: Among, needs: Iterable[Need],
     """Ids of pending batches that need one of these, the oldest job's first."""
     chosen: list[Select[Any]] = []
     for need in needs:
-        found = select(jobs.c.queued_at, jobs.c.id, batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
-        chosen.append(_of_queue(found, among, need).order_by(jobs.c.queued_at, jobs.c.id, batches.c.id).limit(most))
+        pending = select(jobs.c.queued_at, jobs.c.id, batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
+        chosen.append(_of_queue(pending, among, need).order_by(jobs.c.queued_at, jobs.c.id, batches.c.id).limit(most))
     return [batch_id for _, _, batch_id in sorted(tuple(row) for row in _rows(connection, chosen))[:most]]
 
 

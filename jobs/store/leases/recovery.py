@@ -61,13 +61,13 @@ class Recovery:
     def held_by(self, worker_id: int, *, generation: int) -> dict[str, list[int]]:
         """Batches that this worker's children up to a generation hold, by their jobs."""
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(batches.c.job_id, batches.c.id)
                 .where(_of_children(worker_id, generation), batches.c.state == BatchState.LEASED.value)
                 .order_by(batches.c.id)
             ).all()
         held: defaultdict[str, list[int]] = defaultdict(list)
-        for row in found:
+        for row in rows:
             held[row.job_id].append(row.id)
         return held
 
@@ -84,7 +84,7 @@ class Recovery:
     def holders(self, host: str) -> list[Holder]:
         """The workers of a host that hold leases."""
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(
                     workers.c.id,
                     workers.c.process,
@@ -97,17 +97,17 @@ class Recovery:
                 )
                 .order_by(workers.c.id)
             ).all()
-        return [Holder(row.id, Process.parse(row.process), row.generation, row.seen_seconds) for row in found]
+        return [Holder(row.id, Process.parse(row.process), row.generation, row.seen_seconds) for row in rows]
 
     def silent(self, worker_ids: Collection[int]) -> dict[int, Process | None]:
         """Those of these workers that are not alive by their heartbeats, with their processes as far as known."""
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(workers.c.id, workers.c.process)
                 .where(workers.c.id.in_(worker_ids), ~alive(self._database.now))
                 .order_by(workers.c.id)
             ).all()
-        return {row.id: Process.parse(row.process) for row in found}
+        return {row.id: Process.parse(row.process) for row in rows}
 
     def expired(
         self,
@@ -120,13 +120,13 @@ class Recovery:
         now = self._database.now
         over = is_over(batches.c.lease_until, now=now, lease_seconds=lease_seconds, for_seconds=for_seconds)
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(batches.c.id, batches.c.fence, batches.c.lease_until)
                 .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
                 .where(jobs.c.state.in_(of_jobs))
                 .where(batches.c.state == BatchState.LEASED.value, over)
             ).all()
-        return {row.id: (row.fence, row.lease_until) for row in found}
+        return {row.id: (row.fence, row.lease_until) for row in rows}
 
     def reap(self, leases: Mapping[int, tuple[int, float]]) -> int:
         """Takes back these leases, as `expired` gave them, unless they were renewed since; returns their number.
@@ -148,8 +148,8 @@ class Recovery:
             specs = connection.scalars(
                 select(jobs.c.spec).where(jobs.c.state.in_(CLAIMABLE_JOB_STATES)).distinct()
             ).all()
-            found = {spec: self._pending(connection, spec, alive(self._database.now), most) for spec in specs}
-        return {spec: ids for spec, ids in found.items() if ids}
+            by_spec = {spec: self._pending(connection, spec, alive(self._database.now), most) for spec in specs}
+        return {spec: ids for spec, ids in by_spec.items() if ids}
 
     def pending_of(self, spec: ModelSpec, *, most: int, worker_id: int | None = None) -> list[int]:
         """The pending batches of one spec, oldest job first, that this worker could take, or where None a live one."""

@@ -105,13 +105,13 @@ class Leases:
         if not reports:
             return []
         ids = [each.lease.batch_id for each in reports]
-        found = connection.execute(
+        locked = connection.execute(
             select(batches.c.id, batches.c.fence)
             .where(batches.c.id.in_(ids), batches.c.state == BatchState.LEASED.value)
             .order_by(batches.c.id)
             .with_for_update(key_share=True)
         ).all()
-        fences = {row.id: row.fence for row in found}
+        fences = {row.id: row.fence for row in locked}
         mine = [each for each in reports if fences.get(each.lease.batch_id) == each.lease.fence]
         return sorted(mine, key=lambda each: each.lease.batch_id)
 

@@ -115,25 +115,25 @@ class JobView:
         with self._database.read() as connection:
             if written == "last":
                 newest = select(jobs.c.id).where(shown).order_by(jobs.c.queued_at.desc(), jobs.c.id).limit(1)
-                found = list(connection.scalars(newest).all())
+                ids = list(connection.scalars(newest).all())
             else:
                 # SQLite refuses patterns of more than 50,000 bytes.
                 same = jobs.c.id.startswith(written.lower()[:_LONGEST_ID], autoescape=True)
-                found = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
-        if not found:
+                ids = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
+        if not ids:
             if written == "last":
                 raise NotFound("no job was submitted yet; `batchmill run` and `batchmill submit` make one")
             raise NotFound(f"no job begins with {written!r}; `batchmill jobs` lists them")
-        if len(found) > 1 and written not in found:
-            raise NotFound(f"several jobs begin with {written!r}: {', '.join(sorted(found))}; write more of it")
-        return written if written in found else found[0]
+        if len(ids) > 1 and written not in ids:
+            raise NotFound(f"several jobs begin with {written!r}: {', '.join(sorted(ids))}; write more of it")
+        return written if written in ids else ids[0]
 
     def job(self, job_id: str) -> Job:
         """One job, by its full id. Raises NotFound."""
-        found = self._jobs(_SHOWN.where(jobs.c.id == job_id))
-        if not found:
+        matching = self._jobs(_SHOWN.where(jobs.c.id == job_id))
+        if not matching:
             raise NotFound(f"there is no job {job_id}; `batchmill jobs` lists them")
-        return found[0]
+        return matching[0]
 
     def jobs(self, *, most: int) -> list[Job]:
         """The newest jobs, newest first."""
@@ -191,9 +191,9 @@ class JobView:
                 )
             if not rows:
                 return
-            found = [OutputRow(*row[:-1]) for row in rows]
-            after = found[-1].index
-            yield [each for each in found if each.state in states]
+            output_rows = [OutputRow(*row[:-1]) for row in rows]
+            after = output_rows[-1].index
+            yield [each for each in output_rows if each.state in states]
 
 
 #: Ids are shorter than this.

@@ -50,13 +50,13 @@ def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> 
     job = connection.execute(select(jobs.c.spec, jobs.c.adapters).where(jobs.c.id == job_id)).one()
     meant = {each.name: each for each in from_json(job.adapters)}
     held = _held(connection, job.spec, job_id, now)
-    found = []
+    missing = []
     for row in needed:
         mine, theirs = meant.get(row.adapter), held[row.adapter]
         if any((mine or each).agrees_with(each) for _, each in theirs):
             continue
-        found.append(MissingAdapter(row.adapter, row.batches, mine, tuple(theirs)))
-    return tuple(found)
+        missing.append(MissingAdapter(row.adapter, row.batches, mine, tuple(theirs)))
+    return tuple(missing)
 
 
 def _held(

@@ -86,5 +86,5 @@ class SampleView:
 
 
 def _most_tokens(sampling: str | None, choices: int) -> int | None:
-    said = json.loads(sampling) if sampling else {}
-    return said["max_tokens"] * (said.get("n") or choices) if said.get("max_tokens") else None
+    options = json.loads(sampling) if sampling else {}
+    return options["max_tokens"] * (options.get("n") or choices) if options.get("max_tokens") else None

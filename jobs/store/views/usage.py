@@ -164,19 +164,19 @@ class UsageView:
         texts = connection.scalars(
             select(runs.c.devices).where(runs.c.job_id == job_id, runs.c.devices.is_not(None)).distinct()
         ).all()
-        found = largest_of_texts(texts)
-        return tuple(sorted(found, key=lambda each: (each.device, each.key)))
+        devices = largest_of_texts(texts)
+        return tuple(sorted(devices, key=lambda each: (each.device, each.key)))
 
     def _memory(
         self, connection: Connection, job_id: str, devices: tuple[DeviceMemory, ...]
     ) -> tuple[Memory, float, tuple[str, ...]]:
-        most = [
+        largest = [
             func.max(runs.c[name]).label(name)
             for name in ("weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_total_bytes")
         ]
         row = connection.execute(
             select(
-                *most,
+                *largest,
                 func.max(runs.c.model_load_seconds).label("load"),
                 func.sum(runs.c.energy_joules).label("joules"),
             ).where(runs.c.job_id == job_id)
@@ -196,13 +196,13 @@ def late_since(began: float, now: float) -> float:
 
 def _first_run(connection: Connection, job_id: str) -> Row[Any] | None:
     """The beginning of a job's first run, and how its worker loaded; None where it has no run."""
-    found: Sequence[Any] = connection.execute(
+    rows: Sequence[Any] = connection.execute(
         select(runs.c.started_at, runs.c.loading_since, runs.c.torch_load_seconds, runs.c.model_load_seconds)
         .where(runs.c.job_id == job_id)
         .order_by(runs.c.started_at, runs.c.id)
         .limit(1)
     ).all()
-    return found[0] if found else None
+    return rows[0] if rows else None
 
 
 def _waited_for(first: Row[Any], queued_at: float) -> tuple[float, float]:

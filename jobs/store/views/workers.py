@@ -109,10 +109,10 @@ class WorkerView:
         """Seconds in which no worker of this spec has lived: since the last one was seen, or since this time."""
         seen = func.coalesce(func.max(workers.c.heartbeat_at), since)
         with self._database.read() as connection:
-            found = connection.scalar(
+            seconds = connection.scalar(
                 select(self._database.now - self._database.larger(seen, since)).where(workers.c.spec == spec.canonical)
             )
-        return max(0.0, found or 0.0)
+        return max(0.0, seconds or 0.0)
 
     def ever_served(self, spec: ModelSpec) -> bool:
         """True once there has been a worker of this spec."""

@@ -65,7 +65,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a count that its outputs do not add up to is told of",
-        (Edit("jobs/store/checking.py", "batches.c[name] != found", "batches.c[name] < found"),),
+        (Edit("jobs/store/checking.py", "batches.c[name] != summed", "batches.c[name] < summed"),),
         ("tests/contracts/store/test_checking.py::test_each_harm_is_named",),
     ),
     Mutant(
@@ -357,7 +357,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "an output over its input is refused",
-        (Edit("jobs/runtime/files/output_file.py", "return os.path.samestat(found, status)", "return False"),),
+        (Edit("jobs/runtime/files/output_file.py", "return os.path.samestat(target_status, status)", "return False"),),
         ("tests/unit/jobs/runtime/files/test_output_file.py",),
     ),
     Mutant(
@@ -367,11 +367,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "suspects are claimed by who holds nothing",
-        (
-            Edit(
-                "jobs/store/leases/claim.py", "if found is None or (found.crashes and not alone):", "if found is None:"
-            ),
-        ),
+        (Edit("jobs/store/leases/claim.py", "if best is None or (best.crashes and not alone):", "if best is None:"),),
         (_HISTORIES,),
     ),
     Mutant(
@@ -516,12 +512,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "batchmill.toml is the user's own",
-        (Edit("jobs/configuration/settings_file.py", "            _refuse_owner(found, path)\n", ""),),
+        (Edit("jobs/configuration/settings_file.py", "            _refuse_owner(status, path)\n", ""),),
         ("tests/unit/jobs/configuration/test_settings_file.py",),
     ),
     Mutant(
         "nobody else writes batchmill.toml",
-        (Edit("jobs/configuration/settings_file.py", "            _refuse_writers(found, path)\n", ""),),
+        (Edit("jobs/configuration/settings_file.py", "            _refuse_writers(status, path)\n", ""),),
         ("tests/unit/jobs/configuration/test_settings_file.py",),
     ),
     Mutant(
