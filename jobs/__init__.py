@@ -7,13 +7,13 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """VERSION, looked up when it is first asked for, which takes longer than to start the command line."""
+        """Looks VERSION up on first use, since that takes longer than starting the command line."""
         if name != "VERSION":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            found = version("batchmill")
+            installed = version("batchmill")
         except PackageNotFoundError:  # a checkout that was never installed: `python -m batchmill` still works
-            found = "0+unknown"
-        return globals().setdefault(name, found)
+            installed = "0+unknown"
+        return globals().setdefault(name, installed)

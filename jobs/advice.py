@@ -1,7 +1,7 @@
-"""The command that starts a worker for a model: the one that works as it stands, where the reader is.
+"""The command that starts a worker for a model, as it works on this machine without a change.
 
-With the embedded Redis a worker needs the mill that brings it: `up` while there is none, and `worker` beside one, since
-a second `up` is refused. With a Redis of its own a team starts workers.
+The embedded Redis comes with a mill: the command is `up` while there is none, and `worker` beside one, since a second
+`up` is refused. With a Redis of one's own it is `worker`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def start_words(spec: ModelSpec, settings: Settings, *, adapters: Sequence[str] 
 
 
 def mill_starts_workers(settings: Settings) -> bool:
-    """True where a `run` or `up` of this home lives for sure, of which a worker that is missing is yet to come."""
+    """True where a `run` or `up` of this home certainly lives, which has yet to start a worker that is missing."""
     return settings.embedded_broker and settings.embedded_store and _mill(settings.home).lives is Lives.YES
 
 
 def mill_starts(spec: ModelSpec, settings: Settings, *, job_id: str) -> bool:
-    """True where such a mill serves this job's model, or has not begun to start its workers, by which that is known."""
+    """True where such a mill serves this job's model, or has not yet started the worker whose command line tells."""
     if not mill_starts_workers(settings):
         return False
     words = PidFile(settings.home / "worker.pid").command_line

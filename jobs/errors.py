@@ -42,7 +42,7 @@ class BatchmillError(Exception):
 
 
 class UsageError(BatchmillError):
-    """A flag, an argument or a file that has to be changed by who wrote it."""
+    """A flag, an argument or a file that its author has to change."""
 
     exit_code = 2
 

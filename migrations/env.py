@@ -6,7 +6,7 @@ from alembic import context
 from sqlalchemy import create_engine, pool
 from sqlalchemy.engine import make_url
 
-from batchmill.jobs.store.postgresql import postgresql_engine
+from batchmill.jobs.store.database.postgresql import postgresql_engine
 from batchmill.jobs.store.tables import metadata
 
 _BUSY_SECONDS = 30.0
@@ -26,7 +26,7 @@ with engine.connect() as connection:
     )
     with context.begin_transaction():
         if connection.dialect.name == "sqlite":
-            # Python begins a transaction for rows alone: each change of a table would stand by itself.
+            # Python begins a transaction for rows alone: each change of a table would commit by itself.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         context.run_migrations()
 engine.dispose()

@@ -1,4 +1,4 @@
-"""The store's revisions, and how a store is brought to the newest one; a package, so found without a checkout.
+"""The store's revisions, and the upgrade of a store to the newest one; a package, so found without a checkout.
 
 A store that is at its revision is opened without importing alembic.
 """
@@ -63,7 +63,7 @@ def open_store(settings: Settings) -> Store:
     """The store of these settings, at the right revision.
 
     The embedded store is made, or upgraded after a copy was kept beside it, unless a worker of an older batchmill is at
-    work on it; any other has to be at the revision already. Raises SchemaMismatch, StoreError, AlreadyRunning.
+    work on it; any other store has to be at the revision already. Raises SchemaMismatch, StoreError, AlreadyRunning.
     """
     if settings.embedded_store:
         make_home(settings.home)
@@ -86,11 +86,11 @@ def check_disk(written: str) -> None:
     if url.get_backend_name() != "sqlite" or not url.database:
         return
     kind, name = disk_of(Path(url.database))
-    said = f"SQLite's locks do not hold between machines; {_OTHER_PLACE}"
+    reason = f"SQLite's locks do not hold between machines; {_OTHER_PLACE}"
     if kind is Disk.SHARED:
-        raise StoreError(f"the store {url.database} lies on {name}, a network file system, where {said}")
+        raise StoreError(f"the store {url.database} lies on {name}, a network file system, where {reason}")
     if kind is Disk.UNKNOWN:
-        say(f"the store {url.database} lies on {name}, which may be a network file system, where {said}")
+        say(f"the store {url.database} lies on {name}, which may be a network file system, where {reason}")
 
 
 def _upgrade_embedded(settings: Settings, store: Store) -> None:
@@ -111,13 +111,13 @@ def _upgrade_embedded(settings: Settings, store: Store) -> None:
 
 
 def _upgrade_alone(settings: Settings, store: Store) -> None:
-    found = store.revision()
-    if found == REVISION:
+    revision = store.revision()
+    if revision == REVISION:
         return
-    if found is not None:
-        _refuse_newer(found, settings)
+    if revision is not None:
+        _refuse_newer(revision, settings)
         _refuse_at_work(settings, store)
-        _copy(settings.database_file, settings.database_file.with_suffix(f".{found}.{int(time.time())}.db"))
+        _copy(settings.database_file, settings.database_file.with_suffix(f".{revision}.{int(time.time())}.db"))
     upgrade(settings.database)
 
 
@@ -129,23 +129,23 @@ def _copy(source: Path, copy: Path) -> None:
 
 def _refuse_at_work(settings: Settings, store: Store) -> None:
     """Raises AlreadyRunning while workers of an older batchmill could not save what they are answering any more."""
-    found = older_workers(store.database)
-    if not found:
+    at_work = older_workers(store.database)
+    if not at_work:
         return
-    names = ", ".join(f"{each.name} (pid {each.pid} on {each.host})" for each in found)
+    names = ", ".join(f"{each.name} (pid {each.pid} on {each.host})" for each in at_work)
     mill = PidFile(settings.home / "mill.pid")
-    pids = [mill.pid] if mill.pid and mill_lives(settings.home) else [each.pid for each in found]
-    lasting = [each.lease_seconds for each in found if each.lease_seconds is not None]
-    wait = f", or wait {max(lasting):.0f} s for the leases of the dead" if len(lasting) == len(found) else ""
+    pids = [mill.pid] if mill.pid and mill_lives(settings.home) else [each.pid for each in at_work]
+    lasting = [each.lease_seconds for each in at_work if each.lease_seconds is not None]
+    wait = f", or wait {max(lasting):.0f} s for the leases of the dead" if len(lasting) == len(at_work) else ""
     raise AlreadyRunning(
         f"the store in {settings.home} needs an upgrade, and a worker of an older batchmill is at work on it: {names}; "
         f"end it by `kill {' '.join(map(str, pids))}`, upon which it saves its answers and hands the rest back{wait}"
     )
 
 
-def _refuse_newer(found: str, settings: Settings) -> None:
-    if found > REVISION:
+def _refuse_newer(revision: str, settings: Settings) -> None:
+    if revision > REVISION:
         raise SchemaMismatch(
-            f"the store in {settings.home} is at revision {found}, this batchmill works at {REVISION}: "
+            f"the store in {settings.home} is at revision {revision}, this batchmill works at {REVISION}: "
             "use the newer batchmill that wrote it"
         )

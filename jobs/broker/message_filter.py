@@ -1,6 +1,6 @@
-"""The gate between Redis and Celery: of all that a queue may hold, wake-ups alone come in, each made anew.
+"""The filter between Redis and Celery: of all that a queue may hold, wake-ups alone pass, each made anew.
 
-What lies in Redis may be forged, so nothing of it but a batch's id is handed on: no other task, no pickle, no
+A message in Redis may be forged, so nothing of it but a batch's id is handed on: no other task, no pickle, no
 compressed body, no time limit, no link to another message. It knows the form of Celery's messages and of kombu's
 envelopes, and neither what a batch is nor who claims it.
 """
@@ -69,7 +69,7 @@ def made_anew(batch_id: int, queue: str) -> bytes:
 
 
 class _Client(redis.PrefixedStrictRedis):  # type: ignore[misc]
-    """What BRPOP answers passes here before kombu parses it."""
+    """Filters the replies to BRPOP before kombu parses them."""
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         if command_name != "BRPOP":
@@ -89,10 +89,10 @@ class _Client(redis.PrefixedStrictRedis):  # type: ignore[misc]
 
 
 class _QoS(redis.QoS):  # type: ignore[misc]
-    """kombu's count of what is delivered and not acknowledged, for which an acknowledgement that fails counts too.
+    """kombu's count of deliveries without an acknowledgement; a failed acknowledgement is taken off it, too.
 
-    Else a connection that breaks between the two would leave the count at its limit, and a worker that waits for its
-    next wake-up on another connection, which did not break, would never take one again.
+    Otherwise a connection that breaks between the two would leave the count at its limit, and a worker that waits for
+    its next wake-up on another connection, which did not break, would never take one again.
     """
 
     def ack(self, delivery_tag: str) -> None:
@@ -103,7 +103,7 @@ class _QoS(redis.QoS):  # type: ignore[misc]
 
 
 class Channel(redis.Channel):  # type: ignore[misc]
-    """kombu's channel, with a gate in front of what it consumes."""
+    """kombu's channel, with the filter in front of what it consumes."""
 
     QoS: ClassVar[type[_QoS]] = _QoS
 
@@ -116,10 +116,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
 
 
 class Transport(redis.Transport):  # type: ignore[misc]
-    """kombu's transport, with such channels, of which one at a time is in this process's event loop.
+    """kombu's transport with such channels; only the newest is registered in this process's event loop.
 
-    kombu leaves there what it registered for a connection that was lost: its timers and its share of each tick would
-    run for ever, and more of them with each connection.
+    kombu never unregisters a lost connection: its timers and tick callbacks would run for ever, and more of them after
+    each reconnect.
     """
 
     Channel: ClassVar[type[Channel]] = Channel
@@ -142,7 +142,7 @@ class Transport(redis.Transport):  # type: ignore[misc]
 
 @contextmanager
 def _lost_when_refused() -> Iterator[None]:
-    """A refusal of Redis (a key of another kind, say, or a server that was made a replica) as a lost connection.
+    """Turns a refusal of Redis (a key of another type, or a server that became a replica) into a lost connection.
 
     Celery connects again after a lost connection, and would end the worker for anything else.
     """

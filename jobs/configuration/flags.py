@@ -1,6 +1,6 @@
-"""The flags of `run`, `up` and `worker` that give a setting: what a worker's engine shall do.
+"""The flags of `run`, `up` and `worker` about a worker's engine and the placement of its model.
 
-Owns their names and what is said of them; which values are allowed is the settings' affair. It knows no command line.
+Owns their names and help texts; the settings check their values. It knows no command line.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ _LONGEST_LABEL = 200
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """`setting`: the field of Settings that it gives. `values`: what may follow it, None for a switch."""
+    """One flag and its help."""
 
     name: str
+    #: The field of Settings that the flag gives.
     setting: str
+    #: The values that may follow it, None for a switch.
     values: str | None
     help: str
 
@@ -36,7 +38,7 @@ ENGINE_FLAGS = (
     ),
     Flag("--deterministic", "deterministic", None, "Make answers independent of other requests; slower."),
 )
-#: Of these flags no setting is given: `setting` is the name of the worker's own parameter.
+#: These flags give no setting: `setting` is the name of the worker's own parameter.
 PLACEMENT_FLAGS = (
     Flag("--max-memory", "max_memory", "DEVICE=SIZE,...", "Maximum memory for weights: cuda:0=20GiB,cpu=60GiB."),
     Flag("--device-map", "device_map", "FILE", "JSON file that maps modules to devices, instead of an even split."),
@@ -48,6 +50,6 @@ FLAG_OF_SETTING = {each.setting: each.name for each in ENGINE_FLAGS}
 
 
 def check_label(name: str | None) -> None:
-    """Raises UsageError for a --name, of a job or a worker, that no list could show."""
+    """Raises UsageError for a --name, of a job or a worker, that is too long for any list."""
     if name is not None and len(name) > _LONGEST_LABEL:
         raise UsageError(f"--name has {len(name):,} characters; give it at most {_LONGEST_LABEL}")

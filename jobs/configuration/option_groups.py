@@ -18,7 +18,7 @@ _OTHERS = "Options"
 
 
 class Parameter(Protocol):
-    """An option, or an argument, of which the command's own text tells."""
+    """An option, or an argument, which the command's own text describes."""
 
     name: Any
     param_type_name: str
@@ -49,6 +49,6 @@ def write_options(parameters: Iterable[Parameter], groups: Groups, ctx: Any, for
 
 
 def write_example(example: str | None, formatter: Formatter) -> None:
-    """Writes it as one line, however narrow the terminal is, so that it can be copied."""
+    """Writes an example as one line, however narrow the terminal is, so that it can be copied."""
     if example:
         formatter.write(f"\n  {example}\n")

@@ -1,6 +1,6 @@
 """Every setting of batchmill: the only reader of the environment and of batchmill.toml.
 
-What wins, from the top: a flag of the command, `BATCHMILL_<NAME>` in the environment, `batchmill.toml` in the
+Precedence, highest first: a flag of the command, `BATCHMILL_<NAME>` in the environment, `batchmill.toml` in the
 current folder, and the embedded defaults under the user's data folder.
 """
 
@@ -31,12 +31,12 @@ from batchmill.jobs.runtime.command_errors import say
 from batchmill.jobs.runtime.home import socket_path
 
 PREFIX = "BATCHMILL_"
-#: Settings that say where something is, or whom to believe that it is there.
+#: Settings that name folders and servers, or the authority that a server is trusted by.
 _PLACES = ("home", "broker_url", "broker_ca_file", "broker_insecure", "database_url")
 _WORKER_BUSY_SECONDS = 2.0
-#: At most a year: what is longer overflows the clocks that wait for it.
+#: At most a year: a longer time overflows the clocks that wait for it.
 Seconds = Annotated[float, Field(gt=0, le=366 * 86_400)]
-#: What lies in home beside the store, its folders and the files of trials.
+#: The files in home besides the store, its folders and the files of trials.
 _OWN_FILES = ("mill.lock", "mill.pid", "redis.log", "redis.pid", "redis.sock", "store.lock", "worker.log", "worker.pid")
 
 
@@ -165,7 +165,7 @@ class Settings(BaseSettings):
 
     @property
     def redis_socket(self) -> Path:
-        """Of the embedded Redis. A socket's path has at most 107 bytes, so a long home gets a short stand-in."""
+        """The socket of the embedded Redis. Its path has at most 107 bytes, so a long home gets a short stand-in."""
         return socket_path(self.home)
 
     @property
@@ -175,7 +175,7 @@ class Settings(BaseSettings):
 
     @property
     def worker_busy_seconds(self) -> float:
-        """A worker waits less for a locked SQLite store: its outputs have a spool, and its end a limit."""
+        """The busy timeout of workers. It is shorter, since outputs have a spool, and draining has a time limit."""
         return min(self.busy_seconds, _WORKER_BUSY_SECONDS)
 
     @property
@@ -189,7 +189,7 @@ class Settings(BaseSettings):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that batchmill lives by: no command writes its user's answers over them."""
+        """The files that batchmill needs: no command writes its user's answers over them."""
         own = [Path(TOML_FILE), *(self.home / name for name in _OWN_FILES)]
         own += [*self.home.glob("worker.log.*"), *self.home.glob("logs/*.log*")]
         if self.broker_ca_file is not None:

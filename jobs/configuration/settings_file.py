@@ -1,4 +1,4 @@
-"""batchmill.toml of the current folder: whose it has to be, and what it says.
+"""batchmill.toml of the current folder: the check of its owner and its mode, and the values in it.
 
 It can lead a command to servers and folders, so it is read only if nobody but the user, or root, can have written it.
 """
@@ -15,13 +15,13 @@ from typing import Any
 from batchmill.jobs.errors import SettingsError
 
 TOML_FILE = "batchmill.toml"
-#: It has some lines of text.
+#: A settings file has some lines of text.
 _MOST_BYTES = 16 * 1024
 _ROOT = 0
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """What the file says, unchecked; nothing if there is none. Raises SettingsError."""
+    """The values in the file, unchecked; none if there is no file. Raises SettingsError."""
     try:
         link = os.lstat(path)
     except FileNotFoundError:
@@ -35,11 +35,11 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> bytes:
     try:
         with open(path, "rb", opener=_open_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise SettingsError(f"{path} is not a file: remove it, or start in another folder")
-            _refuse_owner(found, path)
-            _refuse_writers(found, path)
+            _refuse_owner(status, path)
+            _refuse_writers(status, path)
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}; fix it, or start in another folder") from None
@@ -53,19 +53,19 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _refuse_owner(found: os.stat_result, path: Path) -> None:
-    if found.st_uid not in (_ROOT, os.geteuid()):
+def _refuse_owner(status: os.stat_result, path: Path) -> None:
+    if status.st_uid not in (_ROOT, os.geteuid()):
         raise SettingsError(
-            f"{path} belongs to {_name(found.st_uid)}, and may name servers of theirs: if you trust what it says, "
+            f"{path} belongs to {_name(status.st_uid)}, and may name servers of theirs: if you trust what it says, "
             f"run `chown {_name(os.geteuid())} {path}`, else start in another folder"
         )
 
 
-def _refuse_writers(found: os.stat_result, path: Path) -> None:
-    """Refuses what others may write; the user's own primary group is no other."""
-    if found.st_mode & stat.S_IWOTH:
+def _refuse_writers(status: os.stat_result, path: Path) -> None:
+    """Refuses a file that others may write; the user's own primary group is not another."""
+    if status.st_mode & stat.S_IWOTH:
         raise SettingsError(f"everybody may write {path}: look what it says, and run `chmod go-w {path}`")
-    if found.st_mode & stat.S_IWGRP and found.st_gid != _own_group():
+    if status.st_mode & stat.S_IWGRP and status.st_gid != _own_group():
         raise SettingsError(f"a group may write {path}: look what it says, and run `chmod g-w {path}`")
 
 

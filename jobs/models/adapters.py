@@ -1,6 +1,6 @@
-"""Adapter: what one LoRA adapter's name means, parsed once from what a user wrote.
+"""Adapter: the meaning of one LoRA adapter's name, parsed once from what a user wrote.
 
-Owns which names there may be, and how adapters are kept as JSON. It loads nothing, and does not know which worker
+Owns the rule for names, and the JSON text that the store keeps. It loads nothing, and does not know which worker
 holds an adapter, nor which request names one.
 """
 
@@ -17,21 +17,21 @@ from batchmill.jobs.models.spec import DEMO, ECHO, is_hub_id
 
 #: An adapter's name has 1 to this many characters.
 NAME_LENGTH = 64
-#: What stands in a command for what only the user knows.
+#: The placeholder in a command for a place that only the user knows.
 SOMEWHERE = "PATH_OR_ID"
 _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A name and what it means: the real path of a folder, or a Hugging Face id with its revision as written.
-
-    `identity`: what lay there (`jobs.models.identity`); None where nobody has read it.
-    """
+    """A name and its meaning."""
 
     name: str
+    #: The real path of a folder, or a Hugging Face id.
     path: str
+    #: The revision of a Hugging Face id, as written.
     revision: str | None = None
+    #: The content at the path (`jobs.models.identity`); None where nobody has read it.
     identity: str | None = None
 
     @classmethod
@@ -64,11 +64,11 @@ class Adapter:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that it lies in, None for a Hugging Face id."""
+        """The adapter's folder, None for a Hugging Face id."""
         return Path(self.path) if self.path.startswith("/") else None
 
     def agrees_with(self, other: Adapter) -> bool:
-        """Tells if both are the same, as far as it is known what lay there."""
+        """True where both are the same, as far as their content is known."""
         is_other = None not in (self.identity, other.identity) and self.identity != other.identity
         return (self.name, self.path, self.revision) == (other.name, other.path, other.revision) and not is_other
 
@@ -90,12 +90,12 @@ def check_name(name: str) -> str:
 
 
 def check_all(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
-    """The adapters, each once, by name. Raises UsageError for a name that means two things."""
-    found: dict[str, Adapter] = {}
+    """The adapters without duplicates, sorted by name. Raises UsageError for a name that means two things."""
+    by_name: dict[str, Adapter] = {}
     for each in adapters:
-        if found.setdefault(each.name, each) != each:
-            raise UsageError(f"--adapter {each.name!r} is given twice: as {found[each.name].where} and {each.where}")
-    return tuple(found[name] for name in sorted(found))
+        if by_name.setdefault(each.name, each) != each:
+            raise UsageError(f"--adapter {each.name!r} is given twice: as {by_name[each.name].where} and {each.where}")
+    return tuple(by_name[name] for name in sorted(by_name))
 
 
 def to_json(adapters: Iterable[Adapter]) -> str:

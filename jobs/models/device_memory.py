@@ -1,6 +1,6 @@
-"""What a worker's devices held: bytes of each and of all together, and the energy they took.
+"""The memory of a worker's devices: bytes of each and of all together, and the energy they took.
 
-Values that only grow together: two of them are joined by the larger of each number. Nothing here reads a device.
+Two values are joined by the larger of each number. Nothing here reads a device.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes on one device. Peaks are torch's own on CUDA; on a CPU the process's resident bytes.
+    """Bytes on one device. Peaks are torch's own on CUDA; on a CPU the process's resident bytes."""
 
-    `device`: as the worker's user wrote it, such as cuda:1. `weights_bytes`: of the model's tensors there.
-    `cache_bytes`: what keys and values may take there.
-    `free_at_start_bytes`: before the model was loaded. `device_used_bytes`: of all processes together.
-    """
-
+    #: As the worker's user wrote it, such as cuda:1.
     device: str
     name: str
     uuid: str | None = None
+    #: Of the model's tensors there.
     weights_bytes: int = 0
+    #: For keys and values there, at most.
     cache_bytes: int = 0
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
+    #: Before the model was loaded.
     free_at_start_bytes: int = 0
+    #: Of all processes together.
     device_used_bytes: int = 0
     device_total_bytes: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from others: a GPU's UUID, or else how it is called."""
+        """The key that tells it from others: a GPU's UUID, or else `device`, and its name."""
         return self.uuid or self.device, self.name
 
     def or_larger(self, other: DeviceMemory) -> DeviceMemory:
@@ -46,28 +46,26 @@ _NUMBERS = tuple(each.name for each in fields(DeviceMemory) if each.name.endswit
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The sums over a worker's devices, and each of them.
-
-    `energy_joules`: what they took meanwhile, whoever worked on them; None where nobody measures it.
-    """
+    """The sums over a worker's devices, and each of them."""
 
     weights_bytes: int = 0
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
     device_total_bytes: int = 0
     devices: tuple[DeviceMemory, ...] = ()
+    #: Taken by the devices meanwhile, whoever worked on them; None where nobody measures it.
     energy_joules: float | None = None
 
     @classmethod
     def of(cls, devices: Iterable[DeviceMemory], *, energy_joules: float | None = None) -> Memory:
         """The memory of these devices together."""
-        found = tuple(devices)
+        listed = tuple(devices)
         return cls(
-            sum(each.weights_bytes for each in found),
-            sum(each.peak_allocated_bytes for each in found),
-            sum(each.peak_reserved_bytes for each in found),
-            sum(each.device_total_bytes for each in found),
-            found,
+            sum(each.weights_bytes for each in listed),
+            sum(each.peak_allocated_bytes for each in listed),
+            sum(each.peak_reserved_bytes for each in listed),
+            sum(each.device_total_bytes for each in listed),
+            listed,
             energy_joules,
         )
 
@@ -77,7 +75,7 @@ class Memory:
         return any((self.weights_bytes, self.peak_allocated_bytes, self.peak_reserved_bytes, self.device_total_bytes))
 
     def and_then(self, later: Memory, *, part: float = 1.0) -> Memory:
-        """This time and the next as one: the larger bytes, and `part` of the later energy more."""
+        """This period and the next as one: the larger bytes, and this energy plus `part` of the later."""
         joules = self.energy_joules
         if later.energy_joules is not None:
             joules = (joules or 0.0) + part * later.energy_joules
@@ -93,11 +91,11 @@ class Memory:
 
 def largest(devices: Iterable[DeviceMemory]) -> tuple[DeviceMemory, ...]:
     """Each device once, in the order in which they first appear, with the largest of its numbers."""
-    found: dict[tuple[str, str], DeviceMemory] = {}
+    by_key: dict[tuple[str, str], DeviceMemory] = {}
     for each in devices:
-        known = found.get(each.key)
-        found[each.key] = each if known is None else known.or_larger(each)
-    return tuple(found.values())
+        known = by_key.get(each.key)
+        by_key[each.key] = each if known is None else known.or_larger(each)
+    return tuple(by_key.values())
 
 
 def devices_json(devices: Iterable[DeviceMemory]) -> list[dict[str, Any]]:
@@ -111,15 +109,15 @@ def devices_text(devices: Sequence[DeviceMemory]) -> str | None:
 
 
 def largest_of_texts(texts: Iterable[str]) -> tuple[DeviceMemory, ...]:
-    """`largest` of what many texts of the store say: a job has thousands, so none becomes a value before the end."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """`largest` over many texts of the store. A job has thousands, so only the result is made into values."""
+    by_key: dict[tuple[str, str], dict[str, Any]] = {}
     for text in texts:
         for each in json.loads(text):
-            known = found.setdefault((each["uuid"] or each["device"], each["name"]), each)
+            known = by_key.setdefault((each["uuid"] or each["device"], each["name"]), each)
             for name in _NUMBERS:
                 if each[name] > known[name]:
                     known[name] = each[name]
-    return tuple(DeviceMemory(**each) for each in found.values())
+    return tuple(DeviceMemory(**each) for each in by_key.values())
 
 
 def devices_from_text(text: str | None) -> tuple[DeviceMemory, ...]:

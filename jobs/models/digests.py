@@ -1,7 +1,7 @@
 """Digests: the SHA-256 of a folder's files, each hashed once in a home and remembered until it changes.
 
-A file is known again by its size, its times and its inode. One process hashes a folder at a time, so that the workers
-of one machine do not read the same weights beside each other. It does not know what the files are.
+An unchanged file is recognized by its size, its times and its inode. One process hashes a folder at a time, so that
+the workers of one machine do not read the same weights beside each other. It does not know what the files are.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _FORMAT = 1
 _READ_BYTES = 1 << 20
 _AT_ONCE = 4
 _PROGRESS_SECONDS = 1.0
-#: Two changes within so long may leave the same times, so that a file this new is not remembered.
+#: Two changes within this time may leave the same timestamps, so a file this new is not remembered.
 _SETTLED_SECONDS = 2.0
 #: Fewer bytes are hashed without a line in the log.
 _WORTH_A_LINE_BYTES = 1 << 30
 
 
 class Stamp(NamedTuple):
-    """Marks by which a file is known again."""
+    """Marks by which an unchanged file is recognized."""
 
     bytes: int
     mtime_ns: int
@@ -45,8 +45,8 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Stamp:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     @property
     def is_settled(self) -> bool:
@@ -61,12 +61,12 @@ class Hashed(NamedTuple):
 
 
 class Digests:
-    """The digests that a home remembers; without a home nothing is. `progress` is called about once a second."""
+    """The digests that a home remembers; without a home none are. `progress` is called about once a second."""
 
     def __init__(self, home: Path | None = None, *, progress: Callable[[], object] = lambda: None) -> None:
         self._folder = None if home is None else home / "digests"
         self._progress = progress
-        #: True where the digests that were looked for last are kept in a form that is not known here.
+        #: True where the digests that were looked for last are kept in a newer format.
         self._is_newer = False
 
     def of(self, folder: Path, names: Sequence[str]) -> dict[str, Hashed]:
@@ -83,15 +83,15 @@ class Digests:
         return known
 
     def _known(self, folder: Path, names: Sequence[str]) -> dict[str, Hashed]:
-        """Those of the files that are as they were when they were hashed."""
+        """The remembered digests of the files that have not changed since."""
         remembered = self._remembered(folder)
-        found = {}
+        unchanged = {}
         for each in names:
             stamp = Stamp.of((folder / each).stat())
             *before, sha256 = remembered.get(each, [None])
             if before == list(stamp):
-                found[each] = Hashed(stamp, str(sha256))
-        return found
+                unchanged[each] = Hashed(stamp, str(sha256))
+        return unchanged
 
     def _hashed(self, folder: Path, names: Sequence[str]) -> dict[str, Hashed]:
         bytes_ = sum((folder / each).stat().st_size for each in names)
@@ -119,7 +119,7 @@ class Digests:
                 lock.release()
 
     def _locked(self, file: Path) -> BaseFileLock | None:
-        """None where the home takes no lock; then several processes may hash the same."""
+        """The lock; None where the home takes none, and several processes may hash the same."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock = FileLock(file)
@@ -134,7 +134,7 @@ class Digests:
         return lock
 
     def _remembered(self, folder: Path) -> Mapping[str, Sequence[Any]]:
-        """By name: the numbers of a stamp, and the digest. What cannot be understood counts as nothing."""
+        """`{name: [the numbers of a stamp, the digest]}`; empty where the file cannot be parsed."""
         if self._folder is None:
             return {}
         try:
@@ -144,13 +144,13 @@ class Digests:
         except (OSError, ValueError, LookupError, TypeError):
             return {}
 
-    def _remember(self, folder: Path, found: Mapping[str, Hashed]) -> None:
+    def _remember(self, folder: Path, hashed: Mapping[str, Hashed]) -> None:
         if self._folder is None:
             return
         if self._is_newer:
             log.warning("digests of a newer batchmill are left to it, and not used", file=str(self._file(folder)))
             return
-        files = {name: [*each.stamp, each.sha256] for name, each in found.items() if each.stamp.is_settled}
+        files = {name: [*each.stamp, each.sha256] for name, each in hashed.items() if each.stamp.is_settled}
         beside = self._file(folder).with_suffix(".tmp")
         try:
             beside.write_text(json.dumps({"format": _FORMAT, "folder": str(folder), "files": files}))
@@ -164,7 +164,7 @@ class Digests:
 
 
 def _hash(file: Path, stop: Event) -> Hashed:
-    """Reads a file until it stayed as it was meanwhile, or `stop` says that nobody waits for it any more."""
+    """Hashes a file, again if it changed meanwhile, until `stop` says that nobody waits for it any more."""
     while True:
         with file.open("rb", buffering=0) as opened:
             stamp = Stamp.of(os.fstat(opened.fileno()))

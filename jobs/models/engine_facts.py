@@ -1,4 +1,4 @@
-"""The facts of an engine whose model is open: values that the engine, the worker's row and people are told alike.
+"""The facts of an engine whose model is open: values shared by the engine, the worker's row and reports for people.
 
 Every fact is spelled here once. Nothing here computes one.
 """

@@ -1,6 +1,6 @@
-"""Which commit of a Hugging Face id this machine has, as huggingface_hub keeps it in its cache.
+"""Models in this machine's cache of the Hugging Face Hub, and their commits.
 
-It reads names alone, and needs no huggingface_hub: who submits jobs may not have it.
+It reads names alone, and needs no huggingface_hub: a machine that submits jobs may not have it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DEFAULT_REVISION = "main"
 
 
 def cached_commit(name: str, revision: str | None) -> str | None:
-    """The commit that this revision as written is here; None where the cache does not know."""
+    """The commit of this revision, as written, on this machine; None where the cache does not have it."""
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     ref = _cache() / f"models--{name.replace('/', '--')}" / "refs" / (revision or _DEFAULT_REVISION)
@@ -36,7 +36,7 @@ def cached_names() -> tuple[str, ...]:
 
 
 def known_names(beginning: str) -> list[str]:
-    """The models that need not be fetched, those of batchmill among them, whose names begin so."""
+    """The models whose names begin so and that need no download, `demo` and `echo` among them."""
     return [each for each in (DEMO, ECHO, *cached_names()) if each.startswith(beginning)]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _CONFIG, _TOKENIZER, _TEMPLATE, _GENERATION, _WEIGHTS = "config", "tokenizer", "template", "generation", "weights"
 _COMMIT, _BATCHMILL = "commit", "batchmill"
-#: How a part is called to people.
+#: The names of the parts, for people.
 _WORDS = {
     _CONFIG: "configuration",
     _TOKENIZER: "tokenizer",
@@ -29,7 +29,7 @@ _WORDS = {
     _BATCHMILL: "version of batchmill",
 }
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-#: What transformers' loading reads of a model's folder beside its weights. A tokenizer's files have many names.
+#: The files that transformers reads of a model's folder besides its weights. A tokenizer's files have many names.
 _PATTERNS: Mapping[str, tuple[str, ...]] = {
     _CONFIG: ("config.json",),
     _GENERATION: ("generation_config.json",),
@@ -48,22 +48,21 @@ _OF_ADAPTER: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """An identity, and the files that it was read from as they were then: none for what cannot change.
-
-    `again` reads them anew.
-    """
+    """An identity, and the files that it was read from."""
 
     identity: str
+    #: The files as they were then; none for content that cannot change.
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    #: Reads the files anew; None for content that cannot change.
     again: Callable[[], Content] | None = None
 
     @property
     def untouched(self) -> bool:
-        """Whether no file was written since; files that were only touched, or copied, count as written here."""
+        """True where no file was written since; files that were only touched, or copied, count as written here."""
         return all(_stamp(file) == stamp for file, stamp in self.stamps.items())
 
     def changed(self) -> str | None:
-        """What is another by now, for people; None where all is the same, though files were written or touched.
+        """The parts that differ by now, for people; None where all are the same, though files were written or touched.
 
         Raises ModelError where that cannot be read.
         """
@@ -74,33 +73,33 @@ class Content:
 
 
 def of_echo() -> Content:
-    """The engine without a model, which is a part of batchmill."""
+    """The content of echo, the engine without a model, which is a part of batchmill."""
     from batchmill.jobs import VERSION
 
     return Content(f"{_BATCHMILL}={VERSION}")
 
 
 def of_commit(commit: str) -> Content:
-    """A model or an adapter of the Hub, where nobody changes what a commit holds."""
+    """The content of a model or an adapter of the Hub, where a commit never changes."""
     return Content(f"{_COMMIT}={commit}")
 
 
 def of_model(folder: Path, digests: Digests) -> Content:
-    """What a model's folder holds. Raises ModelError where it cannot be read."""
+    """The content of a model's folder. Raises ModelError where it cannot be read."""
     parts = _parts(folder, _PATTERNS) | {_WEIGHTS: _weights(folder)}
     return _content(folder, parts, digests, again=lambda: of_model(folder, digests))
 
 
 def of_adapter(folder: Path, digests: Digests) -> Content:
-    """What an adapter's folder holds. Raises ModelError where it cannot be read."""
+    """The content of an adapter's folder. Raises ModelError where it cannot be read."""
     return _content(folder, _parts(folder, _OF_ADAPTER), digests, again=lambda: of_adapter(folder, digests))
 
 
 def differences(before: str, now: str) -> str:
-    """What differs between two identities, for people: `tokenizer and weights`."""
+    """The differences between two identities, for people: `tokenizer and weights`."""
     old, new = (dict(part.split("=", 1) for part in each.split()) for each in (before, now))
-    *most, last = [_WORDS.get(each, each) for each in sorted(old.keys() | new.keys()) if old.get(each) != new.get(each)]
-    return f"{', '.join(most)} and {last}" if most else last
+    *rest, last = [_WORDS.get(each, each) for each in sorted(old.keys() | new.keys()) if old.get(each) != new.get(each)]
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _content(
@@ -118,11 +117,11 @@ def _joined(hashed: Sequence[tuple[str, str]]) -> str:
 
 def _parts(folder: Path, patterns: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The names of the files that are there, by part; a part without any is left out."""
-    found = {
+    by_part = {
         part: sorted({str(each.relative_to(folder)) for one in globs for each in folder.glob(one) if each.is_file()})
         for part, globs in patterns.items()
     }
-    return {part: names for part, names in found.items() if names}
+    return {part: names for part, names in by_part.items() if names}
 
 
 def _weights(folder: Path) -> list[str]:
@@ -132,7 +131,7 @@ def _weights(folder: Path) -> list[str]:
     try:
         named = json.loads((folder / _INDEX).read_bytes())["weight_map"].values()
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return []  # what loads it says what is wrong with it
+        return []  # the loader says what is wrong with it
     return [_INDEX, *sorted({each for each in named if _is_beside(folder, each)})]
 
 

@@ -1,6 +1,6 @@
 """Names of models that are likely slips of the keyboard: one that nobody knows here, beside one that somebody does.
 
-Nothing is said of `org/name`, which the Hub alone knows to be or not to be, nor of a folder or a cached model.
+It does not judge `org/name`, which the Hub alone knows, nor a folder or a cached model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _ALIKE = 0.7
 
 
 def meant_instead(spec: ModelSpec, *, served: Iterable[str] = ()) -> str | None:
-    """The known model that this name resembles; None where it is known, or like none. `served`: those of workers."""
+    """The known model that this name resembles; None where it is known, or like none. `served`: models of workers."""
     if "/" in spec.model or spec.model in (DEMO, ECHO):
         return None
     cached = cached_names()
     known = {_short(each): each for each in (*cached, *served, DEMO, ECHO)}
     if spec.model in known.values():
         return None
-    found = get_close_matches(_short(spec.model), known, n=1, cutoff=_ALIKE)
-    return known[found[0]] if found else None
+    alike = get_close_matches(_short(spec.model), known, n=1, cutoff=_ALIKE)
+    return known[alike[0]] if alike else None
 
 
 def slip_line(spec: ModelSpec, meant: str) -> str:
@@ -34,7 +34,7 @@ def slip_line(spec: ModelSpec, meant: str) -> str:
 
 
 def refuse_slip(spec: ModelSpec, *, served: Iterable[str] = ()) -> None:
-    """Raises UsageError, which asks, where the name is likely a slip."""
+    """Raises UsageError with that question where the name is likely a slip."""
     if (meant := meant_instead(spec, served=served)) is not None:
         raise UsageError(slip_line(spec, meant))
 

@@ -1,7 +1,7 @@
-"""Quantization: how the weights of a model are held, parsed from `-q` into one canonical spelling.
+"""Quantization: the form in which a model's weights are held, parsed from `-q` into one canonical spelling.
 
-Owns the kinds, the options that each takes, and what contradicts what. It knows no device: whether one honours an
-option is worker.models.load's to say.
+Owns the kinds, the options that each takes, and their contradictions. It knows no device: worker.models.load says
+whether one honours an option.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MODULES_SEPARATOR = "+"
 
 
 class Kind(StrEnum):
-    """What becomes of the weights while they are loaded."""
+    """The way in which weights are quantized while they are loaded."""
 
     NF4 = "nf4"  #: bitsandbytes' 4-bit NormalFloat
     FP4 = "fp4"  #: bitsandbytes' 4-bit float
@@ -38,8 +38,9 @@ Value = bool | float | str | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """`default`: what holds where the option is not written; such a value is never spelled."""
+    """One option of a kind."""
 
+    #: The value where the option is not written; such a value is never spelled.
     default: Value | None
     parse: Callable[[str], Value]
     spell: Callable[[Value], str]
@@ -118,7 +119,7 @@ class Quantization:
     def parse(cls, text: str) -> Quantization:
         """The quantization of `nf4` or `nf4:compute_dtype=float16,double_quant=false`.
 
-        Raises UsageError, by name, for kinds and options that there are not, and for an option written twice.
+        Raises UsageError, which names it, for an unknown kind or option, and for an option written twice.
         """
         name, colon, rest = text.partition(":")
         try:
@@ -148,29 +149,29 @@ class Quantization:
 
     @property
     def compute_dtype(self) -> str:
-        """In what a 4-bit kind multiplies. bfloat16 stands for the best of the device's that is 16 bits wide."""
+        """The dtype in which a 4-bit kind multiplies. bfloat16 stands for the device's best dtype of 16 bits."""
         return self._text("compute_dtype")
 
     @property
     def double_quant(self) -> bool:
-        """Whether the scales of a 4-bit kind are quantized too."""
+        """True where the scales of a 4-bit kind are quantized too."""
         return self.options["double_quant"] is True
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that weights are turned into that are not quantized; None leaves the choice to the device."""
+        """The dtype of weights that are not quantized; None leaves the choice to the device."""
         return self._text("dtype") if self.options["dtype"] is not None else None
 
     @property
     def threshold(self) -> float:
-        """LLM.int8()'s; 0 for none."""
+        """The threshold of LLM.int8(); 0 for none."""
         value = self.options["threshold"]
         assert isinstance(value, float)
         return value
 
     @property
     def fp32_cpu_offload(self) -> bool:
-        """Whether layers that stay on the CPU are kept in float32 beside those in int8."""
+        """True where layers that stay on the CPU are kept in float32 beside those in int8."""
         return self.options["fp32_cpu_offload"] is True
 
     @property
@@ -189,23 +190,23 @@ class Quantization:
         return self.canonical
 
 
-#: What holds where nobody asks for anything.
+#: The default.
 NF4 = Quantization()
 
 
 def _values(kind: Kind, text: str) -> dict[str, Value]:
     """The options of `a=b,c=d` that differ from the defaults of this kind."""
-    found: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for name, written in _pairs(kind, text):
         option = _option(kind, name)
         try:
             value = option.parse(written)
         except ValueError as error:
             raise UsageError(f"-q {kind}: {name} takes {error}, not {written!r}") from None
-        if name in found:
+        if name in values:
             raise UsageError(f"-q {kind}: {name} is written twice")
-        found[name] = value
-    return {name: value for name, value in found.items() if value != _OPTIONS[kind][name].default}
+        values[name] = value
+    return {name: value for name, value in values.items() if value != _OPTIONS[kind][name].default}
 
 
 def _pairs(kind: Kind, text: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""ModelSpec: what a worker holds and a queue serves, parsed once from what a user wrote, with one canonical spelling.
+"""ModelSpec: a model, its revision and its quantization, parsed once and with one canonical spelling.
 
 Queue names, store rows, logs and the loader's arguments all follow from it.
 """
@@ -16,7 +16,7 @@ from batchmill.jobs.models.quantization import NF4, Kind, Quantization
 
 #: Literal model names: the bundled model, and the engine without a model that answers with the prompt.
 DEMO, ECHO = "demo", "echo"
-#: Where the bundled model lies.
+#: The folder of the bundled model.
 DEMO_FOLDER = Path(__file__).parents[2] / "worker" / "demo" / "model"
 QUEUE_NAME_LENGTH = 24
 _LONGEST_NAME = 2_000
@@ -25,12 +25,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a worker holds and a queue serves: model, revision as written, and quantization.
+    """A model as a worker holds it and a queue serves it."""
 
-    `model` is a Hugging Face id, the real path of a folder, or one of the literal names `demo` and `echo`.
-    """
-
+    #: A Hugging Face id, the real path of a folder, or one of the literal names `demo` and `echo`.
     model: str
+    #: The revision of a Hugging Face id, as written; None for its default.
     revision: str | None = None
     quantization: Quantization = NF4
 
@@ -106,7 +105,7 @@ class ModelSpec:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this could be a Hugging Face id; whether there is such a repository nobody here knows."""
+    """True where this could be a Hugging Face id; nothing here knows whether there is such a repository."""
     return _HUB_ID.fullmatch(name) is not None
 
 

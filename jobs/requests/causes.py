@@ -1,7 +1,7 @@
-"""Causes of error outputs: what decides that a request ends as an error, and so if another try can end otherwise.
+"""Causes of error outputs: they tell whether another try of a request can end otherwise.
 
 A job keeps its prompts, its options and, once it has an answer, its model; engine, device and settings are those of
-whoever tries again.
+the worker that tries again.
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ CAUSES: Mapping[ErrorCode, Cause] = {
 
 
 def cause_of(code: str) -> Cause:
-    """The cause of an output's error; a code of another batchmill's is taken to depend on what lies around."""
+    """The cause of an output's error; a code of another batchmill's counts as AROUND."""
     return CAUSES[ErrorCode(code)] if code in {each.value for each in ErrorCode} else Cause.AROUND
 
 
 @dataclass(frozen=True, slots=True)
 class Chances:
-    """Requests of a job that another try can end otherwise.
+    """The facts that decide which requests of a job another try can end otherwise."""
 
-    `context_tokens`: the largest of the live workers that may take it, 0 where there is none. `keeps_model`: it was
-    answered in part. `everything`: all of it is tried, whatever is to be expected.
-    """
-
+    #: The largest of the live workers that may take the job, 0 where there is none.
     context_tokens: float = inf
+    #: True where the job was answered in part.
     keeps_model: bool = True
+    #: True where all of it is tried, whatever is to be expected.
     everything: bool = True
 
     def are_there(self, code: str, *, prompt_tokens: int) -> bool:

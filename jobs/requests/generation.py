@@ -1,4 +1,4 @@
-"""Generation, the kind of request that is answered with text: what its requests, options and choices are.
+"""Generation, the kind of request that is answered with text: its requests, options and choices.
 
 Everything here is frozen and changed by copy. Nothing here knows SQL, Redis, files or tensors.
 """
@@ -12,20 +12,16 @@ from typing import Any, ClassVar, cast
 
 from batchmill.jobs.requests.request import FIRST_KIND, Output, RequestKind, to_text
 
-#: About what one logprob takes in the store.
+#: The approximate size of one logprob in the store.
 _LOGPROB_BYTES = 80
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What a request asks of the sampler; None asks for nothing, and the next level decides.
+    """The options of a request for the sampler; None leaves one to the next level.
 
     The levels: the request's own line, then the job's flags, then the model's generation_config, then
     temperature 1.0 and max_tokens 256 (`SamplingParams.fallback()`).
-
-    `logit_bias`: pairs of a token id and what is added to its logit. `n`: choices of one output. `top_logprobs`:
-    how many alternatives each token of `logprobs` lists. `response_format`: `{"type": "json_object"}`, `{"type":
-    "json_schema", "schema": ...}`, `{"type": "regex", "regex": ...}` or `{"type": "choice", "choice": [...]}`.
     """
 
     max_tokens: int | None = None
@@ -37,19 +33,24 @@ class SamplingParams:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    #: Pairs of a token id and the number that is added to its logit.
     logit_bias: tuple[tuple[int, float], ...] | None = None
     stop: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     seed: int | None = None
+    #: Choices of one output.
     n: int | None = None
     logprobs: bool | None = None
+    #: The number of alternatives that each token of `logprobs` lists.
     top_logprobs: int | None = None
+    #: `{"type": "json_object"}`, `{"type": "json_schema", "schema": ...}`, `{"type": "regex", "regex": ...}` or
+    #: `{"type": "choice", "choice": [...]}`.
     response_format: Mapping[str, Any] | None = None
 
     @classmethod
     def fallback(cls) -> SamplingParams:
-        """What holds where neither the request, nor the job, nor the model says anything."""
+        """The values where neither the request, nor the job, nor the model says anything."""
         return cls(max_tokens=256, temperature=1.0)
 
     @classmethod
@@ -64,12 +65,12 @@ class SamplingParams:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that were asked for, ready for json; `logit_bias` as an object by token id."""
+        """The options that are set, ready for json; `logit_bias` as an object by token id."""
         values = ((name, getattr(self, name)) for name in _SAMPLING_NAMES)
-        asked = {name: list(v) if isinstance(v, tuple) else v for name, v in values if v is not None}
+        options = {name: list(v) if isinstance(v, tuple) else v for name, v in values if v is not None}
         if self.logit_bias is not None:
-            asked["logit_bias"] = {str(token): bias for token, bias in self.logit_bias}
-        return asked
+            options["logit_bias"] = {str(token): bias for token, bias in self.logit_bias}
+        return options
 
     def over(self, lower: SamplingParams) -> SamplingParams:
         """These parameters, filled up from a lower level."""
@@ -84,12 +85,7 @@ NO_SAMPLING = SamplingParams()
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt with its sampling parameters: either `prompt` or `messages` is set, never both.
-
-    `passthrough` holds what is kept and returned without effect (user, metadata, store, service_tier). `adapter`: the
-    name of the one that answers it, None for the model alone. `tools`: those that the model is told of, as OpenAI
-    writes them; `calls_tools`: whether its answer may call them.
-    """
+    """One prompt with its sampling parameters: either `prompt` or `messages` is set, never both."""
 
     kind: ClassVar[str] = FIRST_KIND
 
@@ -99,9 +95,13 @@ class GenerationRequest:
     messages: tuple[Mapping[str, Any], ...] | None = None
     sampling: SamplingParams = NO_SAMPLING
     chat_template_kwargs: Mapping[str, Any] | None = None
+    #: Values that are kept and returned without effect: user, metadata, store, service_tier.
     passthrough: Mapping[str, Any] | None = None
+    #: The name of the adapter that answers it, None for the model alone.
     adapter: str | None = None
+    #: The tools that the model is told of, as OpenAI writes them.
     tools: tuple[Mapping[str, Any], ...] | None = None
+    #: True where its answer may call the tools.
     calls_tools: bool = True
 
     def to_body(self) -> str:
@@ -157,15 +157,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """What a job's flags ask for all of its requests. `adapters`: the names that a request may name, sorted."""
+    """The options that a job's flags give to all of its requests."""
 
     system: str | None = None
     sampling: SamplingParams = NO_SAMPLING
     chat_template_kwargs: Mapping[str, Any] | None = None
+    #: The names of adapters that a request may name, sorted.
     adapters: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """`{"system", "chat_template_kwargs", "adapters", sampling keys ...}` without what was not asked for."""
+        """`{"system", "chat_template_kwargs", "adapters", sampling keys ...}` without the options that are not set."""
         own = {name: getattr(self, name) for name in _OWN_OPTIONS}
         own["adapters"] = list(self.adapters) or None
         return {key: each for key, each in own.items() if each is not None} | self.sampling.to_json()
@@ -178,7 +179,7 @@ class GenerationOptions:
         return cls(value.get("system"), sampling, value.get("chat_template_kwargs"), adapters)
 
     def settled(self) -> dict[str, Any]:
-        """The sampling alone, which is filled up from the model's defaults: the rest holds as it was asked for."""
+        """The sampling alone, which is filled up from the model's defaults; the rest holds as the flags give it."""
         return self.sampling.to_json()
 
     @classmethod
@@ -192,33 +193,33 @@ class GenerationOptions:
         return replace(options, sampling=options.sampling.over(defaults or NO_SAMPLING).over(SamplingParams.fallback()))
 
 
-#: What a job's flags ask for besides the sampling.
+#: The options of a job's flags besides the sampling.
 _OWN_OPTIONS = ("system", "chat_template_kwargs", "adapters")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer to a request; `finish_reason` is `stop` or `length`.
-
-    `logprobs`, where asked for, is OpenAI's object: `{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`.
-    `tool_calls` are those in the text, as OpenAI writes them, and `content` is what the text says besides.
-    """
+    """One answer to a request."""
 
     text: str
+    #: `stop` or `length`.
     finish_reason: str
+    #: OpenAI's object, where asked for: `{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`.
     logprobs: Mapping[str, Any] | None = None
+    #: The tool calls in the text, as OpenAI writes them.
     tool_calls: Sequence[Mapping[str, Any]] | None = None
+    #: The text besides the tool calls.
     content: str | None = None
 
     @property
     def logprob_count(self) -> int:
-        """Of all its tokens, with their alternatives."""
+        """The number of logprobs of all its tokens, alternatives included."""
         content = () if self.logprobs is None else self.logprobs["content"]
         return sum(1 + len(each["top_logprobs"]) for each in content)
 
     @property
     def size_bytes(self) -> int:
-        """About what it takes in the store, told without writing it down."""
+        """The approximate size in the store, computed without encoding it."""
         return len(self.text) + _LOGPROB_BYTES * self.logprob_count
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Values that requests of every kind share: what names one, what comes back for it, and the value that is a kind.
+"""Values that requests of every kind share: the key of one, its output, and the description of a kind.
 
 Everything here is frozen and changed by copy. Nothing here knows SQL, Redis, files or tensors, nor any one kind.
 """
@@ -14,14 +14,14 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from batchmill.jobs.requests.states import RequestState
 
-#: The one kind that there was before revision 0012 of the store: what names none is of it.
+#: The only kind before revision 0012 of the store; a value that names no kind is of it.
 FIRST_KIND = "generation"
 #: A request's custom_id has 1 to this many characters.
 CUSTOM_ID_LENGTH = 256
 DEFAULT_BATCH_SIZE = 64
-#: A line of a prompt file has at most so many bytes where the settings say nothing else.
+#: The longest line of a prompt file, in bytes, where the settings say nothing else.
 DEFAULT_LINE_BYTES = 16 * 1024**2
-#: The settings may say at most this: longer texts do not go into every database.
+#: The largest value of that setting: longer texts do not go into every database.
 MAX_LINE_BYTES = 256 * 1024**2
 #: A batch is closed or retried within one transaction of at most half a second, so it is bounded.
 MAX_BATCH_SIZE = 5_000
@@ -51,7 +51,7 @@ class ErrorCode(StrEnum):
 
 
 class RequestKey(NamedTuple):
-    """What names a request everywhere: its job and its place in the file, from 0."""
+    """The key of a request: its job and its place in the file, from 0."""
 
     job_id: str
     index: int  # type: ignore[assignment]  # the word for a place in the file, not tuple.index
@@ -77,7 +77,7 @@ class Request(Protocol):
 
 
 class JobOptions(Protocol):
-    """What a job's flags ask for all of its requests. `adapters`: the names that a request may name, sorted."""
+    """Options of a job's flags for all of its requests. `adapters`: the names that a request may name, sorted."""
 
     @property
     def adapters(self) -> tuple[str, ...]: ...
@@ -90,11 +90,11 @@ class JobOptions(Protocol):
 
 
 class OutputPart(Protocol):
-    """One part of what a request is answered with: a choice of a generation."""
+    """One part of an output, such as a choice of a generation."""
 
     @property
     def size_bytes(self) -> int:
-        """About what it takes in the store, told without writing it down."""
+        """The approximate size in the store, computed without encoding it."""
 
     def to_json(self) -> dict[str, Any]:
         """Ready for json."""
@@ -111,7 +111,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class OutputError:
-    """Why a request has no answer: a code of ErrorCode, and a sentence for the user."""
+    """The error of a request without an answer: a code of ErrorCode, and a sentence for the user."""
 
     code: str
     message: str
@@ -119,16 +119,15 @@ class OutputError:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The answer to one request: the parts of its kind, token counts and timings, or an error.
-
-    `timings` is None where the engine answers a whole micro-batch at once. `completion_tokens`: of all parts.
-    """
+    """The answer to one request: the parts of its kind, token counts and timings, or an error."""
 
     key: RequestKey
     payload: tuple[OutputPart, ...] = ()
     prompt_tokens: int = 0
+    #: Tokens of all parts.
     completion_tokens: int = 0
     error: OutputError | None = None
+    #: None where the engine answers a whole micro-batch at once.
     timings: Timings | None = None
 
     @property
@@ -140,7 +139,7 @@ class Output:
 
     @property
     def size_bytes(self) -> int:
-        """About what its payload takes in the store, told without writing it down."""
+        """The approximate size of its payload in the store, computed without encoding it."""
         return sum(each.size_bytes for each in self.payload)
 
     def payload_text(self) -> str:
@@ -160,7 +159,7 @@ class Output:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], kind: RequestKind[Any, Any]) -> Output:
-        """The inverse of `to_json`, also of what was written before outputs had timings, and payloads their name."""
+        """The inverse of `to_json`, also of texts from before outputs had timings, and payloads their name."""
         error, timings = value["error"], value.get("timings")
         payload = value["payload"] if "payload" in value else value["choices"]
         return cls(
@@ -174,7 +173,7 @@ class Output:
 
     @classmethod
     def failed(cls, key: RequestKey, code: ErrorCode, message: str, *, prompt_tokens: int = 0) -> Output:
-        """The error output of one request; what no database can hold of its message is replaced by U+FFFD."""
+        """The error output of one request; characters of the message that no database can hold become U+FFFD."""
         told = _UNSTORABLE.sub("\ufffd", message)
         return cls(key, prompt_tokens=prompt_tokens, error=OutputError(code.value, told))
 
@@ -185,24 +184,23 @@ O = TypeVar("O", bound=JobOptions)  # noqa: E741
 
 @dataclass(frozen=True, slots=True)
 class RequestKind(Generic[R, O]):
-    """One kind of request: how the store reads what it keeps of one, and what a batch counts of its answers.
-
-    `request`: of index, custom_id, body and its job's options, as the job wants it run. `options`: of what was asked
-    for, of what a worker has settled (None before), and of the defaults of the engine that asks. `part`: of what
-    `OutputPart.to_json` wrote. `finish_reasons`: `stop` or `length` for each part; None for a kind whose parts have
-    none, so that nothing is counted.
-    """
+    """One kind of request: the functions that read its texts in the store, and the reasons that a batch counts."""
 
     name: str
+    #: Makes a request of index, custom_id, body and its job's options, as the job wants it run.
     request: Callable[[int, str, str, O], R]
+    #: Makes a job's options of those asked for, those that a worker has settled (None before) and the defaults of the
+    #: engine that asks.
     options: Callable[[Mapping[str, Any], Mapping[str, Any] | None, Any], O]
+    #: Makes a part of the object that `OutputPart.to_json` wrote.
     part: Callable[[Mapping[str, Any]], OutputPart]
+    #: `stop` or `length` for each part; None for a kind whose parts have none, so that nothing is counted.
     finish_reasons: Callable[[Output], Iterable[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a job came from: its file, the command line, and the versions that it was submitted with."""
+    """The origin of a job: its file, the command line, and the versions that it was submitted with."""
 
     file_name: str
     file_sha256: str

@@ -42,7 +42,7 @@ class WorkerState(StrEnum):
 
 
 class RunOutcome(StrEnum):
-    """How one attempt of one worker at one batch ended."""
+    """The end of one attempt of one worker at one batch."""
 
     DONE = "done"
     RELEASED = "released"  #: handed back by a worker that drains, or that another worker relieved

@@ -1,4 +1,4 @@
-"""How a command ends when it cannot go on: one line on stderr and an exit code, never a traceback."""
+"""The end of a command that cannot go on: one line on stderr and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from batchmill.jobs.errors import BatchmillError, Interrupted, PromptFileError
 
-#: The way out of what the machine refuses, by the system's own number of the fault.
+#: The remedies for errors of the operating system, by errno.
 _ADVICE = {
     errno.ENOSPC: "free some space and try again",
     errno.EDQUOT: "free some of your quota and try again",
@@ -31,7 +31,7 @@ _SHOWN_OF_WORD = 100
 def one_line_errors() -> Iterator[None]:
     """Turns our errors, those of the operating system and Ctrl-C into a line on stderr and SystemExit.
 
-    That nobody reads a pipe any more passes through: whoever read it has seen enough.
+    BrokenPipeError passes through: the reader of the pipe has seen enough.
     """
     try:
         yield
@@ -57,7 +57,7 @@ def say(line: str) -> None:
 
 
 def refusal(error: OSError) -> str:
-    """A line about what the machine refuses: to which file, and the way out."""
+    """One line about an error of the operating system: the file, the error and its remedy."""
     where = error.filename if error.filename is not None else _unwritten_stdout()
     advice = _ADVICE.get(error.errno or 0)
     what = error.strerror or str(error) or type(error).__name__
@@ -77,8 +77,8 @@ def _unwritten_stdout() -> str:
 
 
 def _shortened(line: str) -> str:
-    def ends(found: re.Match[str]) -> str:
-        word = found[0]
+    def ends(match: re.Match[str]) -> str:
+        word = match[0]
         return f"{word[:_SHOWN_OF_WORD]}...{word[-_SHOWN_OF_WORD:]}"
 
     return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", ends, line)

@@ -1,8 +1,8 @@
 """Named points at which a trial makes a process die: `BATCHMILL_FAILPOINT=name=kill9@3`, and nothing otherwise.
 
 The third time a process passes the point it is killed, as `kill -9` does (`kill9`), or gets the error of a full disk
-(`full`). A home's failpoint fires once: what is started again afterwards passes the point unharmed. `note` does nothing
-but write each passing down, so that a trial can see how many there are.
+(`full`). A home's failpoint fires once: a process that is started again passes the point unharmed. `note` does
+nothing but write each passing down, so that a trial can see how many there are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from batchmill.jobs.errors import SettingsError
 
-#: Every point there is, and what has just happened where it stands. A test visits each.
+#: Every point, and what has just happened there. A test visits each.
 POINTS = {
     "submit.page": "a page of requests is stored, and the job is not open",
     "submit.opened": "the job is open, and no wake-up is sent",
@@ -55,7 +55,7 @@ class _Armed:
     name: str
     action: str
     hits_left: int
-    #: Beside the home's files: it was fired, or who passed.
+    #: In home: shows that the point has fired, or lists the pids that passed it.
     file: Path
 
 
@@ -68,13 +68,13 @@ def arm(written: str, *, home: Path) -> None:
     _armed = None
     if not written:
         return
-    found = _WRITTEN.fullmatch(written)
-    if found is None or found["name"] not in POINTS:
+    match = _WRITTEN.fullmatch(written)
+    if match is None or match["name"] not in POINTS:
         raise SettingsError(
             f"BATCHMILL_FAILPOINT={written}: write name=kill9@1, name=full@1 or name=note@1, "
             f"the name one of {', '.join(POINTS)}"
         )
-    _armed = _Armed(found["name"], found["action"], int(found["hit"]), home / f"failpoint.{found['name']}")
+    _armed = _Armed(match["name"], match["action"], int(match["hit"]), home / f"failpoint.{match['name']}")
 
 
 def failpoint(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Lines for a narrow terminal: broken between words, and what goes on indented; a pipe gets them as they are."""
+"""Lines for a narrow terminal: wrapped between words, with a hanging indent; a pipe gets them as they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from textwrap import wrap
 
-#: Before a command that a line ends with, which stays whole, so that it can be copied.
+#: Begins the command at the end of a line, which is never wrapped, so that it can be copied.
 _COMMAND = " batchmill "
 
 
@@ -22,8 +22,8 @@ def fitted(lines: Iterable[str], *, indent: int, width: int | None) -> Iterator[
         if width is None or len(line) <= width:
             yield line
             continue
-        text, found, command = line.partition(_COMMAND if "`" not in line else "\n")
+        text, separator, command = line.partition(_COMMAND if "`" not in line else "\n")
         margin = " " * min(indent, width // 2)
         yield from wrap(text, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
-        if found:
+        if separator:
             yield f"{margin}{_COMMAND.lstrip()}{command}"

@@ -16,7 +16,7 @@ from batchmill.jobs.runtime.command_errors import refusal
 from batchmill.jobs.runtime.files.locks import held_by
 from batchmill.jobs.runtime.waiting import telling
 
-#: So much is written to see that a disk has space for more than a name.
+#: The size of the trial file, which shows that a disk has space for more than a name.
 _TRIAL_BYTES = 4096
 #: A unix socket's path has at most 107 bytes.
 _SOCKET_PATH_BYTES = 107
@@ -38,19 +38,19 @@ def try_home(home: Path) -> None:
 
 
 def nearest_folder(home: Path) -> Path:
-    """The folder, or where it is not there yet the nearest one above it. Raises SettingsError where a file is."""
-    found = home
+    """The folder, or where it is not there yet the nearest one above it. Raises SettingsError for a file."""
+    folder = home
     with _told_of(home):
-        while not found.exists():
-            found = found.parent
-    if not found.is_dir():
-        where = "is a file" if found == home else f"lies below {found}, which is a file"
+        while not folder.exists():
+            folder = folder.parent
+    if not folder.is_dir():
+        where = "is a file" if folder == home else f"lies below {folder}, which is a file"
         raise SettingsError(f"BATCHMILL_HOME={home} {where}; name a folder")
-    return found
+    return folder
 
 
 def socket_path(home: Path) -> Path:
-    """Where the embedded Redis of this home listens: in it, or in a private folder if its path is too long."""
+    """The socket of the embedded Redis of this home: in it, or in a private folder if its path is too long."""
     path = home / "redis.sock"
     if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
         return path
@@ -60,7 +60,7 @@ def socket_path(home: Path) -> Path:
 
 @contextmanager
 def use_store(home: Path) -> Iterator[None]:
-    """Held by each process that works on the embedded store of this home, for as long as it does."""
+    """A shared lock: each process that works on the embedded store of this home holds it for as long as it does."""
     with _use_lock(home) as file:
         path = Path(file.name)
         with telling(f"{path}, the lock of who makes the store", holder=lambda: held_by([path])):
@@ -70,7 +70,7 @@ def use_store(home: Path) -> Iterator[None]:
 
 @contextmanager
 def make_store(home: Path) -> Iterator[None]:
-    """Held while the embedded store of this home is made. Raises StoreReplaced where one is in use already."""
+    """The exclusive lock under which the embedded store is made. Raises StoreReplaced where one is in use already."""
     with _use_lock(home) as file:
         _refuse_use(file, home)
         yield
@@ -83,7 +83,7 @@ def check_unused(home: Path) -> None:
 
 
 def _refuse_use(file: BinaryIO, home: Path) -> None:
-    """Takes the lock of who makes the store."""
+    """Takes the lock under which the store is made."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

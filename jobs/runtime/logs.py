@@ -14,15 +14,15 @@ import structlog
 
 from batchmill.jobs.runtime.log_file import LogFile
 
-#: Name of the logger of what the file alone is told, since the user is told it in other words.
+#: Name of the logger whose records go to the file alone, since the user is told the same in other words.
 FILE_ONLY = "batchmill.jobs.runtime.logs.file"
 
-#: Of what Celery and kombu tell of a Redis that is away, the error's own line says all.
+#: Modules of errors whose own line says all: Celery and kombu add a stack when Redis is away.
 _CONNECTION_MODULES = ("redis", "kombu")
 
 
 def _without_stack(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """A lost connection that another library logs, with its error in place of the stack."""
+    """Puts the error in place of the stack where another library logs a lost connection."""
     error = (event.get("exc_info") or (None, None, None))[1]
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CONNECTION_MODULES:
         del event["exc_info"]
@@ -57,7 +57,7 @@ def configure_logs(*, level: str, form: str, file: Path | None = None) -> None:
     root = logging.getLogger()
     root.handlers = handlers
     root.setLevel(level.upper())
-    # A child that died is told of by the keeper, in one line; Celery adds a traceback of its own pool.
+    # The keeper logs a child that died in one line; Celery adds a traceback of its own pool.
     logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
     for name in ("celery", "kombu", "amqp", "alembic", "filelock"):

@@ -1,6 +1,6 @@
-"""Waiting that is told of once it takes more than two seconds: what for, since when, and who holds it, as far as known.
+"""Reports of waits that take more than two seconds: what for, since when, and who holds it, as far as known.
 
-One thread of the process looks after all that it waits for, so that a wait that is short costs next to nothing.
+One thread of the process watches all of its waits, so that a short wait costs next to nothing.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from datetime import UTC, datetime
 
 from batchmill.jobs.runtime.command_errors import say
 
-#: Less is no news.
+#: A shorter wait is not reported.
 FIRST_SECONDS = 2.0
-#: It is told of again after so many times as long.
+#: The next report comes once the wait has taken so many times as long again.
 _GROWTH = 4
 _LOOK_SECONDS = 0.5
-#: So many looks without anything to wait for end the looking, until something is waited for again.
+#: The thread rests after so many looks at no wait, until the next one begins.
 _IDLE_LOOKS = 20
-#: A wait that was given up goes on where the same is waited for again so soon.
+#: A wait that failed goes on where the same is waited for again within this time.
 _AGAIN_SECONDS = 15.0
 
 _speak: Callable[[str], object] = say
 
 
 class Wait:
-    """One wait. `is_certain`: it is told of also where nobody is known to be the cause."""
+    """One wait. `is_certain`: it is reported also where no holder is known."""
 
     def __init__(self, what: str, holder: Callable[[], str | None], *, is_certain: bool) -> None:
         self._what = what
@@ -39,21 +39,21 @@ class Wait:
         self._ended = 0.0
 
     def is_vain(self) -> bool:
-        """True at the end of a wait that was long and got nothing."""
+        """Ends a wait that failed: True where it was long enough for a report."""
         self._ended = time.monotonic()
         return self._is_certain and self._ended - self._began >= FIRST_SECONDS
 
     def continue_from(self, earlier: Wait) -> None:
-        """Takes over the beginning of a wait in vain for the same, unless that was long ago."""
+        """Takes over the beginning of an earlier failed wait for the same, unless that ended long ago."""
         if self._began - earlier._ended < _AGAIN_SECONDS:
             self._began, self._due = earlier._began, earlier._due
 
     def works(self) -> None:
-        """The block no longer waits for sure: from now on it is told of only where somebody is in its way."""
+        """Notes that the block may be at work: from now on the wait is reported only where a holder is known."""
         self._is_certain = False
 
     def tell_if_due(self) -> None:
-        """Tells of it where it has taken long enough since it was last told of."""
+        """Reports the wait where its next report is due."""
         seconds = time.monotonic() - self._began
         if self._began + seconds < self._due:
             return
@@ -68,10 +68,10 @@ class Wait:
 
 @contextmanager
 def telling(what: str, *, holder: Callable[[], str | None] = lambda: None, is_certain: bool = True) -> Iterator[Wait]:
-    """Tells the user, or the log, where the block takes long.
+    """Tells the user, or the log, that the block takes long.
 
-    `holder`: who is waited for, asked in another thread when it is told, None where that is not known. `is_certain`:
-    the block does nothing but wait; else it is told only if there is a holder.
+    `holder`: names the process that is waited for, None where unknown; it is called in another thread, for a report.
+    `is_certain`: the block does nothing but wait; otherwise it is reported only if there is a holder.
     """
     wait = Wait(what, holder, is_certain=is_certain)
     if (earlier := _vain.pop(what, None)) is not None:
@@ -88,13 +88,13 @@ def telling(what: str, *, holder: Callable[[], str | None] = lambda: None, is_ce
 
 
 def tell_by(speak: Callable[[str], object]) -> None:
-    """From now on this process tells of its waits so; without it, on stderr."""
+    """Sets the function that reports the waits of this process; the default writes to stderr."""
     global _speak
     _speak = speak
 
 
 class _Watch:
-    """The thread that looks after all waits of this process, begun with the first of them."""
+    """The thread that watches all waits of this process; the first of them starts it."""
 
     def __init__(self) -> None:
         self._waits: set[Wait] = set()
@@ -135,12 +135,12 @@ class _Watch:
 
 
 _watch = _Watch()
-#: The last waits in vain, by what they were for.
+#: The last waits that failed, by what they were for.
 _vain: dict[str, Wait] = {}
 
 
 def _begin_anew() -> None:
-    """A forked child has none of its parent's threads, and nothing to wait for yet."""
+    """Begins without waits in a forked child, which has none of its parent's threads."""
     global _watch
     _watch = _Watch()
 

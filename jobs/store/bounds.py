@@ -1,6 +1,6 @@
-"""How much one transaction takes: so many rows, or so many bytes of prompts and answers, whichever comes first.
+"""Bounds of one transaction: so many rows, or so many bytes of prompts and answers, whichever comes first.
 
-One row is always taken, however long it is. It knows neither tables nor what the rows are for.
+One row is always taken, however long it is. It knows neither tables nor the purpose of the rows.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, LargeBinary, Row, Select, cast, func, or_, select
 
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 
-#: What a batch holds at most, and what one transaction reads or writes at most: a tenth of a second or two.
+#: The most bytes of a batch, and of what one transaction reads or writes: a tenth of a second or two.
 PAGE_BYTES = 8 * 1024 * 1024
 
 
 def cut(sizes: Iterable[int], *, most: int, filled: tuple[int, int] = (0, 0)) -> list[int]:
-    """How many of these, by their bytes, go into each of several parts, in order: where a batch or a page closes.
+    """Splits rows of these sizes, in order, into parts that each fit a batch or a page: the number of rows in each.
 
-    The first part has so many rows and bytes already, so that nothing may go into it.
+    `filled`: the rows and bytes that the first part has already, so that nothing may go into it.
     """
     parts = [0]
     count, total = filled
@@ -49,7 +49,7 @@ def octets(database: Database, *texts: ColumnElement[str]) -> ColumnElement[int]
 def page_of(
     database: Database, connection: Connection, chosen: Select[Any], *, size: ColumnElement[int]
 ) -> list[Row[Any]]:
-    """The first rows of a query, each with its `size` behind, until they are a page; it is ordered by its first column.
+    """The first page of a query's rows, each with its `size` behind; the query is ordered by its first column.
 
     SQLite finds rows one by one, and the rest is never read; PostgreSQL counts bytes without reading long texts.
     """
@@ -60,12 +60,12 @@ def page_of(
         counted = select(rows, so_far.label("so_far")).subquery()
         page = or_(counted.c.so_far <= PAGE_BYTES, counted.c.so_far == counted.c.size_bytes)
         return list(connection.execute(select(*counted.c[:-1]).where(page).order_by(counted.c[0])).all())
-    found: list[Row[Any]] = []
+    taken: list[Row[Any]] = []
     total = 0
     with connection.execute(chosen) as result:
         for row in result:
             total += row.size_bytes
-            if found and total > PAGE_BYTES:
+            if taken and total > PAGE_BYTES:
                 break
-            found.append(row)
-    return found
+            taken.append(row)
+    return taken

@@ -1,6 +1,6 @@
-"""Looks a store over and changes nothing: damage, rows that belong nowhere, counts against sums, states.
+"""Checks a whole store and changes nothing: damage, rows that belong nowhere, counts against sums, states.
 
-One job is looked at in one short transaction for each question, so that workers go on meanwhile; every question is a
+A job is checked in one short transaction for each question, so that workers go on meanwhile; every question is a
 single statement and sees one state of the store.
 """
 
@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, OPEN_BATCH_STATES, BatchState, JobState, RequestState
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
 
 #: So many findings of one kind in one job are told.
@@ -42,13 +42,13 @@ _COUNTS = ("succeeded", "failed", "cancelled", "prompt_tokens", "completion_toke
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    `check`: which look found it. `job_id`: none for the whole store. `text`: a sentence about it.
-    """
-
+    #: The check that found it: `file`, `rows`, `counts` or `states`.
     check: str
+    #: None for the whole store.
     job_id: str | None
+    #: A sentence about it.
     text: str
 
 
@@ -121,18 +121,18 @@ def _sums() -> FromClause:
 def _counts_of_batches() -> Iterator[_StoreCheck]:
     for name in _COUNTS:
         sums = _sums()
-        found = func.coalesce(sums.c[name], 0)
+        summed = func.coalesce(sums.c[name], 0)
         query = (
-            select(batches.c.id, batches.c[name].label("said"), found.label("found"))
+            select(batches.c.id, batches.c[name].label("said"), summed.label("found"))
             .select_from(batches.outerjoin(sums, sums.c.batch_id == batches.c.id))
-            .where(batches.c.job_id == _THIS, batches.c[name] != found)
+            .where(batches.c.job_id == _THIS, batches.c[name] != summed)
         )
         what = name.replace("_", " ")
         yield _StoreCheck("counts", f"batch {{id}} counts {{said}} {what}, and its outputs add up to {{found}}", query)
 
 
 def _counts_of_choices() -> _StoreCheck:
-    """Every answer has a choice at least; what was answered before revision 0007 has no counts."""
+    """Every answer has at least one choice; answers from before revision 0007 have no counts."""
     choices = batches.c.stop_choices + batches.c.length_choices
     query = select(batches.c.id, batches.c.succeeded, choices.label("found")).where(
         batches.c.job_id == _THIS, choices < batches.c.succeeded
@@ -147,11 +147,11 @@ def _counts_of_runs() -> _StoreCheck:
         .group_by(outputs.c.run_id)
         .subquery()
     )
-    found = func.coalesce(written.c.found, 0)
+    number = func.coalesce(written.c.found, 0)
     query = (
-        select(runs.c.id, runs.c.succeeded, found.label("found"))
+        select(runs.c.id, runs.c.succeeded, number.label("found"))
         .select_from(runs.outerjoin(written, written.c.run_id == runs.c.id))
-        .where(runs.c.job_id == _THIS, runs.c.succeeded != found)
+        .where(runs.c.job_id == _THIS, runs.c.succeeded != number)
     )
     return _StoreCheck("counts", "run {id} counts {succeeded} succeeded, and wrote {found}", query)
 
@@ -209,7 +209,7 @@ _OF_A_JOB = (batches, runs, requests, outputs)
 
 
 class Checking:
-    """The looks at a whole store and at each of its jobs."""
+    """The checks of a whole store and of each of its jobs."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -233,7 +233,7 @@ class Checking:
                 rows = list(connection.exec_driver_sql(f"PRAGMA quick_check({_DAMAGES})").scalars())
             if rows != ["ok"]:
                 yield from (Violation("file", None, row) for row in rows)
-                return  # what else is asked of it would fail
+                return  # any further question would fail
         for table in _OF_A_JOB:
             strange = select(table.c.job_id).distinct().where(table.c.job_id.not_in(select(jobs.c.id)))
             with self._database.read() as connection:
@@ -244,13 +244,13 @@ class Checking:
         """Everything that is wrong with one job."""
         for question in _QUESTIONS:
             with self._database.read() as connection:
-                rows = _asked(connection, question, job_id)
+                rows = _violating_rows(connection, question, job_id)
             told = rows[:MOST_OF_A_KIND]
             yield from (Violation(question.check, job_id, question.sentence.format(**row)) for row in told)
             if len(rows) > len(told):
                 yield Violation(question.check, job_id, "and more like the last")
 
 
-def _asked(connection: Connection, question: _StoreCheck, job_id: str) -> list[Any]:
+def _violating_rows(connection: Connection, question: _StoreCheck, job_id: str) -> list[Any]:
     query = question.query.limit(MOST_OF_A_KIND + 1)
     return list(connection.execute(query, {"job_id": job_id}).mappings())

@@ -10,34 +10,34 @@ import uuid
 from sqlalchemy import insert, select, update
 
 from batchmill.jobs.errors import StoreError, UsageError
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import stores, workers
-from batchmill.jobs.store.workers import alive
+from batchmill.jobs.store.workers.liveness import alive
 
 _PLACE = 1
 
 
 class OwnId:
-    """Read once, and kept for as long as this object is."""
+    """The id, read once and kept for as long as this object is."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: str | None = None
 
     def get(self) -> str:
-        """Raises StoreError."""
+        """The id. Raises StoreError where the store has lost it."""
         if self._known is None:
             with self._database.read() as connection:
-                found = connection.scalar(select(stores.c.id))
-            if found is None:
+                store_id = connection.scalar(select(stores.c.id))
+            if store_id is None:
                 raise StoreError(f"the store {self._database.name} has lost its id: `batchmill db new-id` makes one")
-            self._known = str(found)
+            self._known = str(store_id)
         return self._known
 
     @retried
     def renew(self) -> str:
-        """Gives the store another id: that id. Raises UsageError where a worker is alive, which has the old one."""
+        """Gives the store a new id and returns it. Raises UsageError while a worker lives, which has the old one."""
         new = uuid.uuid4().hex
         with self._database.write() as connection:
             live = connection.execute(select(workers.c.name, workers.c.host).where(alive(self._database.now))).first()

@@ -1,8 +1,8 @@
 """Store: every query and every transaction, behind one class.
 
 `jobs` has the transactions that begin, end and reopen jobs; `leases` those of workers (claim, sync) and of the
-reconciler (recovery, blame, health); `views` answers questions. Beside them, `workers` keeps the workers' rows,
-`checking` checks the whole store, and `own_id` tells this store from every other.
+reconciler (recovery, blame, health); `workers` the rows that workers write about themselves; `views` answers
+questions. Beside them, `checking` checks the whole store, and `own_id` tells this store from every other.
 Locks are taken in one order everywhere: batches by id, then jobs by id.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import ColumnElement, inspect, text
 
 from batchmill.jobs.errors import SchemaMismatch, StoreError
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.jobs.create import Creation
 from batchmill.jobs.store.jobs.retry import Retries
@@ -30,7 +30,8 @@ from batchmill.jobs.store.views.jobs import JobView
 from batchmill.jobs.store.views.sample import SampleView
 from batchmill.jobs.store.views.speeds import SpeedView
 from batchmill.jobs.store.views.usage import UsageView
-from batchmill.jobs.store.workers import Workers
+from batchmill.jobs.store.views.workers import WorkerView
+from batchmill.jobs.store.workers.registration import Registration
 
 if TYPE_CHECKING:
     from batchmill.jobs.store.checking import Checking
@@ -64,7 +65,8 @@ class Store:
         self.jobs = JobView(self.database)
         self.samples = SampleView(self.database)
         self.speeds = SpeedView(self.database)
-        self.workers = Workers(self.database)
+        self.workers = WorkerView(self.database)
+        self.registration = Registration(self.database)
 
     @cached_property
     def checking(self) -> Checking:
@@ -74,7 +76,7 @@ class Store:
 
     @property
     def id(self) -> str:
-        """What tells this store from every other. Raises StoreError."""
+        """The id that tells this store from every other. Raises StoreError."""
         return self.own_id.get()
 
     def revision(self) -> str | None:
@@ -83,24 +85,24 @@ class Store:
             return None
         with self.database.read() as connection:
             tables = set(inspect(connection).get_table_names())
-            found = None
+            revision = None
             if "alembic_version" in tables:
-                found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+                revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
         # Others may have tables in a PostgreSQL database, under other names; a file is one program's.
         foreign = tables if self.database.is_sqlite else tables & metadata.tables.keys()
-        if (found is None and foreign - {"alembic_version"}) or (found and not _REVISION.fullmatch(found)):
+        if (revision is None and foreign - {"alembic_version"}) or (revision and not _REVISION.fullmatch(revision)):
             names = ", ".join(sorted(foreign)[:_MOST_NAMES])
             raise StoreError(
                 f"{self.database.name} holds the tables of another program ({names}), and no store of batchmill; "
                 "name another by BATCHMILL_HOME or BATCHMILL_DATABASE_URL"
             )
-        return found
+        return revision
 
     def check_revision(self) -> None:
         """Raises SchemaMismatch unless the tables are of the revision that this batchmill works with."""
-        found = self.revision()
-        if found != REVISION:
-            state = "has no tables yet" if found is None else f"is at revision {found}"
+        revision = self.revision()
+        if revision != REVISION:
+            state = "has no tables yet" if revision is None else f"is at revision {revision}"
             raise SchemaMismatch(
                 f"the store {self.database.name} {state}, this batchmill works at {REVISION}: "
                 "run `batchmill db upgrade`"

@@ -1,6 +1,6 @@
 """The tables of the store, their constraints and indexes. Times are seconds since 1970, UTC, by the database's clock.
 
-Core tables rather than mapped classes: no row ever lives as an object, it is turned into a value of `jobs.requests`.
+Core tables rather than mapped classes: no row lives as an object, it is turned into a value of `jobs.requests`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 
 from batchmill.jobs.requests.states import BatchState, JobState, RunOutcome, WorkerState
+from batchmill.jobs.store.columns import STATE_LENGTH, Id, count_column, one_of, partial_index
 
 #: The alembic revision that these tables are; a test holds it equal to the newest migration.
 REVISION = "0012"
@@ -38,34 +39,12 @@ metadata = MetaData(
     }
 )
 
-#: SQLite numbers rows by itself only in a column declared INTEGER.
-_Id = BigInteger().with_variant(Integer, "sqlite")
-_STATE_LENGTH = 16
-
-
-def _one_of(column: str, values: type) -> CheckConstraint:
-    names = ", ".join(f"'{each.value}'" for each in values)  # type: ignore[attr-defined]
-    return CheckConstraint(f"{column} IN ({names})", name=column)
-
-
-def _partial(name: str, *columns: str, where: str) -> Index:
-    """An index of the rows `where` alone, which its migration says to each database.
-
-    Arguments of a dialect would import it here, PostgreSQL's for a command that reads SQLite.
-    """
-    return Index(name, *columns, info={"where": where})
-
-
-def _count(name: str) -> Column[int]:
-    return Column(name, BigInteger, nullable=False, server_default=text("0"))
-
-
 jobs = Table(
     "jobs",
     metadata,
     Column("id", String(16), primary_key=True),
     Column("name", Text),
-    Column("state", String(_STATE_LENGTH), nullable=False),
+    Column("state", String(STATE_LENGTH), nullable=False),
     Column("spec", Text, comment="canonical ModelSpec; known when the job leaves loading"),
     Column("model", Text),
     Column("revision", Text),
@@ -92,7 +71,7 @@ jobs = Table(
     Column("retry_started_at", Float, comment="set while a retry moves requests to new batches"),
     Column("idempotency_key", Text, comment="set in the flip to queued; a second submit of it finds this job"),
     Column("kind", Text, nullable=False, server_default=text("'generation'"), comment="of all of its requests"),
-    _one_of("state", JobState),
+    one_of("state", JobState),
     CheckConstraint("state = 'loading' OR (spec IS NOT NULL AND queued_at IS NOT NULL)", name="queued"),
     Index("ix_jobs_spec_queued", "spec", "queued_at", "id"),
     Index("ix_jobs_state", "state"),
@@ -103,15 +82,15 @@ jobs = Table(
 batches = Table(
     "batches",
     metadata,
-    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("id", Id, primary_key=True, autoincrement=True),
     Column("job_id", String(16), ForeignKey("jobs.id"), nullable=False),
-    Column("state", String(_STATE_LENGTH), nullable=False),
+    Column("state", String(STATE_LENGTH), nullable=False),
     Column("fence", Integer, nullable=False, server_default=text("0")),
-    Column("worker_id", _Id, ForeignKey("workers.id"), comment="who holds the lease"),
+    Column("worker_id", Id, ForeignKey("workers.id"), comment="who holds the lease"),
     Column("worker_generation", Integer),
     Column("lease_until", Float),
-    _count("crashes"),
-    Column("crashed_by", _Id, comment="the worker whose process died last with these requests"),
+    count_column("crashes"),
+    Column("crashed_by", Id, comment="the worker whose process died last with these requests"),
     Column(
         "adapter",
         Text,
@@ -119,24 +98,24 @@ batches = Table(
         server_default=text("''"),
         comment="the one that all of its requests name; empty where they name none",
     ),
-    _count("total"),
-    _count("succeeded"),
-    _count("failed"),
-    _count("cancelled"),
-    _count("prompt_tokens"),
-    _count("completion_tokens"),
+    count_column("total"),
+    count_column("succeeded"),
+    count_column("failed"),
+    count_column("cancelled"),
+    count_column("prompt_tokens"),
+    count_column("completion_tokens"),
     Column("stop_choices", BigInteger, comment="that ended by themselves; none where nobody has counted"),
     Column("length_choices", BigInteger, comment="that max_tokens ended; none where nobody has counted"),
-    _one_of("state", BatchState),
+    one_of("state", BatchState),
     CheckConstraint("succeeded + failed + cancelled <= total", name="counts"),
     CheckConstraint("(state = 'leased') = (worker_id IS NOT NULL)", name="lease"),
     Index("ix_batches_job_state", "job_id", "state", "id"),
     Index("ix_batches_job_adapter", "job_id", "state", "adapter", "id"),
-    _partial("ix_batches_suspects", "job_id", "id", where="crashes > 0"),
-    _partial("ix_batches_worker", "worker_id", where="worker_id IS NOT NULL"),
+    partial_index("ix_batches_suspects", "job_id", "id", where="crashes > 0"),
+    partial_index("ix_batches_worker", "worker_id", where="worker_id IS NOT NULL"),
 )
 
-#: What `batches.adapter` holds where the requests name none.
+#: The value of `batches.adapter` where the requests name none.
 NO_ADAPTER = ""
 #: The columns of a batch that nobody holds, as an UPDATE sets them.
 NO_LEASE = {"worker_id": None, "worker_generation": None, "lease_until": None}
@@ -147,7 +126,7 @@ requests = Table(
     Column("job_id", String(16), nullable=False),
     Column("index", Integer, nullable=False),
     Column("custom_id", Text, nullable=False),
-    Column("batch_id", _Id, ForeignKey("batches.id"), nullable=False),
+    Column("batch_id", Id, ForeignKey("batches.id"), nullable=False),
     Column("body", Text, nullable=False, comment="JSON: prompt or messages, sampling, passthrough"),
     PrimaryKeyConstraint("job_id", "index"),
     UniqueConstraint("job_id", "custom_id"),
@@ -159,8 +138,8 @@ outputs = Table(
     metadata,
     Column("job_id", String(16), nullable=False),
     Column("index", Integer, nullable=False),
-    Column("run_id", _Id, ForeignKey("runs.id"), comment="who wrote it; none for what a cancel closed"),
-    Column("state", String(_STATE_LENGTH), nullable=False),
+    Column("run_id", Id, ForeignKey("runs.id"), comment="who wrote it; none for what a cancel closed"),
+    Column("state", String(STATE_LENGTH), nullable=False),
     Column("payload", Text, nullable=False, comment="JSON: list of what its job's kind is answered with"),
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
@@ -178,17 +157,17 @@ outputs = Table(
     ForeignKeyConstraint(["job_id", "index"], ["requests.job_id", "requests.index"]),
     CheckConstraint("state IN ('succeeded', 'failed', 'cancelled')", name="state"),
     CheckConstraint("(state = 'succeeded') = (error_code IS NULL)", name="error"),
-    _partial("ix_outputs_unsuccessful", "job_id", "index", where="state <> 'succeeded'"),
+    partial_index("ix_outputs_unsuccessful", "job_id", "index", where="state <> 'succeeded'"),
 )
 
 runs = Table(
     "runs",
     metadata,
-    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("id", Id, primary_key=True, autoincrement=True),
     Column("job_id", String(16), ForeignKey("jobs.id"), nullable=False),
-    Column("batch_id", _Id, ForeignKey("batches.id"), nullable=False),
+    Column("batch_id", Id, ForeignKey("batches.id"), nullable=False),
     Column("fence", Integer, nullable=False),
-    Column("worker_id", _Id, ForeignKey("workers.id"), nullable=False),
+    Column("worker_id", Id, ForeignKey("workers.id"), nullable=False),
     Column("worker_generation", Integer, nullable=False),
     Column("device", Text, nullable=False),
     Column("device_uuid", Text),
@@ -198,15 +177,15 @@ runs = Table(
     Column("model_load_seconds", Float, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),
-    Column("outcome", String(_STATE_LENGTH)),
-    _count("succeeded"),
-    _count("failed"),
-    _count("prompt_tokens"),
-    _count("completion_tokens"),
-    _count("weights_bytes"),
-    _count("peak_allocated_bytes"),
-    _count("peak_reserved_bytes"),
-    _count("device_total_bytes"),
+    Column("outcome", String(STATE_LENGTH)),
+    count_column("succeeded"),
+    count_column("failed"),
+    count_column("prompt_tokens"),
+    count_column("completion_tokens"),
+    count_column("weights_bytes"),
+    count_column("peak_allocated_bytes"),
+    count_column("peak_reserved_bytes"),
+    count_column("device_total_bytes"),
     Column("in_flight", Text, nullable=False, comment="JSON: indexes that are in the engine now"),
     Column(
         "in_flight_tokens",
@@ -218,23 +197,23 @@ runs = Table(
     Column("error_codes", Text, nullable=False, comment="JSON: {code: count} of its error outputs"),
     Column("devices", Text, comment="JSON: list of memory by device"),
     Column("energy_joules", Float, comment="of all its devices, by NVML"),
-    _one_of("outcome", RunOutcome),
+    one_of("outcome", RunOutcome),
     CheckConstraint("(finished_at IS NULL) = (outcome IS NULL)", name="ended"),
     UniqueConstraint("batch_id", "fence"),
     Index("ix_runs_job_started", "job_id", "started_at"),
-    _partial("ix_runs_crashed", "worker_id", "finished_at", where="outcome = 'crashed'"),
+    partial_index("ix_runs_crashed", "worker_id", "finished_at", where="outcome = 'crashed'"),
 )
 
 workers = Table(
     "workers",
     metadata,
-    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("id", Id, primary_key=True, autoincrement=True),
     Column("host", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("process", Text, comment="its parent process as jobs.process writes it; none where the system tells none"),
     Column("namesake", Text, comment="JSON: a worker of another store that shows this one's id, seen of late"),
-    Column("state", String(_STATE_LENGTH), nullable=False),
+    Column("state", String(STATE_LENGTH), nullable=False),
     Column("error", Text, comment="why a failed worker could not load its model"),
     Column("spec", Text, nullable=False),
     Column("model", Text, nullable=False),
@@ -253,7 +232,7 @@ workers = Table(
         comment="what torch and its kin took that child to import; none until they are there",
     ),
     Column("model_load_seconds", Float),
-    _count("weights_bytes"),
+    count_column("weights_bytes"),
     Column("engine", Text, comment="what serves the model"),
     Column("engine_rows", BigInteger),
     Column("context_tokens", BigInteger),
@@ -272,7 +251,7 @@ workers = Table(
     Column("started_at", Float, nullable=False),
     Column("heartbeat_at", Float, nullable=False),
     Column("alive_until", Float, nullable=False, comment="past it the worker counts as dead"),
-    _one_of("state", WorkerState),
+    one_of("state", WorkerState),
     Index("ix_workers_spec_alive", "spec", "alive_until"),
 )
 
@@ -297,7 +276,7 @@ capacities = Table(
 evaluations = Table(
     "evaluations",
     metadata,
-    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("id", Id, primary_key=True, autoincrement=True),
     Column("spec", Text, nullable=False, comment="canonical ModelSpec"),
     Column("identity", Text, comment="what the model consisted of"),
     Column("baseline", Text, comment="canonical ModelSpec that it was compared with"),

@@ -92,7 +92,7 @@ def jobs(most: int, as_json: bool) -> None:
 def workers(everyone: bool, as_json: bool) -> None:
     """List the live workers with their model, device and state, and those that gave up in the last 24 hours."""
     from batchmill.jobs.advice import mill_starts_workers, start_verb
-    from batchmill.jobs.store.workers import GIVEN_UP
+    from batchmill.jobs.store.workers.liveness import GIVEN_UP
     from batchmill.producer.cli.text.device_lines import device_line
     from batchmill.producer.cli.text.worker_line import worker_line
     from batchmill.producer.views.gone_workers import seen_here

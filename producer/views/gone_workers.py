@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from batchmill.jobs.runtime.process.process import Lives, Process
-from batchmill.jobs.store.views.blockers import SeenWorker, Surroundings
-from batchmill.jobs.store.workers import WorkerRow
+from batchmill.jobs.store.views.blockers import Surroundings
+from batchmill.jobs.store.views.seen_workers import SeenWorker
+from batchmill.jobs.store.views.workers import WorkerRow
 
 _Worker = TypeVar("_Worker", WorkerRow, SeenWorker)
 

@@ -8,7 +8,7 @@ from typing import Any
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import devices_json
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.workers import WorkerRow
+from batchmill.jobs.store.views.workers import WorkerRow
 from batchmill.producer.views.estimate import Estimate
 from batchmill.producer.views.status import JobStatus
 

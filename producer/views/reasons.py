@@ -10,10 +10,10 @@ from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.one_line import one_line
 from batchmill.jobs.runtime.times import duration
-from batchmill.jobs.store.views.blockers import SeenWorker
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter
-from batchmill.jobs.store.workers import WorkerRow
+from batchmill.jobs.store.views.seen_workers import SeenWorker
+from batchmill.jobs.store.views.workers import WorkerRow
 from batchmill.producer.views.status import JobStatus
 
 IF_NOT_OF_UP = "if neither `up` nor `run` started it, start it yourself"

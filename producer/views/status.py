@@ -13,12 +13,13 @@ from batchmill.jobs.models.misspellings import meant_instead
 from batchmill.jobs.requests.states import JobState, WorkerState
 from batchmill.jobs.runtime.process.process import Lives
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.views.blockers import SeenWorker
 from batchmill.jobs.store.views.evaluations import EvaluationRow
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter
+from batchmill.jobs.store.views.seen_workers import SeenWorker
 from batchmill.jobs.store.views.usage import Usage
-from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
+from batchmill.jobs.store.views.workers import WorkerRow
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
 from batchmill.producer.views.estimate import Estimate, estimate, estimated
 from batchmill.producer.views.gone_workers import seen_here
 

@@ -62,7 +62,7 @@ class Night:
     def _kill_the_child(self) -> None:
         """Ends the process that holds the model, if it has not met its end already."""
         rows = self._mill.store.workers.rows()
-        found = self._mill.store.workers.heartbeat(rows[-1].id, beat=1.0).child_pid if rows else None
+        found = self._mill.store.registration.heartbeat(rows[-1].id, beat=1.0).child_pid if rows else None
         if found is not None:
             try:
                 os.kill(found, signal.SIGKILL)

@@ -25,7 +25,7 @@ from batchmill.jobs.runtime.log_file import logs_folder
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.workers import WorkerRow
+from batchmill.jobs.store.views.workers import WorkerRow
 from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, until, write_prompts
 
 SLOW = {"BATCHMILL_ECHO_STEP_SECONDS": "0.1", "BATCHMILL_ENGINE_ROWS": "10"}

@@ -17,10 +17,7 @@ FLOORS = {
     "worker": ("devices", "models", "engine", "plan", "loop", "evaluate", "process", "cli"),
     "jobs": ("errors", "runtime", "requests", "models", "configuration", "broker", "store", "advice"),
     "jobs/store": (
-        "clock",
-        "line",
-        "postgresql",
-        "conflicts",
+        "columns",
         "tables",
         "database",
         "bounds",

@@ -404,7 +404,7 @@ class Mill(RuleBasedStateMachine):
         if what == "drains":
             desk.child.draining = desk.child.open = True
         elif what == "drains by its row":
-            self.store.workers.enter(desk.worker_id, WorkerState.DRAINING)
+            self.store.registration.enter(desk.worker_id, WorkerState.DRAINING)
         elif what.startswith("freezes"):
             desk.child.frozen = True
             if what.endswith("for long"):
@@ -453,7 +453,7 @@ class Mill(RuleBasedStateMachine):
         self.bed.own_clock.seconds += seconds
         self.bed.clock.seconds += seconds
         for desk in self.desks:
-            self.store.workers.heartbeat(desk.worker_id, beat=BEAT_SECONDS)
+            self.store.registration.heartbeat(desk.worker_id, beat=BEAT_SECONDS)
             if renewed and desk.child is not None and not desk.child.frozen:
                 self.take_turn_asleep(desk)
         for place in sorted(reconcilers):
@@ -636,7 +636,7 @@ class Mill(RuleBasedStateMachine):
             assert rounds <= bound, f"L1: something is open after {rounds} rounds"
             self.bed.clock.seconds += 31.0
             self.bed.own_clock.seconds += 31.0
-            self.store.workers.heartbeat(last.worker_id, beat=BEAT_SECONDS)
+            self.store.registration.heartbeat(last.worker_id, beat=BEAT_SECONDS)
             last.reconciler.repair()
             last.reconciler.send_wakeups()
             if self.queues.waiting and last.child is not None:

@@ -128,7 +128,7 @@ def test_what_a_model_that_is_no_more_the_same_computed_is_not_saved(
 
 def test_a_drain_in_the_workers_row_is_obeyed(store: Store, desk: Desk) -> None:
     mill.load(store, 10)
-    store.workers.enter(desk.session.worker_id, WorkerState.DRAINING)
+    store.registration.enter(desk.session.worker_id, WorkerState.DRAINING)
     desk.runner.run()
     assert desk.drain.is_set()
     assert desk.steps == 0

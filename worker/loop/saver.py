@@ -300,7 +300,7 @@ class Saver:
             return
         devices = [replace(each, device_used_bytes=used[each.key]) for each in self._memory.devices]
         with suppress(StoreError):
-            self._store.workers.measured(self._session.worker_id, self._session.generation, devices=devices)
+            self._store.registration.measured(self._session.worker_id, self._session.generation, devices=devices)
             self._memory_kept_at = monotonic()
 
     def _absorb(self, request: SyncRequest, result: SyncResult, wanted: int) -> None:

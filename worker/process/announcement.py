@@ -10,7 +10,7 @@ from batchmill.jobs.models.engine_facts import EngineFacts
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.leases.lease import WorkerSession
-from batchmill.jobs.store.workers import Loaded
+from batchmill.jobs.store.workers.registration import Loaded
 from batchmill.worker.devices.placement import TOGETHER
 from batchmill.worker.devices.selection import DeviceInfo
 from batchmill.worker.engine import OpenEngine

@@ -78,7 +78,7 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
     celery_worker = make_celery_worker(settings, queue=options.spec.queue(outlast(lambda: store.id)), name=name)
     process = Process.own()
     worker_id = outlast(
-        lambda: store.workers.register(
+        lambda: store.registration.register(
             host=socket.gethostname(),
             name=name,
             pid=os.getpid(),

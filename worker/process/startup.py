@@ -88,7 +88,7 @@ class _Start:
         """Ends the worker after this process has handed everything back."""
         worker_id = self.order.worker_id
         log.error("the worker ends", worker=worker_id, reason=reason)
-        outlast(lambda: self.store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
+        outlast(lambda: self.store.registration.enter(worker_id, WorkerState.FAILED, error=reason))
         self.switch.asked.set()
         os.kill(os.getppid(), signal.SIGTERM)
 
@@ -107,7 +107,7 @@ def begin() -> Child:
     tell_by(log.warning)
     arm(settings.failpoint, home=settings.home)
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds)
-    generation = outlast(lambda: store.workers.new_generation(order.worker_id, child_pid=os.getpid()))
+    generation = outlast(lambda: store.registration.new_generation(order.worker_id, child_pid=os.getpid()))
     try:
         child = _load(_Start(order, generation, settings, store, switch, Pulse.of(order.pulse)))
     except (ModelError, AlreadyRunning) as error:
@@ -140,7 +140,7 @@ def _load(start: _Start) -> Child:
         devices = describe_devices(placement.devices)
         kind = kind_of(start.spec, settings)
     torch_seconds = monotonic() - began
-    outlast(lambda: store.workers.imported(order.worker_id, start.generation, seconds=torch_seconds))
+    outlast(lambda: store.registration.imported(order.worker_id, start.generation, seconds=torch_seconds))
     locks = DeviceLocks([] if order.share_device else [each.uuid for each in devices if each.uuid is not None])
     locks.take()
     meter = MemoryMeter(devices, nvml=Nvml.open())
@@ -153,7 +153,7 @@ def _load(start: _Start) -> Child:
             _refuse_other(outlast(lambda: store.jobs.job(job_id)), opened.facts)
     meter.loaded(opened.facts.weights_by_device, opened.facts.cache_by_device)
     loaded = loaded_of(opened.facts, devices, meter.take())
-    outlast(lambda: store.workers.loaded(order.worker_id, start.generation, loaded=loaded))
+    outlast(lambda: store.registration.loaded(order.worker_id, start.generation, loaded=loaded))
     child = _ready(start, opened, devices, meter, locks)
     say_ready(order, loaded, torch_seconds)
     return child
@@ -264,7 +264,7 @@ def _give_up(store: Store, worker_id: int, reason: str, *, sick: bool = False) -
     if sick:
         outlast(lambda: store.health.enter_sick(worker_id, reason=reason))
     else:
-        outlast(lambda: store.workers.enter(worker_id, WorkerState.FAILED, error=reason))
+        outlast(lambda: store.registration.enter(worker_id, WorkerState.FAILED, error=reason))
     os.kill(os.getppid(), signal.SIGTERM)
     while True:
         signal.pause()

@@ -36,12 +36,12 @@ class Disk(Enum):
 def disk_of(path: Path) -> tuple[Disk, str]:
     """The kind of disk under a path, which need not be there yet, and its name as the kernel has it."""
     place = Path(os.path.realpath(path))
-    longest, found = "", ""
+    longest, file_system = "", ""
     for each in psutil.disk_partitions(all=True):
         # Of several that are mounted over one folder the last is seen.
         if place.is_relative_to(each.mountpoint) and len(each.mountpoint) >= len(longest):
-            longest, found = each.mountpoint, each.fstype
-    return _kind(found), found
+            longest, file_system = each.mountpoint, each.fstype
+    return _kind(file_system), file_system
 
 
 def _kind(name: str) -> Disk:

@@ -1,6 +1,6 @@
-"""The kinds of files that prompts come in and answers go to: told by a suffix, or by the first bytes.
+"""The formats of prompt files and of answers: told by a suffix, or by the first bytes.
 
-Owns both tables, and what is said of a file that is another kind than the one it is read as. It opens no file.
+Owns both tables, and the messages about a file of another format than it is read as. It opens no file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import PurePath
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.runtime.counted import counted
 
-#: How prompts are read, and how answers are written.
+#: The formats of prompt files, and those of answers.
 PROMPTS = ("jsonl", "text")
 ANSWERS = ("jsonl", "openai", "csv")
 
-#: How prompts are read, and in which forms answers may be written: the first, unless another is asked for.
+#: By suffix: the format of prompts, and those of answers, of which the first holds unless another is asked for.
 READ_AS = {".txt": "text"}
 WRITTEN_AS = {
     ".jsonl": ("jsonl", "openai"), ".ndjson": ("jsonl", "openai"), ".json": ("jsonl", "openai"), ".csv": ("csv",),
 }  # fmt: skip
-#: Suffixes of what answers are not written as.
+#: Suffixes of formats that answers are not written in.
 NOT_WRITTEN = {
     ".tsv": "tab-separated values", ".xlsx": "an Excel workbook", ".xls": "an Excel workbook",
     ".parquet": "Parquet", ".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".zip": "a zip archive",
@@ -47,7 +47,7 @@ _NOT_READ = "which batchmill does not read; write a .jsonl file of it, with a li
 _SHEET = "which batchmill does not read; save its sheet as CSV UTF-8, and make each row of that a line of JSON"
 _WORKBOOK = "an Excel workbook (.xlsx) or another file of Office"
 _OLD_WORKBOOK = "an old Excel workbook (.xls) or another old file of Office"
-#: What the first bytes of a file that is not plain UTF-8 look like, and what is said of it.
+#: The first bytes of files that are not plain UTF-8, each with the message about it.
 _FOREIGN = (
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", f"is UTF-32; {_UTF8_ALONE} UTF-32"),
     (rb"\xff\xfe|\xfe\xff", f"is UTF-16; {_UTF8_ALONE} UTF-16"),
@@ -68,15 +68,15 @@ _FOREIGN = (
 _NO_TEXT = f"is no text file; {_NOT_READ.removeprefix('which batchmill does not read; ')}"
 #: Characters that no text has beside its white space and the escapes of a terminal.
 _CONTROLS = frozenset({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
-#: So many of a file's first bytes tell all of these.
+#: So many first bytes of a file are enough to tell all of these.
 HEAD_BYTES = 64
 
 _PRETTY = re.compile(rb"\s*\{\s*")
 _ARRAY = re.compile(rb"\s*\[\s*(?:\Z|(?P<string>\")|[{\]])")
 _HTML = re.compile(rb"\s*<(!doctype|html|\?xml)\b", re.IGNORECASE)
-#: What names a column: in text, of which nearly any line is a prompt, a single word alone.
+#: The name of a column; in text, of which nearly any line is a prompt, a single word alone.
 _COLUMN, _WORD = re.compile(r"[^\W\d][\w .:/()#-]{0,63}"), re.compile(r"[^\W\d]\w{0,63}")
-#: What a column of prompts is likely called.
+#: Likely names of a column of prompts.
 _PROMPT_COLUMNS = ("prompt", "text", "question", "instruction", "input")
 _REQUEST_KEYS = frozenset({"prompt", "messages", "body"})
 #: A CSV as Python opens it.
@@ -86,14 +86,14 @@ _LOOKED_AT_BYTES = 1 << 16
 
 
 def read_as(path: str, asked: str | None = None) -> str:
-    """How a file of prompts is read: as `asked`, or else as its suffix says."""
+    """The format in which a file of prompts is read: `asked`, or else that of its suffix."""
     return asked or READ_AS.get(_suffix(path), PROMPTS[0])
 
 
 def written_as(out: str | PurePath | None, asked: str | None = None) -> str:
-    """The form in which answers are written to `out`, or to stdout; `asked`: what `--format` says.
+    """The format in which answers are written to `out`, or to stdout; `asked`: the value of `--format`.
 
-    Raises UsageError where that and the suffix of `out` exclude each other, or the suffix is of no form of answers.
+    Raises UsageError where that and the suffix of `out` exclude each other, or the suffix is of no format of answers.
     """
     suffix = "" if out is None else _suffix(out)
     if suffix in NOT_WRITTEN:
@@ -108,8 +108,8 @@ def written_as(out: str | PurePath | None, asked: str | None = None) -> str:
 
 
 def foreign(begin: bytes) -> str | None:
-    """What a file that begins so is, and what to do, where it is not plain UTF-8; None if it may be."""
-    known = next((said for pattern, said in _FOREIGN if re.match(pattern, begin, re.DOTALL)), None)
+    """A message about a file that begins so and is not plain UTF-8: what it is, and what to do; None if it may be."""
+    known = next((message for pattern, message in _FOREIGN if re.match(pattern, begin, re.DOTALL)), None)
     return known or (_NO_TEXT if _is_binary(begin[:HEAD_BYTES]) else None)
 
 
@@ -128,7 +128,7 @@ def needs_second(first: bytes) -> bool:
 
 
 def mistaken(first: bytes, second: bytes, *, read_as: str, path: str) -> str | None:
-    """What a file seems to be that is no file of prompts of the kind `read_as`, and what to do; None if it may be one.
+    """A message about a file that holds no prompts in the format `read_as`, and what to do; None if it may hold some.
 
     `first`: its first line that is not blank, or the beginning of that. `second`: the next one, or empty.
     """
@@ -136,7 +136,7 @@ def mistaken(first: bytes, second: bytes, *, read_as: str, path: str) -> str | N
 
 
 def _no_text(first: bytes, second: bytes, path: str) -> str | None:
-    """Nearly anything is a prompt, so that only what can hardly be one is told."""
+    """Refuses only lines that can hardly be prompts, since nearly anything is one."""
     as_it_is = "--format text takes each line as a prompt, as it is"
     if _is_request(first):
         return f"looks like JSON Lines and is named {PurePath(path).suffix}; --format jsonl reads it so, {as_it_is}"
@@ -147,8 +147,8 @@ def _no_text(first: bytes, second: bytes, path: str) -> str | None:
 
 
 def _no_lines(first: bytes, second: bytes, path: str) -> str | None:
-    if found := _ARRAY.match(first):
-        each = '{"prompt": each}' if found["string"] else "each"
+    if array := _ARRAY.match(first):
+        each = '{"prompt": each}' if array["string"] else "each"
         made = f"import json, sys; [print(json.dumps({each})) for each in json.load(open(sys.argv[1]))]"
         return f"looks like a JSON array, and not JSON Lines; make it some: {_python(made, path)}"
     if _PRETTY.fullmatch(first):
@@ -189,14 +189,14 @@ class _Table:
         return f"{kind} of {counted(len(self.columns), 'column')}"
 
     def has_row(self, line: bytes) -> bool:
-        """Whether this is a row of it; one whose last value goes on in the next line may have fewer values."""
+        """True for a row of it; one whose last value goes on in the next line may have fewer values."""
         text = _decoded(line)
         values = len(_values(text, self.delimiter))
         goes_on = text.count('"') % 2 or len(line) > _LOOKED_AT_BYTES
         return 1 < values <= len(self.columns) if goes_on else values == len(self.columns)
 
     def refusal(self, path: str) -> str:
-        """Words that it is no JSON Lines, with the command that makes JSON Lines of it."""
+        """The message that it is no JSON Lines, with the command that makes JSON Lines of it."""
         return f"looks like {self}, and not JSON Lines; make each row one: {self.command(path)}"
 
     def command(self, path: str) -> str:

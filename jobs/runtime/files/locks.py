@@ -1,6 +1,6 @@
-"""Locks of files, taken and told of: Linux says in /proc/locks who holds one, and elsewhere that stays unknown.
+"""Locks of files, and their holders: Linux lists them in /proc/locks, and elsewhere they stay unknown.
 
-No file is opened to ask: whoever closes a file again gives up its process's POSIX locks, which SQLite stands on.
+No file is opened to ask: to close it again would give up the process's POSIX locks, on which SQLite relies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from filelock import BaseFileLock
 from batchmill.jobs.runtime.waiting import telling
 
 _LOCKS = Path("/proc/locks")
-#: A lock that is held; one that is waited for has an arrow in front. Of an open file (OFD) no process is told.
+#: A lock that is held; one that is waited for has an arrow in front. A lock of an open file (OFD) names no process.
 _HELD = re.compile(
     r"\d+: +(?:POSIX|FLOCK) +\S+ +(?P<kind>READ|WRITE) +(?P<pid>\d+)"
     r" (?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+):(?P<inode>\d+) (?P<first>\d+) (?P<last>\d+|EOF)"
@@ -34,9 +34,9 @@ def acquire(lock: BaseFileLock, what: str) -> None:
 
 
 def held_by(files: Iterable[Path]) -> str | None:
-    """Other processes that hold locks of these files, for people; None where there are none, or they are not told.
+    """Other processes that hold locks of these files, for people; None where there are none, or none is known.
 
-    Nor are there any for a process that holds one of the locks itself.
+    None, too, for a process that holds one of the locks itself.
     """
     pids = {pid for each in files for pid, _, _ in _locks(each)}
     return None if os.getpid() in pids else _named(pids)
@@ -55,24 +55,24 @@ def sqlite_held_by(file: Path) -> str | None:
 
 
 def _locks(file: Path, within: tuple[int, int] | None = None) -> list[tuple[int, str, int]]:
-    """Of each lock of a file that touches these bytes: who holds it, its kind, and its first byte."""
+    """The locks of a file that touch these bytes: pid, kind and first byte of each."""
     try:
         meant, lines = os.stat(file), _LOCKS.read_text().splitlines()
     except OSError:
         return []
-    found = []
+    locks = []
     for held in filter(None, map(_HELD.match, lines)):
         device = os.makedev(int(held["major"], 16), int(held["minor"], 16))
         if (device, int(held["inode"])) != (meant.st_dev, meant.st_ino):
             continue
         first, last = int(held["first"]), float(held["last"].replace("EOF", "inf"))
         if within is None or (first <= within[1] and last >= within[0]):
-            found.append((int(held["pid"]), held["kind"], first))
-    return found
+            locks.append((int(held["pid"]), held["kind"], first))
+    return locks
 
 
 def _named(pids: set[int]) -> str | None:
-    """A process that has ended while a child of it keeps its lock is not named."""
+    """These processes, for people, without those that have ended while a child keeps their lock."""
     living = sorted(pid for pid in pids if Path(f"/proc/{pid}").exists())
     shown = [f"pid {pid}" for pid in living[:_MOST_NAMED]]
     more = [f"{len(living) - len(shown)} more"] if len(living) > len(shown) else []

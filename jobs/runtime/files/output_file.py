@@ -1,4 +1,4 @@
-"""Files that a command writes for its user: refused before any work is done, and replaced whole at the end.
+"""Files that a command writes for its user: checked before any work is done, and replaced whole at the end.
 
 It knows neither what is written nor which command writes it.
 """
@@ -17,7 +17,7 @@ from typing import IO, Any
 from batchmill.jobs.errors import UsageError, WriteFailed
 from batchmill.jobs.runtime.failpoints import failpoint
 
-#: So much of a file's name, of at most 255 bytes, goes into that of the one that is written beside it.
+#: Characters of a file's name, of at most 255 bytes, in the name of the temporary file beside it.
 _NAME_LENGTH = 40
 #: Kinds that open as a file and are none: written to, they would be destroyed, or take nothing.
 _NO_TARGETS = ((stat.S_ISDIR, "a folder"), (stat.S_ISBLK, "a disk"), (stat.S_ISSOCK, "a socket"))
@@ -40,13 +40,13 @@ def check_target(target: Path | None, *, keep: Iterable[str | Path] = (), prompt
     `target`: None is stdout. `prompts`: the file of them that the command reads; `-` is stdin. `keep`: other files that
     it reads or that batchmill lives by, though they may not be there yet.
     """
-    found = _of_stdout() if target is None else _of_path(target)
-    is_file = found is None or stat.S_ISREG(found.st_mode)
+    target_status = _of_stdout() if target is None else _of_path(target)
+    is_file = target_status is None or stat.S_ISREG(target_status.st_mode)
     shown = "stdout" if target is None else f"-o {target}"
-    if is_file and prompts is not None and _is_same(prompts, target, found):
+    if is_file and prompts is not None and _is_same(prompts, target, target_status):
         raise UsageError(f"{shown} is the file of prompts itself; name another")
     for each in keep if is_file else ():
-        if _is_same(each, target, found):
+        if _is_same(each, target, target_status):
             raise UsageError(f"{shown} would be written over {each}, which batchmill needs; name another file")
     if target is not None and is_file:
         _try_folder(target)
@@ -70,7 +70,7 @@ def replaced(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 @contextmanager
 def written(what: object) -> Iterator[None]:
-    """Errors of the block are told of `what` as WriteFailed; that nobody reads a pipe any more passes through."""
+    """Turns errors of the block into WriteFailed, about `what`; BrokenPipeError passes through."""
     try:
         yield
     except BrokenPipeError:
@@ -87,27 +87,27 @@ def _of_stdout() -> os.stat_result | None:
 
 
 def _of_path(target: Path) -> os.stat_result | None:
-    """None for a file that is not there yet."""
+    """The status of the target, None for a file that is not there yet. Raises UsageError for what takes no output."""
     try:
-        found = target.stat()
+        status = target.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UsageError(f"-o {target}: {error.strerror or error}") from error
     for is_one, what in _NO_TARGETS:
-        if is_one(found.st_mode):
+        if is_one(status.st_mode):
             raise UsageError(f"-o {target} is {what}; name a file")
     # Nobody may write to a file of which the mode says so, root neither: its owner wants it kept.
-    if not (found.st_mode & 0o222 and os.access(target, os.W_OK)):
+    if not (status.st_mode & 0o222 and os.access(target, os.W_OK)):
         raise UsageError(f"-o {target} is read-only; name another file, or allow it by chmod u+w")
-    return found
+    return status
 
 
-def _is_same(kept: str | Path, target: Path | None, found: os.stat_result | None) -> bool:
+def _is_same(kept: str | Path, target: Path | None, target_status: os.stat_result | None) -> bool:
     """True where a kept file is what the target is or would become."""
     status = _status(kept)
-    if status is not None and found is not None:
-        return os.path.samestat(found, status)
+    if status is not None and target_status is not None:
+        return os.path.samestat(target_status, status)
     if status is not None or target is None or kept == "-":
         return False
     return os.path.realpath(target) == os.path.realpath(kept)
@@ -121,7 +121,7 @@ def _status(kept: str | Path) -> os.stat_result | None:
 
 
 def _try_folder(target: Path) -> None:
-    """A file is made beside the target, and is gone again: rights, quotas and read-only disks all have their say."""
+    """Makes a file beside the target and removes it: rights, quotas and read-only disks may all refuse it."""
     folder = Path(os.path.realpath(target)).parent
     if not folder.is_dir():
         raise UsageError(f"-o {target}: there is no folder {folder}; make it first, or name another")

@@ -11,7 +11,7 @@ import os
 #: Lists of folders, in which an empty or relative entry stands for the current folder or for one in it.
 _FOLDER_LISTS = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
 _PREFIXES = ("CELERY_", "CELERYD_", "KOMBU_", "_MP_FORK_")
-#: What Celery, kombu and billiard read besides: some name code to import, some stop a worker from working or ending.
+#: Other names that Celery, kombu and billiard read: some import code, some stop a worker from working or ending.
 _NAMES = frozenset(
     {
         "AUTOSCALE_KEEPALIVE",
@@ -39,12 +39,12 @@ _NAMES = frozenset(
         "USE_FAST_LOCALS",
     }
 )
-#: Of a process that was killed its tracker says that it tidies up after it, which is no fault.
+#: The tracker of a process that was killed warns that it cleans up after it, which is no fault.
 _EXPECTED_WARNINGS = "ignore:semaphore_tracker:UserWarning,ignore:resource_tracker:UserWarning"
 
 
 def isolate() -> None:
-    """Takes out of this process's environment what would bring in foreign code or override batchmill's settings."""
+    """Removes variables that would bring in foreign code or override batchmill's settings from the environment."""
     for name in [name for name in os.environ if is_foreign(name)]:
         del os.environ[name]
     for name in _FOLDER_LISTS:
@@ -58,5 +58,5 @@ def isolate() -> None:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a variable speaks to Celery, kombu, billiard or Django, to none of which the user speaks here."""
+    """True for a variable of Celery, kombu, billiard or Django, none of which the user addresses here."""
     return name in _NAMES or name.startswith(_PREFIXES)

@@ -1,4 +1,4 @@
-"""A file that names one process of a home, for whoever comes after it has died, in the line of `process`."""
+"""A file that names one process of a home, for those that come after it has died; `process` spells its line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PidFile:
         self._path = path
 
     def write(self, pid: int) -> None:
-        """Names this process; by its pid alone where the system tells no more, which nothing is concluded from."""
+        """Names this process; by its pid alone where the system tells no more, from which nothing is concluded."""
         self._path.write_text(f"{Process.of(pid) or pid}\n")
 
     def remove(self) -> None:
@@ -29,7 +29,7 @@ class PidFile:
 
     @property
     def lives(self) -> Lives:
-        """Tells if the process lives that is named."""
+        """Tells whether the named process lives."""
         text = self._text()
         named = Process.parse(text)
         if named is None:
@@ -92,7 +92,7 @@ def _is_of(process: psutil.Process, home: Path, word: str | None) -> bool:
 
 
 def _end(process: psutil.Process) -> None:
-    """Asks it to end, and kills it when it has not done so in time; psutil looks at its start again before each."""
+    """Asks a process to end, and kills it when it has not ended in time; psutil checks its start before each signal."""
     process.terminate()
     try:
         process.wait(_END_SECONDS)

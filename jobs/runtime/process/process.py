@@ -1,7 +1,7 @@
 """A process, told from every other that had or will have its pid: by its start, the boot and the pid namespace.
 
-All questions whether another process lives are answered here. Where the system tells none of this (elsewhere than on
-Linux), or the process is of another pid namespace, as one of another container is, nothing is concluded.
+Every check whether another process lives is made here. Where the system tells none of this (elsewhere than on Linux),
+or the process is of another pid namespace, as one of another container is, nothing is concluded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PROC = Path("/proc")
-#: A process in writing, in the first format of it.
+#: The text of a process, in its first format.
 _WRITTEN = re.compile(r"1\.([1-9][0-9]{0,9})\.([0-9]{1,20})\.([0-9a-f-]{36})\.([0-9]{1,20})")
 #: In /proc/PID/stat, counted from behind the program's name: the state, and the start in ticks since the boot.
 _STATE, _START = 0, 19
@@ -23,7 +23,7 @@ _ENDED_STATES = "ZX"
 
 
 class Lives(StrEnum):
-    """Answer to the question if a process lives."""
+    """Answer to the question whether a process lives."""
 
     YES = "yes"
     NO = "no"
@@ -69,9 +69,9 @@ class Process:
 
     @classmethod
     def parse(cls, text: str | None) -> Process | None:
-        """The process that was written so; None for anything else, of which nothing can be concluded."""
-        found = _WRITTEN.fullmatch((text or "").strip())
-        return None if found is None else cls(int(found[1]), int(found[2]), found[3], int(found[4]))
+        """The process of this text; None for any other, from which nothing can be concluded."""
+        match = _WRITTEN.fullmatch((text or "").strip())
+        return None if match is None else cls(int(match[1]), int(match[2]), match[3], int(match[4]))
 
     def __str__(self) -> str:
         return f"1.{self.pid}.{self.start_ticks}.{self.boot_id}.{self.namespace}"

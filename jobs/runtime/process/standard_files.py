@@ -1,7 +1,7 @@
-"""Standard input, output and error of a process, of which whoever starts it may have closed any, or filled the disk.
+"""Standard input, output and error of a process, any of which may be closed or lead to a full disk.
 
-A closed one is held by /dev/null: the next file or socket that is opened would get its number, and what is printed.
-Nothing that is told on stderr is worth the work, so what cannot be told is dropped.
+/dev/null takes the place of a closed one: the next file or socket that is opened would get its number, and what is
+printed. Nothing on stderr is worth the work, so what cannot be written there is dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _STDERR = 2
 
 
 def hold_standard_files() -> None:
-    """An entry point calls it before it opens anything. A closed stdout stays one that cannot be written."""
+    """Called by an entry point before it opens anything. A closed stdout stays one that cannot be written."""
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (_STDERR, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -31,7 +31,7 @@ def hold_standard_files() -> None:
 
 
 class _Careless(io.FileIO):
-    """A file that takes what it cannot write."""
+    """A file that drops what it cannot write."""
 
     def write(self, data: Any, /) -> int:
         try:

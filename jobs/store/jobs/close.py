@@ -1,4 +1,4 @@
-"""How jobs end: closing and cancelling, in transactions of at most half a second."""
+"""The end of jobs: closing and cancelling, in transactions of at most half a second."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from sqlalchemy import ColumnElement, Connection, Integer, and_, literal, select
 from batchmill.jobs.requests.request import MAX_BATCH_SIZE, ErrorCode
 from batchmill.jobs.requests.states import JOB_BEFORE, OPEN_BATCH_STATES, BatchState, JobState, RequestState
 from batchmill.jobs.runtime.failpoints import failpoint
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, requests
 
 #: One transaction closes or moves at most this many requests; no batch holds more.
@@ -21,7 +21,7 @@ _CANCELLED_MESSAGE = "the job was cancelled before this request was answered"
 
 
 class Closing:
-    """Every call is safe at any time and twice; cut short, the same call finishes what is left."""
+    """Ends jobs. Every call is safe at any time and twice; the same call finishes what one that was cut short left."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -45,7 +45,7 @@ class Closing:
         return True
 
     def close_finished(self) -> list[str]:
-        """Closes every job that has nothing open, and what a cancel left unfinished: the ids closed."""
+        """Closes every job that has nothing open, and what a cancel left unfinished; returns the ids closed."""
         with self._database.read() as connection:
             open_jobs = connection.execute(
                 select(jobs.c.id, jobs.c.state)
@@ -90,9 +90,9 @@ class Closing:
         return connection.scalar(one) is not None
 
     def cancel(self, job_id: str) -> JobState:
-        """Cancels a job: closes at once what no lease holds; who holds the rest closes it at its next turn.
+        """Cancels a job: closes at once what no lease holds; a worker that holds the rest closes it at its next sync.
 
-        The job's state afterwards. A closed job is left as it is.
+        Returns the job's state afterwards. A closed job is left as it is.
         """
         self._begin_cancel(job_id)
         self._close_pages(job_id)
@@ -121,7 +121,7 @@ class Closing:
 
     def _pending_page(self, connection: Connection, job_id: str) -> list[int]:
         """Pending batches of a cancelling job that hold at most a page of requests, locked by id."""
-        found = connection.execute(
+        pending = connection.execute(
             select(batches.c.id, batches.c.total)
             .select_from(batches.join(jobs, jobs.c.id == batches.c.job_id))
             .where(jobs.c.id == job_id, jobs.c.state == JobState.CANCELLING.value)
@@ -132,7 +132,7 @@ class Closing:
         ).all()
         page: list[int] = []
         room = PAGE_REQUESTS
-        for row in found:
+        for row in pending:
             room -= row.total
             if page and room < 0:
                 break
@@ -150,7 +150,7 @@ def end_unanswered(
     message: str,
     run_id: int | None = None,
 ) -> None:
-    """Gives those of these requests that have no output yet an error; their batches' counts are the caller's."""
+    """Gives an error to those of these requests that have no output; the caller keeps the counts of their batches."""
     answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
     values: dict[str, ColumnElement[Any]] = {
         "job_id": requests.c.job_id,

@@ -1,7 +1,7 @@
-"""Putting a prompt file into the store, in short transactions that nobody sees until the last one.
+"""The creation of a job from a prompt file, in short transactions that nobody sees until the last one.
 
-A loading job has a lease of its own; only who renews it may add to the job or open it. What a killed submit
-left behind is deleted by reconcilers, in pages, once that lease has expired; until they begin it can be renewed still.
+A loading job has a lease of its own; only the submit that renews it may add to the job or open it. Reconcilers delete
+what a killed submit left behind, in pages, once that lease has expired; until they begin it can still be renewed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from batchmill.jobs.requests.ids import new_job_id
 from batchmill.jobs.requests.request import FIRST_KIND, JobOptions, Provenance, Request
 from batchmill.jobs.requests.states import JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import cut, octets, page_of, text_bytes
-from batchmill.jobs.store.clock import is_over
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.clock import is_over
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.rebatch import new_batches
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, requests
 
 #: A loading transaction holds at most this many requests, beside the bound of its bytes: others write too.
 MAX_REQUESTS = 4_000
-#: How many rows one transaction deletes.
+#: Rows that one transaction deletes.
 _PAGE = 5_000
-#: How many values one query compares with.
+#: Values that one query compares with.
 _SLICE = 500
 #: The lease of a loading job that is being deleted; it cannot be renewed.
 _DISCARDED = 0.0
@@ -62,7 +62,7 @@ class Creation:
         provenance: Provenance,
         lease_seconds: float,
     ) -> str:
-        """A new job in the state `loading`: its id. The file's hash is known when it is opened."""
+        """Makes a job in the state `loading` and returns its id. The file's hash is known when it is opened."""
         job_id = new_job_id()
         now = self._database.now
         with self._database.write() as connection:
@@ -167,13 +167,13 @@ class Creation:
         """Loading jobs whose lease is over, as `is_over` has it: {job id: loading_until}."""
         over = is_over(jobs.c.loading_until, now=self._database.now, lease_seconds=lease_seconds)
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(jobs.c.id, jobs.c.loading_until).where(jobs.c.state == JobState.LOADING.value, over)
             ).all()
-        return {row.id: row.loading_until for row in found}
+        return {row.id: row.loading_until for row in rows}
 
     def discard_expired(self, leases: Mapping[str, float]) -> list[str]:
-        """Deletes these loading jobs, as `expired` gave them, unless their lease was renewed since: their ids."""
+        """Deletes these loading jobs, as `expired` gave them, unless their lease was renewed; returns their ids."""
         return [
             job_id
             for job_id, until in sorted(leases.items())
@@ -188,7 +188,7 @@ class Creation:
 
     @retried
     def _mark_discarded(self, which: ColumnElement[bool]) -> str | None:
-        """From here on nothing can be added to this loading job, nor can it be opened: its id."""
+        """Keeps this loading job from being added to or opened, and returns its id."""
         with self._database.write() as connection:
             job_id: str | None = connection.scalar(
                 update(jobs)
@@ -236,7 +236,7 @@ class Creation:
     def _place(
         self, connection: Connection, job_id: str, adapter: str, sizes: Sequence[int], batch_size: int
     ) -> list[int]:
-        """Fills the job's last batch of an adapter up and makes new ones: the batch id of each of these requests."""
+        """Fills the job's last batch of an adapter up and makes new ones; returns the batch id of each request."""
         last = connection.execute(
             select(batches.c.id, batches.c.total)
             .where(batches.c.job_id == job_id, batches.c.state == BatchState.PENDING.value)
@@ -263,12 +263,12 @@ class Creation:
         with self._database.read() as connection:
             for begin in range(0, len(prompts), _SLICE):
                 ids = [each.custom_id for each in prompts[begin : begin + _SLICE]]
-                found = connection.execute(
+                rows = connection.execute(
                     select(requests.c.custom_id, requests.c.index).where(
                         requests.c.job_id == job_id, requests.c.custom_id.in_(ids)
                     )
                 )
-                first.update(dict(found.all()))
+                first.update(dict(rows.all()))
         duplicates = []
         for each in prompts:
             seen = first.setdefault(each.custom_id, each.index)

@@ -1,4 +1,4 @@
-"""Moving requests into new batches of their job: what a retry and a crash do. It decides nothing."""
+"""Moves requests into new batches of their job, as a retry and a crash do. It decides nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def new_batches(
     crashes: int = 0,
     crashed_by: int | None = None,
 ) -> list[int]:
-    """Inserts pending batches of these sizes, of requests that name this adapter (or none): their ids, in order."""
+    """Inserts pending batches of these sizes, of requests that name this adapter (or none); returns their ids."""
     if not sizes:
         return []
     rows = [
@@ -49,7 +49,7 @@ def move(
     crashes: int = 0,
     crashed_by: int | None = None,
 ) -> None:
-    """Puts these requests into new pending batches of at most `batch_size`; the old ones' counts are the caller's.
+    """Puts these requests into new pending batches of at most `batch_size`; the caller keeps the old ones' counts.
 
     `sizes`: {index: bytes of its body}, in order. All of them name this adapter (or none).
     """

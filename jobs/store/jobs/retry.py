@@ -1,6 +1,6 @@
-"""Opening a closed job again: its failed and cancelled requests become pending in new batches, page by page.
+"""The retry of a closed job: its failed and cancelled requests become pending in new batches, page by page.
 
-What another try would end with as well is left as it is.
+A request that another try would end in the same way is left as it is.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from batchmill.jobs.errors import JobStateError
 from batchmill.jobs.requests.causes import Chances
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, JobState, RequestState
 from batchmill.jobs.store.bounds import octets, page_of
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.rebatch import move
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests
 
@@ -26,7 +26,7 @@ from batchmill.jobs.store.tables import batches, jobs, outputs, requests
 PAGE_REQUESTS = 1_000
 #: So many outputs are looked at in one read, which takes no lock that a writer waits for.
 _LOOK_REQUESTS = 10_000
-#: Of requests that are left alone so many are named.
+#: So many of the requests that are left alone are named.
 _NAMED = 3
 _ALL = Chances()
 #: One output that moves: place (its index), state, prompt_tokens, completion_tokens, batch_id, adapter, size_bytes.
@@ -51,18 +51,16 @@ class LeftAlone:
 
 @dataclass(slots=True)
 class Retried:
-    """Requests that are pending again, and those left alone, by the code of their error.
-
-    `is_whole`: no cancel and no other retry of the same job came in between, so that all of it was looked at.
-    """
+    """Requests that are pending again, and those left alone, by the code of their error."""
 
     moved: int = 0
     left: defaultdict[str, LeftAlone] = field(default_factory=lambda: defaultdict(LeftAlone))
+    #: True where no cancel and no other retry of the job came in between, so that all of it was looked at.
     is_whole: bool = True
 
 
 class Retries:
-    """Cut short, the same call finishes it: the job keeps a mark until its last page."""
+    """Retries jobs. The same call finishes one that was cut short: the job keeps a mark until its last page."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -72,18 +70,18 @@ class Retries:
 
         Raises JobStateError for a job that is open, unless a retry of it was cut short.
         """
-        most = self._begin_retry(job_id)
-        found = Retried()
-        chosen = self._chosen(job_id, chances, found.left)
-        while page := list(islice(chosen, most)):
+        page_requests = self._begin_retry(job_id)
+        result = Retried()
+        chosen = self._chosen(job_id, chances, result.left)
+        while page := list(islice(chosen, page_requests)):
             while page:
                 moved, page = self._retry_page(job_id, page, keeps_model=chances.keeps_model)
-                found.moved += moved
-        found.is_whole = self._end_retry(job_id)
-        return found
+                result.moved += moved
+        result.is_whole = self._end_retry(job_id)
+        return result
 
     def is_cut_short(self, job_id: str) -> bool:
-        """Tells if a retry of this job was begun and not ended."""
+        """True where a retry of this job was begun and not ended."""
         with self._database.read() as connection:
             began = connection.scalar(select(jobs.c.retry_started_at).where(jobs.c.id == job_id))
         return began is not None
@@ -105,9 +103,9 @@ class Retries:
 
     @retried
     def _begin_retry(self, job_id: str) -> int:
-        """Marks which outputs are meant: those that are there now. A retry cut short keeps its mark.
+        """Marks the outputs that are meant, those that are there now, and returns the requests that a page moves.
 
-        How many requests a page of it moves.
+        A retry that was cut short keeps its mark.
         """
         with self._database.write() as connection:
             marked = connection.execute(
@@ -133,7 +131,7 @@ class Retries:
         return self._database.larger(self._database.now, func.coalesce(last.scalar_subquery(), 0.0))
 
     def _chosen(self, job_id: str, chances: Chances, left: defaultdict[str, LeftAlone]) -> Iterator[int]:
-        """Indexes of what is to be moved, in order, read in pages; what is not is counted in `left`."""
+        """Indexes of the requests to move, in order, read in pages; the others are counted in `left`."""
         last = -1
         while page := self._look(job_id, after=last):
             for row in page:
@@ -155,17 +153,17 @@ class Retries:
 
     @retried
     def _retry_page(self, job_id: str, indexes: list[int], *, keeps_model: bool = True) -> tuple[int, list[int]]:
-        """Moves the first of these requests, as many as one transaction takes: how many, and which are still to move.
+        """Moves the first of these requests, as many as one transaction takes; returns their number and the rest.
 
         They are read again under the locks: another retry of the same job may have moved some meanwhile.
         """
         with self._database.write() as connection:
             seen = {row.batch_id for row in self._unsuccessful(connection, job_id, indexes)}
             self._lock(connection, seen)
-            found = self._unsuccessful(connection, job_id, indexes) if seen else []
-            page = list(takewhile(lambda row: row.batch_id in seen, found))
+            rows = self._unsuccessful(connection, job_id, indexes) if seen else []
+            page = list(takewhile(lambda row: row.batch_id in seen, rows))
             if not page:
-                return 0, [index for index in indexes if found and index >= found[0].place]
+                return 0, [index for index in indexes if rows and index >= rows[0].place]
             batch_size = self._reopen(connection, job_id, keeps_model=keeps_model)
             if batch_size is None:
                 return 0, []
@@ -203,7 +201,7 @@ class Retries:
         ).all()
 
     def _reopen(self, connection: Connection, job_id: str, *, keeps_model: bool) -> int | None:
-        """Locks the job, and opens it again: its batch size, or None when a cancel took the mark away in between."""
+        """Locks and reopens the job; returns its batch size, or None when a cancel took the mark away in between."""
         row = connection.execute(
             select(jobs.c.state, jobs.c.batch_size)
             .where(jobs.c.id == job_id, jobs.c.retry_started_at.is_not(None))
@@ -219,7 +217,7 @@ class Retries:
         return int(row.batch_size)
 
     def _is_answered(self, connection: Connection, job_id: str) -> bool:
-        """Tells if any request of a closed job has an answer, which no other model may be mixed with."""
+        """True where a request of a closed job has an answer, which no other model may be mixed with."""
         answered = exists().where(batches.c.job_id == job_id, batches.c.succeeded > 0)
         return bool(connection.scalar(select(answered)))
 

@@ -1,8 +1,8 @@
-"""Who is blamed when a worker's process dies: the requests that were in flight run apart, in ever smaller groups.
+"""Blame for the death of a worker's process: the requests that were in flight run apart, in ever smaller groups.
 
-A crash says nothing of which request caused it, so all that were in flight are suspects: they move to new batches
-of at most 16, which run alone on a worker; those of a group that crashes too, in groups of 4, then one by one.
-What crashes twice alone is poison, and ends as that error. Innocents leave the suspects with their first answer.
+A crash does not tell which request caused it, so all that were in flight are suspects: they move to new batches of at
+most 16, which run alone on a worker; those of a group that crashes, too, move to groups of 4, then run one by one.
+A request that crashes its worker twice alone is poison, and ends as that error. An answer clears a suspect.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from sqlalchemy import Connection, and_, select, update
 from batchmill.jobs.requests.request import ErrorCode
 from batchmill.jobs.requests.states import BATCH_BEFORE, BatchState, RequestState
 from batchmill.jobs.store.bounds import octets
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import end_unanswered
 from batchmill.jobs.store.jobs.rebatch import move
 from batchmill.jobs.store.tables import NO_LEASE, batches, outputs, requests, runs
 
-#: After its first crash, its second and so on, a suspect runs with at most so many others. One more crash is its last.
+#: The largest group of a suspect after its first crash, its second and so on. One more crash is its last.
 SUSPECT_GROUPS = (16, 4, 1, 1)
 _POISON_MESSAGE = (
     f"the worker's process died {len(SUSPECT_GROUPS) + 1} times with this request in flight, the last two times "
@@ -45,9 +45,9 @@ class Blaming:
         self._database = database
 
     def blame(self, connection: Connection, batch_id: int) -> str | None:
-        """Moves the suspects of a locked, leased batch away: the id of its job if requests of it were ended as poison.
+        """Moves the suspects of a locked, leased batch away; returns the id of its job if requests ended as poison.
 
-        What is left of the batch is pending again, or done when nothing is left.
+        The rest of the batch is pending again, or done when nothing is left.
         """
         crashed = self._crashed(connection, batch_id)
         poisoned = crashed is not None and self._punish(connection, crashed)
@@ -81,7 +81,7 @@ class Blaming:
         return _Crashed(batch, run.id, suspects) if suspects else None
 
     def _punish(self, connection: Connection, crashed: _Crashed) -> bool:
-        """Moves the suspects into smaller groups, or ends them: whether they were ended."""
+        """Moves the suspects into smaller groups, or ends them; True where they were ended."""
         batch, suspects = crashed.batch, crashed.suspects
         if batch.crashes >= len(SUSPECT_GROUPS):
             self._end(connection, crashed)

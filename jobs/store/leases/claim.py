@@ -21,13 +21,13 @@ from batchmill.jobs.requests.kinds import kind_named
 from batchmill.jobs.requests.request import JobOptions, Request, RequestKind
 from batchmill.jobs.requests.states import BATCH_BEFORE, JOB_BEFORE, BatchState, JobState
 from batchmill.jobs.store.bounds import PAGE_BYTES, text_bytes
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.leases.lease import Claimed, Lease, WorkerSession
 from batchmill.jobs.store.leases.queue import Among, Need, count_pending, heads, needs_met, waiting
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, outputs, requests, runs, workers
-from batchmill.jobs.store.workers import idle_workers
+from batchmill.jobs.store.workers.idle import idle_workers
 
-#: How far pending batches are counted when they are compared with idle workers.
+#: Pending batches are counted up to this many when they are compared with idle workers.
 _COUNT_LIMIT = 500
 #: So many jobs are tried where others hold the locks of all that is pending.
 _MOST_JOBS = 100
@@ -45,7 +45,7 @@ def _among(session: WorkerSession) -> Among:
 
 
 class Claiming:
-    """Steps inside a worker's turn; each takes the turn's connection."""
+    """Steps inside a worker's sync; each takes the connection of its transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -81,9 +81,10 @@ class Claiming:
         return tuple(claimed)
 
     def _spare(self, connection: Connection, session: WorkerSession, met: Sequence[Need]) -> Counter[str]:
-        """What is left, by the adapter needed, of a page of pending batches once every idle worker has taken one.
+        """Pending batches that are left, by the adapter needed, once every idle worker has taken one.
 
-        Who holds the fewest adapters takes first, and what few can take before what all can.
+        Workers that hold the fewest adapters take first, and each takes a batch that few can take before one that all
+        can. Only a page of batches is counted.
         """
         spare = count_pending(connection, _among(session), met, most=_COUNT_LIMIT)
         for names, count in sorted(self.idle(connection, session).items(), key=lambda each: len(each[0])):
@@ -95,7 +96,7 @@ class Claiming:
         return spare
 
     def idle(self, connection: Connection, session: WorkerSession) -> dict[frozenset[str], int]:
-        """How many idle workers there are beside the one that asks, by the adapters they hold."""
+        """The number of idle workers beside the one that asks, by the adapters they hold."""
         return idle_workers(
             connection,
             spec=session.spec.canonical,
@@ -107,13 +108,13 @@ class Claiming:
         )
 
     def for_idle(self, connection: Connection, session: WorkerSession, untouched: Sequence[Lease]) -> list[Lease]:
-        """Which of these leases idle workers could start, who find nothing pending; the last claimed go first."""
+        """The leases that idle workers, with nothing pending for them, could start; the last claimed go first."""
         idle = self.idle(connection, session)
         if not idle:
             return []
         takeable = [Need(name) for name in {NO_ADAPTER}.union(*idle)]
-        found = heads(connection, _among(session), takeable, most=1)
-        unclaimed = {each.adapter for each in found}
+        pending_heads = heads(connection, _among(session), takeable, most=1)
+        unclaimed = {each.adapter for each in pending_heads}
         needed = self._needed(connection, untouched)
         given: list[Lease] = []
         for names, count in sorted(idle.items(), key=lambda each: len(each[0])):
@@ -134,15 +135,15 @@ class Claiming:
     ) -> Claimed | None:
         """Claims the best pending batch; None if there is none, or if it runs apart and the worker is not alone.
 
-        A worker that is alone (after a crash its new process is) takes suspects first, while the others go on. Who
-        meets them behind the rest of their job claims nothing that comes after them: a worker that always found more
-        would never be alone, and they would wait for ever.
+        A worker that is alone (after a crash its new process is) takes suspects first, while the others go on. A worker
+        that meets suspects behind the rest of their job claims nothing that comes after them: if it always found more,
+        it would never be alone, and they would wait for ever.
         """
-        found = self._best(connection, session, met, suspects=True) if alone else None
-        found = found or self._best(connection, session, met)
-        if found is None or (found.crashes and not alone):
+        best = self._best(connection, session, met, suspects=True) if alone else None
+        best = best or self._best(connection, session, met)
+        if best is None or (best.crashes and not alone):
             return None
-        batch_id = found.id
+        batch_id = best.id
         won = connection.execute(
             update(batches)
             .where(batches.c.id == batch_id, batches.c.state.in_(BATCH_BEFORE[BatchState.LEASED]))
@@ -160,15 +161,15 @@ class Claiming:
         first = max(0, min(in_flight_room, len(prompts)))
         in_flight = [each.index for each in prompts[:first]]
         run_id = self._begin_run(connection, session, batch_id, won, in_flight)
-        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=found.crashes > 0, kind=kind.name)
-        return Claimed(lease, prompts, first, found.adapter or None, size_bytes)
+        lease = Lease(batch_id, won.fence, run_id, won.job_id, apart=best.crashes > 0, kind=kind.name)
+        return Claimed(lease, prompts, first, best.adapter or None, size_bytes)
 
     def _best(
         self, connection: Connection, session: WorkerSession, met: Sequence[Need], *, suspects: bool = False
     ) -> Any:
         """The first pending batch that the worker may take, locked; what others have locked is passed over."""
-        found = heads(connection, _among(session), met, suspects=suspects, most=_MOST_JOBS)
-        for head in found:
+        candidates = heads(connection, _among(session), met, suspects=suspects, most=_MOST_JOBS)
+        for head in candidates:
             first = (
                 select(batches.c.id, batches.c.crashes, batches.c.adapter)
                 .where(batches.c.job_id == head.job_id, *waiting(head.adapter, suspects=suspects))
@@ -199,7 +200,7 @@ class Claiming:
     def _options(
         self, connection: Connection, session: WorkerSession, job_id: str
     ) -> tuple[RequestKind[Any, Any], JobOptions]:
-        """The kind of a job's requests, and what holds for them: what was written down, or what `begin_job` will be."""
+        """The kind of a job's requests, and their options: those written down, or those that `begin_job` will write."""
         row = connection.execute(select(jobs.c.kind, jobs.c.options, jobs.c.sampling).where(jobs.c.id == job_id)).one()
         kind = kind_named(row.kind)
         settled = None if row.sampling is None else json.loads(row.sampling)
@@ -208,7 +209,7 @@ class Claiming:
     def begin_job(
         self, connection: Connection, session: WorkerSession, job_id: str, *, adapters: Collection[str]
     ) -> None:
-        """Batches of this job that need these adapters were claimed: it runs, and what holds for it is written down.
+        """Starts a job of which batches that need these adapters were claimed, and writes down what holds for it.
 
         A step of its own after all claims, since the jobs' rows are locked after the batches', by id.
         """
@@ -240,7 +241,7 @@ class Claiming:
     def _settled(
         self, before: str | None, session: WorkerSession, job_id: str, adapters: Collection[str]
     ) -> dict[str, str]:
-        """What these adapters mean to the job from now on, so that its outputs never mix two meanings of a name.
+        """The meanings of these adapters to the job from now on, so that its outputs never mix two meanings of a name.
 
         Raises StoreBusy where another worker has settled one otherwise since this one looked.
         """
@@ -266,7 +267,7 @@ class Claiming:
         won: Row[Any],
         in_flight: list[int],
     ) -> int:
-        """The run's id. What its worker's child spent on loading is kept with it: the next child's replaces it."""
+        """Inserts the run and returns its id. It keeps the child's loading times, which the next child's replace."""
         loading = {name: _of_generation(session, workers.c[name]) for name in ("loading_since", "torch_load_seconds")}
         run = insert(runs).values(
             job_id=won.job_id,

@@ -1,4 +1,4 @@
-"""Whether a worker's device is to blame for its crashes, and what a device was last found to hold.
+"""The health of a worker's device: whether crashes are its fault, and the capacity that it was last found to have.
 
 A bad prompt crashes one worker after the other and leaves its neighbours alone; a broken device crashes whatever
 it is given while other workers go on. Once that is plain, the prompts are acquitted.
@@ -14,24 +14,26 @@ from sqlalchemy import Connection, and_, exists, or_, select, text, update
 
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import BatchState, RunOutcome, WorkerState
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, capacities, jobs, runs, workers
 
 #: So many crashes in a row, each of other requests, make a device suspect.
 CRASHES = 3
-#: As the index of these runs has it, to the letter.
+#: Spelled as in the index of these runs, to the letter.
 _CRASHED = text(f"runs.outcome = '{RunOutcome.CRASHED.value}'")
 WINDOW_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Crash:
-    """One death of a worker's process: when, the newest of the runs that it ended, and the requests in flight."""
+    """One death of a worker's process."""
 
     at: float
     generation: int
+    #: The newest of the runs that it ended.
     last_run: int
+    #: The requests in flight, by job and index.
     in_flight: frozenset[tuple[str, int]]
 
 
@@ -42,7 +44,7 @@ class Health:
         self._database = database
 
     def is_sick(self, worker_id: int) -> bool:
-        """Whether three different sets of requests in a row crashed this worker while others succeeded.
+        """True where three different sets of requests in a row crashed this worker while others succeeded.
 
         It answered nothing between them, no other worker of its ModelSpec crashed, and another one answered.
         """
@@ -54,7 +56,7 @@ class Health:
 
     @retried
     def enter_sick(self, worker_id: int, *, reason: str) -> None:
-        """The worker gives up, and one crash is taken off the suspects that it made and nobody has claimed since."""
+        """Marks the worker as sick, and takes one crash off its suspects that nobody has claimed since."""
         with self._database.write() as connection:
             connection.execute(
                 update(batches)
@@ -66,7 +68,7 @@ class Health:
             )
 
     def known_capacity(self, spec: ModelSpec, device: str) -> int | None:
-        """What this device was last found to hold of this ModelSpec, in the engine's unit; None if all fitted."""
+        """The capacity last found of a device for a ModelSpec, in the engine's unit; None if all fitted."""
         with self._database.read() as connection:
             return connection.scalar(
                 select(capacities.c.fits).where(capacities.c.spec == spec.canonical, capacities.c.device == device)
@@ -74,11 +76,11 @@ class Health:
 
     @retried
     def remember_capacity(self, spec: ModelSpec, device: str, capacity: int) -> None:
-        """Keeps what the device was found to hold after its memory ran out."""
-        found = {"fits": capacity, "found_at": self._database.now}
-        row = self._database.insert(capacities).values(spec=spec.canonical, device=device, **found)
+        """Keeps the capacity that the device was found to have when its memory ran out."""
+        values = {"fits": capacity, "found_at": self._database.now}
+        row = self._database.insert(capacities).values(spec=spec.canonical, device=device, **values)
         with self._database.write() as connection:
-            connection.execute(row.on_conflict_do_update(index_elements=["spec", "device"], set_=found))
+            connection.execute(row.on_conflict_do_update(index_elements=["spec", "device"], set_=values))
 
     def _crashes(self, connection: Connection, worker_id: int) -> list[_Crash]:
         """The last crashes of a worker, each the runs of one of its processes, oldest first."""
@@ -110,7 +112,7 @@ class Health:
 
 
 def _answered(connection: Connection, worker_id: int, crashes: Sequence[_Crash]) -> bool:
-    """Tells if a process that crashed after the first of these had answered anything; the runs before are not read."""
+    """True where a process that crashed after the first of these had answered something; earlier runs are not read."""
     first, *later = crashes
     of_later = and_(
         runs.c.id > first.last_run,
@@ -121,6 +123,6 @@ def _answered(connection: Connection, worker_id: int, crashes: Sequence[_Crash])
 
 
 def _are_different(crashes: Sequence[_Crash]) -> bool:
-    """Whether no request was in flight in two of these crashes."""
+    """True where no request was in flight in two of these crashes."""
     together = frozenset().union(*(each.in_flight for each in crashes))
     return len(together) == sum(len(each.in_flight) for each in crashes)

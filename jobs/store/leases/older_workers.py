@@ -12,7 +12,7 @@ from sqlalchemy import column, func, inspect, null, select, table
 
 from batchmill.jobs.requests.states import BatchState, WorkerState
 from batchmill.jobs.runtime.process.process import Lives, Process
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 
 _WORKERS = table("workers", *map(column, ("id", "name", "host", "pid", "state", "process")))
 _BATCHES = table("batches", *map(column, ("worker_id", "state", "lease_until")))
@@ -20,16 +20,17 @@ _BATCHES = table("batches", *map(column, ("worker_id", "state", "lease_until")))
 
 @dataclass(frozen=True, slots=True)
 class OlderWorker:
-    """One of them. `lease_seconds`: so long its last lease runs; None where it is known to live, whatever it holds."""
+    """One worker of an older batchmill."""
 
     name: str
     host: str
     pid: int
+    #: The time until its last lease ends; None where it is known to live, whatever it holds.
     lease_seconds: float | None
 
 
 def older_workers(database: Database) -> list[OlderWorker]:
-    """Those that live, and those of which that is not known, as long as a lease of theirs lasts."""
+    """The workers that live, and those of which that is unknown, as long as a lease of theirs lasts."""
     with database.read() as connection:
         has_process = any(each["name"] == "process" for each in inspect(connection).get_columns("workers"))
         its_leases = (_BATCHES.c.worker_id == _WORKERS.c.id) & (_BATCHES.c.state == BatchState.LEASED.value)
@@ -41,12 +42,12 @@ def older_workers(database: Database) -> list[OlderWorker]:
             .where(_WORKERS.c.state != WorkerState.STOPPED.value)
             .order_by(_WORKERS.c.id)
         ).all()
-    found = []
+    older = []
     for row in rows:
         named = Process.parse(row.process)
         lives = Lives.UNKNOWN if named is None else named.lives()
         if lives is Lives.YES:
-            found.append(OlderWorker(row.name, row.host, row.pid, None))
+            older.append(OlderWorker(row.name, row.host, row.pid, None))
         elif lives is Lives.UNKNOWN and (row.lease_seconds or 0) > 0:
-            found.append(OlderWorker(row.name, row.host, row.pid, row.lease_seconds))
-    return found
+            older.append(OlderWorker(row.name, row.host, row.pid, row.lease_seconds))
+    return older

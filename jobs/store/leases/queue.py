@@ -1,4 +1,4 @@
-"""Pending batches in the order in which they are claimed, for whoever holds certain adapters.
+"""Pending batches in the order in which they are claimed, for workers that hold certain adapters.
 
 A batch needs one adapter or none, so that it is found by that and its job's turn. It claims nothing, and does not know
 who asks.
@@ -22,23 +22,26 @@ _JOINED = jobs.join(batches, batches.c.job_id == jobs.c.id)
 
 
 class Need(NamedTuple):
-    """What a batch needs of who takes it: an adapter, by name. Jobs of `not_of` mean another one by that name."""
+    """The need of a batch for an adapter."""
 
+    #: The adapter's name, or NO_ADAPTER.
     adapter: str = NO_ADAPTER
+    #: Jobs that mean another adapter by that name.
     not_of: tuple[str, ...] = ()
 
 
 class Among(NamedTuple):
-    """The open jobs that are looked through: those of a canonical spec, or the one of them that is `only_job`.
+    """The open jobs that are looked through; all others are passed over."""
 
-    A job that was begun with a model of another identity than these is passed over; with None, no job is. `begun`: so
-    is a job that nobody has begun. `kinds`: so are jobs of other kinds.
-    """
-
+    #: The canonical ModelSpec.
     spec: str
+    #: The kinds of their requests.
     kinds: frozenset[str]
+    #: The models that a begun job may be of; None for any.
     identities: frozenset[str] | None = None
+    #: The one job; None for all.
     only_job: str | None = None
+    #: True where jobs that nobody has begun are passed over, too.
     begun: bool = False
 
 
@@ -52,7 +55,7 @@ class Head(NamedTuple):
 
 
 def needs_met(connection: Connection, spec: str, adapters: Iterable[Adapter]) -> tuple[Need, ...]:
-    """What batches of this canonical spec may need of who holds these adapters."""
+    """The needs of batches of this canonical spec that a worker with these adapters meets."""
     held: defaultdict[str, set[Adapter]] = defaultdict(set)
     for each in adapters:
         held[each.name].add(each)
@@ -92,11 +95,11 @@ def heads(
 
 
 def count_pending(connection: Connection, among: Among, needs: Iterable[Need], *, most: int) -> Counter[str]:
-    """How many pending batches need what, each counted up to `most`."""
+    """The number of pending batches by the adapter that they need, each counted up to `most`."""
     chosen: list[Select[Any]] = []
     for need in needs:
-        found = select(batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
-        page = _of_queue(found, among, need).limit(most).subquery()
+        pending = select(batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
+        page = _of_queue(pending, among, need).limit(most).subquery()
         counted: Any = select(literal(need.adapter).label("adapter"), func.count().label("batches"))
         chosen.append(counted.select_from(page))
     return Counter({row.adapter: row.batches for row in _rows(connection, chosen)})
@@ -106,13 +109,13 @@ def pending_batches(connection: Connection, among: Among, needs: Iterable[Need],
     """Ids of pending batches that need one of these, the oldest job's first."""
     chosen: list[Select[Any]] = []
     for need in needs:
-        found = select(jobs.c.queued_at, jobs.c.id, batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
-        chosen.append(_of_queue(found, among, need).order_by(jobs.c.queued_at, jobs.c.id, batches.c.id).limit(most))
+        pending = select(jobs.c.queued_at, jobs.c.id, batches.c.id).select_from(_JOINED).where(*waiting(need.adapter))
+        chosen.append(_of_queue(pending, among, need).order_by(jobs.c.queued_at, jobs.c.id, batches.c.id).limit(most))
     return [batch_id for _, _, batch_id in sorted(tuple(row) for row in _rows(connection, chosen))[:most]]
 
 
 def waiting(adapter: str, *, suspects: bool = False) -> tuple[ColumnElement[bool], ...]:
-    """Which batches are pending and need this adapter (or none); of those a crash made, if `suspects`."""
+    """Conditions for batches that are pending and need this adapter (or none); of those a crash made, if `suspects`."""
     if not suspects:
         return (batches.c.state == BatchState.PENDING.value, batches.c.adapter == adapter)
     # Suspects are few and have an index of their own; said like this, no other seems better to a database.

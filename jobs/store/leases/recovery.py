@@ -1,4 +1,4 @@
-"""Taking leases back from who died, and knowing what is pending: the reconciler's side of the store."""
+"""Recovery: takes leases back from dead workers, and lists what is pending. The reconciler's side of the store."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ from batchmill.jobs.requests.states import (
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.bounds import octets, page_of
-from batchmill.jobs.store.clock import is_over
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.clock import is_over
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.blame import Blaming
 from batchmill.jobs.store.leases.lease import end_runs
 from batchmill.jobs.store.leases.queue import Among, needs_met, pending_batches
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, requests, runs, workers
-from batchmill.jobs.store.workers import alive
+from batchmill.jobs.store.workers.liveness import alive
 
-#: How many batches one transaction takes back: to blame who was in flight takes ten queries for each.
+#: Batches that one transaction takes back: blaming the requests in flight takes ten queries for each.
 _PAGE = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker that holds leases: its process if it is known, its children so far, when it was last heard of."""
+    """A worker that holds leases."""
 
     worker_id: int
+    #: None where it is unknown.
     process: Process | None
+    #: The number of its children so far.
     generation: int
+    #: Seconds since its last heartbeat.
     seen_seconds: float
 
 
@@ -58,18 +61,18 @@ class Recovery:
     def held_by(self, worker_id: int, *, generation: int) -> dict[str, list[int]]:
         """Batches that this worker's children up to a generation hold, by their jobs."""
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(batches.c.job_id, batches.c.id)
                 .where(_of_children(worker_id, generation), batches.c.state == BatchState.LEASED.value)
                 .order_by(batches.c.id)
             ).all()
         held: defaultdict[str, list[int]] = defaultdict(list)
-        for row in found:
+        for row in rows:
             held[row.job_id].append(row.id)
         return held
 
     def take_back(self, worker_id: int, *, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
-        """Takes back every lease of this worker's children up to a generation: how many there were.
+        """Takes back every lease of this worker's children up to a generation, and returns their number.
 
         After a crash what was in flight is blamed (`jobs.store.leases.blame`); what was released is not.
         """
@@ -81,7 +84,7 @@ class Recovery:
     def holders(self, host: str) -> list[Holder]:
         """The workers of a host that hold leases."""
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(
                     workers.c.id,
                     workers.c.process,
@@ -94,17 +97,17 @@ class Recovery:
                 )
                 .order_by(workers.c.id)
             ).all()
-        return [Holder(row.id, Process.parse(row.process), row.generation, row.seen_seconds) for row in found]
+        return [Holder(row.id, Process.parse(row.process), row.generation, row.seen_seconds) for row in rows]
 
     def silent(self, worker_ids: Collection[int]) -> dict[int, Process | None]:
         """Those of these workers that are not alive by their heartbeats, with their processes as far as known."""
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(workers.c.id, workers.c.process)
                 .where(workers.c.id.in_(worker_ids), ~alive(self._database.now))
                 .order_by(workers.c.id)
             ).all()
-        return {row.id: Process.parse(row.process) for row in found}
+        return {row.id: Process.parse(row.process) for row in rows}
 
     def expired(
         self,
@@ -117,18 +120,18 @@ class Recovery:
         now = self._database.now
         over = is_over(batches.c.lease_until, now=now, lease_seconds=lease_seconds, for_seconds=for_seconds)
         with self._database.read() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 select(batches.c.id, batches.c.fence, batches.c.lease_until)
                 .select_from(jobs.join(batches, batches.c.job_id == jobs.c.id))
                 .where(jobs.c.state.in_(of_jobs))
                 .where(batches.c.state == BatchState.LEASED.value, over)
             ).all()
-        return {row.id: (row.fence, row.lease_until) for row in found}
+        return {row.id: (row.fence, row.lease_until) for row in rows}
 
     def reap(self, leases: Mapping[int, tuple[int, float]]) -> int:
-        """Takes back these leases, as `expired` gave them, unless they were renewed since: how many.
+        """Takes back these leases, as `expired` gave them, unless they were renewed since; returns their number.
 
-        Nobody is blamed: whose worker was not heard of may have been paused, or cut off, as well as dead.
+        Nothing is blamed: a silent worker may have been paused, or cut off, as well as dead.
         """
         reaped = 0
         for batch_id, (fence, lease_until) in sorted(leases.items()):
@@ -145,8 +148,8 @@ class Recovery:
             specs = connection.scalars(
                 select(jobs.c.spec).where(jobs.c.state.in_(CLAIMABLE_JOB_STATES)).distinct()
             ).all()
-            found = {spec: self._pending(connection, spec, alive(self._database.now), most) for spec in specs}
-        return {spec: ids for spec, ids in found.items() if ids}
+            by_spec = {spec: self._pending(connection, spec, alive(self._database.now), most) for spec in specs}
+        return {spec: ids for spec, ids in by_spec.items() if ids}
 
     def pending_of(self, spec: ModelSpec, *, most: int, worker_id: int | None = None) -> list[int]:
         """The pending batches of one spec, oldest job first, that this worker could take, or where None a live one."""
@@ -155,7 +158,10 @@ class Recovery:
             return self._pending(connection, spec.canonical, who, most)
 
     def _pending(self, connection: Connection, spec: str, who: ColumnElement[bool], most: int) -> list[int]:
-        """Where none of these workers has loaded its model, or one has not yet, any model may be what it holds."""
+        """The pending batches that one of these workers could take.
+
+        Where none of them is there, or one has not loaded its model yet, jobs of every identity count.
+        """
         holding = connection.execute(
             select(workers.c.identity, workers.c.adapters, workers.c.kinds)
             .where(workers.c.spec == spec, who)

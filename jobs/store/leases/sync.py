@@ -18,13 +18,13 @@ from batchmill.jobs.requests.kinds import kind_named
 from batchmill.jobs.requests.request import Output
 from batchmill.jobs.requests.states import BATCH_BEFORE, BatchState, JobState, RequestState, RunOutcome, WorkerState
 from batchmill.jobs.runtime.failpoints import failpoint
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.jobs.close import Closing
 from batchmill.jobs.store.leases.claim import Claiming
 from batchmill.jobs.store.leases.lease import BatchReport, Claimed, Lease, SyncResult, WorkerSession, end_runs
 from batchmill.jobs.store.tables import NO_LEASE, batches, jobs, outputs, runs, workers
-from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
 
 _ENDING = GIVEN_UP | {WorkerState.DRAINING, WorkerState.STOPPED}
 
@@ -105,13 +105,13 @@ class Leases:
         if not reports:
             return []
         ids = [each.lease.batch_id for each in reports]
-        found = connection.execute(
+        locked = connection.execute(
             select(batches.c.id, batches.c.fence)
             .where(batches.c.id.in_(ids), batches.c.state == BatchState.LEASED.value)
             .order_by(batches.c.id)
             .with_for_update(key_share=True)
         ).all()
-        fences = {row.id: row.fence for row in found}
+        fences = {row.id: row.fence for row in locked}
         mine = [each for each in reports if fences.get(each.lease.batch_id) == each.lease.fence]
         return sorted(mine, key=lambda each: each.lease.batch_id)
 
@@ -216,7 +216,7 @@ class Leases:
         return frozenset(lease.batch_id for lease in leases)
 
     def _draining(self, connection: Connection, session: WorkerSession) -> bool:
-        """Whether the worker is to end, or has given up: a child of it may not know yet."""
+        """True where the worker is to end, or has given up: a child of it may not know yet."""
         state = connection.scalar(select(workers.c.state).where(workers.c.id == session.worker_id))
         return state in _ENDING
 
@@ -246,13 +246,13 @@ class Leases:
 
 
 class _SavedCounts(NamedTuple):
-    """Counts and tokens of what a sync saved of one batch, and how many of its choices ended for each reason.
+    """The counts of what a sync saved of one batch."""
 
-    `answered_prompt_tokens`: a run counts those alone, since refused prompts are no part of its speed.
-    """
-
+    #: Outputs by state, and tokens, by column.
     counts: Mapping[str, int]
+    #: Choices by the reason that ended them, by column.
     reasons: Mapping[str, int]
+    #: A run counts these alone, since refused prompts are no part of its speed.
     answered_prompt_tokens: int
 
 
@@ -275,7 +275,7 @@ def _with_reasons(reasons: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _of_devices(memory: Memory) -> dict[str, object]:
-    """What a run says of its devices, since it began; what a crash left has nothing to say of them."""
+    """The columns of a run about its devices since it began; none for outputs that a crash left behind."""
     values = {"devices": devices_text(memory.devices), "energy_joules": memory.energy_joules}
     return {name: each for name, each in values.items() if each is not None}
 

@@ -1,6 +1,6 @@
-"""Who stands between a job and its end: who holds its batches, what waits, who could take it. It changes nothing.
+"""Blockers of a job: the workers that hold its batches, what waits, and the workers that could take it.
 
-All of it is one short transaction, so that the parts agree with each other; what it means is not known here.
+It changes nothing. All of it is one short transaction, so that the parts agree; their meaning is not known here.
 """
 
 from __future__ import annotations
@@ -9,80 +9,56 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, or_, select
+from sqlalchemy import Connection, Row, and_, case, func, or_, select
 
 from batchmill.jobs.errors import NotFound
-from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome, WorkerState
+from batchmill.jobs.requests.states import CLAIMABLE_JOB_STATES, BatchState, JobState, RunOutcome
 from batchmill.jobs.runtime.process.process import Process
-from batchmill.jobs.store.clock import is_over
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.clock import is_over
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs, workers
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter, lacks
-from batchmill.jobs.store.workers import GIVEN_UP, alive
+from batchmill.jobs.store.views.seen_workers import NEWS_SECONDS, SeenWorker, seen_workers, serving
+from batchmill.jobs.store.workers.liveness import GIVEN_UP, alive
 
-#: Workers and crashes of longer ago are no news.
-_NEWS_SECONDS = 86_400.0
 _MOST_OLDER_JOBS = 3
 _MOST_CRASHES = 5
 _MOST_OTHERS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class SeenWorker:
-    """One worker as it was last seen; `batches` is how many it holds, of any job.
-
-    `loading_since`: when its newest child began to load the model; None before its first child.
-    """
-
-    id: int
-    name: str
-    host: str
-    process: Process | None
-    device: str
-    state: WorkerState
-    error: str | None
-    spec: ModelSpec
-    only_job: str | None
-    identity: str | None
-    adapters: tuple[Adapter, ...]
-    generation: int
-    started_at: float
-    loading_since: float | None
-    seen_seconds: float
-    alive: bool
-    batches: int
-
-
-@dataclass(frozen=True, slots=True)
 class Hold:
-    """What one worker holds of a job: since when, until when its first lease runs, and how many are over."""
+    """The batches of a job that one worker holds."""
 
     worker: SeenWorker
     batches: int
+    #: The beginning of the oldest run.
     since: float
+    #: The end of the first lease.
     lease_until: float
+    #: The number of leases that are over.
     expired: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job's pending batches; those of `suspects` run apart. `waits_since`: when the next one could be claimed.
-
-    `needs`: the adapters that they need, empty for those that need none.
-    """
+    """A job's pending batches."""
 
     batches: int
+    #: The adapters that they need, NO_ADAPTER among them where some need none.
     needs: frozenset[str]
+    #: Those that run apart.
     suspects: int
+    #: The open requests of those.
     suspect_requests: int
+    #: The time since which the next one could be claimed.
     waits_since: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Crashes:
-    """How often a worker's processes died, or let their lease expire, while they held batches of a job."""
+    """Deaths of a worker's processes, or leases that they let expire, while they held batches of a job."""
 
     worker: SeenWorker
     outcome: RunOutcome
@@ -92,20 +68,20 @@ class Crashes:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Everything around one job at one moment, `now` in seconds since 1970, UTC.
+    """Everything around one job at one moment."""
 
-    `serving`: workers of its ModelSpec, the last seen first. `others`: live ones of the same model held differently.
-    `older`: jobs that go first, with their pending batches. `live`: the process of each live worker, of any
-    ModelSpec, None where it told none; each of them reconciles.
-    """
-
+    #: Seconds since 1970, UTC.
     now: float
     holds: tuple[Hold, ...]
     pending: Pending
+    #: Jobs that go first, with their pending batches.
     older: tuple[tuple[str, int], ...]
     crashes: tuple[Crashes, ...]
+    #: Workers of its ModelSpec, the last seen first.
     serving: tuple[SeenWorker, ...]
+    #: Live workers of the same model held differently.
     others: tuple[SeenWorker, ...]
+    #: The process of each live worker, of any ModelSpec, None where it told none; each of them reconciles.
     live: tuple[Process | None, ...]
     last_answer_at: float | None
 
@@ -115,13 +91,13 @@ class Surroundings:
 
 
 class Blockers:
-    """The looking around side of the store."""
+    """Looks around jobs."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def around(self, job_id: str, *, lease_seconds: float) -> Surroundings:
-        """What is around a job. Raises NotFound."""
+        """Everything around a job. Raises NotFound."""
         with self._database.read() as connection:
             job: Any = connection.execute(
                 select(jobs.c.id, jobs.c.spec, jobs.c.queued_at).where(
@@ -137,7 +113,7 @@ class Blockers:
                 pending=_pending(connection, job),
                 older=_older(connection, job),
                 crashes=self._crashes(connection, job_id),
-                serving=self._seen(connection, self._serving(job.spec, job_id)),
+                serving=seen_workers(connection, serving(job.spec, job_id, now=now), now=now),
                 others=self._others(connection, ModelSpec.from_canonical(job.spec)),
                 live=tuple(map(Process.parse, connection.scalars(select(workers.c.process).where(alive(now))))),
                 last_answer_at=_last_answer(connection, job_id),
@@ -150,53 +126,19 @@ class Blockers:
 
     def given_up(self, spec: ModelSpec, *, job_id: str) -> tuple[SeenWorker, ...]:
         """Workers of a spec that are sick or failed and were not started again since, the last seen first."""
-        which = and_(self._serving(spec.canonical, job_id), workers.c.state.in_(GIVEN_UP))
+        which = and_(serving(spec.canonical, job_id, now=self._database.now), workers.c.state.in_(GIVEN_UP))
         with self._database.read() as connection:
-            return self._seen(connection, which)
-
-    def _serving(self, spec: str, job_id: str) -> ColumnElement[bool]:
-        """Live workers of a spec, also those bound to other jobs, and of late those that nobody has replaced."""
-        newer = workers.alias("newer")
-        replaced = exists().where(
-            newer.c.spec == workers.c.spec,
-            newer.c.host == workers.c.host,
-            newer.c.device == workers.c.device,
-            newer.c.id > workers.c.id,
-        )
-        bound_here = or_(workers.c.only_job.is_(None), workers.c.only_job == job_id)
-        gone = and_(workers.c.heartbeat_at > self._database.now - _NEWS_SECONDS, bound_here, ~replaced)
-        return and_(workers.c.spec == spec, or_(alive(self._database.now), gone))
+            return seen_workers(connection, which, now=self._database.now)
 
     def _others(self, connection: Connection, spec: ModelSpec) -> tuple[SeenWorker, ...]:
         """Live workers of another spec whose model has the same last name."""
         live = and_(alive(self._database.now), workers.c.spec != spec.canonical)
-        found = self._seen(connection, live, most=_MOST_OTHERS)
-        return tuple(each for each in found if _last_name(each.spec) == _last_name(spec))
-
-    def _seen(
-        self, connection: Connection, which: ColumnElement[bool], *, most: int | None = None
-    ) -> tuple[SeenWorker, ...]:
-        now = self._database.now
-        held = (
-            select(func.count())
-            .where(batches.c.worker_id == workers.c.id, batches.c.state == BatchState.LEASED.value)
-            .scalar_subquery()
-        )
-        rows: Sequence[Any] = connection.execute(
-            select(
-                workers,
-                alive(now).label("alive"),
-                (now - workers.c.heartbeat_at).label("seen_seconds"),
-                held.label("batches"),
-            )
-            .where(which)
-            .order_by(workers.c.heartbeat_at.desc(), workers.c.id.desc())
-            .limit(most)
-        ).all()
-        return tuple(_seen(row) for row in rows)
+        live_workers = seen_workers(connection, live, now=self._database.now, most=_MOST_OTHERS)
+        return tuple(each for each in live_workers if _last_name(each.spec) == _last_name(spec))
 
     def _by_id(self, connection: Connection, ids: Sequence[int]) -> dict[int, SeenWorker]:
-        return {each.id: each for each in self._seen(connection, workers.c.id.in_(ids))}
+        which = workers.c.id.in_(ids)
+        return {each.id: each for each in seen_workers(connection, which, now=self._database.now)}
 
     def _holds(self, connection: Connection, job_id: str, lease_seconds: float) -> tuple[Hold, ...]:
         its_run = and_(runs.c.batch_id == batches.c.id, runs.c.fence == batches.c.fence)
@@ -230,7 +172,7 @@ class Blockers:
                 func.count(runs.c.worker_generation.distinct()).label("times"),
                 last_at,
             )
-            .where(runs.c.job_id == job_id, runs.c.finished_at > self._database.now - _NEWS_SECONDS)
+            .where(runs.c.job_id == job_id, runs.c.finished_at > self._database.now - NEWS_SECONDS)
             .where(runs.c.outcome.in_([RunOutcome.CRASHED.value, RunOutcome.EXPIRED.value]))
             .group_by(runs.c.worker_id, runs.c.outcome)
             .order_by(last_at.desc())
@@ -274,7 +216,7 @@ def _older(connection: Connection, job: Row[Any]) -> tuple[tuple[str, int], ...]
 
 
 def _last_answer(connection: Connection, job_id: str) -> float | None:
-    """When the last answer came: in a batch that is held, or at the end of a run that brought some."""
+    """The time of the last answer: in a batch that is held, or at the end of a run that brought some."""
     answered = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
     held = connection.scalar(
         select(func.max(outputs.c.finished_at))
@@ -290,25 +232,3 @@ def _last_answer(connection: Connection, job_id: str) -> float | None:
 def _last_name(spec: ModelSpec) -> str:
     """`Llama-3` of `org/llama-3` and of `/models/Llama-3`, in small letters."""
     return spec.model.rstrip("/").rsplit("/", 1)[-1].casefold()
-
-
-def _seen(row: Row[Any]) -> SeenWorker:
-    return SeenWorker(
-        id=row.id,
-        name=row.name,
-        host=row.host,
-        process=Process.parse(row.process),
-        device=row.device,
-        state=WorkerState(row.state),
-        error=row.error,
-        spec=ModelSpec.from_canonical(row.spec),
-        only_job=row.only_job,
-        identity=row.identity,
-        adapters=from_json(row.adapters),
-        generation=row.generation,
-        started_at=row.started_at,
-        loading_since=row.loading_since,
-        seen_seconds=row.seen_seconds,
-        alive=bool(row.alive),
-        batches=row.batches,
-    )

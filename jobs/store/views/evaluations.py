@@ -1,4 +1,4 @@
-"""What quantization costs, measured once and kept: later jobs of the same ModelSpec show it."""
+"""Evaluations: the cost of quantization, measured once and kept; later jobs of the same ModelSpec show it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import insert, select
 
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.store.conflicts import retried
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.conflicts import retried
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import evaluations
 
 
@@ -25,17 +25,17 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRow:
-    """One ModelSpec as it was measured once. `measured` holds the figures and the method.
-
-    `baseline`: what it was compared with, None where that could not be measured. `created_at`: seconds since 1970, UTC.
-    """
+    """One ModelSpec as it was measured once."""
 
     spec: ModelSpec
+    #: The ModelSpec that it was compared with, None where that could not be measured.
     baseline: ModelSpec | None
     data: DataFile
     device_name: str
+    #: The figures and the method.
     measured: Mapping[str, Any]
     versions: Mapping[str, str]
+    #: Seconds since 1970, UTC.
     created_at: float
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from batchmill.jobs.models.adapters import Adapter, from_json
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import CLOSED_JOB_STATES, JobState, RequestState
 from batchmill.jobs.store.bounds import octets, page_of
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import batches, jobs, outputs, requests
 
 
@@ -31,17 +31,16 @@ class FinishReasons:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """A job's requests by state; `total` is their sum.
+    """A job's requests by state."""
 
-    `finish_reasons`: None where some were answered before they were counted, at revision 0007.
-    """
-
+    #: The sum of all states.
     total: int
     succeeded: int
     failed: int
     cancelled: int
     prompt_tokens: int
     completion_tokens: int
+    #: None where some were answered before they were counted, at revision 0007.
     finish_reasons: FinishReasons | None = None
 
     @property
@@ -51,21 +50,20 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as the store has it; times in seconds since 1970, UTC.
-
-    `identity`: what its model consists of, None until it was begun (or where that was before revision 0005).
-    `adapters`: what the names it used mean to it. `kind`: of all of its requests.
-    """
+    """One job as the store has it; times in seconds since 1970, UTC."""
 
     id: str
     name: str | None
     state: JobState
+    #: The kind of all of its requests.
     kind: str
     spec: ModelSpec
     batch_size: int
     options: Mapping[str, Any]
     sampling: Mapping[str, Any] | None
+    #: The content of its model, None until it was begun (or where that was before revision 0005).
     identity: str | None
+    #: The meanings that the names it used have to it.
     adapters: tuple[Adapter, ...]
     file_name: str
     file_sha256: str
@@ -81,19 +79,17 @@ class Job:
         return self.state in CLOSED_JOB_STATES
 
     def is_of(self, identity: str | None) -> bool:
-        """Whether a model of this identity may answer it, as far as both are known."""
+        """True where a model of this identity may answer it, as far as both are known."""
         return None in (self.identity, identity) or self.identity == identity
 
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One request with its output, as exports need it; `body` is the request's JSON text.
-
-    The three seconds are those of Timings: all of them, or none.
-    """
+    """One request with its output, as exports need it; the three seconds of Timings are all set, or none."""
 
     index: int
     custom_id: str
+    #: The request's JSON text.
     body: str
     state: RequestState
     payload: str
@@ -119,25 +115,25 @@ class JobView:
         with self._database.read() as connection:
             if written == "last":
                 newest = select(jobs.c.id).where(shown).order_by(jobs.c.queued_at.desc(), jobs.c.id).limit(1)
-                found = list(connection.scalars(newest).all())
+                ids = list(connection.scalars(newest).all())
             else:
                 # SQLite refuses patterns of more than 50,000 bytes.
                 same = jobs.c.id.startswith(written.lower()[:_LONGEST_ID], autoescape=True)
-                found = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
-        if not found:
+                ids = list(connection.scalars(select(jobs.c.id).where(shown, same).limit(3)).all())
+        if not ids:
             if written == "last":
                 raise NotFound("no job was submitted yet; `batchmill run` and `batchmill submit` make one")
             raise NotFound(f"no job begins with {written!r}; `batchmill jobs` lists them")
-        if len(found) > 1 and written not in found:
-            raise NotFound(f"several jobs begin with {written!r}: {', '.join(sorted(found))}; write more of it")
-        return written if written in found else found[0]
+        if len(ids) > 1 and written not in ids:
+            raise NotFound(f"several jobs begin with {written!r}: {', '.join(sorted(ids))}; write more of it")
+        return written if written in ids else ids[0]
 
     def job(self, job_id: str) -> Job:
         """One job, by its full id. Raises NotFound."""
-        found = self._jobs(_SHOWN.where(jobs.c.id == job_id))
-        if not found:
+        matching = self._jobs(_SHOWN.where(jobs.c.id == job_id))
+        if not matching:
             raise NotFound(f"there is no job {job_id}; `batchmill jobs` lists them")
-        return found[0]
+        return matching[0]
 
     def jobs(self, *, most: int) -> list[Job]:
         """The newest jobs, newest first."""
@@ -195,9 +191,9 @@ class JobView:
                 )
             if not rows:
                 return
-            found = [OutputRow(*row[:-1]) for row in rows]
-            after = found[-1].index
-            yield [each for each in found if each.state in states]
+            output_rows = [OutputRow(*row[:-1]) for row in rows]
+            after = output_rows[-1].index
+            yield [each for each in output_rows if each.state in states]
 
 
 #: Ids are shorter than this.

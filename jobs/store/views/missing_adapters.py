@@ -1,4 +1,4 @@
-"""Which adapters the pending batches of a job need and no live worker holds. It changes nothing."""
+"""Missing adapters: pending batches of a job need them, and no live worker holds them. It changes nothing."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from sqlalchemy import ColumnElement, Connection, func, or_, select
 from batchmill.jobs.models.adapters import SOMEWHERE, Adapter, from_json
 from batchmill.jobs.requests.states import BatchState, WorkerState
 from batchmill.jobs.store.tables import NO_ADAPTER, batches, jobs, workers
-from batchmill.jobs.store.workers import alive
+from batchmill.jobs.store.workers.liveness import alive
 
 
 @dataclass(frozen=True, slots=True)
 class MissingAdapter:
-    """An adapter that `batches` pending batches of a job need and that nobody holds who may take the job.
-
-    `meant`: what its name means to the job, if outputs were begun with it. `held_otherwise`: live workers, each as
-    `name on host`, that hold another adapter by this name.
-    """
+    """An adapter that pending batches of a job need, and that no worker holds that may take the job."""
 
     name: str
+    #: The number of pending batches that need it.
     batches: int
+    #: The meaning of its name to the job, if outputs were begun with it.
     meant: Adapter | None = None
+    #: Live workers, as `name on host`, that hold another adapter by this name.
     held_otherwise: tuple[tuple[str, Adapter], ...] = ()
 
     @property
     def changed(self) -> bool:
-        """Whether another one lies by now where the job's adapter lay."""
+        """True where another one lies by now where the job's adapter lay."""
         return self.meant is not None and self.meant.where in {each.where for _, each in self.held_otherwise}
 
     @property
     def wanted(self) -> str:
-        """What `--adapter` takes; with a word in the place of what only the user knows."""
+        """The argument of `--adapter`, with a placeholder for what only the user knows."""
         return f"{self.name}={SOMEWHERE}" if self.meant is None else str(self.meant)
 
 
 def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> tuple[MissingAdapter, ...]:
-    """What a job lacks, by name."""
+    """The adapters that a job lacks, by name."""
     needed = connection.execute(
         select(batches.c.adapter, func.count().label("batches"))
         .where(batches.c.job_id == job_id, batches.c.state == BatchState.PENDING.value)
@@ -51,13 +50,13 @@ def lacks(connection: Connection, job_id: str, *, now: ColumnElement[float]) -> 
     job = connection.execute(select(jobs.c.spec, jobs.c.adapters).where(jobs.c.id == job_id)).one()
     meant = {each.name: each for each in from_json(job.adapters)}
     held = _held(connection, job.spec, job_id, now)
-    found = []
+    missing = []
     for row in needed:
         mine, theirs = meant.get(row.adapter), held[row.adapter]
         if any((mine or each).agrees_with(each) for _, each in theirs):
             continue
-        found.append(MissingAdapter(row.adapter, row.batches, mine, tuple(theirs)))
-    return tuple(found)
+        missing.append(MissingAdapter(row.adapter, row.batches, mine, tuple(theirs)))
+    return tuple(missing)
 
 
 def _held(

@@ -14,10 +14,10 @@ from sqlalchemy import JSON, ColumnElement, Text, and_, case, cast, func, select
 
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store.bounds import octets
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import outputs, requests
 
-#: A longer request is not looked into, which would take the database long.
+#: A longer request is not parsed, which would take the database long.
 _PARSED_BYTES = 1 << 16
 #: So many requests of the whole file, and so many of its beginning.
 SAMPLED = 256
@@ -25,15 +25,15 @@ SAMPLED = 256
 
 @dataclass(frozen=True, slots=True)
 class SampledRequest:
-    """One request. `state`: its output's, None while it is pending; `completion_tokens` are those of its answer.
-
-    `max_tokens`: the most that all choices of its answer may have, where its line says so.
-    """
+    """One request."""
 
     index: int
     body_bytes: int
+    #: The state of its output, None while it is pending.
     state: RequestState | None = None
+    #: Tokens of its answer.
     completion_tokens: int = 0
+    #: The most that all choices of its answer may have, where its line says so.
     max_tokens: int | None = None
 
 
@@ -50,7 +50,7 @@ class SampleView:
         self._database = database
 
     def of(self, job_id: str, *, total: int, begun: int, choices: int = 1) -> tuple[SampledRequest, ...]:
-        """In file order. `choices`: of an answer whose line does not say how many."""
+        """The sample, in file order. `choices`: the number of an answer's choices where its line does not say."""
         same = and_(outputs.c.job_id == requests.c.job_id, outputs.c.index == requests.c.index)
         body_bytes = octets(self._database, requests.c.body)
         chosen = (
@@ -86,5 +86,5 @@ class SampleView:
 
 
 def _most_tokens(sampling: str | None, choices: int) -> int | None:
-    said = json.loads(sampling) if sampling else {}
-    return said["max_tokens"] * (said.get("n") or choices) if said.get("max_tokens") else None
+    options = json.loads(sampling) if sampling else {}
+    return options["max_tokens"] * (options.get("n") or choices) if options.get("max_tokens") else None

@@ -1,4 +1,4 @@
-"""How fast a machine's workers have been so far: tokens per second of runs that ended, by model, device and worker."""
+"""Speeds of a machine's workers so far: tokens per second of runs that ended, by model, device and worker."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from sqlalchemy import func, select
 
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import runs, workers
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What workers of one spec on one kind of device did: answers' tokens in the seconds that at least one run took.
-
-    `seconds` are each worker's own and added, so that `tokens_per_second` is one worker's.
-    """
+    """The work of one spec's workers on one kind of device."""
 
     quantization: Quantization
     device_name: str
     runs: int
+    #: Tokens of answers.
     completion_tokens: int
+    #: The seconds that at least one run took, each worker's own and added, so that `tokens_per_second` is one worker's.
     seconds: float
 
     @property
@@ -31,13 +30,13 @@ class Speed:
 
 
 class SpeedView:
-    """Read from the runs; a worker's runs overlap, since it reads ahead, so that their times are united."""
+    """Speeds, read from the runs; a worker's runs overlap, since it reads ahead, so that their times are united."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def of(self, spec: ModelSpec, *, host: str) -> list[Speed]:
-        """Of this model at this revision in all quantizations, on this machine; runs without a token count not."""
+        """The speeds of a model at one revision, by quantization, on one machine; runs without tokens do not count."""
         larger = self._database.larger
         before = func.max(runs.c.finished_at).over(
             partition_by=runs.c.worker_id, order_by=(runs.c.started_at, runs.c.id), rows=(None, -1)

@@ -1,4 +1,4 @@
-"""What a job took: seconds waiting, running and loading, its speed, by worker too, and the memory of its runs.
+"""The usage of a job: seconds waiting, running and loading, its speed, by worker too, and the memory of its runs.
 
 Read from runs, which are few where outputs are many.
 """
@@ -13,59 +13,58 @@ from sqlalchemy import ColumnElement, Connection, Row, Subquery, case, func, lit
 
 from batchmill.jobs.models.device_memory import DeviceMemory, Memory, largest_of_texts
 from batchmill.jobs.requests.states import RunOutcome
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.tables import jobs, runs, workers
-from batchmill.jobs.store.workers import MISSED_HEARTBEATS, alive
+from batchmill.jobs.store.workers.liveness import MISSED_HEARTBEATS, alive
 
 #: The window over which a job's present speed is taken.
 RECENT_SECONDS = 60.0
-#: An estimate goes by the last quarter of a job's time: long enough to be steady, and what the machine was like before
-#: is forgotten as the job goes on.
+#: An estimate goes by the last quarter of a job's time: long enough to be steady, and it forgets the machine's earlier
+#: speed as the job goes on.
 LATE_PART = 0.25
 LEAST_LATE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What one worker has done of a job in the seconds in which at least one of its runs was worked on.
-
-    The tokens are those of answered requests, `in_flight_tokens` those of answers on their way. `late_tokens`: of
-    both, in the `late_seconds` of the job's last quarter that were worked, each run's spread evenly over its time.
-    """
+    """The work of one worker on a job; tokens are those of answered requests."""
 
     worker_id: int
+    #: Seconds in which at least one of its runs was worked on.
     seconds: float
     succeeded: int
     prompt_tokens: int
     completion_tokens: int
+    #: Tokens of answers on their way.
     in_flight_tokens: int = 0
+    #: Worked seconds of the job's last quarter.
     late_seconds: float = 0.0
+    #: Tokens of both kinds in `late_seconds`, each run's spread evenly over its time.
     late_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a job's runs took. `running_seconds`: in which at least one run was worked on; rates come from these.
-
-    `torch_wait_seconds`, `model_wait_seconds`: those of the queued ones in which the worker that began the job imported
-    torch, and loaded the model; both are 0 where it was there before, or is not known.
-    `recent_requests_per_second`: answers of the last minute in the seconds of it that were worked, each run's spread
-    evenly over its time. `memory`: its bytes are those of the run that held most, and its devices those of all runs.
-    """
+    """The time, the speed and the memory of a job's runs."""
 
     runs: int = 0
     queued_seconds: float = 0.0
+    #: Seconds in which at least one run was worked on; rates come from these.
     running_seconds: float = 0.0
     model_load_seconds: float = 0.0
+    #: Queued seconds in which the worker that began the job imported torch; 0 where it had before, or is not known.
     torch_wait_seconds: float = 0.0
+    #: Queued seconds in which that worker loaded the model; 0 in the same cases.
     model_wait_seconds: float = 0.0
+    #: Answers of the last minute in its worked seconds, each run's spread evenly over its time.
     recent_requests_per_second: float = 0.0
+    #: Bytes of the run that held most, and the devices of all runs.
     memory: Memory = field(default_factory=Memory)
     model_commits: tuple[str, ...] = ()
     paces: tuple[Pace, ...] = ()
 
 
-#: The outcomes of runs whose worker said itself that it ended them.
+#: The outcomes of runs that their worker itself ended.
 _SAID = (RunOutcome.DONE.value, RunOutcome.RELEASED.value, RunOutcome.CANCELLED.value)
 
 
@@ -76,7 +75,7 @@ class UsageView:
         self._database = database
 
     def of(self, job_id: str) -> Usage:
-        """What a job's runs took so far."""
+        """The usage of a job so far."""
         with self._database.read() as connection:
             now = connection.scalar(select(self._database.now)) or 0.0
             first = _first_run(connection, job_id)
@@ -103,7 +102,7 @@ class UsageView:
         )
 
     def _busy(self, connection: Connection, job_id: str, *, began: float, now: float) -> Sequence[Row[Any]]:
-        """What the runs took, a row a worker.
+        """Sums over the runs, a row a worker.
 
         `seconds` are those of the union of all runs, of which each adds what lies past all that began before it;
         `own_seconds` those of the union of the worker's own.
@@ -153,7 +152,7 @@ class UsageView:
         return self._database.larger(each.c.ended - begin, 0.0)
 
     def _ended(self, now: float) -> ColumnElement[float]:
-        """When a run was last worked on: leases outlive a worker that died, which was before its next heartbeat."""
+        """The time of a run's last work: leases outlive a dead worker, which died before its next heartbeat."""
         ended = func.coalesce(runs.c.finished_at, now)
         beat = (workers.c.alive_until - workers.c.heartbeat_at) / MISSED_HEARTBEATS
         died = self._database.larger(runs.c.started_at, workers.c.heartbeat_at + beat)
@@ -165,19 +164,19 @@ class UsageView:
         texts = connection.scalars(
             select(runs.c.devices).where(runs.c.job_id == job_id, runs.c.devices.is_not(None)).distinct()
         ).all()
-        found = largest_of_texts(texts)
-        return tuple(sorted(found, key=lambda each: (each.device, each.key)))
+        devices = largest_of_texts(texts)
+        return tuple(sorted(devices, key=lambda each: (each.device, each.key)))
 
     def _memory(
         self, connection: Connection, job_id: str, devices: tuple[DeviceMemory, ...]
     ) -> tuple[Memory, float, tuple[str, ...]]:
-        most = [
+        largest = [
             func.max(runs.c[name]).label(name)
             for name in ("weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_total_bytes")
         ]
         row = connection.execute(
             select(
-                *most,
+                *largest,
                 func.max(runs.c.model_load_seconds).label("load"),
                 func.sum(runs.c.energy_joules).label("joules"),
             ).where(runs.c.job_id == job_id)
@@ -197,13 +196,13 @@ def late_since(began: float, now: float) -> float:
 
 def _first_run(connection: Connection, job_id: str) -> Row[Any] | None:
     """The beginning of a job's first run, and how its worker loaded; None where it has no run."""
-    found: Sequence[Any] = connection.execute(
+    rows: Sequence[Any] = connection.execute(
         select(runs.c.started_at, runs.c.loading_since, runs.c.torch_load_seconds, runs.c.model_load_seconds)
         .where(runs.c.job_id == job_id)
         .order_by(runs.c.started_at, runs.c.id)
         .limit(1)
     ).all()
-    return found[0] if found else None
+    return rows[0] if rows else None
 
 
 def _waited_for(first: Row[Any], queued_at: float) -> tuple[float, float]:
@@ -217,7 +216,7 @@ def _waited_for(first: Row[Any], queued_at: float) -> tuple[float, float]:
 
 
 def _covered(ended: ColumnElement[float], *by: ColumnElement[Any]) -> ColumnElement[float]:
-    """Until when runs had lasted that began before each."""
+    """The latest end of the runs that began before each."""
     before = func.max(ended).over(partition_by=by, order_by=(runs.c.started_at, runs.c.id), rows=(None, -1))
     return func.coalesce(before, runs.c.started_at)
 

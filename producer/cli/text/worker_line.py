@@ -9,7 +9,8 @@ from batchmill.jobs.runtime.one_line import one_line
 from batchmill.jobs.runtime.process.process import Lives
 from batchmill.jobs.runtime.sizes import size
 from batchmill.jobs.runtime.times import duration
-from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
+from batchmill.jobs.store.views.workers import WorkerRow
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
 
 
 def worker_line(worker: WorkerRow) -> str:

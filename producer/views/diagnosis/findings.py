@@ -17,11 +17,13 @@ from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.one_line import one_line
 from batchmill.jobs.runtime.times import duration, utc
-from batchmill.jobs.store.views.blockers import Crashes, Hold, SeenWorker
+from batchmill.jobs.store.views.blockers import Crashes, Hold
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.views.missing_adapters import MissingAdapter
+from batchmill.jobs.store.views.seen_workers import SeenWorker
 from batchmill.jobs.store.views.usage import RECENT_SECONDS
-from batchmill.jobs.store.workers import GIVEN_UP, WorkerRow
+from batchmill.jobs.store.views.workers import WorkerRow
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
 from batchmill.producer.views.diagnosis.snapshot import Case
 from batchmill.producer.views.finish import finish_line
 from batchmill.producer.views.reasons import (

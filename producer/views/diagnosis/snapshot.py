@@ -8,9 +8,10 @@ from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.requests.states import JobState, WorkerState
 from batchmill.jobs.runtime.times import duration
 from batchmill.jobs.store.tables import NO_ADAPTER
-from batchmill.jobs.store.views.blockers import Crashes, Hold, SeenWorker, Surroundings
+from batchmill.jobs.store.views.blockers import Crashes, Hold, Surroundings
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.workers import GIVEN_UP
+from batchmill.jobs.store.views.seen_workers import SeenWorker
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
 from batchmill.producer.views.status import JobStatus
 
 

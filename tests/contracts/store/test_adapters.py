@@ -190,7 +190,7 @@ class TestMoving:
         mill.save(store, crashing, [mill.answered(each) for each in mill.claim(store, crashing)])
         assert mill.claim(store, crashing)[0].adapter == "a"
         store.recovery.take_back(crashing.worker_id, generation=crashing.generation)
-        store.workers.enter(crashing.worker_id, WorkerState.STOPPED)
+        store.registration.enter(crashing.worker_id, WorkerState.STOPPED)
         mill.load_named(store, None)
         assert claimed_by(store, mill.session(store, name="plain")) == [None]
 
@@ -212,7 +212,7 @@ class TestMeanings:
 
     def test_a_worker_that_gave_up_or_stopped_keeps_no_name(self, store: Store) -> None:
         for state in (WorkerState.SICK, WorkerState.FAILED, WorkerState.STOPPED):
-            store.workers.enter(mill.session(store, adapters=[A]).worker_id, state)
+            store.registration.enter(mill.session(store, adapters=[A]).worker_id, state)
         assert mill.session(store, adapters=[OTHER_A])
 
     def test_of_two_meanings_that_register_at_once_one_is_refused(self, store: Store) -> None:
@@ -229,7 +229,7 @@ class TestMeanings:
             assert len(held) == 1
             assert sum(map(bool, won)) == len(store.workers.rows())
             for each in filter(None, won):
-                store.workers.enter(each, WorkerState.STOPPED)
+                store.registration.enter(each, WorkerState.STOPPED)
 
     def test_the_workers_row_says_what_it_holds(self, store: Store) -> None:
         mill.session(store, adapters=[A, B])
@@ -255,7 +255,7 @@ class TestMeanings:
         revenant = mill.session(store, name="old", adapters=[A])
         clock.seconds += 100
         newer = mill.session(store, name="new", adapters=[OTHER_A])
-        store.workers.heartbeat(revenant.worker_id, beat=5)
+        store.registration.heartbeat(revenant.worker_id, beat=5)
         chance = random.Random(7)
 
         def claim(who: WorkerSession) -> tuple[Claimed, ...]:

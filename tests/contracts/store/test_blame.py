@@ -79,7 +79,7 @@ def test_a_worker_that_holds_something_claims_no_suspects_and_nothing_past_them(
     (first,) = mill.claim(store, who)
     mill.claim(store, dead)
     crash(store, dead)
-    store.workers.enter(dead.worker_id, WorkerState.STOPPED)
+    store.registration.enter(dead.worker_id, WorkerState.STOPPED)
     turned = store.leases.sync(who, [mill.answered(first, count=1)], wanted_requests=100, in_flight_room=100)
     (third,) = turned.claimed  # the rest of its job; then come the suspects, and nothing past them
     assert indexes(third) == [4, 5]

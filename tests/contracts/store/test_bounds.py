@@ -16,7 +16,7 @@ from batchmill.jobs.requests.generation import GenerationRequest
 from batchmill.jobs.requests.states import RequestState
 from batchmill.jobs.store import bounds
 from batchmill.jobs.store.bounds import PAGE_BYTES, cut
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
 from batchmill.jobs.store.leases.lease import BatchReport, SyncResult
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, requests

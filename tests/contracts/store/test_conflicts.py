@@ -14,7 +14,7 @@ from sqlalchemy import Engine, create_engine, text
 import batchmill.jobs.store
 from batchmill.jobs.errors import StoreConflict
 from batchmill.jobs.requests.states import JobState
-from batchmill.jobs.store import conflicts, postgresql
+from batchmill.jobs.store.database import conflicts, postgresql
 from batchmill.jobs.store.leases import sync
 from batchmill.jobs.store.leases.lease import SyncResult
 from batchmill.jobs.store.store import Store

@@ -31,7 +31,7 @@ def crash(store: Store, who: WorkerSession, *, answers: int = 0) -> WorkerSessio
     if answers:
         mill.save(store, who, [mill.answered(claimed, count=answers)])
     store.recovery.take_back(who.worker_id, generation=who.generation)
-    generation = store.workers.new_generation(who.worker_id, child_pid=3)
+    generation = store.registration.new_generation(who.worker_id, child_pid=3)
     return WorkerSession(who.worker_id, generation, who.spec, who.device, who.lease_seconds, who.identity)
 
 
@@ -97,7 +97,7 @@ def test_where_others_crash_too_the_prompts_are_to_blame(
 
 def test_a_sick_worker_stays_sick(store: Store, broken: WorkerSession) -> None:
     store.health.enter_sick(broken.worker_id, reason="it broke")
-    store.workers.enter(broken.worker_id, WorkerState.DRAINING)
+    store.registration.enter(broken.worker_id, WorkerState.DRAINING)
     assert store.workers.gave_up(host="host", pid=1) is WorkerState.SICK
 
 
@@ -107,15 +107,15 @@ def test_an_earlier_worker_of_the_same_pid_says_nothing_of_a_later_one(store: St
     assert before is not None
     now = replace(before, start_ticks=before.start_ticks + 1)
     failed = mill.session(store, process=before)
-    store.workers.enter(failed.worker_id, WorkerState.FAILED, error="no such model")
+    store.registration.enter(failed.worker_id, WorkerState.FAILED, error="no such model")
     assert store.workers.gave_up(host="host", pid=1, process=before) is WorkerState.FAILED
     assert store.workers.gave_up(host="host", pid=1, process=now) is None
 
 
 def test_a_child_that_replaces_the_one_that_gave_up_changes_nothing(store: Store, broken: WorkerSession) -> None:
     """A pool replaces each process that ends, also the one after which its worker stops."""
-    store.workers.enter(broken.worker_id, WorkerState.FAILED, error="no such model")
-    generation = store.workers.new_generation(broken.worker_id, child_pid=3)
+    store.registration.enter(broken.worker_id, WorkerState.FAILED, error="no such model")
+    generation = store.registration.new_generation(broken.worker_id, child_pid=3)
     assert generation > broken.generation
     assert store.workers.gave_up(host="host", pid=1) is WorkerState.FAILED
 

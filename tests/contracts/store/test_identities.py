@@ -50,7 +50,7 @@ def begun_by(store: Store, who: WorkerSession, count: int = 8) -> str:
     job_id = mill.load(store, count)
     (claimed,) = mill.claim(store, who)
     mill.save(store, who, [mill.answered(claimed)])
-    store.workers.enter(who.worker_id, WorkerState.STOPPED)
+    store.registration.enter(who.worker_id, WorkerState.STOPPED)
     return job_id
 
 
@@ -142,7 +142,7 @@ class TestAdapters:
         for _ in range(2):
             mill.save(store, first, [mill.answered(each) for each in mill.claim(store, first)])
         assert store.jobs.job(job_id).adapters == ()
-        store.workers.enter(first.worker_id, WorkerState.STOPPED)
+        store.registration.enter(first.worker_id, WorkerState.STOPPED)
         newer = mill.session(store, name="newer", adapters=[NEW_A])
         assert mill.work_off(store, newer) == 2
         assert store.jobs.job(job_id).adapters == (NEW_A,)
@@ -152,7 +152,7 @@ class TestAdapters:
         first = mill.session(store, adapters=[OLD_A])
         for _ in range(2):
             mill.save(store, first, [mill.answered(each) for each in mill.claim(store, first)])
-        store.workers.enter(first.worker_id, WorkerState.STOPPED)
+        store.registration.enter(first.worker_id, WorkerState.STOPPED)
         assert store.jobs.job(job_id).adapters == (OLD_A,)
         newer = mill.session(store, name="newer", adapters=[NEW_A])
         assert mill.claim(store, newer) == ()
@@ -169,7 +169,7 @@ class TestAdapters:
         first = mill.session(store, adapters=[A])
         mill.save(store, first, [mill.answered(each) for each in mill.claim(store, first)])
         assert store.jobs.job(job_id).adapters == (A,)
-        store.workers.enter(first.worker_id, WorkerState.STOPPED)
+        store.registration.enter(first.worker_id, WorkerState.STOPPED)
         assert mill.claim(store, mill.session(store, name="newer", adapters=[NEW_A]))
         assert store.jobs.job(job_id).adapters == (NEW_A,)
 
@@ -195,7 +195,7 @@ class TestIdle:
         assert store.recovery.pending_of(spec, most=9, worker_id=newer.worker_id) == []
         loading = mill.session(store, name="loading", ready=False)
         assert len(store.recovery.pending_of(spec, most=9)) == 1
-        store.workers.enter(loading.worker_id, WorkerState.STOPPED)
+        store.registration.enter(loading.worker_id, WorkerState.STOPPED)
         mill.session(store, name="same", identity=OLD)
         assert len(store.recovery.pending(most=9)[spec.canonical]) == 1
         assert store.jobs.job(job_id).counts.pending == 4
@@ -204,7 +204,7 @@ class TestIdle:
         who = mill.session(store, identity=OLD, adapters=[OLD_A])
         (row,) = store.workers.rows()
         assert (row.identity, row.adapters) == (OLD, (OLD_A,))
-        store.workers.new_generation(who.worker_id, child_pid=9)
+        store.registration.new_generation(who.worker_id, child_pid=9)
         (row,) = store.workers.rows()
         assert row.identity is None
 

@@ -173,7 +173,7 @@ class TestBeforeIdentities:
 
     def test_the_loading_is_known_of_runs_that_began_since_alone(self, store: Store) -> None:
         newer = mill.session(store)
-        store.workers.imported(newer.worker_id, newer.generation, seconds=4.0)
+        store.registration.imported(newer.worker_id, newer.generation, seconds=4.0)
         mill.claim(store, newer)
         with store.database.read() as connection:
             found = connection.execute(select(runs)).all()

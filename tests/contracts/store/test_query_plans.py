@@ -79,7 +79,7 @@ def test_a_keepers_look(at_work: tuple[Store, int]) -> None:
     store, worker_id = at_work
     leftovers, reconciler = Leftovers(store, SETTINGS), Reconciler.of(SETTINGS, store, Broker.of(SETTINGS))
     with plans() as found:
-        store.workers.heartbeat(worker_id, beat=10.0)
+        store.registration.heartbeat(worker_id, beat=10.0)
         leftovers.settle_orphans()
         leftovers.discard_abandoned()
         reconciler.repair()
@@ -96,7 +96,7 @@ def test_crashes_until_the_device_is_to_blame(sqlite_store: Store) -> None:
             assert not sqlite_store.health.is_sick(broken.worker_id)
             mill.claim(sqlite_store, replace(broken, generation=generation))
             assert Leftovers(sqlite_store, SETTINGS).settle(broken.worker_id, generation, outcome=RunOutcome.CRASHED)
-            sqlite_store.workers.new_generation(broken.worker_id, child_pid=3)
+            sqlite_store.registration.new_generation(broken.worker_id, child_pid=3)
             (claimed,) = mill.claim(sqlite_store, good)
             mill.save(sqlite_store, good, [mill.answered(claimed)])
         assert sqlite_store.health.is_sick(broken.worker_id)

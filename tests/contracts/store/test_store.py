@@ -251,7 +251,7 @@ class TestSaving:
         job_id = mill.load(store, 4)
         who = mill.session(store)
         (claimed,) = mill.claim(store, who)
-        store.workers.enter(who.worker_id, draining())
+        store.registration.enter(who.worker_id, draining())
         half = mill.answered(claimed, count=2)
         turned = store.leases.sync(who, [half], wanted_requests=10, in_flight_room=10)
         assert turned.drain
@@ -297,7 +297,7 @@ class TestRecovery:
         assert store.workers.rows() == []
         assert set(store.recovery.expired(lease_seconds=60)) == {claimed.lease.batch_id}
         assert set(store.creation.expired(lease_seconds=60)) == {loading}
-        store.workers.heartbeat(other.worker_id, beat=5.0)  # who lives says so by the new time
+        store.registration.heartbeat(other.worker_id, beat=5.0)  # who lives says so by the new time
         assert [row.name for row in store.workers.rows()] == ["other"]
         mill.save(store, who, [BatchReport(claimed.lease)])
         store.creation.renew(loading, lease_seconds=60)
@@ -349,7 +349,7 @@ class TestReading:
         clock.seconds += 1000  # nobody works
         (third,) = mill.claim(store, sessions[0])
         clock.seconds += 5
-        store.workers.heartbeat(sessions[0].worker_id, beat=5.0)
+        store.registration.heartbeat(sessions[0].worker_id, beat=5.0)
         effort = store.usage.of(job_id)
         assert (effort.queued_seconds, effort.running_seconds) == (10.0, 105.0)
         assert effort.recent_requests_per_second == 0.0

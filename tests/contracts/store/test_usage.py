@@ -92,7 +92,7 @@ class TestPaces:
         (claimed,) = mill.claim(timed, who)
         for _ in range(4):
             clock.seconds += 5
-            timed.workers.heartbeat(who.worker_id, beat=5.0)
+            timed.registration.heartbeat(who.worker_id, beat=5.0)
         mill.save(timed, who, [mill.answered(claimed, count=2)])
         clock.seconds += 3 * 3_600
         assert timed.usage.of(job_id).running_seconds == 25.0, "until the next heartbeat was due"

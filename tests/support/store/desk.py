@@ -23,7 +23,7 @@ from batchmill.jobs.requests.states import BatchState
 from batchmill.jobs.store.leases.lease import Lease, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata, stores
-from batchmill.jobs.store.workers import Loaded
+from batchmill.jobs.store.workers.registration import Loaded
 from batchmill.worker.loop.holdings import Holdings
 from batchmill.worker.loop.spool import Spool, Spools
 from batchmill.worker.process.maintenance.leftovers import Leftovers
@@ -100,7 +100,7 @@ class Desk:
         self.bed = bed
         self.rows = rows
         self.adapters = adapters
-        self.worker_id = store.workers.register(
+        self.worker_id = store.registration.register(
             host="host",
             name=f"w{number}",
             pid=number,
@@ -124,9 +124,9 @@ class Desk:
         self.spawn()
 
     def spawn(self) -> None:
-        self.generation = self.store.workers.new_generation(self.worker_id, child_pid=self.generation + 1)
+        self.generation = self.store.registration.new_generation(self.worker_id, child_pid=self.generation + 1)
         loaded = Loaded(EngineFacts(EngineLimits("echo", self.rows), mill.IDENTITY), "cpu", None, {})
-        self.store.workers.loaded(self.worker_id, self.generation, loaded=loaded)
+        self.store.registration.loaded(self.worker_id, self.generation, loaded=loaded)
         spec, seconds = mill.ECHO_SPEC, mill.LEASE_SECONDS
         session = WorkerSession(
             self.worker_id, self.generation, spec, "cpu", seconds, mill.IDENTITY, adapters=self.adapters

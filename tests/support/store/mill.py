@@ -18,7 +18,7 @@ from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.leases.lease import BatchReport, Claimed, SyncResult, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata
-from batchmill.jobs.store.workers import Loaded
+from batchmill.jobs.store.workers.registration import Loaded
 
 ECHO_SPEC = ModelSpec("echo", None, Quantization(Kind.NONE))
 LEASE_SECONDS = 60.0
@@ -100,7 +100,7 @@ def session(
     kinds: frozenset[str] = frozenset({FIRST_KIND}),
 ) -> WorkerSession:
     """A live worker, ready unless told otherwise."""
-    worker_id = store.workers.register(
+    worker_id = store.registration.register(
         host=host,
         name=name,
         pid=1,
@@ -111,12 +111,12 @@ def session(
         adapters=adapters,
         process=process,
     )
-    generation = store.workers.new_generation(worker_id, child_pid=2)
+    generation = store.registration.new_generation(worker_id, child_pid=2)
     if ready:
         limits = EngineLimits("echo", 8, 128, 1_024)
         facts = EngineFacts(limits, identity, None, tuple(adapters), 0.5, weights_by_device=(100,), kinds=kinds)
         loaded = Loaded(facts, "cpu", None, {"torch": "2"})
-        store.workers.loaded(worker_id, generation, loaded=loaded)
+        store.registration.loaded(worker_id, generation, loaded=loaded)
     return WorkerSession(
         worker_id,
         generation,

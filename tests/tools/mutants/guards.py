@@ -50,29 +50,29 @@ _LAST_OUTPUT_WINS = Edit(
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "whoever opens a SQLite store makes no file",
-        (Edit("jobs/store/database.py", "else 'rw'}\"", "else 'rwc'}\""),),
-        ("tests/unit/jobs/store/test_database.py",),
+        (Edit("jobs/store/database/database.py", "else 'rw'}\"", "else 'rwc'}\""),),
+        ("tests/unit/jobs/store/database/test_database.py",),
     ),
     Mutant(
         "a look at a SQLite store cannot write",
-        (Edit("jobs/store/database.py", "{'ro' if self._read_only else 'rw'}", "rw"),),
+        (Edit("jobs/store/database/database.py", "{'ro' if self._read_only else 'rw'}", "rw"),),
         ("tests/contracts/store/test_checking.py::test_a_read_only_store_writes_nothing",),
     ),
     Mutant(
         "a look at a PostgreSQL store cannot write",
-        (Edit("jobs/store/postgresql.py", "{_READ_ONLY if read_only else ''}", ""),),
+        (Edit("jobs/store/database/postgresql.py", "{_READ_ONLY if read_only else ''}", ""),),
         ("tests/contracts/store/test_checking.py::test_a_read_only_store_writes_nothing",),
     ),
     Mutant(
         "a count that its outputs do not add up to is told of",
-        (Edit("jobs/store/checking.py", "batches.c[name] != found", "batches.c[name] < found"),),
+        (Edit("jobs/store/checking.py", "batches.c[name] != summed", "batches.c[name] < summed"),),
         ("tests/contracts/store/test_checking.py::test_each_harm_is_named",),
     ),
     Mutant(
         "the victim of a deadlock begins again",
         (
             Edit(
-                "jobs/store/conflicts.py",
+                "jobs/store/database/conflicts.py",
                 "            except StoreConflict:\n",
                 "            except ZeroDivisionError:\n",
             ),
@@ -103,19 +103,19 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "who waits keeps no connection to PostgreSQL",
-        (Edit("jobs/store/postgresql.py", "_KEPT_SECONDS = 0.25\n", "_KEPT_SECONDS = 3_600.0\n"),),
+        (Edit("jobs/store/database/postgresql.py", "_KEPT_SECONDS = 0.25\n", "_KEPT_SECONDS = 3_600.0\n"),),
         ("tests/faults/test_connections.py::test_a_store_that_is_not_used_keeps_no_connection",),
     ),
     Mutant(
         "PostgreSQL is asked for READ COMMITTED by name",
-        (Edit("jobs/store/postgresql.py", "BEGIN ISOLATION LEVEL READ COMMITTED;", "BEGIN;"),),
+        (Edit("jobs/store/database/postgresql.py", "BEGIN ISOLATION LEVEL READ COMMITTED;", "BEGIN;"),),
         ("tests/contracts/store/test_postgresql.py",),
     ),
     Mutant(
         "a worker that gave up stays so beside a new child",
         (
             Edit(
-                "jobs/store/workers.py",
+                "jobs/store/workers/registration.py",
                 "state=case((workers.c.state.in_(GIVEN_UP), workers.c.state), else_=WorkerState.LOADING.value),",
                 "state=case((workers.c.id < 0, workers.c.state), else_=WorkerState.LOADING.value),",
             ),
@@ -124,8 +124,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a writer of SQLite waits for those who came before",
-        (Edit("jobs/store/database.py", "            with line.head():\n", "            if True:\n"),),
-        ("tests/unit/jobs/store/test_line.py",),
+        (Edit("jobs/store/database/database.py", "            with line.head():\n", "            if True:\n"),),
+        ("tests/unit/jobs/store/database/test_line.py",),
     ),
     Mutant(
         "every mark of a conversation is in its prompt",
@@ -184,7 +184,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "BEGIN IMMEDIATE",
-        (Edit("jobs/store/database.py", 'exec_driver_sql("BEGIN IMMEDIATE")', 'exec_driver_sql("BEGIN")'),),
+        (Edit("jobs/store/database/database.py", 'exec_driver_sql("BEGIN IMMEDIATE")', 'exec_driver_sql("BEGIN")'),),
         (_RACES,),
     ),
     Mutant(
@@ -229,7 +229,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a lease further ahead than any can be is over",
         (
             Edit(
-                "jobs/store/clock.py",
+                "jobs/store/database/clock.py",
                 "return or_(until < now - for_seconds, until > now + lease_seconds)",
                 "return until < now - for_seconds",
             ),
@@ -357,7 +357,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "an output over its input is refused",
-        (Edit("jobs/runtime/files/output_file.py", "return os.path.samestat(found, status)", "return False"),),
+        (Edit("jobs/runtime/files/output_file.py", "return os.path.samestat(target_status, status)", "return False"),),
         ("tests/unit/jobs/runtime/files/test_output_file.py",),
     ),
     Mutant(
@@ -367,11 +367,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "suspects are claimed by who holds nothing",
-        (
-            Edit(
-                "jobs/store/leases/claim.py", "if found is None or (found.crashes and not alone):", "if found is None:"
-            ),
-        ),
+        (Edit("jobs/store/leases/claim.py", "if best is None or (best.crashes and not alone):", "if best is None:"),),
         (_HISTORIES,),
     ),
     Mutant(
@@ -450,7 +446,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "an adapter's name means one thing to all live workers",
-        (Edit("jobs/store/database.py", "if not self.is_sqlite:", "if False:"),),
+        (Edit("jobs/store/database/database.py", "if not self.is_sqlite:", "if False:"),),
         (_ADAPTERS,),
     ),
     Mutant(
@@ -516,12 +512,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "batchmill.toml is the user's own",
-        (Edit("jobs/configuration/settings_file.py", "            _refuse_owner(found, path)\n", ""),),
+        (Edit("jobs/configuration/settings_file.py", "            _refuse_owner(status, path)\n", ""),),
         ("tests/unit/jobs/configuration/test_settings_file.py",),
     ),
     Mutant(
         "nobody else writes batchmill.toml",
-        (Edit("jobs/configuration/settings_file.py", "            _refuse_writers(found, path)\n", ""),),
+        (Edit("jobs/configuration/settings_file.py", "            _refuse_writers(status, path)\n", ""),),
         ("tests/unit/jobs/configuration/test_settings_file.py",),
     ),
     Mutant(
@@ -576,7 +572,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "nothing is kept for an idle worker that serves less",
-        (Edit("jobs/store/workers.py", "if not kinds.issubset(json.loads(row.kinds)):", "if False:"),),
+        (Edit("jobs/store/workers/idle.py", "if not kinds.issubset(json.loads(row.kinds)):", "if False:"),),
         ("tests/scenarios/test_request_kinds.py::TestToyKind",),
     ),
     Mutant(

@@ -57,17 +57,17 @@ class _Spy:
 
 
 def _watch_generation(spy: _Spy) -> None:
-    from batchmill.jobs.store.workers import Workers
+    from batchmill.jobs.store.workers.registration import Registration
 
-    new_generation = Workers.new_generation
+    new_generation = Registration.new_generation
 
-    def noted(self: Workers, worker_id: int, *, child_pid: int) -> int:
+    def noted(self: Registration, worker_id: int, *, child_pid: int) -> int:
         spy.counts.worker_id = worker_id
         spy.counts.generation = new_generation(self, worker_id, child_pid=child_pid)
         spy.write()
         return spy.counts.generation
 
-    Workers.new_generation = noted  # type: ignore[method-assign]
+    Registration.new_generation = noted  # type: ignore[method-assign]
 
 
 def _watch_engine(spy: _Spy) -> None:

@@ -251,7 +251,7 @@ def test_a_reader_and_a_writer_get_through_during_a_submit(sqlite_url: str, tmp_
     who = mill.session(store)
     watchers = [
         threading.Thread(target=watch, args=("read", lambda own: own.jobs.jobs(most=5))),
-        threading.Thread(target=watch, args=("write", lambda own: own.workers.heartbeat(who.worker_id, beat=5))),
+        threading.Thread(target=watch, args=("write", lambda own: own.registration.heartbeat(who.worker_id, beat=5))),
     ]
     for watcher in watchers:
         watcher.start()

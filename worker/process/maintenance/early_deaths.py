@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
-from batchmill.jobs.store.workers import Heartbeat
+from batchmill.jobs.store.workers.registration import Heartbeat
 
 #: After so many in a row the worker gives up.
 _MOST = 3

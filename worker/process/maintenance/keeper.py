@@ -25,7 +25,8 @@ from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.runtime.process.process import end_of
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.workers import GIVEN_UP, Heartbeat
+from batchmill.jobs.store.workers.liveness import GIVEN_UP
+from batchmill.jobs.store.workers.registration import Heartbeat
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.child import DRAIN_SIGNAL
 from batchmill.worker.process.maintenance.early_deaths import EarlyDeaths
@@ -188,7 +189,7 @@ class Keeper:
             # What a child that was told to end did not hand back in time was cut short, and is not to blame.
             self._settle(self._last.generation, RunOutcome.RELEASED if self._draining.is_set() else RunOutcome.CRASHED)
             if self.failure is None:
-                self._store.workers.enter(self._worker_id, WorkerState.STOPPED)
+                self._store.registration.enter(self._worker_id, WorkerState.STOPPED)
         except StoreError as error:
             log.warning(f"{error.hindrance}; others take back what is left", worker=self._worker_id, error=str(error))
         self._waker.wait(seconds=_LAST_WAKE_SECONDS)
@@ -209,7 +210,7 @@ class Keeper:
                 if self._draining.is_set():
                     self._pool.signal(DRAIN_SIGNAL)  # again: a child that has just been started may have missed it
                 if self._draining.is_set() and not told:
-                    self._store.workers.enter(self._worker_id, WorkerState.DRAINING)
+                    self._store.registration.enter(self._worker_id, WorkerState.DRAINING)
                     told = True
                 self._look_after()
                 self._away = False
@@ -250,7 +251,7 @@ class Keeper:
 
     def _beat(self) -> None:
         """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
-        beat = self._store.workers.heartbeat(
+        beat = self._store.registration.heartbeat(
             self._worker_id,
             beat=self._settings.heartbeat_seconds,
             hindrance=self._hindrance if monotonic() < self._hindered_until else None,
@@ -274,7 +275,7 @@ class Keeper:
         generation = self._last.generation
         self._tell_death()
         self._settle(generation)
-        self._store.workers.child_died(self._worker_id, generation)
+        self._store.registration.child_died(self._worker_id, generation)
         loading = self._last.state is WorkerState.LOADING
         self._failed_loads = self._failed_loads + 1 if loading else 0
         if self._failed_loads >= _MAX_FAILED_LOADS:
@@ -300,7 +301,7 @@ class Keeper:
 
     def _give_up(self, reason: str) -> None:
         self.failure = reason
-        self._store.workers.enter(self._worker_id, WorkerState.FAILED, error=reason)
+        self._store.registration.enter(self._worker_id, WorkerState.FAILED, error=reason)
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _settle(self, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> None:

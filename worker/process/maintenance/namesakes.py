@@ -52,12 +52,12 @@ class Namesakes:
             if self._since is None:
                 log.warning("another store shows this one's id: give the copy its own by `batchmill db new-id`", by=met)
             self._since = 0
-            self._store.workers.meet(self._worker_id, met)
+            self._store.registration.meet(self._worker_id, met)
         elif self._since is not None:
             self._since += 1
             if self._since >= _LOOKS:
                 self._since = None
-                self._store.workers.meet(self._worker_id, None)
+                self._store.registration.meet(self._worker_id, None)
 
     def _stranger(self, mark: str | None) -> str | None:
         """The name of a worker that this store does not know, if the mark is one's."""

@@ -120,9 +120,9 @@ def test_a_job_has_the_largest_of_all_its_runs_and_the_sum_of_their_energy(store
 
 def test_a_worker_says_what_its_devices_hold_now(store: Store) -> None:
     who = mill.session(store)
-    store.workers.measured(who.worker_id, who.generation, devices=[gpu(used=60)])
-    store.workers.measured(who.worker_id, who.generation, devices=[gpu(used=40)])
-    store.workers.measured(who.worker_id, who.generation - 1, devices=[gpu(used=99)])
+    store.registration.measured(who.worker_id, who.generation, devices=[gpu(used=60)])
+    store.registration.measured(who.worker_id, who.generation, devices=[gpu(used=40)])
+    store.registration.measured(who.worker_id, who.generation - 1, devices=[gpu(used=99)])
     (row,) = store.workers.rows()
     assert row.devices == (gpu(used=40),)
 

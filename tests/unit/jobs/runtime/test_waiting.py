@@ -20,7 +20,7 @@ from batchmill.jobs.models.digests import Digests
 from batchmill.jobs.runtime import waiting
 from batchmill.jobs.runtime.home import use_store
 from batchmill.jobs.runtime.waiting import telling
-from batchmill.jobs.store.database import WAL_SAFE_SINCE
+from batchmill.jobs.store.database.database import WAL_SAFE_SINCE
 from batchmill.jobs.store.store import Store
 from batchmill.worker.devices.lock import DeviceLock
 from tests.support.processes.holding import file_lock, reader, transaction

@@ -180,7 +180,7 @@ class TestOpenJobs:
         who = mill.session(store)
         (claimed,) = mill.claim(store, who)
         mill.save(store, who, [mill.answered(claimed, error=ErrorCode.POISON)])
-        store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        store.registration.enter(who.worker_id, WorkerState.STOPPED)
         with pytest.raises(JobStateError, match=f"ended, or at once after `batchmill cancel {job_id}`; no live worker"):
             chances_of(store.jobs.job(job_id), everything=False, store=store)
         store.closing.cancel(job_id)

@@ -212,9 +212,9 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
         return line
 
     assert said(ago=4_000) == "loading torch 1 h 6 min"
-    store.workers.imported(who.worker_id, who.generation - 1, seconds=99.0)
+    store.registration.imported(who.worker_id, who.generation - 1, seconds=99.0)
     assert said(ago=4_000) == "loading torch 1 h 6 min", "an older child says nothing of this one"
-    store.workers.imported(who.worker_id, who.generation, seconds=3_600.0)
+    store.registration.imported(who.worker_id, who.generation, seconds=3_600.0)
     assert said(ago=7_500) == "loading torch 1 h 0 min, the model 1 h 5 min"
     mill.session(store, name="ready", spec=spec)
     assert JobStatus.read(store, job_id).loading == ()
@@ -223,19 +223,19 @@ def test_a_worker_that_loads_tells_torch_and_its_model_apart(store: Store) -> No
 def test_a_worker_whose_child_died_holds_nothing_and_is_waited_for(store: Store) -> None:
     job_id = mill.load(store, 3)
     who = mill.session(store)
-    store.workers.measured(who.worker_id, who.generation, devices=[DeviceMemory("cpu", "cpu", cache_bytes=5)])
-    store.workers.child_died(who.worker_id, who.generation - 1)
+    store.registration.measured(who.worker_id, who.generation, devices=[DeviceMemory("cpu", "cpu", cache_bytes=5)])
+    store.registration.child_died(who.worker_id, who.generation - 1)
     assert store.workers.rows()[0].state is WorkerState.READY, "that was another child"
-    store.workers.child_died(who.worker_id, who.generation)
+    store.registration.child_died(who.worker_id, who.generation)
     (row,) = store.workers.rows()
     assert (row.weights_bytes, row.engine, row.devices, row.identity) == (0, None, (), None)
     assert "weights" not in worker_line(row)
     said = "  waiting    worker w is restarting, since its process died"
     assert said in job_lines(JobStatus.read(store, job_id))
-    store.workers.new_generation(who.worker_id, child_pid=3)
+    store.registration.new_generation(who.worker_id, child_pid=3)
     assert said not in job_lines(JobStatus.read(store, job_id))
-    store.workers.enter(who.worker_id, WorkerState.DRAINING)
-    store.workers.child_died(who.worker_id, who.generation + 1)
+    store.registration.enter(who.worker_id, WorkerState.DRAINING)
+    store.registration.child_died(who.worker_id, who.generation + 1)
     assert store.workers.rows()[0].state is WorkerState.DRAINING, "none is started again"
 
 
@@ -243,7 +243,7 @@ def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(s
     spec = ModelSpec.parse("demo")
     job_id = mill.load(store, 3, spec=spec)
     who = mill.session(store, spec=spec)
-    store.workers.imported(who.worker_id, who.generation, seconds=4.0)
+    store.registration.imported(who.worker_id, who.generation, seconds=4.0)
     mill.claim(store, who)
 
     def said(*, began: float, queued: float) -> str:
@@ -257,8 +257,8 @@ def test_the_waiting_for_torch_and_for_the_model_are_told_where_the_job_waited(s
     assert said(began=5, queued=6).startswith("6.0 queued, of which 4.0 importing torch, 0.5 loading the model; ")
     assert said(began=5, queued=3).startswith("3.0 queued, of which 2.0 importing torch, 0.5 loading the model; ")
     assert said(began=60, queued=3).startswith("3.0 queued; "), "the model was there before"
-    store.workers.child_died(who.worker_id, who.generation)
-    store.workers.new_generation(who.worker_id, child_pid=3)
+    store.registration.child_died(who.worker_id, who.generation)
+    store.registration.new_generation(who.worker_id, child_pid=3)
     told = said(began=5, queued=6)
     assert told.startswith("6.0 queued, of which 4.0 importing torch, 0.5 loading the model; "), "another child loads"
 
@@ -291,7 +291,7 @@ class TestEnd(Clocked):
         for place in range(batches + 1):
             (claimed,) = mill.claim(store, who)
             clock.seconds += 10 if place < batches else 5
-            store.workers.heartbeat(who.worker_id, beat=5.0)
+            store.registration.heartbeat(who.worker_id, beat=5.0)
             mill.save(store, who, [mill.answered(claimed, count=None if place < batches else 20)])
 
     def read(self, store: Store) -> JobStatus:
@@ -367,7 +367,7 @@ def test_a_job_that_nobody_serves_says_who_is_missing(store: Store) -> None:
 
 def test_a_job_whose_last_worker_has_ended_says_since_when(store: Store) -> None:
     job_id = mill.load(store, 3)
-    store.workers.enter(mill.session(store).worker_id, WorkerState.STOPPED)
+    store.registration.enter(mill.session(store).worker_id, WorkerState.STOPPED)
     first, _ = missing_lines(JobStatus.read(store, job_id))
     assert re.fullmatch(r"no live worker has served echo \(none\) for \d+ s; start one:", first)
 
@@ -408,7 +408,7 @@ def test_where_all_workers_gave_up_the_reason_is_given(
     store: Store, state: WorkerState, said: str, advice: str
 ) -> None:
     job_id = mill.load(store, 3)
-    store.workers.enter(mill.session(store).worker_id, state, error="Xid 79\nfell off the bus")
+    store.registration.enter(mill.session(store).worker_id, state, error="Xid 79\nfell off the bus")
     status = JobStatus.read(store, job_id)
     assert status.missing_seconds is not None
     text = "\n".join(job_lines(status))
@@ -424,7 +424,7 @@ def test_where_all_workers_gave_up_the_reason_is_given(
 
 def test_a_sick_worker_beside_a_good_one_keeps_nobody_waiting(store: Store) -> None:
     job_id = mill.load(store, 3)
-    store.workers.enter(mill.session(store).worker_id, WorkerState.SICK, error="Xid 79")
+    store.registration.enter(mill.session(store).worker_id, WorkerState.SICK, error="Xid 79")
     mill.session(store)
     status = JobStatus.read(store, job_id)
     assert (status.missing_seconds, missing_lines(status)) == (None, [])
@@ -436,7 +436,7 @@ def test_the_line_of_a_worker_says_what_it_is_at_and_why_it_gave_up(store: Store
         "w  ready, 1 batch  echo (none)  cpu on host  100 B weights  echo: 8 rows, 128 context, 1,024 cache tokens  up "
     )
     who = mill.session(store, name="bad")
-    store.workers.enter(who.worker_id, WorkerState.SICK, error="x" * 1_000)
+    store.registration.enter(who.worker_id, WorkerState.SICK, error="x" * 1_000)
     (bad,) = [each for each in store.workers.rows(only_alive=False) if each.name == "bad"]
     assert worker_line(bad).startswith("bad  sick  echo (none)")
     assert worker_line(bad).endswith("xxx...)")
@@ -455,8 +455,8 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     assert worker_line(replace(rows["lives"], alive=False)).startswith("lives  silent  ")
     assert worker_line(replace(rows["contained"], alive=False)).startswith("contained  dead  ")
     assert JobStatus.read(store, job_id).missing_seconds is None
-    store.workers.enter(rows["lives"].id, WorkerState.STOPPED)
-    store.workers.enter(rows["contained"].id, WorkerState.STOPPED)
+    store.registration.enter(rows["lives"].id, WorkerState.STOPPED)
+    store.registration.enter(rows["contained"].id, WorkerState.STOPPED)
     assert JobStatus.read(store, job_id).missing_seconds is not None
     assert JobStatus.read(store, job_id).restarting is None
     home = load_settings().home
@@ -478,14 +478,14 @@ class TestUptime(Clocked):
         who = mill.session(store)
         clock.seconds += 7
         assert self.up(store, who) == 7
-        store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        store.registration.enter(who.worker_id, WorkerState.STOPPED)
         clock.seconds += 1_000
         assert self.up(store, who) == 7
 
     def test_of_a_worker_that_is_heard_of_no_more(self, store: Store, clock: mill.Clock) -> None:
         who = mill.session(store)
         clock.seconds += 5
-        store.workers.heartbeat(who.worker_id, beat=5.0)
+        store.registration.heartbeat(who.worker_id, beat=5.0)
         clock.seconds += 1_000
         assert self.up(store, who) == 5
 
@@ -494,7 +494,7 @@ class TestUptime(Clocked):
         assert live is not None
         who = mill.session(store, process=replace(live, start_ticks=live.start_ticks - 1))
         clock.seconds += 5
-        store.workers.heartbeat(who.worker_id, beat=5.0)
+        store.registration.heartbeat(who.worker_id, beat=5.0)
         clock.seconds += 3
         assert self.up(store, who) == 5
 
@@ -614,7 +614,7 @@ class TestAMillThatStarts:
 
     def test_says_that_its_worker_is_sick(self, store: Store, serve: Callable[..., None]) -> None:
         job_id = mill.load(store, 3)
-        store.workers.enter(mill.session(store).worker_id, WorkerState.SICK, error="Xid 79")
+        store.registration.enter(mill.session(store).worker_id, WorkerState.SICK, error="Xid 79")
         serve("-m", "echo", "--devices", "cpu")
         assert "is sick: Xid 79" in self.said(store, job_id)
 

@@ -147,11 +147,11 @@ class TestBeginning:
 
     def test_whose_parent_is_gone_by_then_ends_at_once(self, worker_id: tuple[Store, int]) -> None:
         """It would hang without anybody to see to it, and send its signals to whoever has become its parent."""
-        before = worker_id[0].workers.heartbeat(worker_id[1], beat=5.0)
+        before = worker_id[0].registration.heartbeat(worker_id[1], beat=5.0)
         begin = f"{sys.executable} -c 'from batchmill.worker.process.startup import begin; begin()'; exit $?"
         done = subprocess.run(["bash", "-c", begin], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 128 + signal.SIGKILL, done.stderr
-        assert worker_id[0].workers.heartbeat(worker_id[1], beat=5.0) == before
+        assert worker_id[0].registration.heartbeat(worker_id[1], beat=5.0) == before
 
     def test_an_order_of_another_batchmill_ends_the_worker_in_words(
         self, worker_id: tuple[Store, int], monkeypatch: pytest.MonkeyPatch

@@ -49,7 +49,7 @@ class Place:
         """Time passes; these workers live on."""
         self.clock.seconds += seconds
         for each in beating:
-            self.store.workers.heartbeat(each.worker_id, beat=5.0)
+            self.store.registration.heartbeat(each.worker_id, beat=5.0)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ class TestAdapters:
         job_id = mill.load_named(place.store, "sql", "sql", "x", batch_size=1)
         mill.session(place.store, adapters=[Adapter("x", "/x")])
         mill.claim(place.store, mill.session(place.store, name="other", adapters=[Adapter("x", "/x")]))
-        place.store.workers.enter(2, WorkerState.STOPPED)
+        place.store.registration.enter(2, WorkerState.STOPPED)
         place.store.recovery.take_back(2, generation=1, outcome=RunOutcome.RELEASED)
         found = finding(place.diagnose(job_id), "adapter_missing")
         assert found.message == "2 batches wait for the adapter sql, which no live worker holds"
@@ -223,7 +223,7 @@ class TestNobodyServes:
 
     def test_dead_and_stopped_workers_are_told_apart(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.enter(mill.session(place.store, name="one").worker_id, WorkerState.STOPPED)
+        place.store.registration.enter(mill.session(place.store, name="one").worker_id, WorkerState.STOPPED)
         place.later(100)
         assert "worker one on host (cpu) stopped" in finding(place.diagnose(job_id), "worker_gone").message
         mill.session(place.store, name="two")
@@ -237,7 +237,7 @@ class TestNobodyServes:
     )
     def test_workers_that_gave_up_say_why(self, place: Place, state: WorkerState, code: str, advice: str) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.enter(mill.session(place.store, name="bad").worker_id, state, error="Xid 79\nfell off")
+        place.store.registration.enter(mill.session(place.store, name="bad").worker_id, state, error="Xid 79\nfell off")
         reason = expect(place.diagnose(job_id), Verdict.STUCK, code)
         assert reason.message.startswith("no worker of echo (none) is left: worker bad on host (cpu) ")
         assert reason.message.endswith(": Xid 79 fell off")
@@ -245,18 +245,20 @@ class TestNobodyServes:
         assert reason.remedy.endswith(START)
 
     def test_a_sick_worker_beside_a_good_one_is_told_and_blocks_nobody(self, place: Place) -> None:
-        place.store.workers.enter(mill.session(place.store, name="bad").worker_id, WorkerState.SICK, error="Xid 79")
-        good = place.store.workers.register(
+        place.store.registration.enter(
+            mill.session(place.store, name="bad").worker_id, WorkerState.SICK, error="Xid 79"
+        )
+        good = place.store.registration.register(
             host="other", name="good", pid=1, spec=mill.ECHO_SPEC, device="cpu", only_job=None, beat=5.0
         )
-        place.store.workers.new_generation(good, child_pid=2)
+        place.store.registration.new_generation(good, child_pid=2)
         diagnosis = place.diagnose(mill.load(place.store, 3))
         expect(diagnosis, Verdict.WAITING, "loading_model")
         assert "worker bad on host (cpu) is sick: Xid 79" in finding(diagnosis, "worker_sick").message
 
     def test_a_sick_worker_that_was_started_again_is_forgotten(self, place: Place) -> None:
-        place.store.workers.enter(mill.session(place.store).worker_id, WorkerState.SICK, error="Xid 79")
-        place.store.workers.enter(mill.session(place.store).worker_id, WorkerState.STOPPED)
+        place.store.registration.enter(mill.session(place.store).worker_id, WorkerState.SICK, error="Xid 79")
+        place.store.registration.enter(mill.session(place.store).worker_id, WorkerState.STOPPED)
         expect(place.diagnose(mill.load(place.store, 3)), Verdict.STUCK, "no_worker")
 
     def test_a_model_that_is_being_loaded_is_waited_for(self, place: Place) -> None:
@@ -294,7 +296,7 @@ class TestNobodyServes:
         who = mill.session(place.store, ready=False)
         for nth in ("2nd", "3rd", "4th"):
             place.later(90, who)
-            place.store.workers.new_generation(who.worker_id, child_pid=3)
+            place.store.registration.new_generation(who.worker_id, child_pid=3)
             place.later(5, who)
             message = place.diagnose(job_id).findings[0].message
             assert message.startswith(f"worker w on host is starting, for the {nth} time, since ")
@@ -306,7 +308,7 @@ class TestNobodyServes:
 
     def test_a_worker_that_has_no_child_yet_is_timed_from_its_own_start(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.register(
+        place.store.registration.register(
             host="host", name="w", pid=1, spec=mill.ECHO_SPEC, device="cpu", only_job=None, beat=5.0
         )
         place.later(7)
@@ -314,7 +316,7 @@ class TestNobodyServes:
 
     def test_workers_that_are_ending_take_nothing_new(self, place: Place) -> None:
         job_id = mill.load(place.store, 3)
-        place.store.workers.enter(mill.session(place.store).worker_id, WorkerState.DRAINING)
+        place.store.registration.enter(mill.session(place.store).worker_id, WorkerState.DRAINING)
         assert START in expect(place.diagnose(job_id), Verdict.STUCK, "draining").remedy
 
 
@@ -472,7 +474,7 @@ class TestLeases:
         place.later(3)
         place.store.recovery.take_back(who.worker_id, generation=1)
         if then == "stops":
-            place.store.workers.enter(who.worker_id, WorkerState.STOPPED)
+            place.store.registration.enter(who.worker_id, WorkerState.STOPPED)
         else:
             place.later(1, who)
         place.later(600)
@@ -515,7 +517,7 @@ class TestEnding:
             leased = {"worker_id": None, "worker_generation": None, "lease_until": None}
             connection.execute(update(batches).values(state="done", **leased))
         assert "within 15 s" in expect(place.diagnose(job_id), Verdict.WAITING, "closing").remedy
-        place.store.workers.enter(who.worker_id, WorkerState.STOPPED)
+        place.store.registration.enter(who.worker_id, WorkerState.STOPPED)
         assert f"batchmill status {job_id}" in expect(place.diagnose(job_id), Verdict.STUCK, "closing").remedy
 
     def test_a_job_that_is_loading_is_no_job_yet(self, place: Place) -> None:

@@ -57,7 +57,7 @@ def test_the_end_of_a_child_is_told_also_where_the_next_one_reported_first(sqlit
     keeper._beat()
     job_id = mill.load(store, 4)
     mill.claim(store, who)
-    store.workers.new_generation(who.worker_id, child_pid=3)
+    store.registration.new_generation(who.worker_id, child_pid=3)
     with capture_logs() as said:
         keeper._beat()
         keeper._beat()

@@ -13,10 +13,10 @@ from time import monotonic, sleep
 import pytest
 from sqlalchemy import event
 
-from batchmill.jobs.store.database import Database
+from batchmill.jobs.store.database.database import Database
+from batchmill.jobs.store.database.line import WriterLine
 from batchmill.jobs.store.jobs import close, retry
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
-from batchmill.jobs.store.line import WriterLine
 from batchmill.jobs.store.store import Store
 from tests.support.store import mill
 

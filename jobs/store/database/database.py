@@ -1,6 +1,6 @@
 """Connections and transactions of the store, on SQLite and PostgreSQL; foreign errors become ours here alone.
 
-What is written knows of no tables: `read()` and `write()` give a connection inside a transaction.
+It knows no tables: `read()` and `write()` give a connection inside a transaction.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from batchmill.jobs.errors import (
 )
 from batchmill.jobs.runtime.files.locks import sqlite_held_by
 from batchmill.jobs.runtime.waiting import Wait, telling
-from batchmill.jobs.store.clock import StoreClock
-from batchmill.jobs.store.line import WriterLine
-from batchmill.jobs.store.postgresql import crowded, postgresql_engine
+from batchmill.jobs.store.database.clock import StoreClock
+from batchmill.jobs.store.database.line import WriterLine
+from batchmill.jobs.store.database.postgresql import crowded, postgresql_engine
 
 #: An older SQLite can corrupt a WAL database when two connections write and checkpoint at once.
 WAL_SAFE_SINCE = (3, 51, 3)
 _CACHE_KIB = 64 * 1024
 #: SQLite: the longest that a writer waits for its place in line, before it waits for the lock itself.
 _LINE_SECONDS = 2.0
-#: What PostgreSQL calls a transaction that it could not serialize, and a deadlock's victim.
+#: PostgreSQL's codes for a transaction that it could not serialize, and for a deadlock's victim.
 _CONFLICTS = ("40001", "40P01")
 
 
 class Database:
     """One database: an engine, its clock, and transactions. The file of SQLite is opened, never made.
 
-    `now` is the clock, an SQL expression in seconds since 1970; a test may pass its own. `read_only`: no statement
-    writes, not even what SQLite keeps about its journal.
+    `now`: the clock, an SQL expression in seconds since 1970; a test may pass its own.
+    `read_only`: no statement writes, not even what SQLite keeps about its journal.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Database:
         """A connection in a transaction that commits at the end, or rolls back when an error passes through.
 
         On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE), and writers get it
-        in the order in which they came.
+        in the order in which they ask.
         """
         with self.translated(), self._told() as wait, self._engine.connect() as plain:
             connection = plain.execution_options(writes=True)
@@ -89,7 +89,7 @@ class Database:
                 yield connection
 
     def alone(self, connection: Connection, what: str) -> None:
-        """Until the transaction ends no other one gets past the same line with the same word; it waits."""
+        """Takes the lock named `what` until the transaction ends; another transaction that asks for it waits."""
         if not self.is_sqlite:  # where writers are alone anyway
             key = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], signed=True)
             connection.execute(select(func.pg_advisory_xact_lock(key)))
@@ -141,11 +141,11 @@ class Database:
         self._file = None
 
     def _told(self) -> AbstractContextManager[Wait]:
-        """Tells of a transaction that waits: while it cannot begin, and after that where somebody is in its way."""
+        """Reports a transaction that waits: while it cannot begin, and after that where a holder is known."""
         return telling(f"the store {self.name}", holder=self._holder)
 
     def _holder(self) -> str | None:
-        """Other processes that keep a transaction waiting, for people; PostgreSQL's are not told of."""
+        """Other processes that keep a transaction waiting, for people; PostgreSQL's are unknown."""
         return sqlite_held_by(Path(self.url.database or "")) if self.is_sqlite else None
 
     def _check_file(self) -> None:
@@ -204,7 +204,7 @@ class Database:
 
     @contextmanager
     def translated(self) -> Iterator[None]:
-        """Foreign errors of the block become ours; for whoever brings a connection of their own, as alembic does."""
+        """Turns foreign errors of the block into ours; for callers with a connection of their own, such as alembic."""
         try:
             yield
         except (DBAPIError, TimeoutError) as error:
@@ -244,19 +244,19 @@ class Database:
 def _file_of(url: URL) -> tuple[int, int] | None:
     """The file of a SQLite store, by device and inode; None where there is none."""
     try:
-        found = os.stat(url.database or "")
+        status = os.stat(url.database or "")
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says first; PostgreSQL's further lines quote the row that it is about, so prompts."""
+    """The first line of an error; PostgreSQL's further lines quote the row that it is about, so prompts."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _damage(error: sqlite3.Error, name: str) -> str:
-    """The line about a file that is no store of SQLite's, or not a whole one; empty for any other error."""
+    """The line about a file that is no SQLite database, or a damaged one; empty for any other error."""
     match _sqlite_code(error):
         case sqlite3.SQLITE_NOTADB:
             return (
@@ -272,7 +272,7 @@ def _damage(error: sqlite3.Error, name: str) -> str:
 
 
 def _advice(error: BaseException | None) -> str:
-    """The way out of what SQLite says of a file that it may not open or write."""
+    """The remedy where SQLite may not open or write a file; empty for any other error."""
     if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
         return ": a process died while it wrote, and what it left has to be taken back first, as `batchmill jobs` does"
     if isinstance(error, sqlite3.Error) and _sqlite_code(error) in (

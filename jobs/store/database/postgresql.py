@@ -1,7 +1,7 @@
-"""Connections to PostgreSQL: how each is made and its transactions begin. Nobody keeps one while it waits.
+"""Connections to PostgreSQL: how each is made, and how its transactions begin. None is kept during a wait.
 
-A server has few, and each of many workers asks for some: what nobody used for a moment is closed, and who finds none
-free waits for one.
+A server has few, and each of many workers asks for some: a connection that was idle for a moment is closed, and a
+caller that finds none free waits for one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sqlalchemy.pool.base import ConnectionPoolEntry
 
 #: Prompts and answers are any text, whatever PGCLIENTENCODING or the locale says.
 _TEXT = {"client_encoding": "utf8"}
-#: How each transaction begins, in one round trip. Who waits longer than these limits for a lock or a statement is in
-#: trouble. They are said anew each time, since a pooler lends each transaction another session, and whatever the
-#: server, the URL (`options`) or PGOPTIONS say of other things holds beside them.
+#: The beginning of each transaction, in one round trip. A longer wait for a lock or a statement means trouble. The
+#: limits are set anew each time, since a pooler lends each transaction another session; other settings of the server,
+#: the URL (`options`) or PGOPTIONS stay in force.
 BEGIN_UNLIMITED = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL timezone = 'UTC'"
 BEGIN = (
     f"{BEGIN_UNLIMITED}; SET LOCAL lock_timeout = '30s'; "
@@ -38,24 +38,24 @@ _LIVENESS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
-#: To connect anew takes about 7 ms of processors, here and there together; a worker at work saves once a second.
+#: An idle connection is kept so long. A new one takes about 7 ms of CPU on both sides; a worker saves once a second.
 _KEPT_SECONDS = 0.25
-#: Even who uses one all the time gives it back after so long, so that others who wait for one get their turn.
+#: Even a connection in constant use is closed after so long, so that others who wait for one get their turn.
 _LONGEST_SECONDS = 5.0
 _OLD_AT = "old at"
-#: Who finds no free connection tries again within so long.
+#: The longest pause before the next try for a free connection.
 _CROWDED_PAUSE_SECONDS = 0.2
-#: What a server, or a pooler, says that has no connection left, for anybody or for this user or database.
+#: Words of a server, or a pooler, that has no connection left, for anybody or for this user or database.
 _CROWDED = ("too many clients", "too many connections", "connection slots are reserved", "no more connections allowed")
 
 
 class BriefPool(NullPool):
-    """Keeps a connection for a moment after its use: who goes on finds it again, and who waits holds none."""
+    """Keeps a connection for a moment after its use: a busy caller finds it again, and a waiting one holds none."""
 
     def __init__(self, *arguments: Any, **words: Any) -> None:
         super().__init__(*arguments, **words)
         self._lock = threading.Lock()
-        #: The last used is the last, each with the time at which it is closed.
+        #: Each with the time at which it is closed; the last used comes last.
         self._kept: list[tuple[float, ConnectionPoolEntry]] = []
         self._closer: threading.Timer | None = None
 
@@ -103,9 +103,9 @@ def crowded(text: str) -> str | None:
 
 
 def postgresql_engine(url: URL, *, busy_seconds: float, limited: bool = True, read_only: bool = False) -> Engine:
-    """An engine for a store; who finds no free connection waits so long for one. Needs psycopg.
+    """An engine for a store; a caller that finds no free connection waits so long for one. Needs psycopg.
 
-    Unless `limited`, a transaction takes as long as it takes; in a `read_only` one the server refuses every write.
+    Unless `limited`, a transaction has no time limits; in a `read_only` one the server refuses every write.
     """
     # Transactions begin where SQLAlchemy says so, below: "autocommit" keeps the driver from beginning its own.
     arguments: dict[str, Any] = {"autocommit": True, "connect_timeout": _CONNECT_SECONDS}
@@ -120,7 +120,7 @@ def postgresql_engine(url: URL, *, busy_seconds: float, limited: bool = True, re
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: ConnectionPoolEntry) -> None:
         record.info[_OLD_AT] = monotonic() + _LONGEST_SECONDS
-        # A pooler says a pid of its own. Who gets its session next must not find our statements prepared in it.
+        # A pooler reports a pid of its own. The next user of its session must not find our statements prepared in it.
         if connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,):
             connection.prepare_threshold = None
 
@@ -132,7 +132,7 @@ def postgresql_engine(url: URL, *, busy_seconds: float, limited: bool = True, re
 
 
 def _connected(connect: Callable[[], Any], failure: type[Exception], most_seconds: float) -> Any:
-    """A new connection. While all are taken it tries again, and raises what the server said after so long."""
+    """A new connection. While all are taken it retries, and raises the server's error after so long."""
     end = monotonic() + most_seconds
     while True:
         try:

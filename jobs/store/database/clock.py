@@ -1,4 +1,4 @@
-"""The store's clock: one SQL expression, evaluated by the database at the moment it is read; and what is over by it."""
+"""The store's clock: one SQL expression, evaluated by the database as it is read; and the test for expired leases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StoreClock(ColumnElement[float]):
     """Seconds since 1970, UTC, with milliseconds; inside a transaction it goes on."""
 
     type = Float()
-    #: It has no parts; with this said, SQLAlchemy compiles what it stands in once and not each time.
+    #: It has no parts; with this declared, SQLAlchemy compiles a statement that holds it once and not each time.
     _traverse_internals = []  # noqa: RUF012
     inherit_cache = True
 
@@ -31,8 +31,8 @@ def _postgresql(_element: StoreClock, _compiler: Any, **_kwargs: Any) -> str:
 def is_over(
     until: ColumnElement[Any], *, now: ColumnElement[float], lease_seconds: float, for_seconds: float = 0.0
 ) -> ColumnElement[bool]:
-    """A lease that expired at least so long ago, or that is further ahead than one of `lease_seconds` can be.
+    """True for a lease that expired at least so long ago, or that is further ahead than one of `lease_seconds` can be.
 
-    The latter was given before the store's clock was set back; who lives renews it by the new time.
+    The latter was given before the store's clock was set back; a live worker renews it by the new time.
     """
     return or_(until < now - for_seconds, until > now + lease_seconds)

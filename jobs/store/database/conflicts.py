@@ -1,4 +1,4 @@
-"""Conflicts between transactions: one that PostgreSQL ended for another's sake is begun again at once."""
+"""Conflicts between transactions: one that PostgreSQL ended for another's sake is retried, with a short backoff."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from batchmill.jobs.errors import StoreConflict
 
-#: A transaction is begun so often at most: by then the store is too busy for it.
+#: A transaction is tried so often at most: by then the store is too busy for it.
 MOST_TRIES = 6
 #: The longest pause before the second try; each further one may be twice as long, so that two do not meet again.
 _PAUSE_SECONDS = 0.02
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def retried(transaction: Callable[P, T]) -> Callable[P, T]:
-    """The same method of the store, begun again where it lost a conflict: of what it did nothing is left then.
+    """Retries a method of the store where it lost a conflict, which leaves nothing of what it did.
 
     For a method that is one transaction, or that may be cut short and called again. Every method that writes is.
     """

@@ -1,9 +1,10 @@
-"""The line in which writers of one SQLite file wait: who came first begins first, however busy the others are.
+"""The line in which writers of one SQLite file wait: the first to come is the first to begin, however busy the others.
 
-SQLite's own lock goes to whoever asks at the right moment, and asks less often the longer it has waited. So a
-writer first stands in line, and begins its transaction at the head of it. The line is a courtesy: who is kept waiting
-in it for too long (by a process that was stopped there, say), or cannot use its file, goes on without, and SQLite's
-lock alone decides. A place is a byte of the line's file, locked by who holds it; a process that dies lets go of it.
+SQLite's own lock goes to the writer that asks at the right moment, and a writer asks less often the longer it has
+waited. So a writer first stands in line, and begins its transaction at the head of it. The line is a courtesy: a writer
+that is kept waiting in it for too long (by a process that was stopped there, say), or cannot use its file, goes on
+without it, and SQLite's lock alone decides. A place is a byte of the line's file, locked by its holder; a process that
+dies lets go of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WriterLine:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Waits for everybody who came before; whoever comes later waits until the block ends."""
+        """Waits for all writers that came before; those that come later wait until the block ends."""
         file = self._open()
         if file is None:
             yield
@@ -65,7 +66,7 @@ class WriterLine:
 
 
 def _poll_lock(file: int, kind: int, first: int, count: int, *, until: float) -> None:
-    """Raises TimeoutError."""
+    """Takes a lock as soon as it is free. Raises TimeoutError."""
     while not _lock(file, kind, first, count):
         if time.monotonic() > until:
             raise TimeoutError
@@ -75,7 +76,7 @@ def _poll_lock(file: int, kind: int, first: int, count: int, *, until: float) ->
 def _lock(file: int, kind: int, first: int = 0, count: int = 0) -> bool:
     """Locks bytes of an open file, or lets go of them (0: all); False where another has locked some.
 
-    Such locks belong to who opened the file, so that threads of one process keep each other out as well.
+    Such locks belong to the open file, so that threads of one process keep each other out as well.
     """
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, first, count, 0))
