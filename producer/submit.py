@@ -1,6 +1,6 @@
-"""From a prompt file to a queued job: streams its requests into the store, opens the job, sends the wake-ups.
+"""Submission of a prompt file as a job: streams its requests into the store, opens the job, sends the wake-ups.
 
-A job may be asked for under a key, of which there is one job alone, however often and at once it is submitted.
+A key makes a submission idempotent: it opens one job, however often it is made, and even if several are made at once.
 
 It knows neither how a line is read (producer.files.prompt_file) nor what the store's tables are.
 """
@@ -37,12 +37,12 @@ from batchmill.producer.requests.chat_template import lacks_chat_template, refus
 from batchmill.producer.requests.kinds import forms_of
 
 log = get_logger(__name__)
-#: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases
-#: than this process takes a long one, unless it is renewed, for one of a clock that was set back.
+#: The renewals of a loading lease within its length, and the longest time between two. A process with shorter leases
+#: than this one takes a long lease that is not renewed for one of a clock that was set back.
 _RENEWALS = 4
 _RENEWAL_SECONDS = 15.0
 _HASH_BYTES = 1 << 20
-#: What the keys of `once` begin with, and a user's own may not.
+#: The prefix of the keys that `once` makes, which a user's own may not have.
 _ONCE = "once:"
 _DUPLICATE = "duplicate custom_id"
 KEY_LENGTH = 256
@@ -50,27 +50,29 @@ KEY_LENGTH = 256
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What a user asks for. Without `model`, the file's one model is used. `form`: how the file is read, if not as its
-    suffix says.
-
-    `idempotency_key` is the user's own word for this job; `once` makes one of what the job is. `adapters`: what the
-    names of `options.adapters` mean, where the same command starts the workers. Raises UsageError.
-    """
+    """The job that a user asks for. Raises UsageError."""
 
     path: str
+    #: By default, the one model that the file names.
     model: str | None = None
     quantization: str | None = None
     default_quantization: str = Kind.NF4.value
     revision: str | None = None
+    #: The model is a folder that exists only on the workers' machines.
     remote_path: bool = False
+    #: The form in which the file is read, if not as its suffix says.
     form: str | None = None
+    #: Lines that name another model run, too.
     ignore_line_model: bool = False
     name: str | None = None
     options: JobOptions = field(default_factory=GenerationOptions)
+    #: The adapters of `options.adapters`, where the same command starts the workers.
     adapters: tuple[Adapter, ...] = ()
     batch_size: int = DEFAULT_BATCH_SIZE
     command: str = ""
+    #: The user's own key for this job.
     idempotency_key: str | None = None
+    #: The job's fingerprint is its key.
     once: bool = False
 
     def __post_init__(self) -> None:
@@ -116,11 +118,11 @@ class Submission:
 
     @property
     def is_stream(self) -> bool:
-        """True for what can be read once alone. Raises OSError."""
+        """True for a path that can be read only once. Raises OSError."""
         return self.path == "-" or not Path(self.path).is_file()
 
     def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:
-        """Equal for the same file, model and request options: what `run` continues a job by."""
+        """A digest that is equal for the same file, model and request options; `run` continues a job by it."""
         parts = [file_sha256, spec.canonical, self.options.to_json()]
         if self._is_text:
             parts.append("txt")  # the same bytes are other requests in plain text than in JSONL
@@ -138,20 +140,20 @@ class Submission:
                 while block := file.read(_HASH_BYTES):
                     digest.update(block)
         except OSError:
-            return None  # what reads the file next says why it cannot
+            return None  # the next read of the file says why it cannot be read
         return self.fingerprint(spec, digest.hexdigest())
 
     def key(self, fingerprint: str) -> str | None:
-        """What no second job is opened under; None where nothing was asked for."""
+        """The key under which no second job is opened; None where none was asked for."""
         return _ONCE + fingerprint if self.once else self.idempotency_key
 
 
 class Submitted(NamedTuple):
-    """The job of a submission, and whether it was made now or is the one of an earlier submit."""
+    """The job of a submission."""
 
     job_id: str
     spec: ModelSpec
-    is_new: bool
+    is_new: bool  #: False for the job of an earlier submit
 
 
 def load_once(
@@ -159,7 +161,7 @@ def load_once(
 ) -> Submitted:
     """Stores the file as a queued job, unless its key has one already.
 
-    Raises UsageError when that one is of other content, and what load_job raises.
+    Raises UsageError where that job is of other content, and the errors of load_job.
     """
     try:
         _refuse_submitted(submission, store)
@@ -178,10 +180,10 @@ def load_job(
     vet: Callable[[ModelSpec], None] = lambda _: None,
     stored: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, ModelSpec]:
-    """Stores the file as a queued job: its id and what it needs. Nothing stays stored when the file is bad.
+    """Stores the file as a queued job; returns its id and ModelSpec. Nothing stays stored when the file is bad.
 
-    `vet` looks at the model as soon as it is known, and may raise. `stored` is called with the job's id after each
-    page of a file that is good so far, and may raise.
+    `vet` is called with the model as soon as it is known, and may raise.
+    `stored` is called with the job's id after each page of a file that is good so far, and may raise.
 
     Raises PromptFileError, UsageError, KeyTaken, LoadingLost, StoreError.
     """
@@ -239,12 +241,12 @@ def load_job(
 
 
 def send_wakeups(spec: ModelSpec, *, store: Store, broker: Broker) -> None:
-    """Wakes workers for what is pending. Raises BrokerUnavailable."""
+    """Sends wake-ups for pending batches of a model. Raises BrokerUnavailable."""
     broker.send_wakeups(spec.queue(store.id), store.recovery.pending_of(spec, most=MAX_WAKEUPS))
 
 
 def _refuse_submitted(submission: Submission, store: Store) -> None:
-    """Raises KeyTaken where that can be told before anything is stored: a second submit of a long file is quick."""
+    """Raises KeyTaken where that is known before anything is stored: a second submit of a long file is quick."""
     if submission.model is None or not (submission.once or submission.idempotency_key):
         return
     fingerprint = submission.fingerprint_of_file(submission.spec(submission.model))
@@ -256,7 +258,7 @@ def _discard(store: Store, job_id: str) -> None:
     try:
         store.creation.discard(job_id)
     except StoreError as error:
-        # Nobody sees these rows, and whoever comes by later deletes them; why the submit failed is the news.
+        # Nobody sees these rows, and a reconciler deletes them later; the user has to see why the submit failed.
         log.warning("what a failed submit stored is deleted later", job=job_id, error=str(error))
 
 

@@ -1,6 +1,6 @@
-"""What batchmill needs on this machine, a check a line, each with the fix. It changes nothing.
+"""Checks of what batchmill needs on this machine: a line for each, with the fix. They change nothing.
 
-A check that cannot be made is one that failed, and the others go on.
+A check that cannot be made counts as failed, and the others go on.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at. A required one that is not ok is an error; `fix` says what to do."""
+    """The result of one check."""
 
     name: str
     ok: bool
     found: str
-    fix: str = ""
-    required: bool = True
+    fix: str = ""  #: the remedy, which is shown where it is not ok
+    required: bool = True  #: it is an error where it is not ok
 
 
 def examine(settings: Settings, *, model: str | None) -> Iterator[Check]:
@@ -75,7 +75,7 @@ def _tried(name: str, check: Callable[[], Check]) -> Check:
 
 
 def report(checks: Iterable[Check], *, as_json: bool) -> int:
-    """Prints the checks as they come: the exit code."""
+    """Prints the checks as they come; returns the exit code."""
     bad = False
     done = []
     for check in checks:
@@ -108,7 +108,7 @@ def _libraries() -> Iterator[Check]:
 
 
 def _cuda() -> Check:
-    """Asked in a process of its own: this one never imports torch."""
+    """Asks torch for its devices in a process of its own: this one never imports torch."""
     code = "import torch; print(*[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], sep=', ')"
     words = [sys.executable, "-P", "-c", code]
     try:
@@ -172,7 +172,7 @@ def _database(settings: Settings) -> Check:
 
 
 def _own_id(settings: Settings) -> Iterator[Check]:
-    """A line where this store's workers have met those of another that shows the same id."""
+    """A failed check where this store's workers have met those of another store with the same id."""
     try:
         met = _met(settings)
     except (BatchmillError, OSError):
@@ -215,7 +215,7 @@ def _model(written: str) -> Check:
 
 
 def _hub_model(spec: ModelSpec) -> Check:
-    """Whether a Hugging Face model lies whole in this machine's cache; else workers fetch it when they start."""
+    """Checks that a Hugging Face model lies whole in this machine's cache; else workers fetch it when they start."""
     if find_spec("huggingface_hub") is None:
         return Check("model", True, f"{spec.model} is downloaded by workers")
     from huggingface_hub import constants

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _MOST_JOBS = 20
-#: A worker whose model cannot be loaded, or whose device is sick, is shown for so long.
+#: The time for which a worker is listed whose model cannot be loaded, or whose device is sick.
 _GIVEN_UP_SHOWN_SECONDS = 86_400
 
 

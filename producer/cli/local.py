@@ -50,26 +50,23 @@ from batchmill.producer.views.finish import finish_line
 from batchmill.producer.views.gone_workers import seen_here
 from batchmill.producer.views.status import JobStatus
 
-#: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
+#: The time that the supervisor gets before it is killed, beyond the workers' own drain and kill.
 _STOP_MARGIN_SECONDS = 6.0
 #: A worker that gives up says why and shows 15 lines of its children, and then its supervisor says one more.
 _LAST_LOG_LINES = 25
 #: The states of a worker that takes work now, or once it has loaded its model.
 _TAKING = (WorkerState.STARTING, WorkerState.LOADING, WorkerState.READY)
-#: How often a mill that is up looks after its Redis.
+#: The interval at which a mill that is up tends its Redis.
 _TEND_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class OwnWorker:
-    """The worker that a `run` starts: on this device, with these words more on its command line.
-
-    `is_asked_for`: the user said what it is to be like, so that no other will do.
-    """
+    """The worker that a `run` starts."""
 
     device: str
-    words: Sequence[str]
-    is_asked_for: bool
+    words: Sequence[str]  #: further words of its command line
+    is_asked_for: bool  #: the user configured it, so that no other worker will do
 
 
 def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new: bool, settings: Settings) -> None:
@@ -101,7 +98,7 @@ def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new
 
 
 def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, settings: Settings) -> Job | None:
-    """The job that an earlier run of the same file, model and options left, if there is one; and says so."""
+    """Finds and announces the job that an earlier run of the same file, model and options left, if there is one."""
     fingerprint = submission.fingerprint_of_file(spec)
     if fingerprint is None:
         return None  # every run of a stream is a new one
@@ -115,7 +112,7 @@ def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, setti
 def _new_job(
     submission: Submission, *, store: Store, settings: Settings, stored: Callable[[str], None] = lambda _: None
 ) -> Job:
-    """A job of this file; `stored` is called after each page of it."""
+    """Stores the file as a new job; `stored` is called after each page of it."""
     job_id, spec = load_job(submission, store=store, settings=settings, stored=stored)
     job = store.jobs.job(job_id)
     click.echo(f"job {job.id}: {counted(job.counts.total, 'request')} for {spec}", err=True)
@@ -125,7 +122,7 @@ def _new_job(
 def _worker_of_mill(
     submission: Submission, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, busy: AlreadyRunning
 ) -> str:
-    """The worker of the mill that is up that may answer this file; raises what the lock said where there is none."""
+    """The name of a worker of the running mill that may answer this file. Raises AlreadyRunning where there is none."""
     store = open_store(settings)
     try:
         refuse_slip(spec, store=store)
@@ -150,14 +147,14 @@ def _holds_all(held: Sequence[Adapter], wanted: Sequence[Adapter]) -> bool:
 
 
 def _again(submission: Submission, *, new: bool) -> str | None:
-    """The command that goes on with the job of this one, for people; None where a stream has been read."""
+    """The command that continues the job of this one, for people; None where a stream has been read."""
     if submission.is_stream:
         return None
     return "the same command without --new" if new else "the same command"
 
 
 def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: Store) -> None:
-    """Has the mill that is up work the job off, and waits."""
+    """Has the running mill work the job off, and waits for its end."""
     try:
         send_wakeups(job.spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
@@ -170,7 +167,7 @@ def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: St
 
 
 def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[str], settings: Settings) -> None:
-    """Runs Redis and workers until Ctrl-C or SIGTERM; `worker_words`: what else their command line says."""
+    """Runs Redis and workers until Ctrl-C or SIGTERM; `worker_words`: further words of their command line."""
     _require_embedded(settings)
     with MillLock(settings.home), _ended_by_signal(), _redis(settings) as redis, ExitStack() as stack:
         store = open_store(settings)
@@ -307,7 +304,7 @@ class _LocalWorkers:
         return self._process.returncode is not None
 
     def check(self, log_path: Path, begins_at: int) -> None:
-        """Raises BatchmillError, with the worker's last lines, when it has ended before the job."""
+        """Raises BatchmillError, with the worker's last lines, where it has ended before the job."""
         if self.ended(0.0):
             with log_path.open("rb") as log:
                 log.seek(begins_at)
@@ -332,7 +329,7 @@ def _redis(settings: Settings) -> Iterator[EmbeddedRedis]:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM ends a mill as Ctrl-C does."""
+    """Has SIGTERM end a mill as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from batchmill.jobs.store.store import Store
 
 
 def report(store: Store, *, as_json: bool) -> int:
-    """Looks the store over and prints what is wrong: the exit code."""
+    """Checks the store and prints what is wrong; returns the exit code."""
     job_ids = store.checking.job_ids()
     found = []
     for finding in store.checking.findings(job_ids):

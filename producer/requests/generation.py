@@ -1,8 +1,8 @@
 """Generation, the kind that is answered with text, as its users write and read it: prompts, chats and completions.
 
-It owns the forms of its lines and result lines, whose public keys never change their meaning. It does not know what
-may be asked of the sampler (`options` does) or be a message (`messages`), nor what lines of all kinds share (`lines`
-and `result_lines`).
+It owns the forms of its lines and result lines, whose public keys never change their meaning. It knows neither the
+options of the sampler (`options` does) nor the form of a message (`messages`), nor what lines of all kinds share
+(`lines` and `result_lines`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _completion_prompt(value: Any) -> Any:
 
 
 def _answer(parts: Parts) -> AnswerKeys:
-    """Those of the first choice; `choices` where there are several."""
+    """The keys of the first choice, and `choices` where there are several."""
     first = parts[0] if parts else {}
     some: dict[str, Any] = {key: first[key] for key in ("logprobs", "tool_calls") if key in first}
     if len(parts) > 1:

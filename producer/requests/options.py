@@ -1,7 +1,7 @@
 """Options of the sampler as a line or a job's flags ask for them -> SamplingParams, where each has one name.
 
-It owns what contradicts what. The options themselves, with their checks and spellings, are rows of `option_table`. It
-does not know what an engine makes of an option.
+It owns which options contradict each other. The options themselves, with their checks and spellings, are rows of
+`option_table`. It does not know what an engine makes of an option.
 
 An option at its neutral value (`n` 1, a penalty of 0) is kept, since a line's values win over its job's; what is
 empty, as `[]` or a `response_format` of text, asks for nothing.
@@ -59,7 +59,7 @@ def _merge_spellings(taken: dict[str, Any]) -> None:
 
 
 def _merge_formats(taken: dict[str, Any]) -> None:
-    """Leaves `response_format` of all the keys that say what an answer has to look like."""
+    """Leaves `response_format` of all the keys that set the format of an answer."""
     found = {key: taken.pop(key) for key in _FORMATTING if key in taken}
     (first, form), *others = found.items() or [("", None)]
     for key, other in others:

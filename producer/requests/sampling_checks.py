@@ -1,7 +1,7 @@
 """Checks of what a line may ask of the sampler, where a number or a list of texts does not tell it all.
 
-They own the limits of these values, the spellings that the OpenAI API and vLLM have for the form of an answer, and what
-is said of a bad one. They do not know whether a schema or a regular expression is one that a grammar can be made of.
+They own the limits of these values, the spellings that the OpenAI API and vLLM have for the form of an answer, and the
+messages about bad ones. They do not know whether a grammar can be made of a schema or a regular expression.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchmill.producer.requests.checks import (
 )
 
 MAX_STOPS = 16
-#: So many tokens `logit_bias` and `stop_token_ids` name at most, and so many answers a `choice` is among.
+#: The most tokens that `logit_bias` and `stop_token_ids` name, and the most answers of a `choice`.
 MAX_NAMED = 1_024
 MAX_TOP_LOGPROBS = 20
 MAX_BIAS = 100

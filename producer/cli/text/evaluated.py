@@ -1,4 +1,4 @@
-"""What quantization was measured to cost a job's model, in one line for people. It knows no store."""
+"""The measured cost of quantization for a job's model, in one line for people. It knows no store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from batchmill.jobs.store.views.evaluations import EvaluationRow
 
 
 def evaluated_line(row: EvaluationRow) -> str:
-    """Perplexity, how far that is from the baseline's, right answers where the data had some, and with which data."""
+    """Perplexity, its distance from the baseline's, right answers where the data had some, and the data's name."""
     found, baseline = row.measured, row.baseline
     said = f"perplexity {found['perplexity']:,.4f}"
     if baseline is not None and baseline != row.spec:

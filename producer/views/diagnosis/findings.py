@@ -1,6 +1,6 @@
-"""What can keep a job from its end, a finding each: what it is, in plain words, and what to do about it.
+"""Findings about a job: each states a fact that matters to its end, in plain words, and the remedy.
 
-It judges what it is given and asks nobody. No prompt and no address with a password gets into its words.
+They are made from a snapshot; no store is asked. No prompt and no address with a password gets into their text.
 """
 
 from __future__ import annotations
@@ -39,23 +39,24 @@ from batchmill.producer.views.reasons import (
 )
 
 _MOST_NAMES = 3
-#: A pending batch beside an idle worker is sent a wake-up in every pass of a reconciler; so many passes are too many.
+#: Every pass of a reconciler sends a wake-up for a pending batch beside an idle worker. After this many passes, the
+#: batch counts as stuck.
 _PASSES = 4
 _LONG_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is so. `stuck`: it keeps the job from moving until the user does something."""
+    """One fact about a job, and what to do about it."""
 
     code: str
     message: str
     remedy: str = ""
-    stuck: bool = False
+    stuck: bool = False  #: it keeps the job from moving until the user does something
 
 
 def closed(job: Job, retry: str) -> Finding:
-    """A job that has ended; `retry`: what a retry of it would do."""
+    """The finding about a job that has ended; `retry`: the sentence on what a retry of it would do."""
     counts, finished = job.counts, finish_line(job)
     message = (
         f"{job.state.value} since {utc(job.finished_at or job.queued_at)}, {counts.succeeded:,} succeeded,"
@@ -67,7 +68,7 @@ def closed(job: Job, retry: str) -> Finding:
 
 
 def open_findings(case: Case) -> list[Finding]:
-    """What is so of an open job, what matters most first."""
+    """The findings about an open job, the most important first."""
     found: list[Finding] = []
     if case.cancelling:
         found.append(_cancelling(case))
@@ -114,7 +115,7 @@ def _cancelling(case: Case) -> Finding:
 
 
 def _closing(case: Case) -> Finding:
-    """Nothing of the job is open any more; whoever reconciles next closes it."""
+    """No request of the job is open any more; the next pass of a reconciler closes it."""
     message = "all its requests have ended, and it has not been closed yet"
     if case.around.live_workers:
         return Finding("closing", message, f"wait: it is closed within {case.settings.reconcile_seconds:g} s")
@@ -122,7 +123,7 @@ def _closing(case: Case) -> Finding:
 
 
 def _claimable(case: Case) -> Iterator[Finding]:
-    """Why the pending batches are not claimed."""
+    """The reasons why the pending batches are not claimed."""
     takers = case.able
     if case.takers:
         yield from (_lacking(case, each) for each in case.status.lacks)
@@ -146,7 +147,7 @@ def _claimable(case: Case) -> Iterator[Finding]:
 
 
 def _lacking(case: Case, lack: MissingAdapter) -> Finding:
-    """The adapter that nobody holds who could take the job otherwise."""
+    """An adapter that is held by none of the workers that could take the job otherwise."""
     return Finding(
         "adapter_missing",
         lack_line(lack),
@@ -232,7 +233,7 @@ def _began_to_load(worker: SeenWorker) -> float:
 
 
 def _nobody(case: Case) -> Iterator[Finding]:
-    """No live worker may take this job: the reason first, then who comes near."""
+    """No live worker may take this job: the reason first, then the workers that come near."""
     gone = case.gone
     if case.others:
         first = case.others[0]
@@ -367,7 +368,7 @@ def _crashes(case: Case) -> Iterator[Finding]:
 
 
 def _where_it_says(case: Case, crashes: Crashes) -> str:
-    """The log that says how the last of these came about: a process that is killed cannot say it in its own."""
+    """The log that says how the last of these crashes came about: a process that is killed cannot log it itself."""
     log = _log(crashes.worker)
     if crashes.outcome is not RunOutcome.CRASHED:
         return f"{log} has its log of that time"
