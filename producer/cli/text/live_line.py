@@ -15,7 +15,7 @@ _SHORTEST_BAR, _LONGEST_BAR = 10, 40
 
 @dataclass(frozen=True, slots=True)
 class LiveLine:
-    """Count, bar and a note in one line. In a narrow terminal the bar goes first, then the note to a line of its own."""
+    """Count, bar and note in one line. In a narrow terminal the bar goes first, then the note to a line of its own."""
 
     title: str
     done: int
