@@ -45,7 +45,8 @@ from batchmill.producer.cli.progress import follow, require_success, say_goes_on
 from batchmill.producer.cli.text.device_lines import memory_lines
 from batchmill.producer.cli.text.job_lines import seconds_line
 from batchmill.producer.files.export import export
-from batchmill.producer.submit import Submission, load_job, send_wakeups
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job, send_wakeups
 from batchmill.producer.views.finish import finish_line
 from batchmill.producer.views.gone_workers import seen_here
 from batchmill.producer.views.status import JobStatus

@@ -12,7 +12,7 @@ from batchmill.jobs.models import misspellings
 from batchmill.jobs.models.misspellings import meant_instead, slip_line
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
-from batchmill.producer.submit import Submission
+from batchmill.producer.submission import Submission
 
 
 def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:

@@ -27,7 +27,7 @@ from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import complete_file, complete_model
 from batchmill.producer.requests.job_flags import adapter_names, job_options, refuse_no_text
 from batchmill.producer.requests.option_table import FLAG_GROUPS, FLAGS, OptionFlag, SamplingOption
-from batchmill.producer.submit import Submission
+from batchmill.producer.submission import Submission
 
 if TYPE_CHECKING:
     from batchmill.jobs.configuration.settings import Settings
