@@ -15,7 +15,8 @@ from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.migrations.revisions import open_store
-from batchmill.producer.views.diagnosis.findings import Finding, closed, open_findings
+from batchmill.producer.views.diagnosis.finding import Finding
+from batchmill.producer.views.diagnosis.findings import closed, open_findings
 from batchmill.producer.views.diagnosis.snapshot import Case, QueueState
 from batchmill.producer.views.gone_workers import around_here
 from batchmill.producer.views.retries import retry_advice
