@@ -196,7 +196,7 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     `batchmill up` holds the model in the same BATCHMILL_HOME, its workers answer.
     """
     from batchmill.jobs.runtime.files.output_file import model_files
-    from batchmill.producer.cli.local import OwnWorker, run_file
+    from batchmill.producer.cli.local.run import OwnWorker, run_file
     from batchmill.producer.files.export import check_out
 
     engine = {each.setting: options.pop(each.setting) for each in ENGINE_FLAGS}
@@ -232,7 +232,7 @@ def up(
 ) -> None:
     """Run Redis, the store and workers on this machine until Ctrl-C, so that other terminals can submit jobs."""
     from batchmill.jobs.models.spec import ModelSpec
-    from batchmill.producer.cli.local import run_mill
+    from batchmill.producer.cli.local.up import run_mill
 
     words = _worker_words(flags, adapters=_adapters(adapter), share_device=share_device)
     settings = _settings(**flags)
