@@ -25,9 +25,9 @@ LAST = "last"
 def complete_job(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The newest jobs, each with its state and name, and `last` before them."""
     jobs = _newest_jobs()
-    found = {LAST: "the newest job"} if jobs else {}
-    found |= {each.id: _told(each) for each in jobs}
-    return [CompletionItem(word, help=told) for word, told in found.items() if word.startswith(incomplete.lower())]
+    words = {LAST: "the newest job"} if jobs else {}
+    words |= {each.id: _told(each) for each in jobs}
+    return [CompletionItem(word, help=about) for word, about in words.items() if word.startswith(incomplete.lower())]
 
 
 def complete_model(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

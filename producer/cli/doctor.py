@@ -112,13 +112,13 @@ def _cuda() -> Check:
     code = "import torch; print(*[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], sep=', ')"
     words = [sys.executable, "-P", "-c", code]
     try:
-        asked = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_SECONDS)
     except subprocess.TimeoutExpired:
         return Check("cuda", False, f"torch did not answer in {_TORCH_SECONDS} s", "check the GPU driver")
-    if asked.returncode != 0:
-        last = asked.stderr.strip().splitlines()[-1:] or ["no output"]
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         return Check("cuda", False, f"torch cannot be used: {last[0]}", "pip install 'batchmill[worker]' again")
-    names = asked.stdout.strip()
+    names = done.stdout.strip()
     return Check("cuda", bool(names), names or "no device", "workers use the CPU here", required=False)
 
 
@@ -160,15 +160,15 @@ def _database(settings: Settings) -> Check:
     try:
         store = Store(settings.database, busy_seconds=settings.busy_seconds)
         store.database.check_encoding()
-        found = store.revision()
+        revision = store.revision()
         store.database.check_writable()
-        if found == REVISION:
+        if revision == REVISION:
             tidy(settings)
     except BatchmillError as error:
         fix = "" if settings.embedded_store else "start it, or correct BATCHMILL_DATABASE_URL"
         return Check("database", False, str(error), fix)
-    ok = found == REVISION or settings.embedded_store
-    return Check("database", ok, f"{store.database.name} at revision {found}", "batchmill db upgrade")
+    ok = revision == REVISION or settings.embedded_store
+    return Check("database", ok, f"{store.database.name} at revision {revision}", "batchmill db upgrade")
 
 
 def _own_id(settings: Settings) -> Iterator[Check]:
@@ -232,8 +232,8 @@ def _is_cached(spec: ModelSpec) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     def here(name: str) -> Path | None:
-        found = try_to_load_from_cache(spec.model, name, revision=spec.revision)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(spec.model, name, revision=spec.revision)
+        return Path(path) if isinstance(path, str) else None
 
     if here("config.json") is None or here(_WEIGHTS) is not None:
         return here("config.json") is not None

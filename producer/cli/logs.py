@@ -101,8 +101,8 @@ def show(chosen: Chosen, *, follow: bool) -> None:
 
 def _print_new(files: list[WorkerLog]) -> int:
     printed = 0
-    for said in heapq.merge(*(each.new() for each in files), key=lambda each: each.time):
-        click.echo(f"{said.worker}: {said.line}" if len(files) > 1 and not said.line.startswith("{") else said.line)
+    for entry in heapq.merge(*(each.new() for each in files), key=lambda each: each.time):
+        click.echo(f"{entry.worker}: {entry.line}" if len(files) > 1 and not entry.line.startswith("{") else entry.line)
         printed += 1
     return printed
 
@@ -185,9 +185,9 @@ def _head(line: str) -> tuple[str | None, str | None]:
     """The time and level of a line; None for both where it is no line of a log."""
     if line.startswith("{"):
         try:
-            found = json.loads(line)
+            fields = json.loads(line)
         except ValueError:
             return None, None
-        return found.get("timestamp"), found.get("level")
+        return fields.get("timestamp"), fields.get("level")
     match = _CONSOLE.match(line)
     return (match[1], match[2]) if match else (None, None)

@@ -44,13 +44,13 @@ class Exported:
 
     def line(self, out: Path, *, total: int) -> str:
         """The line about the written files and their outputs, of `total` of the job; an empty file is named, too."""
-        said = f"wrote {self.count - (self.errors or 0):,} of {counted(total, 'output')} to {out}"
+        text = f"wrote {self.count - (self.errors or 0):,} of {counted(total, 'output')} to {out}"
         if self.errors is None:
-            return said
+            return text
         beside = errors_path(out)
         if self.errors == 0:
-            return f"{said}; {beside} is empty: none of them failed"
-        return f"{said}, {self.errors:,} to {beside}"
+            return f"{text}; {beside} is empty: none of them failed"
+        return f"{text}, {self.errors:,} to {beside}"
 
 
 def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path], prompts: str | None = None) -> None:

@@ -38,14 +38,14 @@ class Problems:
         """Adds line `number`; `error`: what all lines with the same error have in common, if it is not `what`."""
         self.count += 1
         key = error or _FIGURES.sub("0", what)
-        found = self._errors.get(key)
+        known = self._errors.get(key)
         full = len(self._named) == MAX_NAMED
-        if found is not None and (full or found.named == MAX_NAMED_OF_ERROR):
-            found.more += 1
+        if known is not None and (full or known.named == MAX_NAMED_OF_ERROR):
+            known.more += 1
         elif not full:
-            found = self._errors.setdefault(key, _Error())
-            found.named += 1
-            found.last = max(found.last, number)
+            known = self._errors.setdefault(key, _Error())
+            known.named += 1
+            known.last = max(known.last, number)
             self._named.append((number, what))
 
     @property
@@ -56,9 +56,9 @@ class Problems:
     def lines(self, path: str) -> list[str]:
         """A line for each that is named, in the order of the file, and for the rest of its error one below the last."""
         more = {each.last: each.more for each in self._errors.values() if each.more}
-        said = []
+        lines = []
         for number, what in sorted(self._named):
-            said.append(f"{path}:{number}: {what}")
+            lines.append(f"{path}:{number}: {what}")
             if count := more.get(number):
-                said.append(f"... and {counted(count, 'more line')} with this error")
-        return said
+                lines.append(f"... and {counted(count, 'more line')} with this error")
+        return lines

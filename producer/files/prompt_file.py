@@ -130,13 +130,13 @@ class PromptFile:
         """Raises PromptFileError if any line was reported, in the order of the file."""
         count, unsaid = self._problems.count, self._problems.unsaid
         if count:
-            said = counted(count, "bad line")
+            summary = counted(count, "bad line")
             if unsaid:
-                said += f", of which {unsaid:,} with other errors are not listed"
+                summary += f", of which {unsaid:,} with other errors are not listed"
             if self._is_endless:
-                said += f"; reading stopped {ENDLESS_BYTES >> 20} MiB into the last one"
+                summary += f"; reading stopped {ENDLESS_BYTES >> 20} MiB into the last one"
             problems = self._problems.lines(self._shown_path)
-            raise PromptFileError(f"{self._shown_path}: {said}", problems=problems, count=count)
+            raise PromptFileError(f"{self._shown_path}: {summary}", problems=problems, count=count)
 
     def __iter__(self) -> Iterator[PromptLine]:
         index = 0
@@ -232,8 +232,8 @@ class PromptFile:
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         """Each line's bytes and the offset of the first; of a line that is too long only the beginning."""
         offset = 0
-        most = self._max_line_bytes + _AROUND_BYTES
-        while raw := self._read(most):
+        limit = self._max_line_bytes + _AROUND_BYTES
+        while raw := self._read(limit):
             skipped = 0
             if offset == 0:
                 self._refuse_foreign(raw)
@@ -241,7 +241,7 @@ class PromptFile:
             yield offset + skipped, raw[skipped:]
             begin = offset
             offset += len(raw)
-            is_cut = len(raw) == most and not raw.endswith(b"\n")
+            is_cut = len(raw) == limit and not raw.endswith(b"\n")
             while is_cut and (rest := self._read(BUFFER_BYTES)):
                 offset += len(rest)
                 is_cut = not rest.endswith(b"\n")
@@ -249,9 +249,9 @@ class PromptFile:
                     self._is_endless = True
                     return
 
-    def _read(self, most: int) -> bytes:
+    def _read(self, limit: int) -> bytes:
         try:
-            raw = self._stream.readline(most)
+            raw = self._stream.readline(limit)
         except OSError as exc:
             raise self._unreadable(exc) from exc
         self._hash.update(raw)

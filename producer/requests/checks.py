@@ -79,8 +79,8 @@ def meant_key(written: str, known: Iterable[str]) -> str | None:
     if len(written) > SHOWN_LENGTH:
         return None
     key = written.casefold()
-    found = get_close_matches(key, [each for each in known if each[:1] == key[:1]], n=1, cutoff=_ALIKE)
-    return found[0] if found else None
+    matches = get_close_matches(key, [each for each in known if each[:1] == key[:1]], n=1, cutoff=_ALIKE)
+    return matches[0] if matches else None
 
 
 def take_each(values: list[Any], check: Check) -> list[Any]:

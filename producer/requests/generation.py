@@ -39,22 +39,22 @@ def text_request(line: str, index: int) -> GenerationRequest:
 
 
 def _request(taken: dict[str, Any], index: int, custom_id: str, adapter: str | None) -> GenerationRequest:
-    prompt, asked = taken.pop("prompt", None), taken.pop("messages", None)
+    prompt, chat = taken.pop("prompt", None), taken.pop("messages", None)
     template = taken.pop("chat_template_kwargs", None) or None
     if not taken:
-        return GenerationRequest(index, custom_id, prompt, asked, NO_SAMPLING, template, None, adapter)
-    told, calls_tools = _tools(taken)
+        return GenerationRequest(index, custom_id, prompt, chat, NO_SAMPLING, template, None, adapter)
+    declared, calls_tools = _tools(taken)
     kept = take_kept(taken)
     sampling = sampling_of(taken)
-    return GenerationRequest(index, custom_id, prompt, asked, sampling, template, kept, adapter, told, calls_tools)
+    return GenerationRequest(index, custom_id, prompt, chat, sampling, template, kept, adapter, declared, calls_tools)
 
 
 def _tools(taken: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...] | None, bool]:
     """The tools that a line names, and whether its answer may call them."""
-    told, choice, parallel = (taken.pop(key, None) for key in _TOOLS)
-    if told and parallel is False:
+    declared, choice, parallel = (taken.pop(key, None) for key in _TOOLS)
+    if declared and parallel is False:
         raise BadLine("is not supported as false beside tools, since calls cannot be limited", "parallel_tool_calls")
-    return told, not told or choice != "none"
+    return declared, not declared or choice != "none"
 
 
 def _completion_prompt(value: Any) -> Any:
@@ -93,17 +93,17 @@ def _response(row: OutputRow, job: Job, parts: Parts) -> dict[str, Any]:
 
 def _choice(place: int, choice: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     text = choice["text"]
-    said: dict[str, Any] = {"text": text}
+    answer: dict[str, Any] = {"text": text}
     reason = choice["finish_reason"]
     if chat:
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        answer = {"message": {"role": "assistant", "content": text, "refusal": None}}
     if chat and "tool_calls" in choice:
-        said["message"] |= {"content": choice["content"], "tool_calls": choice["tool_calls"]}
+        answer["message"] |= {"content": choice["content"], "tool_calls": choice["tool_calls"]}
         reason = "tool_calls" if reason == "stop" else reason
     logprobs = choice.get("logprobs")
     if logprobs is not None:
         logprobs = {**logprobs, "refusal": None} if chat else _completion_logprobs(logprobs["content"])
-    return {"index": place, **said, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": place, **answer, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _completion_logprobs(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -43,14 +43,14 @@ def refuse_no_text(options: Mapping[str, Any]) -> None:
 
 
 def _sampling(options: Mapping[str, Any]) -> SamplingParams:
-    asked = {option.name: _asked(option.name, flag, options[option.name]) for option, flag in FLAGS}
+    values = {option.name: _line_value(option.name, flag, options[option.name]) for option, flag in FLAGS}
     try:
-        return sampling_of_flags(asked)
+        return sampling_of_flags(values)
     except BadLine as error:
         raise _bad_flag(*error.at.split(".", 1), error.what) from None
 
 
-def _asked(name: str, flag: OptionFlag, value: Any) -> Any:
+def _line_value(name: str, flag: OptionFlag, value: Any) -> Any:
     """The value as a line would have it; None where the flag was not given."""
     if flag.repeatable:
         return list(value)

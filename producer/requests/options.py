@@ -38,9 +38,9 @@ def sampling_of(taken: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**taken) if taken else NO_SAMPLING
 
 
-def sampling_of_flags(asked: Mapping[str, Any]) -> SamplingParams:
+def sampling_of_flags(flags: Mapping[str, Any]) -> SamplingParams:
     """The same of a job's flags, by the names of SamplingParams and in JSON's values. Raises BadLine."""
-    return sampling_of(take(asked, CHAT_SAMPLING))
+    return sampling_of(take(flags, CHAT_SAMPLING))
 
 
 def _merge_spellings(taken: dict[str, Any]) -> None:
@@ -60,8 +60,8 @@ def _merge_spellings(taken: dict[str, Any]) -> None:
 
 def _merge_formats(taken: dict[str, Any]) -> None:
     """Leaves `response_format` of all the keys that set the format of an answer."""
-    found = {key: taken.pop(key) for key in _FORMATTING if key in taken}
-    (first, form), *others = found.items() or [("", None)]
+    formats = {key: taken.pop(key) for key in _FORMATTING if key in taken}
+    (first, form), *others = formats.items() or [("", None)]
     for key, other in others:
         if other != form:
             raise BadLine(f"and {first} contradict each other; give one of them", key)

@@ -86,19 +86,19 @@ def response_format(value: Any) -> dict[str, Any] | None:
         name = one_of(*_FORMATS)(form["type"])
     except BadLine as exc:
         raise exc.inside("type") from None
-    asked = take(form, _TYPE | _FORM_KEYS[name])
-    return None if name == "text" else _form(name, asked)
+    taken = take(form, _TYPE | _FORM_KEYS[name])
+    return None if name == "text" else _form(name, taken)
 
 
-def _form(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _form(name: str, taken: Mapping[str, Any]) -> dict[str, Any]:
     if name == "json_object":
         return {"type": name}
-    spellings = [key for key in _FORM_KEYS[name] if key in asked]
+    spellings = [key for key in _FORM_KEYS[name] if key in taken]
     if not spellings:
         raise BadLine("is missing or null", next(iter(_FORM_KEYS[name])))
     if len(spellings) > 1:
         raise BadLine(f"and {spellings[0]} exclude each other; give one of them", spellings[1])
-    return _formed(name, asked[spellings[0]])
+    return _formed(name, taken[spellings[0]])
 
 
 def _formed(name: str, what: Any) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def _json_object(value: Any) -> dict[str, Any] | None:
 
 
 def structured_outputs(value: Any) -> dict[str, Any] | None:
-    found = take(OBJECT(value), STRUCTURED)
-    if len(found) > 1:
-        first, second, *_ = found
+    taken = take(OBJECT(value), STRUCTURED)
+    if len(taken) > 1:
+        first, second, *_ = taken
         raise BadLine(f"and {first} exclude each other; give one of them", second)
-    form: dict[str, Any] | None = next(iter(found.values()), None)
+    form: dict[str, Any] | None = next(iter(taken.values()), None)
     return form
 
 

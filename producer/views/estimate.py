@@ -77,11 +77,11 @@ def estimate(
     left = _left(counts, sample, _InFlight(min(slots, counts.pending), slots, tokens), max_tokens=max_tokens)
     if left.waiting.likely and left.mean.high > _UNKNOWN * left.mean.likely:
         return None
-    found = [left.seconds(weight, rate) for weight, rate in zip(_PROMPT_TOKENS, rates, strict=True)]
+    ranges = [left.seconds(weight, rate) for weight, rate in zip(_PROMPT_TOKENS, rates, strict=True)]
     changed = _changed(paces, rows)
-    likely = found[_PROMPT_TOKENS.index(_PROMPT_TOKEN)].likely / changed
-    low = min(each.low for each in found) / max(1.0, changed)
-    high = max(each.high for each in found) / min(1.0, changed)
+    likely = ranges[_PROMPT_TOKENS.index(_PROMPT_TOKEN)].likely / changed
+    low = min(each.low for each in ranges) / max(1.0, changed)
+    high = max(each.high for each in ranges) / min(1.0, changed)
     return Estimate(
         likely,
         min(low, likely * (1 - _LEAST_MARGIN)),
@@ -167,10 +167,10 @@ def _mean(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int)
     whole, done = fmean(lengths.longer), counts.succeeded
     # As many as have all the tokens of a slot may be in flight since the beginning, and get as long as they can.
     old = min(1.0, flight.tokens / max(1, counts.completion_tokens + flight.tokens) * flight.slots / flight.active)
-    most = old * lengths.longest + (1 - old) * whole
-    low, high = ((counts.completion_tokens + flight.active * each) / (done + flight.active) for each in (whole, most))
+    upper = old * lengths.longest + (1 - old) * whole
+    low, high = ((counts.completion_tokens + flight.active * each) / (done + flight.active) for each in (whole, upper))
     errors = _STANDARD_ERRORS * sqrt(1 / done + 1 / max(1, waiting)) / max(1.0, low)
-    in_flight = [most] * round(flight.active * len(lengths.finished) / done)
+    in_flight = [upper] * round(flight.active * len(lengths.finished) / done)
     return _Range(
         max(0.0, low * (1 - errors * pstdev(lengths.finished))),
         low,
@@ -270,11 +270,11 @@ def _is_sorted(lengths: Sequence[int]) -> bool:
     return longer > _SORTED_RATIO * shorter and not 1 - _SORTED_PART < before < _SORTED_PART
 
 
-def estimated(found: Estimate) -> str:
+def estimated(ends: Estimate) -> str:
     """The end of a job, for people: `about 40 s (30 s to 1 min 10 s)`."""
-    low, likely, high = map(duration, (found.low_seconds, found.seconds, found.high_seconds))
-    if found.high_seconds > _WIDE * found.low_seconds and low != high:
-        said = f"{low} to {high}"
+    low, likely, high = map(duration, (ends.low_seconds, ends.seconds, ends.high_seconds))
+    if ends.high_seconds > _WIDE * ends.low_seconds and low != high:
+        text = f"{low} to {high}"
     else:
-        said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
-    return f"{said}; the file looks sorted by length, which makes this unreliable" if found.looks_sorted else said
+        text = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
+    return f"{text}; the file looks sorted by length, which makes this unreliable" if ends.looks_sorted else text

@@ -133,12 +133,12 @@ def _head(job: Job) -> dict[str, Any]:
     }
 
 
-def _eta_json(found: Estimate | None) -> dict[str, Any]:
+def _eta_json(ends: Estimate | None) -> dict[str, Any]:
     return {
-        "eta_seconds": None if found is None else found.seconds,
-        "eta_low_seconds": None if found is None else found.low_seconds,
-        "eta_high_seconds": None if found is None else found.high_seconds,
-        "looks_sorted": None if found is None else found.looks_sorted,
+        "eta_seconds": None if ends is None else ends.seconds,
+        "eta_low_seconds": None if ends is None else ends.low_seconds,
+        "eta_high_seconds": None if ends is None else ends.high_seconds,
+        "looks_sorted": None if ends is None else ends.looks_sorted,
     }
 
 

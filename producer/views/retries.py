@@ -94,8 +94,8 @@ def _reason(code: str, left: LeftAlone, chances: Chances) -> str:
     shortest = f"the shortest of these prompts has {left.shortest_tokens:,} tokens, and "
     if not chances.context_tokens:
         return f"{shortest}no live worker holds the model"
-    most = f"{chances.context_tokens:,.0f} with the answer"
-    return f"{shortest}no live worker takes more than {most}; a larger --context helps if the model supports it"
+    limit = f"{chances.context_tokens:,.0f} with the answer"
+    return f"{shortest}no live worker takes more than {limit}; a larger --context helps if the model supports it"
 
 
 def _names(left: LeftAlone) -> str:

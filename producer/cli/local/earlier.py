@@ -20,7 +20,7 @@ from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ECHO, ModelSpec
 from batchmill.jobs.store.views.jobs import Job
 
 
-def choose(found: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *, home: Path) -> Job | None:
+def choose(candidates: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *, home: Path) -> Job | None:
     """The first of these jobs whose answers are those of the present model and adapters; says why, if none is.
 
     An interrupted job is taken where nobody here can tell: its worker will. Raises ModelError for files that cannot
@@ -28,7 +28,7 @@ def choose(found: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *
     """
     present = _Present(spec, adapters, Digests(home))
     reasons = []
-    for job in found:
+    for job in candidates:
         reason = present.other_than(job)
         if reason is None:
             return job

@@ -92,8 +92,8 @@ def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, setti
         return None  # every run of a stream is a new one
     job = choose(store.jobs.resumable(fingerprint), spec, submission.adapters, home=settings.home)
     if job is not None:
-        said = "ran this file before; --new runs it again" if job.closed else "continues where it was interrupted"
-        click.echo(f"job {job.id} {said}", err=True)
+        note = "ran this file before; --new runs it again" if job.closed else "continues where it was interrupted"
+        click.echo(f"job {job.id} {note}", err=True)
     return job
 
 

@@ -34,11 +34,13 @@ def table(jobs: Sequence[Job], *, notes: Mapping[str, str], now: float, width: i
     """
     header = dict(zip(_HEADER, _HEADER, strict=True))
     rows = [header, *(_row(each, now) for each in jobs)]
-    said = ["", *(notes.get(each.id, "") for each in jobs)]
-    full = [{**row, "NAME": _GAP.join(filter(None, (row["NAME"], note)))} for row, note in zip(rows, said, strict=True)]
+    row_notes = ["", *(notes.get(each.id, "") for each in jobs)]
+    full = [
+        {**row, "NAME": _GAP.join(filter(None, (row["NAME"], note)))} for row, note in zip(rows, row_notes, strict=True)
+    ]
     if width is None or _width(full) <= width:
         return list(_lines(full))
-    lines = zip(_lines(_fitted(rows, width)), said, strict=True)
+    lines = zip(_lines(_fitted(rows, width)), row_notes, strict=True)
     return [each for line, note in lines for each in (line, *_below(note, width))]
 
 
