@@ -1,6 +1,7 @@
-"""Checks of what batchmill needs on this machine: a line for each, with the fix. They change nothing.
+"""Checks of what batchmill needs on this machine: a line for each, with the fix.
 
-A check that cannot be made counts as failed, and the others go on.
+They change nothing, but for one pass of `tidy` over the store. A check that cannot be made counts as failed, and the
+others go on.
 """
 
 from __future__ import annotations
