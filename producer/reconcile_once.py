@@ -1,8 +1,9 @@
-"""One careful pass of reconciling, for commands: so that they work with no worker alive.
+"""One careful pass of reconciling, so that commands work with no worker alive.
 
-It sends nothing, takes leases back only where a cancelled job waits for them, a whole lease's length after they ended,
-and does without a store that is locked or away. All other leases are left to the workers: after an outage of the store
-they may have ended though their holders live, who renew them with their next save. So may those of submits that load.
+It sends no wake-ups, and does without a store that is locked or away. It takes leases back only where a cancelled job
+waits for them, a whole lease's length after they ended. All other leases are left to the workers: after an outage of
+the store they may have ended though their holders live, and renew them with their next save. So may the leases of
+submits that load.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from batchmill.jobs.errors import StoreError
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.store import Store
 
-#: How long a command waits for a locked store before it does without this pass.
+#: The time for which a command waits for a locked store before it does without this pass.
 _BUSY_SECONDS = 0.2
 
 
 def tidy(settings: Settings) -> None:
-    """Takes back what cancelled jobs wait for, closes what is finished."""
+    """Takes back the expired leases that cancelled jobs wait for, and closes jobs that are finished."""
     store = Store(settings.database, busy_seconds=_BUSY_SECONDS)
     try:
         cancelling = frozenset({JobState.CANCELLING})

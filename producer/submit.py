@@ -1,33 +1,25 @@
-"""From a prompt file to a queued job: streams its requests into the store, opens the job, sends the wake-ups.
+"""The way of a submission to a queued job: streams its requests into the store, opens the job, sends the wake-ups.
 
-A job may be asked for under a key, of which there is one job alone, however often and at once it is submitted.
+A key makes a submission idempotent: it opens one job, however often it is made, and even if several are made at once.
 
 It knows neither how a line is read (producer.files.prompt_file) nor what the store's tables are.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from batchmill.jobs import VERSION
 from batchmill.jobs.broker.client import MAX_WAKEUPS, Broker
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
-from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.folder import no_model
-from batchmill.jobs.models.quantization import Kind
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.requests.generation import GenerationOptions
-from batchmill.jobs.requests.request import DEFAULT_BATCH_SIZE, JobOptions, Provenance
+from batchmill.jobs.requests.request import JobOptions, Provenance
 from batchmill.jobs.runtime.failpoints import failpoint
-from batchmill.jobs.runtime.files import formats
 from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.bounds import PAGE_BYTES
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
@@ -35,123 +27,22 @@ from batchmill.jobs.store.store import Store
 from batchmill.producer.files.prompt_file import PromptFile, PromptLine
 from batchmill.producer.requests.chat_template import lacks_chat_template, refuse_chat_options, refuse_messages
 from batchmill.producer.requests.kinds import forms_of
+from batchmill.producer.submission import Submission
 
 log = get_logger(__name__)
-#: A loading lease is renewed so often within its length, and at least every so many seconds: whoever has shorter leases
-#: than this process takes a long one, unless it is renewed, for one of a clock that was set back.
+#: The renewals of a loading lease within its length, and the longest time between two. A process with shorter leases
+#: than this one takes a long lease that is not renewed for one of a clock that was set back.
 _RENEWALS = 4
 _RENEWAL_SECONDS = 15.0
-_HASH_BYTES = 1 << 20
-#: What the keys of `once` begin with, and a user's own may not.
-_ONCE = "once:"
 _DUPLICATE = "duplicate custom_id"
-KEY_LENGTH = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """What a user asks for. Without `model`, the file's one model is used. `form`: how the file is read, if not as its
-    suffix says.
-
-    `idempotency_key` is the user's own word for this job; `once` makes one of what the job is. `adapters`: what the
-    names of `options.adapters` mean, where the same command starts the workers. Raises UsageError.
-    """
-
-    path: str
-    model: str | None = None
-    quantization: str | None = None
-    default_quantization: str = Kind.NF4.value
-    revision: str | None = None
-    remote_path: bool = False
-    form: str | None = None
-    ignore_line_model: bool = False
-    name: str | None = None
-    options: JobOptions = field(default_factory=GenerationOptions)
-    adapters: tuple[Adapter, ...] = ()
-    batch_size: int = DEFAULT_BATCH_SIZE
-    command: str = ""
-    idempotency_key: str | None = None
-    once: bool = False
-
-    def __post_init__(self) -> None:
-        self._check_adapters()
-        key = self.idempotency_key
-        if key is None:
-            return
-        if self.once:
-            raise UsageError("--once and --idempotency-key exclude each other: give one of them")
-        if not (0 < len(key) <= KEY_LENGTH and key.isprintable()) or key.startswith(_ONCE):
-            raise UsageError(
-                f"--idempotency-key takes 1 to {KEY_LENGTH} printable characters that do not begin with {_ONCE!r}"
-            )
-
-    def _check_adapters(self) -> None:
-        names = self.options.adapters
-        if self.model in names:
-            raise UsageError(f"--adapter {self.model} is also the name of the model; rename the adapter")
-        if names and self._is_text:
-            raise UsageError(
-                f"{self.path}: lines of plain text name no adapter; write each as "
-                f'{{"prompt": "...", "adapter": "{names[0]}"}} in a .jsonl file'
-            )
-
-    @property
-    def _is_text(self) -> bool:
-        return formats.read_as(self.path, self.form) == "text"
-
-    def spec(self, model: str) -> ModelSpec:
-        return ModelSpec.parse(
-            model,
-            quantization=self.quantization,
-            default_quantization=self.default_quantization,
-            revision=self.revision,
-            remote_path=self.remote_path,
-        )
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders of its model and adapters here; a Hugging Face id and the literal names have none."""
-        model = [] if self.model is None else [self.spec(self.model).folder]
-        return [each for each in (*model, *(each.folder for each in self.adapters)) if each is not None]
-
-    @property
-    def is_stream(self) -> bool:
-        """True for what can be read once alone. Raises OSError."""
-        return self.path == "-" or not Path(self.path).is_file()
-
-    def fingerprint(self, spec: ModelSpec, file_sha256: str) -> str:
-        """Equal for the same file, model and request options: what `run` continues a job by."""
-        parts = [file_sha256, spec.canonical, self.options.to_json()]
-        if self._is_text:
-            parts.append("txt")  # the same bytes are other requests in plain text than in JSONL
-        if self.adapters:
-            parts.append([str(each) for each in self.adapters])  # a name that means another adapter is another job
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def fingerprint_of_file(self, spec: ModelSpec) -> str | None:
-        """The fingerprint, if the path is a file that can be read twice."""
-        digest = hashlib.sha256()
-        try:
-            if self.is_stream:
-                return None
-            with Path(self.path).open("rb") as file:
-                while block := file.read(_HASH_BYTES):
-                    digest.update(block)
-        except OSError:
-            return None  # what reads the file next says why it cannot
-        return self.fingerprint(spec, digest.hexdigest())
-
-    def key(self, fingerprint: str) -> str | None:
-        """What no second job is opened under; None where nothing was asked for."""
-        return _ONCE + fingerprint if self.once else self.idempotency_key
 
 
 class Submitted(NamedTuple):
-    """The job of a submission, and whether it was made now or is the one of an earlier submit."""
+    """The job of a submission."""
 
     job_id: str
     spec: ModelSpec
-    is_new: bool
+    is_new: bool  #: False for the job of an earlier submit
 
 
 def load_once(
@@ -159,7 +50,7 @@ def load_once(
 ) -> Submitted:
     """Stores the file as a queued job, unless its key has one already.
 
-    Raises UsageError when that one is of other content, and what load_job raises.
+    Raises UsageError where that job is of other content, and the errors of load_job.
     """
     try:
         _refuse_submitted(submission, store)
@@ -178,10 +69,10 @@ def load_job(
     vet: Callable[[ModelSpec], None] = lambda _: None,
     stored: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, ModelSpec]:
-    """Stores the file as a queued job: its id and what it needs. Nothing stays stored when the file is bad.
+    """Stores the file as a queued job; returns its id and ModelSpec. Nothing stays stored when the file is bad.
 
-    `vet` looks at the model as soon as it is known, and may raise. `stored` is called with the job's id after each
-    page of a file that is good so far, and may raise.
+    `vet` is called with the model as soon as it is known, and may raise.
+    `stored` is called with the job's id after each page of a file that is good so far, and may raise.
 
     Raises PromptFileError, UsageError, KeyTaken, LoadingLost, StoreError.
     """
@@ -239,12 +130,12 @@ def load_job(
 
 
 def send_wakeups(spec: ModelSpec, *, store: Store, broker: Broker) -> None:
-    """Wakes workers for what is pending. Raises BrokerUnavailable."""
+    """Sends wake-ups for pending batches of a model. Raises BrokerUnavailable."""
     broker.send_wakeups(spec.queue(store.id), store.recovery.pending_of(spec, most=MAX_WAKEUPS))
 
 
 def _refuse_submitted(submission: Submission, store: Store) -> None:
-    """Raises KeyTaken where that can be told before anything is stored: a second submit of a long file is quick."""
+    """Raises KeyTaken where that is known before anything is stored: a second submit of a long file is quick."""
     if submission.model is None or not (submission.once or submission.idempotency_key):
         return
     fingerprint = submission.fingerprint_of_file(submission.spec(submission.model))
@@ -256,7 +147,7 @@ def _discard(store: Store, job_id: str) -> None:
     try:
         store.creation.discard(job_id)
     except StoreError as error:
-        # Nobody sees these rows, and whoever comes by later deletes them; why the submit failed is the news.
+        # Nobody sees these rows, and a reconciler deletes them later; the user has to see why the submit failed.
         log.warning("what a failed submit stored is deleted later", job=job_id, error=str(error))
 
 

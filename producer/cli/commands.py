@@ -94,8 +94,8 @@ class Commands(click.Group):
         module = ENTRIES[cmd_name].module
         if module == _WORKERS_ROOM:
             return _OfTheWorkersRoom(cmd_name)
-        found: click.Command = next(each for each in import_module(module).COMMANDS if each.name == cmd_name)
-        return found
+        command: click.Command = next(each for each in import_module(module).COMMANDS if each.name == cmd_name)
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

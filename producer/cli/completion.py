@@ -1,6 +1,6 @@
-"""What a shell is offered while a command is typed: the ids of jobs, models and files.
+"""Completions for a shell while a command is typed: the ids of jobs, models and files.
 
-It asks the store as `status` does, makes none, and says nothing of what fails: the user is in the middle of a line.
+They read the store as `status` does, create none, and report no failure: the user is in the middle of a line.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LAST = "last"
 def complete_job(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The newest jobs, each with its state and name, and `last` before them."""
     jobs = _newest_jobs()
-    found = {LAST: "the newest job"} if jobs else {}
-    found |= {each.id: _told(each) for each in jobs}
-    return [CompletionItem(word, help=told) for word, told in found.items() if word.startswith(incomplete.lower())]
+    words = {LAST: "the newest job"} if jobs else {}
+    words |= {each.id: _told(each) for each in jobs}
+    return [CompletionItem(word, help=about) for word, about in words.items() if word.startswith(incomplete.lower())]
 
 
 def complete_model(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -60,6 +60,6 @@ def _newest_jobs() -> list[Job]:
 
 
 def _told(job: Job) -> str:
-    """One line, of nothing that a terminal would take for more than text; fish shows it up to a comma."""
+    """A job in one line of printable characters, which a terminal takes for text; fish shows it up to a comma."""
     text = f"{job.state.value} {job.spec} {job.name or job.file_name}"
     return "".join(each if each.isprintable() else " " for each in text)

@@ -1,6 +1,7 @@
-"""What batchmill needs on this machine, a check a line, each with the fix. It changes nothing.
+"""Checks of what batchmill needs on this machine: a line for each, with the fix.
 
-A check that cannot be made is one that failed, and the others go on.
+They change nothing, but for one pass of `tidy` over the store. A check that cannot be made counts as failed, and the
+others go on.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at. A required one that is not ok is an error; `fix` says what to do."""
+    """The result of one check."""
 
     name: str
     ok: bool
     found: str
-    fix: str = ""
-    required: bool = True
+    fix: str = ""  #: the remedy, which is shown where it is not ok
+    required: bool = True  #: it is an error where it is not ok
 
 
 def examine(settings: Settings, *, model: str | None) -> Iterator[Check]:
@@ -75,7 +76,7 @@ def _tried(name: str, check: Callable[[], Check]) -> Check:
 
 
 def report(checks: Iterable[Check], *, as_json: bool) -> int:
-    """Prints the checks as they come: the exit code."""
+    """Prints the checks as they come; returns the exit code."""
     bad = False
     done = []
     for check in checks:
@@ -108,17 +109,17 @@ def _libraries() -> Iterator[Check]:
 
 
 def _cuda() -> Check:
-    """Asked in a process of its own: this one never imports torch."""
+    """Asks torch for its devices in a process of its own: this one never imports torch."""
     code = "import torch; print(*[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], sep=', ')"
     words = [sys.executable, "-P", "-c", code]
     try:
-        asked = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TORCH_SECONDS)
     except subprocess.TimeoutExpired:
         return Check("cuda", False, f"torch did not answer in {_TORCH_SECONDS} s", "check the GPU driver")
-    if asked.returncode != 0:
-        last = asked.stderr.strip().splitlines()[-1:] or ["no output"]
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         return Check("cuda", False, f"torch cannot be used: {last[0]}", "pip install 'batchmill[worker]' again")
-    names = asked.stdout.strip()
+    names = done.stdout.strip()
     return Check("cuda", bool(names), names or "no device", "workers use the CPU here", required=False)
 
 
@@ -160,19 +161,19 @@ def _database(settings: Settings) -> Check:
     try:
         store = Store(settings.database, busy_seconds=settings.busy_seconds)
         store.database.check_encoding()
-        found = store.revision()
+        revision = store.revision()
         store.database.check_writable()
-        if found == REVISION:
+        if revision == REVISION:
             tidy(settings)
     except BatchmillError as error:
         fix = "" if settings.embedded_store else "start it, or correct BATCHMILL_DATABASE_URL"
         return Check("database", False, str(error), fix)
-    ok = found == REVISION or settings.embedded_store
-    return Check("database", ok, f"{store.database.name} at revision {found}", "batchmill db upgrade")
+    ok = revision == REVISION or settings.embedded_store
+    return Check("database", ok, f"{store.database.name} at revision {revision}", "batchmill db upgrade")
 
 
 def _own_id(settings: Settings) -> Iterator[Check]:
-    """A line where this store's workers have met those of another that shows the same id."""
+    """A failed check where this store's workers have met those of another store with the same id."""
     try:
         met = _met(settings)
     except (BatchmillError, OSError):
@@ -215,7 +216,7 @@ def _model(written: str) -> Check:
 
 
 def _hub_model(spec: ModelSpec) -> Check:
-    """Whether a Hugging Face model lies whole in this machine's cache; else workers fetch it when they start."""
+    """Checks that a Hugging Face model lies whole in this machine's cache; else workers fetch it when they start."""
     if find_spec("huggingface_hub") is None:
         return Check("model", True, f"{spec.model} is downloaded by workers")
     from huggingface_hub import constants
@@ -232,8 +233,8 @@ def _is_cached(spec: ModelSpec) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     def here(name: str) -> Path | None:
-        found = try_to_load_from_cache(spec.model, name, revision=spec.revision)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(spec.model, name, revision=spec.revision)
+        return Path(path) if isinstance(path, str) else None
 
     if here("config.json") is None or here(_WEIGHTS) is not None:
         return here("config.json") is not None

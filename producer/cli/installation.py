@@ -46,11 +46,11 @@ def current(as_json: bool) -> None:
     """Show the revision of the store, and the one that this version of batchmill uses."""
     import json
 
-    found, works_with = _revision()
+    revision, works_with = _revision()
     if as_json:
-        click.echo(json.dumps({"revision": found, "works_with": works_with}))
+        click.echo(json.dumps({"revision": revision, "works_with": works_with}))
     else:
-        click.echo(f"{found or 'no tables'} (this batchmill works with {works_with})")
+        click.echo(f"{revision or 'no tables'} (this batchmill works with {works_with})")
 
 
 @db.command(
@@ -137,9 +137,9 @@ def doctor(job: str | None, model: str | None, as_json: bool) -> None:
 
     from batchmill.producer.views.diagnosis.verdict import examine_job
 
-    found = examine_job(settings, job)
-    click.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
-    sys.exit(found.exit_code)
+    diagnosis = examine_job(settings, job)
+    click.echo(json.dumps(diagnosis.to_json()) if as_json else "\n".join(diagnosis.lines()))
+    sys.exit(diagnosis.exit_code)
 
 
 COMMANDS: tuple[click.Command, ...] = (doctor, db)

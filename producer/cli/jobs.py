@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _MOST_JOBS = 20
-#: A worker whose model cannot be loaded, or whose device is sick, is shown for so long.
+#: The time for which a worker is listed whose model cannot be loaded, or whose device is sick.
 _GIVEN_UP_SHOWN_SECONDS = 86_400
 
 
@@ -52,8 +52,8 @@ def status(job: str, watch: bool, as_json: bool) -> None:
         from batchmill.producer.cli.progress import wait_for
 
         wait_for(store, job_id, settings=settings)
-    found = JobStatus.read(store, job_id, settings)
-    lines = [json.dumps(status_json(found))] if as_json else fitted(job_lines(found), indent=13, width=terminal_width())
+    shown = JobStatus.read(store, job_id, settings)
+    lines = [json.dumps(status_json(shown))] if as_json else fitted(job_lines(shown), indent=13, width=terminal_width())
     click.echo("\n".join(lines))
 
 
@@ -73,17 +73,17 @@ def jobs(most: int, as_json: bool) -> None:
     from batchmill.producer.views.status import JobStatus
 
     settings, store = _open()
-    found = store.jobs.jobs(most=most)
-    at_work = {each.id: JobStatus.read(store, each.id, settings) for each in found if each.state is JobState.RUNNING}
+    newest = store.jobs.jobs(most=most)
+    at_work = {each.id: JobStatus.read(store, each.id, settings) for each in newest if each.state is JobState.RUNNING}
     if as_json:
         estimates = {job_id: each.estimate for job_id, each in at_work.items()}
-        click.echo(json.dumps([job_json(each, estimates.get(each.id)) for each in found]))
+        click.echo(json.dumps([job_json(each, estimates.get(each.id)) for each in newest]))
         return
-    if not found:
+    if not newest:
         click.echo("no jobs yet; `batchmill run` and `batchmill submit` create one", err=True)
         return
     notes = {job_id: f"ends in {each.ends_in}" if each.estimate else each.ends_in for job_id, each in at_work.items()}
-    click.echo("\n".join(table(found, notes=notes, now=store.jobs.now(), width=terminal_width())))
+    click.echo("\n".join(table(newest, notes=notes, now=store.jobs.now(), width=terminal_width())))
 
 
 @click.command(cls=Command, epilog="Example: batchmill workers --all")
@@ -100,19 +100,19 @@ def workers(everyone: bool, as_json: bool) -> None:
 
     settings, store = _open()
     rows = [seen_here(each) for each in store.workers.rows(only_alive=False)]
-    found = [
+    listed = [
         each
         for each in rows
         if everyone or each.alive or (each.state in GIVEN_UP and each.seen_seconds < _GIVEN_UP_SHOWN_SECONDS)
     ]
     if as_json:
-        click.echo(json.dumps([worker_json(each) for each in found]))
+        click.echo(json.dumps([worker_json(each) for each in listed]))
         return
-    if not found and mill_starts_workers(settings):
+    if not listed and mill_starts_workers(settings):
         click.echo("no live worker yet; the mill here is starting its worker", err=True)
-    elif not found:
+    elif not listed:
         click.echo(f"no live worker; `batchmill {start_verb(settings)} -m MODEL` starts one", err=True)
-    for each in found:
+    for each in listed:
         lines = [worker_line(each)]
         lines += [f"  {device_line(device, now=True)}" for device in each.devices if each.alive]
         click.echo("\n".join(fitted(lines, indent=4, width=terminal_width())))
@@ -129,13 +129,13 @@ def wait(job: str, timeout: float | None, as_json: bool) -> None:
     from batchmill.producer.cli.progress import require_success, say_ended, wait_for
 
     settings, store = _open()
-    found = wait_for(store, store.jobs.find(job), timeout_seconds=timeout, settings=settings)
+    ended = wait_for(store, store.jobs.find(job), timeout_seconds=timeout, settings=settings)
     if as_json:
         from batchmill.producer.views.public_json import status_json
 
-        click.echo(json.dumps(status_json(found)))
-    say_ended(found)
-    require_success(found)
+        click.echo(json.dumps(status_json(ended)))
+    say_ended(ended)
+    require_success(ended)
 
 
 @click.command(cls=Command, epilog="Example: batchmill results last --format openai -o answers.jsonl")
@@ -169,10 +169,10 @@ def results(job: str, out: Path | None, form: str | None, only: str) -> None:
     form = written_as(out, form)
     check_out(out, form=form, keep=settings.files)
     store = open_store(settings)
-    found = store.jobs.job(store.jobs.find(job))
-    exported = export(store, found, out=out, form=form, only=only)
+    stored = store.jobs.job(store.jobs.find(job))
+    exported = export(store, stored, out=out, form=form, only=only)
     if out is not None:
-        click.echo(exported.line(out, total=found.counts.total), err=True)
+        click.echo(exported.line(out, total=stored.counts.total), err=True)
 
 
 @click.command(cls=Command, epilog="Example: batchmill cancel last")
@@ -212,13 +212,13 @@ def retry(job: str, everything: bool) -> None:
     from batchmill.producer.views.status import JobStatus
 
     settings, store = _open()
-    found = store.jobs.job(store.jobs.find(job))
-    chances = chances_of(found, everything=everything, store=store)
-    retried = store.retries.retry(found.id, chances)
-    status = JobStatus.read(store, found.id, settings)
+    stored = store.jobs.job(store.jobs.find(job))
+    chances = chances_of(stored, everything=everything, store=store)
+    retried = store.retries.retry(stored.id, chances)
+    status = JobStatus.read(store, stored.id, settings)
     try:
         if status.missing_seconds is None and not status.job.closed:
-            send_wakeups(found.spec, store=store, broker=Broker.of(settings))
+            send_wakeups(stored.spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
         click.echo(f"workers will find it without a wake-up: {error}", err=True)
     for line in retry_lines(status, retried, chances):

@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The lines to show: of one worker or of all, about a job or all, from a level on."""
+    """The choice of the lines to show: of one worker or of all, about one job or all, from a level on."""
 
     folder: Path
     file: Path | None = None
@@ -46,7 +46,7 @@ class Chosen:
         return sorted(self.folder.glob("*.log")) if self.file is None else [self.file]
 
     def takes(self, line: str, level: str | None, *, taken_before: bool) -> bool:
-        """Tells if a line is shown. One without a level belongs to the line before, as those of a traceback do."""
+        """True for a line to show. One without a level belongs to the line before, as those of a traceback do."""
         if level is None:
             return taken_before
         high = self.level is None or level not in _LEVELS or _LEVELS.index(level) >= _LEVELS.index(self.level)
@@ -83,7 +83,7 @@ def _by_store(which: str, folder: Path, *, level: str | None, settings: Settings
 
 
 def show(chosen: Chosen, *, follow: bool) -> None:
-    """Prints the lines, oldest first; with `follow`, those that come too, until Ctrl-C."""
+    """Prints the lines, oldest first; with `follow`, new ones too, until Ctrl-C."""
     files: dict[Path, WorkerLog] = {}
     shown = 0
     with ExitStack() as stack:
@@ -101,8 +101,8 @@ def show(chosen: Chosen, *, follow: bool) -> None:
 
 def _print_new(files: list[WorkerLog]) -> int:
     printed = 0
-    for said in heapq.merge(*(each.new() for each in files), key=lambda each: each.time):
-        click.echo(f"{said.worker}: {said.line}" if len(files) > 1 and not said.line.startswith("{") else said.line)
+    for entry in heapq.merge(*(each.new() for each in files), key=lambda each: each.time):
+        click.echo(f"{entry.worker}: {entry.line}" if len(files) > 1 and not entry.line.startswith("{") else entry.line)
         printed += 1
     return printed
 
@@ -155,7 +155,7 @@ class WorkerLog:
             yield from self._rest(self._open)
 
     def _older(self, newest: BinaryIO) -> Iterator[bytes]:
-        """The lines of the older files, oldest first; of the one that is open, too, none twice."""
+        """The lines of the rotated files, oldest first. The newest file may be among them by now; it is left out."""
         with ExitStack() as stack:
             files = []
             for path in older_files(self._path):
@@ -182,12 +182,12 @@ class WorkerLog:
 
 
 def _head(line: str) -> tuple[str | None, str | None]:
-    """The time and level of a line; None twice for what is no line of a log."""
+    """The time and level of a line; None for both where it is no line of a log."""
     if line.startswith("{"):
         try:
-            found = json.loads(line)
+            fields = json.loads(line)
         except ValueError:
             return None, None
-        return found.get("timestamp"), found.get("level")
+        return fields.get("timestamp"), fields.get("level")
     match = _CONSOLE.match(line)
     return (match[1], match[2]) if match else (None, None)

@@ -8,8 +8,8 @@ from batchmill.jobs.runtime.command_errors import one_line_errors
 from batchmill.producer.cli.commands import Commands
 
 
-def _show_version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
-    if asked and not ctx.resilient_parsing:
+def _show_version(ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:
+    if is_given and not ctx.resilient_parsing:
         from batchmill.jobs import VERSION
 
         click.echo(f"batchmill, version {VERSION}")

@@ -1,4 +1,4 @@
-"""What commands do about the name of a model that is likely a slip: warn, or refuse what would wait for nobody."""
+"""Warnings about, and refusals of, a model's name that is likely a slip; a wait for its worker would not end."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from batchmill.jobs.models import misspellings
 from batchmill.jobs.models.misspellings import meant_instead, slip_line
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
-from batchmill.producer.submit import Submission
+from batchmill.producer.submission import Submission
 
 
 def warn_of_slip(spec: ModelSpec, *, store: Store) -> None:
-    """Says so on stderr: the user may know better."""
+    """Warns on stderr where the name is likely a slip: the user may know better."""
     if (meant := meant_instead(spec, served=store.workers.models())) is not None:
         click.echo(f"warning: {slip_line(spec, meant)}", err=True)
 
 
 @contextmanager
 def asked_first(submission: Submission, *, store: Store) -> Iterator[None]:
-    """Asks about a name that is likely a slip before a file's bad lines are told, which may be bad by it alone."""
+    """Warns of a likely slip before a file's bad lines are reported, which may be bad by the name alone."""
     try:
         yield
     except PromptFileError:
@@ -33,5 +33,5 @@ def asked_first(submission: Submission, *, store: Store) -> Iterator[None]:
 
 
 def refuse_slip(spec: ModelSpec, *, store: Store) -> None:
-    """Raises UsageError."""
+    """Raises UsageError where the name is likely a slip."""
     misspellings.refuse_slip(spec, served=store.workers.models())

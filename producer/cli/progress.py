@@ -24,7 +24,7 @@ from batchmill.producer.views.status import JobStatus
 
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 1.0
-#: Without a terminal, a line so often; who is missing is repeated as often.
+#: The least time between two lines of one phase without a terminal, and between two about a store that is away.
 _LINE_SECONDS = 10.0
 
 
@@ -39,7 +39,9 @@ def follow(
 ) -> JobStatus:
     """Waits until a job has ended; `check` is called between two looks and may raise.
 
-    `name_missing`: say so while no worker serves the job's model; `settings` are those that one would be started with.
+    `name_missing`: what the job lacks is shown while no worker serves its model.
+    `settings`: those that such a worker would be started with.
+
     Raises WaitTimedOut.
     """
     deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
@@ -79,7 +81,7 @@ def say_goes_on(job_id: str, *, again: str) -> None:
 
 
 def _answered(store: Store, job_id: str, shown: _WaitDisplay, settings: Settings | None) -> JobStatus | None:
-    """The job's status; None while the store is away, which a job outlives, so that whoever waits does too."""
+    """The job's status; None while the store is away, which a job outlives, and a wait for it, too."""
     try:
         return JobStatus.read(store, job_id, settings)
     except StoreError as error:
@@ -108,7 +110,7 @@ def require_success(status: JobStatus) -> None:
 
 
 class _WaitDisplay:
-    """What the user sees while waiting."""
+    """The display that a user sees while waiting."""
 
     def __init__(self, name_missing: bool) -> None:
         self._name_missing = name_missing
@@ -145,7 +147,7 @@ class _WaitDisplay:
             self._last_line, self._last_phase, self._next_line_at = line, phase, monotonic() + _LINE_SECONDS
 
     def say(self, line: str) -> None:
-        """A line about the waiting itself, once in a while."""
+        """Prints a line about the waiting itself, once in a while."""
         if monotonic() >= self._next_line_at:
             self._console.print(line, markup=False, highlight=False)
             self._next_line_at = monotonic() + _LINE_SECONDS
@@ -171,7 +173,7 @@ def _is_unserved(status: JobStatus) -> bool:
 
 
 def _phase(status: JobStatus) -> str | None:
-    """What a worker has loaded for longer than is no news, None while there is nothing of the kind."""
+    """The phase of loading, torch or the model, that has lasted long enough to be news; None where there is none."""
     if not status.loading or status.workers:
         return None
     first = status.loading[0]

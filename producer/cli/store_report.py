@@ -12,18 +12,18 @@ from batchmill.jobs.store.store import Store
 
 
 def report(store: Store, *, as_json: bool) -> int:
-    """Looks the store over and prints what is wrong: the exit code."""
+    """Checks the store and prints what is wrong; returns the exit code."""
     job_ids = store.checking.job_ids()
-    found = []
-    for finding in store.checking.findings(job_ids):
-        found.append(finding)
+    violations = []
+    for violation in store.checking.findings(job_ids):
+        violations.append(violation)
         if not as_json:
-            where = f"job {finding.job_id}: " if finding.job_id else ""
-            click.echo(f"FAIL  {finding.check:<6}  {where}{finding.text}")
+            where = f"job {violation.job_id}: " if violation.job_id else ""
+            click.echo(f"FAIL  {violation.check:<6}  {where}{violation.text}")
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in found]))
+        click.echo(json.dumps([asdict(violation) for violation in violations]))
     looked = f"{len(job_ids)} job{'' if len(job_ids) == 1 else 's'} of {store.database.name} checked"
-    if not found:
+    if not violations:
         say(f"{looked}: no problems")
         return 0
     say(

@@ -27,7 +27,7 @@ from batchmill.producer.cli.commands import Command
 from batchmill.producer.cli.completion import complete_file, complete_model
 from batchmill.producer.requests.job_flags import adapter_names, job_options, refuse_no_text
 from batchmill.producer.requests.option_table import FLAG_GROUPS, FLAGS, OptionFlag, SamplingOption
-from batchmill.producer.submit import Submission
+from batchmill.producer.submission import Submission
 
 if TYPE_CHECKING:
     from batchmill.jobs.configuration.settings import Settings
@@ -144,8 +144,8 @@ def submit(wait: bool, **options: Any) -> None:
     submission = _submission(options, settings)
     check_target(None, prompts=submission.path)
     store = open_store(settings)
-    # A team submits before its workers start, so that a likely slip in the model's name is a line below; but whoever
-    # waits would wait for nobody.
+    # A team submits before its workers start, so that a likely slip in the model's name is only a line below; with
+    # --wait it is refused, since the wait would not end.
     vet = partial(refuse_slip, store=store) if wait else lambda _: None
     with asked_first(submission, store=store):
         job_id, spec, is_new = load_once(submission, store=store, settings=settings, vet=vet)
@@ -158,7 +158,7 @@ def submit(wait: bool, **options: Any) -> None:
         stdout.write(f"{job_id}\n")
     status = JobStatus.read(store, job_id, settings)
     if unsent is not None:
-        # Where no mill is up, its Redis is not either, and what starts both is a line below.
+        # Without a mill there is no embedded Redis either; a line below names the command that starts both.
         no_mill = settings.embedded_broker and status.missing_seconds is not None
         click.echo("the job is stored, and waits for a worker" if no_mill else unsent, err=True)
     if not is_new:
@@ -196,7 +196,7 @@ def run(out: Path | None, device: str, share_device: bool, new: bool, **options:
     `batchmill up` holds the model in the same BATCHMILL_HOME, its workers answer.
     """
     from batchmill.jobs.runtime.files.output_file import model_files
-    from batchmill.producer.cli.local import OwnWorker, run_file
+    from batchmill.producer.cli.local.run import OwnWorker, run_file
     from batchmill.producer.files.export import check_out
 
     engine = {each.setting: options.pop(each.setting) for each in ENGINE_FLAGS}
@@ -232,7 +232,7 @@ def up(
 ) -> None:
     """Run Redis, the store and workers on this machine until Ctrl-C, so that other terminals can submit jobs."""
     from batchmill.jobs.models.spec import ModelSpec
-    from batchmill.producer.cli.local import run_mill
+    from batchmill.producer.cli.local.up import run_mill
 
     words = _worker_words(flags, adapters=_adapters(adapter), share_device=share_device)
     settings = _settings(**flags)
@@ -243,7 +243,7 @@ def up(
 
 
 def _worker_words(flags: dict[str, Any], *, adapters: Sequence[Adapter], share_device: bool) -> list[str]:
-    """The flags that are the worker's alone, as it is started with them; they are taken out of `flags`."""
+    """The flags that are the worker's alone, as words of its command line; they are taken out of `flags`."""
     words = ["--share-device"] if share_device else []
     words += [word for each in adapters for word in ("--adapter", str(each))]
     for each in PLACEMENT_FLAGS:
@@ -265,7 +265,7 @@ def _settings(**flags: Any) -> Settings:
 
 
 def _submission(options: dict[str, Any], settings: Settings, adapters: tuple[Adapter, ...] | None = None) -> Submission:
-    """`adapters`: those that --adapter says all of, where the same command starts the workers."""
+    """Builds the submission. `adapters`: those of --adapter with their paths, where the command starts the workers."""
     refuse_no_text(options)
     check_label(options["name"])
     names = adapter_names(options["adapter"]) if adapters is None else [each.name for each in adapters]

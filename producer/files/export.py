@@ -1,4 +1,4 @@
-"""From the store to a file of answers: JSONL, the OpenAI Batch format, or CSV, in file order.
+"""Export of a job's outputs to a file of answers: JSONL, the OpenAI Batch format, or CSV, in file order.
 
 It reads the store alone, in short pages, and holds no transaction while it writes. It owns files and stdout, and does
 not know what a line says (producer.requests.result_lines does).
@@ -27,7 +27,7 @@ from batchmill.jobs.store.views.jobs import Job, OutputRow
 from batchmill.producer.requests.result_lines import csv_columns, csv_row, jsonl_line, openai_line, to_json
 
 _PAGE = 2_000
-#: What `--only` takes, as the states that it lets through.
+#: The values of `--only`, and the states that each lets through.
 ONLY = {
     "all": frozenset({RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED}),
     "succeeded": frozenset({RequestState.SUCCEEDED}),
@@ -43,14 +43,14 @@ class Exported:
     errors: int | None = None
 
     def line(self, out: Path, *, total: int) -> str:
-        """A line about each file and its outputs, of so many of the job; an empty file is named, too."""
-        said = f"wrote {self.count - (self.errors or 0):,} of {counted(total, 'output')} to {out}"
+        """The line about the written files and their outputs, of `total` of the job; an empty file is named, too."""
+        text = f"wrote {self.count - (self.errors or 0):,} of {counted(total, 'output')} to {out}"
         if self.errors is None:
-            return said
+            return text
         beside = errors_path(out)
         if self.errors == 0:
-            return f"{said}; {beside} is empty: none of them failed"
-        return f"{said}, {self.errors:,} to {beside}"
+            return f"{text}; {beside} is empty: none of them failed"
+        return f"{text}, {self.errors:,} to {beside}"
 
 
 def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path], prompts: str | None = None) -> None:
@@ -60,7 +60,7 @@ def check_out(out: Path | None, *, form: str, keep: Iterable[str | Path], prompt
 
 
 def export(store: Store, job: Job, *, out: Path | None, form: str, only: str) -> Exported:
-    """Writes a job's outputs to `out`, or to stdout: how many.
+    """Writes a job's outputs to `out`, or to stdout; returns their counts.
 
     With a file, the OpenAI form puts the successes there and the rest beside it, with `.errors` before the suffix.
     Files are replaced whole, at the end; a pipe or a device is written to. Raises BatchmillError, which says how to
@@ -105,7 +105,7 @@ def _export(store: Store, job: Job, out: Path | None, *, form: str, only: str) -
 
 
 def errors_path(out: Path) -> Path:
-    """Where the errors go beside an OpenAI output file: `answers.jsonl` has `answers.errors.jsonl`."""
+    """The file of errors beside an OpenAI output file: `answers.jsonl` has `answers.errors.jsonl`."""
     return out.with_suffix(f".errors{out.suffix}")
 
 
@@ -123,7 +123,7 @@ def standard_output(what: str) -> Iterator[IO[str]]:
         except BrokenPipeError:
             raise  # whoever read it has seen enough; click ends the command without a word
         except OSError:
-            # What is left in the buffer would be written once more at the end, and fail with a traceback.
+            # The rest of the buffer would be written once more at the end, and fail with a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
 

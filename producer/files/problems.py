@@ -1,6 +1,6 @@
 """The bad lines of one prompt file: the first few of each error are named, the rest are counted.
 
-It takes no more memory for more of them, and knows neither files nor what is wrong with a line.
+Its memory does not grow with them, and it knows neither files nor what is wrong with a line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from batchmill.jobs.runtime.counted import counted
 
-#: So many bad lines are named, and so many that have the same error.
+#: The most bad lines that are named, and the most of them that have the same error.
 MAX_NAMED = 100
 MAX_NAMED_OF_ERROR = 5
 #: Errors that differ by such figures alone are the same.
@@ -19,11 +19,11 @@ _FIGURES = re.compile(r"\b0x[0-9a-f]+|-?\d[\d,.]*")
 
 @dataclass(slots=True)
 class _Error:
-    """One error: the last line that is named for it, and how many more have it."""
+    """One error, and the lines that have it."""
 
-    named: int = 0
-    last: int = 0
-    more: int = 0
+    named: int = 0  #: the number of lines that are named
+    last: int = 0  #: the last of these
+    more: int = 0  #: the number of lines that are only counted
 
 
 class Problems:
@@ -38,27 +38,27 @@ class Problems:
         """Adds line `number`; `error`: what all lines with the same error have in common, if it is not `what`."""
         self.count += 1
         key = error or _FIGURES.sub("0", what)
-        found = self._errors.get(key)
+        known = self._errors.get(key)
         full = len(self._named) == MAX_NAMED
-        if found is not None and (full or found.named == MAX_NAMED_OF_ERROR):
-            found.more += 1
+        if known is not None and (full or known.named == MAX_NAMED_OF_ERROR):
+            known.more += 1
         elif not full:
-            found = self._errors.setdefault(key, _Error())
-            found.named += 1
-            found.last = max(found.last, number)
+            known = self._errors.setdefault(key, _Error())
+            known.named += 1
+            known.last = max(known.last, number)
             self._named.append((number, what))
 
     @property
     def unsaid(self) -> int:
-        """How many lines are neither named nor counted with those of their error."""
+        """The number of lines that are neither named nor counted with those of their error."""
         return self.count - len(self._named) - sum(each.more for each in self._errors.values())
 
     def lines(self, path: str) -> list[str]:
         """A line for each that is named, in the order of the file, and for the rest of its error one below the last."""
         more = {each.last: each.more for each in self._errors.values() if each.more}
-        said = []
+        lines = []
         for number, what in sorted(self._named):
-            said.append(f"{path}:{number}: {what}")
+            lines.append(f"{path}:{number}: {what}")
             if count := more.get(number):
-                said.append(f"... and {counted(count, 'more line')} with this error")
-        return said
+                lines.append(f"... and {counted(count, 'more line')} with this error")
+        return lines

@@ -35,7 +35,7 @@ from batchmill.producer.requests.strict_json import json_value
 #: A line that goes on for longer than this has no end, as that of /dev/zero, and the file is read no further.
 ENDLESS_BYTES = MAX_LINE_BYTES
 BUFFER_BYTES = 1 << 17
-#: What may stand around a line: a byte order mark before it and CRLF behind, and one byte more.
+#: The bytes that may stand around a line: a byte order mark before it and CRLF behind, and one byte more.
 _AROUND_BYTES = 6
 _BOM = b"\xef\xbb\xbf"
 
@@ -55,12 +55,14 @@ class PromptLine(NamedTuple):
 
 
 class PromptFile:
-    """Iterated once, it yields a Line for every good line of `path` (`-`: standard input).
+    """Iterated once, it yields a PromptLine for every good line of `path` (`-`: standard input).
 
-    Bad lines are left out and do not stop the iteration; after it, `raise_if_bad` tells of them. `form`: how the file
-    is read, as one of `kinds.PROMPTS`, instead of as its suffix says. A line may name a model of `models`; where that
-    is empty, the first one named is the file's `model`. An adapter of `adapters` is named by `adapter` or in the
-    model's place. A context manager, which closes the file.
+    Bad lines are left out and do not stop the iteration; after it, `raise_if_bad` tells of them. A context manager,
+    which closes the file.
+
+    `form`: the form in which the file is read, one of `formats.PROMPTS`, instead of the one that its suffix says.
+    `models`: the names that a line may have for the model; where there is none, the first one named is the file's.
+    `adapters`: the adapters that a line may name, by the key `adapter` or in the model's place.
 
     Raises PromptFileError: here for what cannot be opened, and while iterating for what is no prompt file,
     changes meanwhile, or holds no prompts.
@@ -79,7 +81,7 @@ class PromptFile:
         self._shown_path = "stdin" if path == "-" else _printable(path)
         self.name = PurePath(self._shown_path).name
         self.model: str | None = None
-        #: Of all its requests, as its first has it; None until that was read.
+        #: The kind of all its requests, which is that of its first; None until that was read.
         self.kind: str | None = None
         self._lines = Lines(FORMS.values())
         self._models = frozenset(models)
@@ -87,7 +89,7 @@ class PromptFile:
         self._named: set[str] = set()
         self._ignore_line_model = ignore_line_model
         self._max_line_bytes = max_line_bytes
-        #: Anything may be a line of text, so that whoever says that it is text means it.
+        #: Any line may be one of text, so that nothing contradicts a user who says that the file is text.
         self._is_meant = form == "text"
         self._read_as = formats.read_as(path, form)
         self._hash = hashlib.sha256()
@@ -107,7 +109,7 @@ class PromptFile:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes read so far, in hex: after the iteration, of the file."""
+        """The hash of the bytes read so far, in hex: after the iteration, of the file."""
         return self._hash.hexdigest()
 
     @property
@@ -128,13 +130,13 @@ class PromptFile:
         """Raises PromptFileError if any line was reported, in the order of the file."""
         count, unsaid = self._problems.count, self._problems.unsaid
         if count:
-            said = counted(count, "bad line")
+            summary = counted(count, "bad line")
             if unsaid:
-                said += f", of which {unsaid:,} with other errors are not listed"
+                summary += f", of which {unsaid:,} with other errors are not listed"
             if self._is_endless:
-                said += f"; reading stopped {ENDLESS_BYTES >> 20} MiB into the last one"
+                summary += f"; reading stopped {ENDLESS_BYTES >> 20} MiB into the last one"
             problems = self._problems.lines(self._shown_path)
-            raise PromptFileError(f"{self._shown_path}: {said}", problems=problems, count=count)
+            raise PromptFileError(f"{self._shown_path}: {summary}", problems=problems, count=count)
 
     def __iter__(self) -> Iterator[PromptLine]:
         index = 0
@@ -230,8 +232,8 @@ class PromptFile:
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         """Each line's bytes and the offset of the first; of a line that is too long only the beginning."""
         offset = 0
-        most = self._max_line_bytes + _AROUND_BYTES
-        while raw := self._read(most):
+        limit = self._max_line_bytes + _AROUND_BYTES
+        while raw := self._read(limit):
             skipped = 0
             if offset == 0:
                 self._refuse_foreign(raw)
@@ -239,7 +241,7 @@ class PromptFile:
             yield offset + skipped, raw[skipped:]
             begin = offset
             offset += len(raw)
-            is_cut = len(raw) == most and not raw.endswith(b"\n")
+            is_cut = len(raw) == limit and not raw.endswith(b"\n")
             while is_cut and (rest := self._read(BUFFER_BYTES)):
                 offset += len(rest)
                 is_cut = not rest.endswith(b"\n")
@@ -247,9 +249,9 @@ class PromptFile:
                     self._is_endless = True
                     return
 
-    def _read(self, most: int) -> bytes:
+    def _read(self, limit: int) -> bytes:
         try:
-            raw = self._stream.readline(most)
+            raw = self._stream.readline(limit)
         except OSError as exc:
             raise self._unreadable(exc) from exc
         self._hash.update(raw)
@@ -257,7 +259,7 @@ class PromptFile:
 
     def _refuse_foreign(self, first: bytes) -> None:
         if what := formats.foreign(first):
-            # What an archive is of may stand behind the end of its first line.
+            # The kind of an archive may stand behind the end of its first line.
             self._refuse(formats.foreign(first + self._stream.read(formats.HEAD_BYTES)) or what)
 
     def _opened(self, path: str) -> BinaryIO:
@@ -277,7 +279,7 @@ class PromptFile:
         return sys.stdin.buffer
 
     def _fingerprint(self) -> tuple[int, int] | None:
-        """What changes when somebody writes to a regular file; of a stream nothing."""
+        """The size and time of a regular file, which change when somebody writes to it; None for a stream."""
         try:
             status = os.fstat(self._stream.fileno())
         except io.UnsupportedOperation:

@@ -30,10 +30,10 @@ def lacks_chat_template(spec: ModelSpec) -> bool:
 
 def refuse_chat_options(options: JobOptions, spec: ModelSpec) -> None:
     """Raises UsageError for flags that are for chats alone."""
-    asked, lacking = options.to_json(), f"the model folder {spec.model} has no chat template"
-    if "system" in asked:
+    flags, lacking = options.to_json(), f"the model folder {spec.model} has no chat template"
+    if "system" in flags:
         raise UsageError(f"--system makes chats, and {lacking}")
-    if "chat_template_kwargs" in asked:
+    if "chat_template_kwargs" in flags:
         raise UsageError(f"--chat-template-kwargs is for a chat template, and {lacking}")
 
 

@@ -1,8 +1,8 @@
 """Checks of decoded JSON, one value each, and how a bad one is refused: BadLine.
 
 A check takes what a key holds and returns what is kept of it. Checks are made here and put together where keys
-have a meaning (`generation`, `options`). What is said of a bad value may show a key or a parameter,
-cut short, and never a prompt.
+have a meaning (`generation`, `options`). The message about a bad value may show a key or a parameter, cut short, and
+never a prompt.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def shown(value: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    """What kind of JSON value this is, in words."""
+    """The kind of a JSON value, in words."""
     return _KINDS.get(type(value), "null")
 
 
 def take(value: Mapping[str, Any], checks: Mapping[str, Check], *needed: str) -> dict[str, Any]:
-    """What an object asks for, key by key; a key without a check is refused, as is an absent `needed` one.
+    """Takes an object key by key, as its checks return the values; a null asks for nothing.
 
-    A null asks for nothing. Raises BadLine.
+    Raises BadLine for a bad value, a key without a check, and a `needed` key that is absent.
     """
     taken = {}
     for key, each in value.items():
@@ -79,8 +79,8 @@ def meant_key(written: str, known: Iterable[str]) -> str | None:
     if len(written) > SHOWN_LENGTH:
         return None
     key = written.casefold()
-    found = get_close_matches(key, [each for each in known if each[:1] == key[:1]], n=1, cutoff=_ALIKE)
-    return found[0] if found else None
+    matches = get_close_matches(key, [each for each in known if each[:1] == key[:1]], n=1, cutoff=_ALIKE)
+    return matches[0] if matches else None
 
 
 def take_each(values: list[Any], check: Check) -> list[Any]:

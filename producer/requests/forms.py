@@ -1,6 +1,6 @@
-"""The value that is a kind on the users' side, which is the forms of its lines and result lines; and what all share.
+"""A kind of requests as a value of the users' side: the forms of its lines and result lines, and what all kinds share.
 
-It knows no one kind (`producer.requests.kinds` does), nor files.
+It knows no kind in particular (`producer.requests.kinds` does), nor files.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ Parts = Sequence[Mapping[str, Any]]
 
 
 class LineForm(NamedTuple):
-    """The checks of the keys that an object may have, and the key that it must."""
+    """One form of a line, or of a part of it."""
 
-    checks: Mapping[str, Check]
-    content: str
+    checks: Mapping[str, Check]  #: of the keys that it may have
+    content: str  #: the key that it must have
 
 
 class AnswerKeys(NamedTuple):
-    """The keys of a result line that say what was answered: those of every line, and those of some lines alone."""
+    """The keys of a result line that hold the answer."""
 
-    always: dict[str, Any]
-    some: dict[str, Any]
+    always: dict[str, Any]  #: those of every line
+    some: dict[str, Any]  #: those of some lines alone
 
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """One kind as its users write and read it; `name` is that of `jobs.requests.kinds`.
+    """One kind as its users write and read it."""
 
-    `lines`: batchmill's own forms of a line, by the key that tells them. `bodies`: those of the bodies of OpenAI Batch
-    lines, by the endpoint without its version. `request`: of what the checks let through, of index, custom_id and
-    adapter; it raises BadLine. `options`: what a job's flags may ask for, as `JobOptions.to_json` has it.
-    `answer`: of an output's parts, none for an error. `columns`: the keys of `AnswerKeys.always`, in the order of CSV.
-    `response`: the body of an answer in OpenAI's form.
-    """
-
+    #: Its name in `jobs.requests.kinds`.
     name: str
+    #: Batchmill's own forms of a line, by the key that tells them.
     lines: Mapping[str, LineForm]
+    #: The forms of the bodies of OpenAI Batch lines, by the endpoint without its version.
     bodies: Mapping[str, LineForm]
+    #: Makes a request of what the checks let through, its index, custom_id and adapter. Raises BadLine.
     request: Callable[[dict[str, Any], int, str, str | None], Request]
+    #: The options that a job's flags may set, as `JobOptions.to_json` names them.
     options: frozenset[str]
+    #: Makes the keys of an answer of an output's parts, of which an error has none.
     answer: Callable[[Parts], AnswerKeys]
+    #: The keys of `AnswerKeys.always`, in the order of CSV.
     columns: tuple[str, ...]
+    #: Makes the body of an answer in OpenAI's form.
     response: Callable[[OutputRow, Job, Parts], dict[str, Any]]
 
 

@@ -1,8 +1,8 @@
 """Generation, the kind that is answered with text, as its users write and read it: prompts, chats and completions.
 
-It owns the forms of its lines and result lines, whose public keys never change their meaning. It does not know what
-may be asked of the sampler (`options` does) or be a message (`messages`), nor what lines of all kinds share (`lines`
-and `result_lines`).
+It owns the forms of its lines and result lines, whose public keys never change their meaning. It knows neither the
+options of the sampler (`options` does) nor the form of a message (`messages`), nor what lines of all kinds share
+(`lines` and `result_lines`).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def text_request(line: str, index: int) -> GenerationRequest:
 
 
 def _request(taken: dict[str, Any], index: int, custom_id: str, adapter: str | None) -> GenerationRequest:
-    prompt, asked = taken.pop("prompt", None), taken.pop("messages", None)
+    prompt, chat = taken.pop("prompt", None), taken.pop("messages", None)
     template = taken.pop("chat_template_kwargs", None) or None
     if not taken:
-        return GenerationRequest(index, custom_id, prompt, asked, NO_SAMPLING, template, None, adapter)
-    told, calls_tools = _tools(taken)
+        return GenerationRequest(index, custom_id, prompt, chat, NO_SAMPLING, template, None, adapter)
+    declared, calls_tools = _tools(taken)
     kept = take_kept(taken)
     sampling = sampling_of(taken)
-    return GenerationRequest(index, custom_id, prompt, asked, sampling, template, kept, adapter, told, calls_tools)
+    return GenerationRequest(index, custom_id, prompt, chat, sampling, template, kept, adapter, declared, calls_tools)
 
 
 def _tools(taken: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...] | None, bool]:
     """The tools that a line names, and whether its answer may call them."""
-    told, choice, parallel = (taken.pop(key, None) for key in _TOOLS)
-    if told and parallel is False:
+    declared, choice, parallel = (taken.pop(key, None) for key in _TOOLS)
+    if declared and parallel is False:
         raise BadLine("is not supported as false beside tools, since calls cannot be limited", "parallel_tool_calls")
-    return told, not told or choice != "none"
+    return declared, not declared or choice != "none"
 
 
 def _completion_prompt(value: Any) -> Any:
@@ -66,7 +66,7 @@ def _completion_prompt(value: Any) -> Any:
 
 
 def _answer(parts: Parts) -> AnswerKeys:
-    """Those of the first choice; `choices` where there are several."""
+    """The keys of the first choice, and `choices` where there are several."""
     first = parts[0] if parts else {}
     some: dict[str, Any] = {key: first[key] for key in ("logprobs", "tool_calls") if key in first}
     if len(parts) > 1:
@@ -93,17 +93,17 @@ def _response(row: OutputRow, job: Job, parts: Parts) -> dict[str, Any]:
 
 def _choice(place: int, choice: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     text = choice["text"]
-    said: dict[str, Any] = {"text": text}
+    answer: dict[str, Any] = {"text": text}
     reason = choice["finish_reason"]
     if chat:
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        answer = {"message": {"role": "assistant", "content": text, "refusal": None}}
     if chat and "tool_calls" in choice:
-        said["message"] |= {"content": choice["content"], "tool_calls": choice["tool_calls"]}
+        answer["message"] |= {"content": choice["content"], "tool_calls": choice["tool_calls"]}
         reason = "tool_calls" if reason == "stop" else reason
     logprobs = choice.get("logprobs")
     if logprobs is not None:
         logprobs = {**logprobs, "refusal": None} if chat else _completion_logprobs(logprobs["content"])
-    return {"index": place, **said, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": place, **answer, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _completion_logprobs(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def adapter_names(written: Sequence[str]) -> list[str]:
 
 
 def refuse_no_text(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for what is to be stored as text and is none; the file's name may be any bytes."""
+    """Raises UsageError for a value that cannot be stored as text; the file's name may be any bytes."""
     for name, value in options.items():
         for text in value if isinstance(value, tuple) else (value,):
             if name != "file" and isinstance(text, str) and not _is_utf8(text):
@@ -43,14 +43,14 @@ def refuse_no_text(options: Mapping[str, Any]) -> None:
 
 
 def _sampling(options: Mapping[str, Any]) -> SamplingParams:
-    asked = {option.name: _asked(option.name, flag, options[option.name]) for option, flag in FLAGS}
+    values = {option.name: _line_value(option.name, flag, options[option.name]) for option, flag in FLAGS}
     try:
-        return sampling_of_flags(asked)
+        return sampling_of_flags(values)
     except BadLine as error:
         raise _bad_flag(*error.at.split(".", 1), error.what) from None
 
 
-def _asked(name: str, flag: OptionFlag, value: Any) -> Any:
+def _line_value(name: str, flag: OptionFlag, value: Any) -> Any:
     """The value as a line would have it; None where the flag was not given."""
     if flag.repeatable:
         return list(value)
@@ -60,7 +60,7 @@ def _asked(name: str, flag: OptionFlag, value: Any) -> Any:
 
 
 def _object(name: str, written: str) -> Any:
-    """The JSON object; whoever writes none names its type alone."""
+    """The JSON object of a flag; a value that is no object names its type alone."""
     return _json(name, written) if written.lstrip().startswith("{") else {"type": written}
 
 

@@ -4,7 +4,7 @@ It owns batchmill's own lines, the envelope of OpenAI Batch lines, and what may 
 keys a kind has (its Forms do), nor files, bytes, JSON text or line numbers (`producer.files.prompt_file`), nor whether
 a custom_id is unique (the store).
 
-Whatever a line says is obeyed, kept and returned, or refused by name; a null asks for nothing.
+Each key of a line is obeyed, kept and returned, or refused by name; a null asks for nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The options of the sampler, a row each: what lines, flags and the documentation are told of it.
+"""The options of the sampler, a row each, of which the checks of lines, the flags and the documentation are made.
 
-The names are those of SamplingParams. It knows no command line: what reads one makes a flag of a row's `flag`.
+The names are those of SamplingParams. It knows no command line: that makes a flag of a row's `flag`.
 """
 
 from __future__ import annotations
@@ -34,45 +34,41 @@ _FALLBACK = SamplingParams.fallback()
 
 
 class Values(NamedTuple):
-    """The values that an option takes: their check, and the same in words."""
+    """The values that an option takes."""
 
     check: Check
-    words: str
+    words: str  #: the same for people
 
 
 @dataclass(frozen=True, slots=True)
 class OptionFlag:
-    """The flag of `submit` and `run` for an option, in a group of their help.
+    """The flag of `submit` and `run` for an option."""
 
-    `kind`: what follows it: int, float, str, or dict for JSON; bool for a switch, which nothing follows. `low`, `high`:
-    bounds that the command line keeps to; `above`: that `low` is not within them. `hint`: what its help says in
-    parentheses.
-    """
-
-    group: str
-    kind: type
-    low: int | None = None
-    high: int | None = None
-    above: bool = False
+    group: str  #: the title above it in their help
+    kind: type  #: of its value: int, float, str, or dict for JSON; bool for a switch, which has none
+    low: int | None = None  #: the least value that the command line takes
+    high: int | None = None  #: the largest
+    above: bool = False  #: `low` itself is not taken
     repeatable: bool = False
-    hint: str = ""
+    hint: str = ""  #: the text in parentheses in its help
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOption:
-    """One option. `help`: what it does, in one sentence without its full stop; `more`: what the documentation adds.
-
-    `default` says what holds where nobody asks for anything and SamplingParams has no fallback. `spellings`: the checks
-    of the other keys for it. `beside_prompt`: its check in a line of a `prompt`, where that is another one.
-    """
+    """One option."""
 
     name: str
     values: Values
+    #: Its effect, in one sentence without its full stop.
     help: str
+    #: The sentences that the documentation adds.
     more: str = ""
+    #: The default in words, where SamplingParams has no fallback.
     default: str = ""
     flag: OptionFlag | None = None
+    #: The checks of the other keys for it.
     spellings: Mapping[str, Check] = field(default_factory=dict)
+    #: Its check in a line of a `prompt`, where that is another one.
     beside_prompt: Check | None = None
 
     @property

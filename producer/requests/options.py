@@ -1,7 +1,7 @@
 """Options of the sampler as a line or a job's flags ask for them -> SamplingParams, where each has one name.
 
-It owns what contradicts what. The options themselves, with their checks and spellings, are rows of `option_table`. It
-does not know what an engine makes of an option.
+It owns which options contradict each other. The options themselves, with their checks and spellings, are rows of
+`option_table`. It does not know what an engine makes of an option.
 
 An option at its neutral value (`n` 1, a penalty of 0) is kept, since a line's values win over its job's; what is
 empty, as `[]` or a `response_format` of text, asks for nothing.
@@ -38,9 +38,9 @@ def sampling_of(taken: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**taken) if taken else NO_SAMPLING
 
 
-def sampling_of_flags(asked: Mapping[str, Any]) -> SamplingParams:
+def sampling_of_flags(flags: Mapping[str, Any]) -> SamplingParams:
     """The same of a job's flags, by the names of SamplingParams and in JSON's values. Raises BadLine."""
-    return sampling_of(take(asked, CHAT_SAMPLING))
+    return sampling_of(take(flags, CHAT_SAMPLING))
 
 
 def _merge_spellings(taken: dict[str, Any]) -> None:
@@ -59,9 +59,9 @@ def _merge_spellings(taken: dict[str, Any]) -> None:
 
 
 def _merge_formats(taken: dict[str, Any]) -> None:
-    """Leaves `response_format` of all the keys that say what an answer has to look like."""
-    found = {key: taken.pop(key) for key in _FORMATTING if key in taken}
-    (first, form), *others = found.items() or [("", None)]
+    """Leaves `response_format` of all the keys that set the format of an answer."""
+    formats = {key: taken.pop(key) for key in _FORMATTING if key in taken}
+    (first, form), *others = formats.items() or [("", None)]
     for key, other in others:
         if other != form:
             raise BadLine(f"and {first} contradict each other; give one of them", key)

@@ -91,7 +91,7 @@ _OUR_FAULT = frozenset({ErrorCode.OUT_OF_MEMORY.value, ErrorCode.NOT_A_NUMBER.va
 
 
 def _parts(row: OutputRow) -> Parts:
-    """The parts that the store keeps; logprobs that are no numbers, which it once took, become null."""
+    """The parts that the store keeps; logprobs that are no numbers, which old stores hold, become null."""
     kept: Parts = json.loads(row.payload, parse_constant=lambda _: None)
     return kept
 

@@ -1,7 +1,7 @@
 """Checks of what a line may ask of the sampler, where a number or a list of texts does not tell it all.
 
-They own the limits of these values, the spellings that the OpenAI API and vLLM have for the form of an answer, and what
-is said of a bad one. They do not know whether a schema or a regular expression is one that a grammar can be made of.
+They own the limits of these values, the spellings that the OpenAI API and vLLM have for the form of an answer, and the
+messages about bad ones. They do not know whether a grammar can be made of a schema or a regular expression.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchmill.producer.requests.checks import (
 )
 
 MAX_STOPS = 16
-#: So many tokens `logit_bias` and `stop_token_ids` name at most, and so many answers a `choice` is among.
+#: The most tokens that `logit_bias` and `stop_token_ids` name, and the most answers of a `choice`.
 MAX_NAMED = 1_024
 MAX_TOP_LOGPROBS = 20
 MAX_BIAS = 100
@@ -86,19 +86,19 @@ def response_format(value: Any) -> dict[str, Any] | None:
         name = one_of(*_FORMATS)(form["type"])
     except BadLine as exc:
         raise exc.inside("type") from None
-    asked = take(form, _TYPE | _FORM_KEYS[name])
-    return None if name == "text" else _form(name, asked)
+    taken = take(form, _TYPE | _FORM_KEYS[name])
+    return None if name == "text" else _form(name, taken)
 
 
-def _form(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _form(name: str, taken: Mapping[str, Any]) -> dict[str, Any]:
     if name == "json_object":
         return {"type": name}
-    spellings = [key for key in _FORM_KEYS[name] if key in asked]
+    spellings = [key for key in _FORM_KEYS[name] if key in taken]
     if not spellings:
         raise BadLine("is missing or null", next(iter(_FORM_KEYS[name])))
     if len(spellings) > 1:
         raise BadLine(f"and {spellings[0]} exclude each other; give one of them", spellings[1])
-    return _formed(name, asked[spellings[0]])
+    return _formed(name, taken[spellings[0]])
 
 
 def _formed(name: str, what: Any) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def _json_object(value: Any) -> dict[str, Any] | None:
 
 
 def structured_outputs(value: Any) -> dict[str, Any] | None:
-    found = take(OBJECT(value), STRUCTURED)
-    if len(found) > 1:
-        first, second, *_ = found
+    taken = take(OBJECT(value), STRUCTURED)
+    if len(taken) > 1:
+        first, second, *_ = taken
         raise BadLine(f"and {first} exclude each other; give one of them", second)
-    form: dict[str, Any] | None = next(iter(found.values()), None)
+    form: dict[str, Any] | None = next(iter(taken.values()), None)
     return form
 
 

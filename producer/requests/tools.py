@@ -35,7 +35,7 @@ def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 def tool_choice(value: Any) -> str:
-    """Whether the model may call tools. That it must, or which one, cannot be promised."""
+    """`auto` where the model may call tools, else `none`. That it must, or which one, cannot be promised."""
     if value in ("none", "auto"):
         return str(value)
     given = repr(value) if value == "required" else "of this form" if type(value) is dict else f"as {shown(value)}"

@@ -1,6 +1,6 @@
-"""When a job ends: the tokens that are left, over the tokens per second of those who work on it.
+"""The estimate of a job's end: the tokens that are left, over the tokens per second of the workers at it.
 
-Plain functions over what the store knows. They read nothing, and say nothing while they do not know.
+Plain functions over what the store knows. They read nothing, and return no estimate while they do not know.
 """
 
 from __future__ import annotations
@@ -19,55 +19,54 @@ from batchmill.jobs.store.views.jobs import Counts
 from batchmill.jobs.store.views.sample import SampledRequest
 from batchmill.jobs.store.views.usage import Pace
 
-#: So many answers, as many as are in flight, and so many seconds of work are waited for.
+#: The least number of answers for an estimate, which has to reach those in flight, too; and the least seconds of work
+#: for a speed.
 _FEWEST_ANSWERS = 3
 _FEWEST_SECONDS = 0.5
-#: In fewer, a speed is a whim of the moment.
+#: The least seconds for a recent speed: in fewer it varies at random.
 _FEWEST_LATE_SECONDS = 5.0
-#: What reading a token of a prompt takes, as a part of making one of an answer: it depends on model and device, so that
-#: the range is of all of these. It matters where the prompts to come are longer or shorter than those before.
+#: The cost of prefilling one token, as a part of decoding one: it depends on model and device, so that the range spans
+#: all of these. It matters where the prompts to come are longer or shorter than those before.
 _PROMPT_TOKEN = 0.1
 _PROMPT_TOKENS = (0.02, _PROMPT_TOKEN, 1.0)
-#: The range is this part of the estimate to each side at least, since speeds vary, and so many standard errors of the
-#: mean length.
+#: The range reaches to each side by at least this part of the estimate, since speeds vary, and by this many standard
+#: errors of the mean length.
 _LEAST_MARGIN = 0.2
 _STANDARD_ERRORS = 1.64
-#: Where a mean length may be so many times what it is taken for, nothing is known yet.
+#: There is no estimate while the mean length may be more than this many times the likely one.
 _UNKNOWN = 5
-#: An answer that is longer already than all that are finished is taken to get so many times as long, and the longest
-#: to come at least as many times as long as the longest of these.
+#: An answer that is already longer than all finished ones is taken to become this many times as long as it is; the
+#: longest answer to come may become this many times as long as the longest so far.
 _LONGER = 1.5
-#: So many answers for each that is left tell how long the longest of these gets.
+#: This many finished answers for each one that is left bound the longest of these.
 _TELLING = 20
-#: A sample of fewer says nothing about what differs along the file.
+#: A sample of fewer requests says nothing about what differs along the file.
 _FEWEST_SAMPLED = 32
-#: A file looks sorted where one half is so much longer than the other, and nearly each request of it than each there.
+#: A file looks sorted where one half is this many times as long as the other, and its requests are the longer ones in
+#: this part of all pairs.
 _SORTED_RATIO = 1.5
 _SORTED_PART = 0.8
-#: Where the most is so many times the least, what lies between says nothing.
+#: Bounds alone are shown where the high one is more than this many times the low one: what lies between says nothing.
 _WIDE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """How long until a job's last request is answered, and between which bounds that likely lies.
-
-    `looks_sorted`: lengths grow or fall along the file, so that even the bounds mislead.
-    """
+    """The time until a job's last request is answered, and the bounds between which it likely lies."""
 
     seconds: float
     low_seconds: float
     high_seconds: float
-    looks_sorted: bool
+    looks_sorted: bool  #: lengths grow or fall along the file, so that even the bounds mislead
 
 
 def estimate(
     counts: Counts, paces: Sequence[Pace], sample: Sequence[SampledRequest], *, rows: Mapping[int, int], max_tokens: int
 ) -> Estimate | None:
-    """When the job ends if those who work on it go on; None while nothing tells.
+    """Estimates when the job ends if its workers go on; None while nothing tells.
 
-    `rows`: how many requests each worker takes at once, by its id, of those alone that live and work on the job.
-    `max_tokens`: of an answer whose line does not say how many.
+    `rows`: the requests that each worker takes at once, by its id; of live workers at the job alone.
+    `max_tokens`: those of an answer whose line sets no limit.
     """
     slots = min(sum(rows.values()), counts.total)
     fewest = max(_FEWEST_ANSWERS, min(slots, counts.pending))
@@ -78,11 +77,11 @@ def estimate(
     left = _left(counts, sample, _InFlight(min(slots, counts.pending), slots, tokens), max_tokens=max_tokens)
     if left.waiting.likely and left.mean.high > _UNKNOWN * left.mean.likely:
         return None
-    found = [left.seconds(weight, rate) for weight, rate in zip(_PROMPT_TOKENS, rates, strict=True)]
+    ranges = [left.seconds(weight, rate) for weight, rate in zip(_PROMPT_TOKENS, rates, strict=True)]
     changed = _changed(paces, rows)
-    likely = found[_PROMPT_TOKENS.index(_PROMPT_TOKEN)].likely / changed
-    low = min(each.low for each in found) / max(1.0, changed)
-    high = max(each.high for each in found) / min(1.0, changed)
+    likely = ranges[_PROMPT_TOKENS.index(_PROMPT_TOKEN)].likely / changed
+    low = min(each.low for each in ranges) / max(1.0, changed)
+    high = max(each.high for each in ranges) / min(1.0, changed)
     return Estimate(
         likely,
         min(low, likely * (1 - _LEAST_MARGIN)),
@@ -99,48 +98,48 @@ class _Range(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Remaining:
-    """What is left of a job. `waiting`: answers that have not begun, of `mean` tokens, and `prompt` tokens to read.
+    """The work that is left of a job."""
 
-    `end`: the tokens for which there is time from when nothing waits until the last answer ends, in slots half empty.
-    """
-
+    #: The answers that have not begun.
     waiting: _Range
+    #: The tokens of one of these answers.
     mean: _Range
+    #: The tokens of one of their prompts.
     prompt: float
+    #: The tokens for which all slots have time from when nothing waits until the last answer ends; many are empty then.
     end: _Range
 
     def seconds(self, weight: float, rate: float) -> _Range:
-        """At this speed, where a prompt's token counts as so much of an answer's."""
+        """The time for it at `rate` tokens per second, where a prompt's token counts as `weight` of an answer's."""
         parts = zip(self.waiting, self.mean, self.end, strict=True)
         return _Range(*((waiting * (mean + weight * self.prompt) + end) / rate for waiting, mean, end in parts))
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """The answers on their way: how many, in how many slots, and the tokens that they have together."""
+    """The answers in flight."""
 
-    active: int
-    slots: int
-    tokens: int
+    active: int  #: their number
+    slots: int  #: the slots that all workers have together
+    tokens: int  #: those that these answers have so far, together
 
     @property
     def age(self) -> float:
-        """The tokens that one has, on average."""
+        """The tokens that one of them has, on average."""
         return self.tokens / self.active
 
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """The lengths of answers: of those `finished` in order, of the `longer` ones among these that those in flight may
-    get to, and the `longest` that any may have."""
+    """The lengths of answers, in tokens."""
 
-    finished: Sequence[float]
-    longer: Sequence[float]
-    longest: float
+    finished: Sequence[float]  #: of the finished ones, in ascending order
+    longer: Sequence[float]  #: those of `finished` that the answers in flight may still reach
+    longest: float  #: the longest that any answer may become
 
 
 def _left(counts: Counts, sample: Sequence[SampledRequest], flight: _InFlight, *, max_tokens: int) -> _Remaining:
-    """Those in flight are counted as at least what they have: on average as finished ones that got as long."""
+    """Computes what is left; answers in flight become as long, on average, as the finished ones that are longer."""
     finished = sorted(each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED)
     finished = finished or [round(counts.completion_tokens / counts.succeeded)]
     longer: Sequence[float] = finished[bisect_right(finished, flight.age) :] or [flight.age * _LONGER]
@@ -156,7 +155,7 @@ def _left(counts: Counts, sample: Sequence[SampledRequest], flight: _InFlight, *
 
 
 def _longest(finished: Sequence[float], longer: Sequence[float], *, left: int, allowed: int) -> float:
-    """The longest that any of so many answers likely gets: what its line allows, or less where many have ended."""
+    """The likely length of the longest of `left` answers: what its line allows, or less where many have ended."""
     longest = longer[-1]
     if longest <= finished[-1] and len(finished) >= _TELLING * left:  # and nothing else is on its way
         allowed = min(allowed, round(longest * _LONGER))
@@ -164,14 +163,14 @@ def _longest(finished: Sequence[float], longer: Sequence[float], *, left: int, a
 
 
 def _mean(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int) -> _Range:
-    """The tokens of an answer to come: as of those finished and those in flight, which the short ones have left."""
+    """The tokens of an answer to come: as of the finished ones and of those in flight, among which few are short."""
     whole, done = fmean(lengths.longer), counts.succeeded
     # As many as have all the tokens of a slot may be in flight since the beginning, and get as long as they can.
     old = min(1.0, flight.tokens / max(1, counts.completion_tokens + flight.tokens) * flight.slots / flight.active)
-    most = old * lengths.longest + (1 - old) * whole
-    low, high = ((counts.completion_tokens + flight.active * each) / (done + flight.active) for each in (whole, most))
+    upper = old * lengths.longest + (1 - old) * whole
+    low, high = ((counts.completion_tokens + flight.active * each) / (done + flight.active) for each in (whole, upper))
     errors = _STANDARD_ERRORS * sqrt(1 / done + 1 / max(1, waiting)) / max(1.0, low)
-    in_flight = [most] * round(flight.active * len(lengths.finished) / done)
+    in_flight = [upper] * round(flight.active * len(lengths.finished) / done)
     return _Range(
         max(0.0, low * (1 - errors * pstdev(lengths.finished))),
         low,
@@ -180,7 +179,7 @@ def _mean(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int)
 
 
 def _end(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int) -> _Range:
-    """The tokens for which there is time from when nothing waits until the last answer ends."""
+    """The tokens for which all slots have time from when nothing waits until the last answer ends."""
     slots, rest = flight.slots, flight.active * max(0.0, fmean(lengths.longer) - flight.age)
     if waiting:
         last = _last_of(flight.active, lengths.finished)
@@ -193,13 +192,13 @@ def _end(counts: Counts, flight: _InFlight, lengths: _Lengths, *, waiting: int) 
 
 
 def _longest_of(count: int, lengths: Sequence[float]) -> float:
-    """The likely longest of so many answers in flight at once, of which longer ones are more, as they stay longer."""
+    """The likely longest of `count` answers in flight at once; long ones are frequent there, as they stay longer."""
     sums = list(accumulate(lengths))
     return lengths[min(bisect_left(sums, sums[-1] * count / (count + 1)), len(lengths) - 1)]
 
 
 def _last_of(count: int, lengths: Sequence[float]) -> float:
-    """What the last of so many answers in flight likely lacks, where each began at some time before."""
+    """The tokens that the last of `count` answers in flight likely lacks, where each began at some time before."""
     sums = list(accumulate(lengths))
     for place, each in enumerate(lengths):
         beyond = sums[-1] - sums[place] - each * (len(lengths) - place - 1)
@@ -209,9 +208,9 @@ def _last_of(count: int, lengths: Sequence[float]) -> float:
 
 
 def _answered_shares(counts: Counts, sample: Sequence[SampledRequest], *, active: int) -> _Range:
-    """The part of what waits that is answered rather than refused: as of all so far, or of the last if these differ.
+    """The share of waiting requests that will be answered, not refused: as of all so far, or of late if that differs.
 
-    Those in flight are none of the refused, which are refused at once.
+    Requests in flight count as answered, since a refusal comes at once.
     """
     begun = counts.succeeded + active
     whole = begun / (begun + counts.failed)
@@ -224,7 +223,7 @@ def _answered_shares(counts: Counts, sample: Sequence[SampledRequest], *, active
 
 
 def _prompt_tokens(counts: Counts, sample: Sequence[SampledRequest]) -> float:
-    """The tokens of a prompt to come: as of those before, by their bytes."""
+    """The tokens of a prompt to come: as of those before, in proportion to their bytes."""
     mean = counts.prompt_tokens / (counts.succeeded + counts.failed)
     before = [each.body_bytes for each in sample if each.state is not None]
     to_come = [each.body_bytes for each in sample if each.state is None]
@@ -244,9 +243,9 @@ def _tokens_per_second(paces: Sequence[Pace], rows: Mapping[int, int], weight: f
 
 
 def _changed(paces: Sequence[Pace], rows: Mapping[int, int]) -> float:
-    """Speed of these workers of late, as a part of that on the whole; the range is of both.
+    """The recent speed of these workers, as a part of their speed on the whole; the range spans both.
 
-    Those whose engine does not tell of answers in flight do not count: a moment before a run ends they seem slow.
+    Workers whose engine does not report answers in flight do not count: a moment before a run ends they seem slow.
     """
     telling = [each for each in paces if each.worker_id in rows and each.in_flight_tokens]
     mine = [each for each in telling if each.late_seconds >= _FEWEST_LATE_SECONDS]
@@ -256,7 +255,7 @@ def _changed(paces: Sequence[Pace], rows: Mapping[int, int]) -> float:
 
 
 def _looks_sorted(sample: Sequence[SampledRequest]) -> bool:
-    """Whether prompts, or answers so far, get longer or shorter along the file."""
+    """True where prompts, or answers so far, get longer or shorter along the file."""
     answers = [each.completion_tokens for each in sample if each.state is RequestState.SUCCEEDED]
     return _is_sorted([each.body_bytes for each in sample]) or _is_sorted(answers)
 
@@ -271,11 +270,11 @@ def _is_sorted(lengths: Sequence[int]) -> bool:
     return longer > _SORTED_RATIO * shorter and not 1 - _SORTED_PART < before < _SORTED_PART
 
 
-def estimated(found: Estimate) -> str:
-    """When a job ends, for people: `about 40 s (30 s to 1 min 10 s)`."""
-    low, likely, high = map(duration, (found.low_seconds, found.seconds, found.high_seconds))
-    if found.high_seconds > _WIDE * found.low_seconds and low != high:
-        said = f"{low} to {high}"
+def estimated(ends: Estimate) -> str:
+    """The end of a job, for people: `about 40 s (30 s to 1 min 10 s)`."""
+    low, likely, high = map(duration, (ends.low_seconds, ends.seconds, ends.high_seconds))
+    if ends.high_seconds > _WIDE * ends.low_seconds and low != high:
+        text = f"{low} to {high}"
     else:
-        said = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
-    return f"{said}; the file looks sorted by length, which makes this unreliable" if found.looks_sorted else said
+        text = f"about {likely}" + (f" ({low} to {high})" if low != high else "")
+    return f"{text}; the file looks sorted by length, which makes this unreliable" if ends.looks_sorted else text

@@ -1,6 +1,6 @@
-"""Knowledge of this machine that the store gets later: that the process of a worker is gone.
+"""Workers of this machine whose processes are gone, which this machine knows before the store does.
 
-A worker that was killed says nothing any more, and the store takes it for alive until its heartbeats are missed.
+A worker that was killed sends no more heartbeats, and the store takes it for alive until they are missed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def seen_here(worker: _Worker) -> _Worker:
 
 
 def around_here(around: Surroundings) -> Surroundings:
-    """The same with every worker as it is seen here."""
+    """The same surroundings, with every worker as it is seen here."""
     return replace(
         around,
         holds=tuple(replace(each, worker=seen_here(each.worker)) for each in around.holds),

@@ -14,7 +14,7 @@ from batchmill.producer.views.status import JobStatus
 
 
 def status_json(status: JobStatus) -> dict[str, Any]:
-    """All of it, as `batchmill status --json` prints it."""
+    """A job's whole status, as `batchmill status --json` prints it."""
     job, effort, counts = status.job, status.effort, status.job.counts
     return _head(job) | {
         "tokens": {"prompt": counts.prompt_tokens, "completion": counts.completion_tokens},
@@ -113,7 +113,7 @@ def job_json(job: Job, ends: Estimate | None = None) -> dict[str, Any]:
 
 
 def _head(job: Job) -> dict[str, Any]:
-    """What every JSON of a job begins with."""
+    """The keys that every JSON of a job begins with."""
     counts, reasons = job.counts, job.counts.finish_reasons
     return {
         "id": job.id,
@@ -133,12 +133,12 @@ def _head(job: Job) -> dict[str, Any]:
     }
 
 
-def _eta_json(found: Estimate | None) -> dict[str, Any]:
+def _eta_json(ends: Estimate | None) -> dict[str, Any]:
     return {
-        "eta_seconds": None if found is None else found.seconds,
-        "eta_low_seconds": None if found is None else found.low_seconds,
-        "eta_high_seconds": None if found is None else found.high_seconds,
-        "looks_sorted": None if found is None else found.looks_sorted,
+        "eta_seconds": None if ends is None else ends.seconds,
+        "eta_low_seconds": None if ends is None else ends.low_seconds,
+        "eta_high_seconds": None if ends is None else ends.high_seconds,
+        "looks_sorted": None if ends is None else ends.looks_sorted,
     }
 
 

@@ -1,4 +1,4 @@
-"""Sentences about who is missing for a job, why, and what to do about it: the same in every command."""
+"""Sentences about the workers that a job lacks, the reasons, and the remedies: the same in every command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_REASONS = 3
 
 
 def missing_lines(status: JobStatus) -> list[str]:
-    """Who is missing, for how long, why if it is known, and the command that helps; nothing if nobody is."""
+    """Lines on the worker or adapter that a job lacks, for how long, why if known, and the command that helps."""
     start = status.start
     if status.others:
         first = status.others[0]
@@ -47,7 +47,7 @@ def missing_lines(status: JobStatus) -> list[str]:
 
 
 def slip_remedy(status: JobStatus) -> str:
-    """What to do about a model's name that is likely a slip, up to the command that starts a worker for it."""
+    """The remedy for a model's name that is likely a slip, up to the command that starts a worker for it."""
     again = f"`batchmill cancel {status.job.id}`, and submit it again with -m {shlex.quote(status.meant or '')}"
     return f"{again}; if {status.job.spec.model} is what you mean, start a worker"
 
@@ -61,22 +61,22 @@ def _lacking_lines(status: JobStatus) -> list[str]:
 
 
 def restarting_line(worker: WorkerRow) -> str:
-    """The worker whose process has just ended, and what becomes of it."""
+    """The sentence about a worker whose process has just ended, and which its mill starts again."""
     return f"worker {worker.name} has ended, and the mill here restarts it within a minute"
 
 
 def silent_line(worker: WorkerRow) -> str:
-    """The worker that says nothing, though its process lives."""
+    """The sentence about a worker that is silent, though its process lives."""
     return f"worker {worker.name} has not been heard of for {duration(worker.seen_seconds)}, and its process lives"
 
 
 def is_starting(status: JobStatus) -> bool:
-    """True where the mill here is yet to start its worker; one whose worker is sick waits longer, which that says."""
+    """True where the mill here is yet to start its worker, unless it waits longer because that worker is sick."""
     return status.is_starting and all(each.state is not WorkerState.SICK for each in status.given_up)
 
 
 def lack_line(lack: MissingAdapter) -> str:
-    """The adapter that nobody holds, and who holds another one by its name."""
+    """The sentence about an adapter that nobody holds, and a worker that holds another one under its name."""
     waiting = f"{counted(lack.batches, 'batch')} {'waits' if lack.batches == 1 else 'wait'}"
     line = f"{waiting} for the adapter {lack.name}, which no live worker holds"
     if lack.meant is None or not lack.held_otherwise:
@@ -88,13 +88,13 @@ def lack_line(lack: MissingAdapter) -> str:
 
 
 def other_line(job: Job, worker: str, host: str, identity: str | None) -> str:
-    """The worker that serves a job's ModelSpec, and holds another model than the job was begun with."""
+    """The sentence about a worker of a job's ModelSpec that holds another model than the job was begun with."""
     changed = differences(job.identity or "", identity or "")
     return f"it was started with another model than worker {worker} on {host} holds; changed since then: {changed}"
 
 
 def other_remedy(job: Job) -> str:
-    """What to do about it."""
+    """The remedy for a job that was begun with another model than its workers hold."""
     return (
         "to finish it, restore the old model and restart a worker; to have the new one answer everything, "
         f"`batchmill cancel {job.id}` and submit the file again"
@@ -102,14 +102,14 @@ def other_remedy(job: Job) -> str:
 
 
 def given_up_line(worker: SeenWorker) -> str:
-    """Who gave up, and why."""
+    """The sentence about a worker that gave up, and its reason."""
     what = "is sick" if worker.state is WorkerState.SICK else "could not load the model"
     why = one_line(worker.error or "no reason is known")
     return f"worker {worker.name} on {worker.host} ({worker.device}) {what}: {why}"
 
 
 def advice(state: WorkerState) -> str:
-    """What to do about a worker that gave up, up to the command that starts it again."""
+    """The remedy for a worker that gave up, up to the command that starts it again."""
     if state is WorkerState.SICK:
         return "check its device (the driver's log, the worker's log), then start it again: "
     return "fix that, then start it again: "

@@ -1,4 +1,4 @@
-"""Retries as a user sees them: what another try can answer, what is left alone and why, and who runs the rest."""
+"""Retries as a user sees them: requests that may succeed now, those that are skipped and why, and the next command."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chances_of(job: Job, *, everything: bool, store: Store) -> Chances:
 
 
 def retry_lines(status: JobStatus, retried: Retried, chances: Chances) -> Iterator[str]:
-    """What a retry did, what it left alone, and the command that runs what it moved."""
+    """Lines on a retry: what it moved, what it skipped, and the command that runs what it moved."""
     job = status.job
     yield f"job {job.id}: {_moved(job, retried)}"
     for code, left in sorted(retried.left.items()):
@@ -64,7 +64,7 @@ def _moved(job: Job, retried: Retried) -> str:
 
 
 def retry_advice(job: Job, store: Store) -> str:
-    """Advice on a job that has ended: the retry, or why one moves nothing and what else there is to do."""
+    """Advice on a job that has ended: the command that retries it, or why a retry moves nothing and what helps."""
     chances = chances_of(job, everything=False, store=store)
     ended = store.retries.unsuccessful(job.id)
     if any(chances.are_there(code, prompt_tokens=each.shortest_tokens) for code, each in ended.items()):
@@ -94,11 +94,11 @@ def _reason(code: str, left: LeftAlone, chances: Chances) -> str:
     shortest = f"the shortest of these prompts has {left.shortest_tokens:,} tokens, and "
     if not chances.context_tokens:
         return f"{shortest}no live worker holds the model"
-    most = f"{chances.context_tokens:,.0f} with the answer"
-    return f"{shortest}no live worker takes more than {most}; a larger --context helps if the model supports it"
+    limit = f"{chances.context_tokens:,.0f} with the answer"
+    return f"{shortest}no live worker takes more than {limit}; a larger --context helps if the model supports it"
 
 
 def _names(left: LeftAlone) -> str:
-    """The first of them, counted from 0 as `results` does."""
+    """The first of these requests, counted from 0 as in `results`."""
     more = f" and {left.count - len(left.indexes):,} more" if left.count > len(left.indexes) else ""
     return f"index {', '.join(map(str, left.indexes))}{more}"

@@ -25,45 +25,51 @@ from batchmill.producer.views.gone_workers import seen_here
 
 #: A mill starts a worker again within a minute.
 _RESTART_SECONDS = 75.0
-#: For so long a worker whose process lives here may be silent, as behind a locked store, before it is given up.
+#: The time for which a worker whose process lives here may be silent, as behind a locked store, before it is given up.
 _SILENT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One job, its effort, who works on it, and who could. `missing_seconds`: since when nobody serves its model, which
-    nobody ever did where `is_never_served`.
+    """One job, the effort that it took, the workers at it, and those that could take it.
 
-    `others`: live workers of its ModelSpec that hold another model than it was begun with, where there are no more.
-    `given_up`: where nobody serves it, the workers that are sick or could not load it. `lacks`: adapters of its
-    pending batches that nobody holds. `meant`: the known model that its name resembles, where that is likely a slip.
-    `loading`: who could take it, where they are all still loading. `restarting`: where nobody serves it, the worker of
-    a mill here whose process has just ended, which the mill starts again. `silent`: likewise, a worker here that was
-    not heard of lately, and whose process lives. `is_starting`: likewise, the mill here is yet to start its worker.
-    `evaluation`: what its ModelSpec was last measured to cost, on any text. `estimate`: when it ends, None where nobody
-    works on it, or nothing tells yet.
+    A job is served while a live worker holds its model, and that worker is not bound to another job.
     """
 
     job: Job
     effort: Usage
+    #: The live workers that hold batches of it.
     workers: tuple[WorkerRow, ...]
+    #: The time for which nobody has served it; None while somebody does, and once it is closed.
     missing_seconds: float | None
+    #: The workers that are sick or could not load its model, where nobody serves it.
     given_up: tuple[SeenWorker, ...] = ()
+    #: The adapters of its pending batches that no live worker holds.
     lacks: tuple[MissingAdapter, ...] = ()
+    #: The last measurement of what its ModelSpec costs, on any text.
     evaluation: EvaluationRow | None = None
+    #: The estimate of its end; None where nobody works on it, or nothing tells yet.
     estimate: Estimate | None = None
+    #: The live workers of its ModelSpec, where all of them hold another model than it was begun with.
     others: tuple[WorkerRow, ...] = ()
+    #: The settings that a worker here would be started with.
     settings: Settings = field(default_factory=Settings)
+    #: The known model that its model's name is likely a slip of, where nobody serves it.
     meant: str | None = None
+    #: The workers that could take it, where all of them are still loading.
     loading: tuple[WorkerRow, ...] = ()
+    #: The worker of a mill here whose process has just ended, and which the mill starts again, where nobody serves it.
     restarting: WorkerRow | None = None
+    #: A worker here that was not heard of lately, and whose process lives, where nobody serves it.
     silent: WorkerRow | None = None
+    #: True where nobody serves it, and the mill here is yet to start its worker.
     is_starting: bool = False
+    #: True where nobody ever served its model.
     is_never_served: bool = False
 
     @classmethod
     def read(cls, store: Store, job_id: str, settings: Settings | None = None) -> JobStatus:
-        """`settings`: those that a worker here would be started with, by default those of the process."""
+        """Reads it from the store. `settings` are by default those of the process. Raises NotFound."""
         job = store.jobs.job(job_id)
         serving = [seen_here(each) for each in store.workers.rows(spec=job.spec)]
         serving = [each for each in serving if each.alive and each.only_job in (None, job.id)]
@@ -117,7 +123,7 @@ class JobStatus:
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Without refused prompts, which took no work."""
+        """Prompt tokens per second of work; refused prompts took none, and do not count."""
         return self.per_second(sum(each.prompt_tokens for each in self.effort.paces))
 
     def per_second(self, count: int) -> float:
@@ -126,7 +132,7 @@ class JobStatus:
 
     @property
     def ends_in(self) -> str:
-        """When it ends, for people: `measuring` while nothing tells, and empty where nobody works on it."""
+        """Its end, for people: `measuring` while nothing tells, and empty where nobody works on it."""
         if self.estimate is not None:
             return estimated(self.estimate)
         return "measuring" if self.workers and self.job.state is JobState.RUNNING else ""
@@ -153,7 +159,7 @@ def _restarting(last: WorkerRow | None, settings: Settings) -> WorkerRow | None:
 
 
 def _estimate(store: Store, job: Job, effort: Usage, at_work: Sequence[WorkerRow]) -> Estimate | None:
-    """When a job ends, by a sample of its requests and what its workers did; a request takes a row a choice."""
+    """Estimates a job's end by a sample of its requests and its workers' pace; each choice takes a row."""
     if job.state is not JobState.RUNNING or not at_work:
         return None
     sampling = job.sampling or {}

@@ -47,7 +47,8 @@ def test_imports_point_one_way(room: str) -> None:
     "module",
     [
         "batchmill.producer.cli.main",
-        "batchmill.producer.cli.local",
+        "batchmill.producer.cli.local.run",
+        "batchmill.producer.cli.local.up",
         "batchmill.producer.submit",
         "batchmill.producer.files.export",
         "batchmill.producer.views.diagnosis.verdict",

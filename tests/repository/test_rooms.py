@@ -29,7 +29,7 @@ FLOORS = {
         "checking",
         "store",
     ),
-    "producer": ("requests", "files", "submit", "reconcile_once", "views", "cli"),
+    "producer": ("requests", "files", "submission", "submit", "reconcile_once", "views", "cli"),
 }
 #: Modules that belong to no floor.
 APART = {"worker": {"__main__", "demo"}}

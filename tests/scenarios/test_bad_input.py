@@ -31,7 +31,8 @@ from batchmill.jobs.store.store import Store
 from batchmill.producer.files import prompt_file as prompts_module
 from batchmill.producer.files.export import errors_path, export
 from batchmill.producer.files.prompt_file import PromptFile
-from batchmill.producer.submit import Submission, load_job
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job
 from tests.support.paths import ROOT
 from tests.support.store import mill
 

@@ -24,7 +24,8 @@ from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs
 from batchmill.producer.files.prompt_file import PromptFile
-from batchmill.producer.submit import Submission, Submitted, load_job, load_once
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import Submitted, load_job, load_once
 from tests.integration.conftest import TIMERS, Mill, until
 from tests.support.paths import ROOT
 from tests.support.store import mill

@@ -22,7 +22,8 @@ from batchmill.jobs.store.leases.lease import BatchReport, Lease, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import export
 from batchmill.producer.requests import kinds as producer_kinds
-from batchmill.producer.submit import Submission, load_job
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job
 from batchmill.producer.views.public_json import status_json
 from batchmill.producer.views.status import JobStatus
 from batchmill.worker.loop.runner import Runner

@@ -1,4 +1,4 @@
-"""What the devices of a job or of a worker held, as lines for people."""
+"""The memory that a job or a worker held on its devices, as lines for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _JOULES_PER_KWH = 3_600_000
 
 
 def device_line(device: DeviceMemory, *, now: bool = False) -> str:
-    """One device: what the worker held there at most, and all processes together at most, or when last seen."""
+    """One device: the most that the worker held there, and the use by all processes, at most or when last seen."""
     name = " ".join(dict.fromkeys((device.device, device.name)))
     return (
         f"{name}: {size(device.weights_bytes)} weights, {size(device.cache_bytes)} cache,"

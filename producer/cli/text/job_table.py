@@ -1,6 +1,6 @@
 """The table of `batchmill jobs`: a line a job below a header, and in a narrow terminal its note below it.
 
-There names and models are shortened, then times, and where that is not enough columns are left out; a pipe gets
+There, names and models are shortened, then times; where that is not enough, columns are left out. A pipe gets
 everything in full.
 """
 
@@ -17,7 +17,7 @@ _HEADER = ("ID", "STATE", "AGE", "DURATION", "ANSWERED", "FAILED", "MODEL", "NAM
 _RIGHT = frozenset({"ANSWERED", "FAILED"})
 _TIMES = ("AGE", "DURATION")
 _GAP, _CUT = "  ", "…"
-#: How far the two are shortened before times are, and how far after that.
+#: The least widths of the two before times are shortened, and after that.
 _LEAST_AT_FIRST = {"NAME": 12, "MODEL": 12}
 _LEAST = {"NAME": len("NAME"), "MODEL": len("MODEL")}
 #: Columns that are left out, one after the other: the rest tells which job it is, and how far.
@@ -28,17 +28,19 @@ _Row = Mapping[str, str]
 
 
 def table(jobs: Sequence[Job], *, notes: Mapping[str, str], now: float, width: int | None = None) -> list[str]:
-    """Lines of at most `width`, where there is one, as far as what is neither shortened nor left out has room in it.
+    """The lines of the table, of at most `width` where there is one and what cannot be shortened has room in it.
 
-    `notes`: what there is to say of jobs, by id. `now`: by the store's clock, as the times of jobs are.
+    `notes`: a note on some jobs, by id. `now`: by the store's clock, as the times of jobs are.
     """
     header = dict(zip(_HEADER, _HEADER, strict=True))
     rows = [header, *(_row(each, now) for each in jobs)]
-    said = ["", *(notes.get(each.id, "") for each in jobs)]
-    full = [{**row, "NAME": _GAP.join(filter(None, (row["NAME"], note)))} for row, note in zip(rows, said, strict=True)]
+    row_notes = ["", *(notes.get(each.id, "") for each in jobs)]
+    full = [
+        {**row, "NAME": _GAP.join(filter(None, (row["NAME"], note)))} for row, note in zip(rows, row_notes, strict=True)
+    ]
     if width is None or _width(full) <= width:
         return list(_lines(full))
-    lines = zip(_lines(_fitted(rows, width)), said, strict=True)
+    lines = zip(_lines(_fitted(rows, width)), row_notes, strict=True)
     return [each for line, note in lines for each in (line, *_below(note, width))]
 
 

@@ -1,4 +1,4 @@
-"""The line of a job that moves while a terminal is waited at, and what is said of it on lines of its own."""
+"""The live line of a job that a terminal shows while a command waits, with advice on lines of its own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ _SHORTEST_BAR, _LONGEST_BAR = 10, 40
 
 @dataclass(frozen=True, slots=True)
 class LiveLine:
-    """Count, bar and a note in one line. In a narrow terminal the bar goes first, then the note to a line of its own.
-
-    `advice`: lines that stay lines; what is too long for one is wrapped, and nothing of it is left out.
-    """
+    """Count, bar and note in one line. In a narrow terminal the bar goes first, then the note to a line of its own."""
 
     title: str
     done: int
     total: int
     note: str = ""
-    advice: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()  #: lines of their own; long ones are wrapped, and nothing of them is left out
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = f"{self.done:,}/{self.total:,} ended"

@@ -14,7 +14,7 @@ from batchmill.jobs.store.workers.liveness import GIVEN_UP
 
 
 def worker_line(worker: WorkerRow) -> str:
-    """One worker for people: what it holds, on which device, what it is at, and what hinders it or why it gave up."""
+    """One worker for people: its state, model and device, its limits, and what hinders it or why it gave up."""
     ended = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
     silent = worker.process is not None and worker.process.lives() is Lives.YES
     state = worker.state.value if worker.alive or ended else "silent" if silent else "dead"
@@ -31,7 +31,7 @@ def worker_line(worker: WorkerRow) -> str:
 
 
 def loading_line(worker: WorkerRow) -> str:
-    """What a worker that loads has spent its time on, and does since: `loading torch 4 s, the model 1 s`."""
+    """The time that a loading worker has spent on each phase so far: `loading torch 4 s, the model 1 s`."""
     torch_seconds, seconds = worker.torch_load_seconds, worker.loading_seconds
     if seconds is None and worker.generation:
         return "restarting, since its process died"

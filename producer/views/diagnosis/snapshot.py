@@ -1,4 +1,4 @@
-"""All that is known of one open job: what the store and Redis say of it, and who of them all matters."""
+"""A snapshot of one open job: what the store and Redis say of it, and which workers matter to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from batchmill.producer.views.status import JobStatus
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What Redis says: why it is away, or how many wake-ups lie in the job's queue."""
+    """The state of a job's queue in Redis."""
 
-    error: str | None = None
-    wakeups: int = 0
+    error: str | None = None  #: the reason why Redis is away
+    wakeups: int = 0  #: the number of wake-ups in the queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def others(self) -> list[SeenWorker]:
-        """Live workers that could, and hold another model than it was begun with."""
+        """Live workers that could take it, but hold another model than it was begun with."""
         return [each for each in self._unbound if not self.job.is_of(each.identity)]
 
     @property
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def able(self) -> list[SeenWorker]:
-        """Those of the takers that hold what some pending batch needs."""
+        """Those of the takers that hold the adapter that some pending batch needs, if any."""
         needs, meant = self.around.pending.needs, {each.name: each for each in self.job.adapters}
         if NO_ADAPTER in needs:
             return self.takers
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def takeable_batches(self) -> int:
-        """Pending batches that need no adapter that nobody holds."""
+        """The number of pending batches that lack no adapter."""
         return max(0, self.around.pending.batches - sum(each.batches for each in self.status.lacks))
 
     @property
@@ -90,17 +90,17 @@ class Case:
 
     @property
     def reaping_seconds(self) -> float:
-        """Within so long after its end a lease is taken back: it is seen expired twice, half a lease apart."""
+        """The longest time from a lease's end until it is taken back: it is seen expired twice, half a lease apart."""
         return self.settings.lease_seconds / 2 + 2 * self.settings.reconcile_seconds
 
     def outlived(self, crashes: Crashes) -> bool:
-        """Tells if a worker was heard of after the last of these, so that its log goes on."""
+        """True where the worker was heard of after the last of these crashes, so that its log goes on."""
         worker = crashes.worker
         ended_itself = worker.state in (WorkerState.STOPPED, *GIVEN_UP)
         return worker.alive or ended_itself or self.around.now - worker.seen_seconds >= crashes.last_at
 
     def over_since(self, hold: Hold) -> float:
-        """When a hold's first lease was or will be over; now, if it is further ahead than any can be."""
+        """The time at which a hold's first lease ends; now, if that is further ahead than any lease's end can be."""
         is_ahead = hold.lease_until > self.around.now + self.settings.lease_seconds
         return self.around.now if is_ahead else hold.lease_until
 

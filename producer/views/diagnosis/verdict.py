@@ -1,6 +1,6 @@
-"""Why a job moves or does not: one verdict, the finding that leads to it, and what else is to be known.
+"""The verdict on one job: whether it moves, the finding that is the reason, and what else is to be known.
 
-It asks the store and Redis (`snapshot`); what each of it means stands in `findings`.
+It asks the store and Redis (`snapshot`); `findings` judges what they say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.migrations.revisions import open_store
-from batchmill.producer.views.diagnosis.findings import Finding, closed, open_findings
+from batchmill.producer.views.diagnosis.finding import Finding
+from batchmill.producer.views.diagnosis.findings import closed, open_findings
 from batchmill.producer.views.diagnosis.snapshot import Case, QueueState
 from batchmill.producer.views.gone_workers import around_here
 from batchmill.producer.views.retries import retry_advice
@@ -23,7 +24,7 @@ from batchmill.producer.views.status import JobStatus
 
 
 class Verdict(StrEnum):
-    """What is said of a job in one word."""
+    """The progress of a job, in one word."""
 
     CLOSED = "closed"
     MOVING = "moving"  #: a live worker holds some of it
@@ -69,7 +70,7 @@ def examine_job(settings: Settings, written: str) -> Diagnosis:
     store = open_store(settings)
     try:
         job = store.jobs.job(store.jobs.find(written))
-        # Redis first: where it is away that takes seconds, and the store's word should be the newest.
+        # Redis first: where it is away that takes seconds, and the store's answer should be the newest.
         queue = QueueState() if job.closed else queue_state(settings, job.spec.queue(store.id))
         return diagnose(JobStatus.read(store, job.id, settings), store, queue, settings)
     finally:
@@ -77,7 +78,7 @@ def examine_job(settings: Settings, written: str) -> Diagnosis:
 
 
 def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Settings) -> Diagnosis:
-    """What the store and Redis say of a job, judged. A job that a live worker holds is moving, whatever else is."""
+    """Judges what the store and Redis say of a job. A job that a live worker holds is moving, whatever else is so."""
     if status.job.closed:
         return Diagnosis(status.job, Verdict.CLOSED, (closed(status.job, retry_advice(status.job, store)),))
     around = around_here(store.blockers.around(status.job.id, lease_seconds=settings.lease_seconds))
@@ -93,7 +94,7 @@ def diagnose(status: JobStatus, store: Store, queue: QueueState, settings: Setti
 
 
 def queue_state(settings: Settings, queue: str) -> QueueState:
-    """Whether Redis answers, and how many wake-ups lie in a queue."""
+    """Asks Redis for a queue: the number of its wake-ups, or the reason why Redis is away."""
     broker = Broker.of(settings)
     try:
         wakeups = broker.length(queue)

@@ -21,7 +21,8 @@ from batchmill.jobs.store.leases.lease import BatchReport, SyncResult
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, requests
 from batchmill.producer.files.prompt_file import PromptFile
-from batchmill.producer.submit import Submission, load_job
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job
 from batchmill.worker.loop.holdings import Holdings
 from tests.support.store import mill
 

@@ -552,8 +552,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a run compares the model before it exports a finished job",
-        (Edit("producer/cli/earlier.py", "elif self.model.identity != identity:", "elif False:"),),
-        ("tests/unit/producer/cli/test_earlier.py",),
+        (Edit("producer/cli/local/earlier.py", "elif self.model.identity != identity:", "elif False:"),),
+        ("tests/unit/producer/cli/local/test_earlier.py",),
     ),
     Mutant(
         "what changes while it is loaded is refused",

@@ -22,7 +22,8 @@ from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.runtime.logs import configure_logs
 from batchmill.jobs.store.store import Store
 from batchmill.producer import submit as submit_module
-from batchmill.producer.submit import Submission, load_job
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job
 from tests.support.store import mill
 
 B = Adapter("sql", "/b")

@@ -20,7 +20,8 @@ from batchmill.producer.cli.submit import _submission, submit
 from batchmill.producer.requests.checks import BadLine
 from batchmill.producer.requests.kinds import FORMS
 from batchmill.producer.requests.lines import Lines
-from batchmill.producer.submit import Submission, load_job
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job
 from tests.support.store import mill
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -15,7 +15,7 @@ from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BatchmillError, StoreReplaced
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.migrations.revisions import open_store
-from batchmill.producer.cli import local
+from batchmill.producer.cli.local import up
 from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.supervisor import Supervisor
 
@@ -44,17 +44,17 @@ def no_redis(_settings: Settings) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(local, "_Workers", Workers)
-    monkeypatch.setattr(local, "_redis", no_redis)
+    monkeypatch.setattr(up, "LocalWorkers", Workers)
+    monkeypatch.setattr(up, "own_redis", no_redis)
     return Settings(home=tmp_path)
 
 
-def up(settings: Settings) -> None:
-    local.run_mill(ModelSpec("echo"), devices=["cpu"], worker_words=[], settings=settings)
+def run(settings: Settings) -> None:
+    up.run_mill(ModelSpec("echo"), devices=["cpu"], worker_words=[], settings=settings)
 
 
 def test_a_mill_that_is_told_to_end_says_that_it_has(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    up(settings)
+    run(settings)
     assert capsys.readouterr().err.splitlines()[-2:] == [
         "stopping: finished outputs are saved, the rest returns to the queue",
         "the mill has ended",
@@ -64,10 +64,10 @@ def test_a_mill_that_is_told_to_end_says_that_it_has(settings: Settings, capsys:
 def test_a_mill_whose_workers_end_fails(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workers, "exit_code", 1)
     with pytest.raises(BatchmillError, match="the workers ended; see the lines above"):
-        up(settings)
+        run(settings)
     monkeypatch.setattr(Workers, "stop", lambda _: settings.database_file.unlink())
     with pytest.raises(StoreReplaced, match="is gone; put its file back, or the next `up` begins a new one"):
-        up(settings)
+        run(settings)
 
 
 def test_no_worker_is_started_again_on_a_store_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches
 from batchmill.producer.cli.main import cli
-from batchmill.producer.views.diagnosis.findings import Finding
+from batchmill.producer.views.diagnosis.finding import Finding
 from batchmill.producer.views.diagnosis.snapshot import QueueState
 from batchmill.producer.views.diagnosis.verdict import Diagnosis, Verdict, diagnose
 from batchmill.producer.views.status import JobStatus

@@ -1,4 +1,4 @@
-"""Which earlier job a `run` goes on with or exports: one whose answers are those of the model that lies there now."""
+"""The earlier job that a `run` continues or exports: one whose answers are those of the model that lies there now."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchmill.jobs.models.spec import DEMO_FOLDER, ModelSpec
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs
 from batchmill.jobs.store.views.jobs import Job
-from batchmill.producer.cli.earlier import choose
+from batchmill.producer.cli.local.earlier import choose
 from tests.support.store import mill
 
 HUB = ModelSpec("org/name", None, Quantization(Kind.NONE))

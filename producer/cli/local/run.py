@@ -1,31 +1,24 @@
-"""The whole mill on one machine: Redis, store and supervised workers, for `run` (one file) and `up` (until Ctrl-C).
+"""The run of one file on this machine: an earlier job of it or a new one, answered here, and its export.
 
-It starts processes and reads the store; what a worker does is the worker's own affair, so nothing of it is imported.
+It starts processes and reads the store. The worker is a process of its own, and nothing of its room is imported.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import IO
 
 import click
 
 from batchmill.jobs.advice import start_words
 from batchmill.jobs.broker.client import Broker
-from batchmill.jobs.broker.embedded import EmbeddedRedis, MillLock, start_process, stop_process
-from batchmill.jobs.configuration.settings import Settings, environment_of
-from batchmill.jobs.errors import AlreadyRunning, BatchmillError, BrokerUnavailable, StoreReplaced, UsageError
+from batchmill.jobs.broker.embedded import MillLock
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.errors import AlreadyRunning, BrokerUnavailable
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import WorkerState
@@ -33,43 +26,35 @@ from batchmill.jobs.runtime.counted import counted
 from batchmill.jobs.runtime.files.formats import written_as
 from batchmill.jobs.runtime.home import use_store
 from batchmill.jobs.runtime.log_file import rotate_if_large
-from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.sizes import size
-from batchmill.jobs.runtime.waiting import telling
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.migrations.revisions import open_store
-from batchmill.producer.cli.earlier import choose
-from batchmill.producer.cli.model_name_check import refuse_slip, warn_of_slip
+from batchmill.producer.cli.local.earlier import choose
+from batchmill.producer.cli.local.mill import ended_by_signal, own_redis, require_embedded
+from batchmill.producer.cli.local.workers import LocalWorkers
+from batchmill.producer.cli.model_name_check import refuse_slip
 from batchmill.producer.cli.progress import follow, require_success, say_goes_on
 from batchmill.producer.cli.text.device_lines import memory_lines
 from batchmill.producer.cli.text.job_lines import seconds_line
 from batchmill.producer.files.export import export
-from batchmill.producer.submit import Submission, load_job, send_wakeups
+from batchmill.producer.submission import Submission
+from batchmill.producer.submit import load_job, send_wakeups
 from batchmill.producer.views.finish import finish_line
 from batchmill.producer.views.gone_workers import seen_here
 from batchmill.producer.views.status import JobStatus
 
-#: Beyond the workers' own drain and kill, the supervisor gets so long before it is killed.
-_STOP_MARGIN_SECONDS = 6.0
-#: A worker that gives up says why and shows 15 lines of its children, and then its supervisor says one more.
-_LAST_LOG_LINES = 25
 #: The states of a worker that takes work now, or once it has loaded its model.
 _TAKING = (WorkerState.STARTING, WorkerState.LOADING, WorkerState.READY)
-#: How often a mill that is up looks after its Redis.
-_TEND_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class OwnWorker:
-    """The worker that a `run` starts: on this device, with these words more on its command line.
-
-    `is_asked_for`: the user said what it is to be like, so that no other will do.
-    """
+    """The worker that a `run` starts."""
 
     device: str
-    words: Sequence[str]
-    is_asked_for: bool
+    words: Sequence[str]  #: further words of its command line
+    is_asked_for: bool  #: the user configured it, so that no other worker will do
 
 
 def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new: bool, settings: Settings) -> None:
@@ -78,10 +63,10 @@ def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new
     Where an `up` of this home holds the model, its workers answer. Raises NotAllSucceeded after the export when some
     requests did not succeed, and AlreadyRunning where another `run` or `up` is of no help.
     """
-    _require_embedded(settings)
+    require_embedded(settings)
     spec = submission.spec(str(submission.model))
     with ExitStack() as stack:
-        stack.enter_context(_ended_by_signal())
+        stack.enter_context(ended_by_signal())
         other = None
         try:
             stack.enter_context(MillLock(settings.home))
@@ -101,21 +86,21 @@ def run_file(submission: Submission, *, out: Path | None, worker: OwnWorker, new
 
 
 def _earlier_job(submission: Submission, spec: ModelSpec, *, store: Store, settings: Settings) -> Job | None:
-    """The job that an earlier run of the same file, model and options left, if there is one; and says so."""
+    """Finds and announces the job that an earlier run of the same file, model and options left, if there is one."""
     fingerprint = submission.fingerprint_of_file(spec)
     if fingerprint is None:
         return None  # every run of a stream is a new one
     job = choose(store.jobs.resumable(fingerprint), spec, submission.adapters, home=settings.home)
     if job is not None:
-        said = "ran this file before; --new runs it again" if job.closed else "continues where it was interrupted"
-        click.echo(f"job {job.id} {said}", err=True)
+        note = "ran this file before; --new runs it again" if job.closed else "continues where it was interrupted"
+        click.echo(f"job {job.id} {note}", err=True)
     return job
 
 
 def _new_job(
     submission: Submission, *, store: Store, settings: Settings, stored: Callable[[str], None] = lambda _: None
 ) -> Job:
-    """A job of this file; `stored` is called after each page of it."""
+    """Stores the file as a new job; `stored` is called after each page of it."""
     job_id, spec = load_job(submission, store=store, settings=settings, stored=stored)
     job = store.jobs.job(job_id)
     click.echo(f"job {job.id}: {counted(job.counts.total, 'request')} for {spec}", err=True)
@@ -125,7 +110,7 @@ def _new_job(
 def _worker_of_mill(
     submission: Submission, spec: ModelSpec, worker: OwnWorker, *, settings: Settings, busy: AlreadyRunning
 ) -> str:
-    """The worker of the mill that is up that may answer this file; raises what the lock said where there is none."""
+    """The name of a worker of the running mill that may answer this file. Raises AlreadyRunning where there is none."""
     store = open_store(settings)
     try:
         refuse_slip(spec, store=store)
@@ -150,14 +135,14 @@ def _holds_all(held: Sequence[Adapter], wanted: Sequence[Adapter]) -> bool:
 
 
 def _again(submission: Submission, *, new: bool) -> str | None:
-    """The command that goes on with the job of this one, for people; None where a stream has been read."""
+    """The command that continues the job of this one, for people; None where a stream has been read."""
     if submission.is_stream:
         return None
     return "the same command without --new" if new else "the same command"
 
 
 def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: Store) -> None:
-    """Has the mill that is up work the job off, and waits."""
+    """Has the running mill work the job off, and waits for its end."""
     try:
         send_wakeups(job.spec, store=store, broker=Broker.of(settings))
     except BrokerUnavailable as error:
@@ -167,44 +152,6 @@ def _wait_for_mill(job: Job, *, again: str | None, settings: Settings, store: St
     except KeyboardInterrupt:
         say_goes_on(job.id, again=again or f"`batchmill wait {job.id}`")
         raise
-
-
-def run_mill(spec: ModelSpec, *, devices: Sequence[str], worker_words: Sequence[str], settings: Settings) -> None:
-    """Runs Redis and workers until Ctrl-C or SIGTERM; `worker_words`: what else their command line says."""
-    _require_embedded(settings)
-    with MillLock(settings.home), _ended_by_signal(), _redis(settings) as redis, ExitStack() as stack:
-        store = open_store(settings)
-        warn_of_slip(spec, store=store)
-        store.close()
-        stack.enter_context(use_store(settings.home))
-        workers = _LocalWorkers(spec, devices=devices, words=worker_words, settings=settings, log=sys.stderr.buffer)
-        click.echo(f"the mill is up in {settings.home}; submit from another terminal, Ctrl-C stops it", err=True)
-        is_told_to_end = False
-        try:
-            while not workers.ended(_TEND_SECONDS):
-                redis.tend()
-        except KeyboardInterrupt:
-            is_told_to_end = True
-            click.echo("stopping: finished outputs are saved, the rest returns to the queue", err=True)
-        finally:
-            workers.stop()
-        if is_told_to_end:
-            click.echo("the mill has ended", err=True)
-        elif workers.failed:
-            raise _failure(settings)
-
-
-def _failure(settings: Settings) -> BatchmillError:
-    """The reason why the workers of a mill ended by themselves."""
-    if settings.database_file.exists():
-        return BatchmillError("the workers ended; see the lines above")
-    return StoreReplaced(f"the store of {settings.home} is gone; put its file back, or the next `up` begins a new one")
-
-
-def _require_embedded(settings: Settings) -> None:
-    for name, url in (("BATCHMILL_BROKER_URL", settings.broker_url), ("BATCHMILL_DATABASE_URL", settings.database_url)):
-        if url:
-            raise UsageError(f"run and up start their own Redis and store: unset {name}, or use `submit` and `worker`")
 
 
 def _work_off(
@@ -220,15 +167,15 @@ def _work_off(
     """Works this job off, or a new one of the file, whose worker loads the model while the file is being read."""
     log_path = settings.home / "worker.log"
     rotate_if_large(log_path)
-    with use_store(settings.home), _redis(settings) as redis, log_path.open("ab") as log, ExitStack() as stack:
+    with use_store(settings.home), own_redis(settings) as redis, log_path.open("ab") as log, ExitStack() as stack:
         begins_at = log.tell()
-        workers: list[_LocalWorkers] = []
+        workers: list[LocalWorkers] = []
 
         def work_on(job_id: str) -> None:
             """Starts the worker once, and raises where it has ended."""
             if not workers:
                 words = [*worker.words, "--job", job_id]
-                workers.append(_LocalWorkers(spec, devices=[worker.device], words=words, settings=settings, log=log))
+                workers.append(LocalWorkers(spec, devices=[worker.device], words=words, settings=settings, log=log))
                 stack.callback(workers[0].stop)
             workers[0].check(log_path, begins_at)
             redis.tend()
@@ -270,75 +217,3 @@ def _report(status: JobStatus) -> list[str]:
         *(f"{title:<9}  {line}" for title, line in memory_lines(memory)),
         f"seconds    {seconds_line(status)}",
     ]
-
-
-class _LocalWorkers:
-    """The supervisor of this machine's workers, in a session of its own."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        devices: Sequence[str],
-        words: Sequence[str],
-        settings: Settings,
-        log: IO[bytes],
-    ) -> None:
-        self._pid_file = PidFile(settings.home / "worker.pid")
-        self._stop_seconds = settings.drain_seconds + _STOP_MARGIN_SECONDS
-        self._pid_file.end_leftover(settings.home)
-        arguments = [*spec.command_line()[2:], *words]
-        self._process = start_process(
-            [sys.executable, "-P", "-m", "batchmill.worker", *arguments, "--devices", ",".join(devices)],
-            log=log,
-            environ=os.environ | environment_of(settings),
-            blocks_sigterm=True,
-        )
-        self._pid_file.write(self._process.pid)
-
-    @property
-    def failed(self) -> bool:
-        return self._process.returncode not in (None, 0)
-
-    def ended(self, seconds: float) -> bool:
-        """Waits at most so long for the supervisor to end by itself."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        return self._process.returncode is not None
-
-    def check(self, log_path: Path, begins_at: int) -> None:
-        """Raises BatchmillError, with the worker's last lines, when it has ended before the job."""
-        if self.ended(0.0):
-            with log_path.open("rb") as log:
-                log.seek(begins_at)
-                lines = [line.decode(errors="replace").rstrip() for line in deque(log, maxlen=_LAST_LOG_LINES)]
-            raise BatchmillError("\n".join(["the worker ended before the job did; its last lines:", *lines]))
-
-    def stop(self) -> None:
-        with telling("the worker to end"):
-            stop_process(self._process, seconds=self._stop_seconds)
-        self._pid_file.remove()
-
-
-@contextmanager
-def _redis(settings: Settings) -> Iterator[EmbeddedRedis]:
-    redis = EmbeddedRedis(settings.home)
-    redis.start()
-    try:
-        yield redis
-    finally:
-        redis.stop()
-
-
-@contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM ends a mill as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Which earlier job of the same file, model and options a `run` goes on with, or exports: one of the present model.
+"""The earlier job of the same file, model and options that a `run` continues, or exports: one of the present model.
 
 A model is known by what it consists of (`jobs.models.identity`), not by where it lies. Nothing is loaded for it.
 """
@@ -20,7 +20,7 @@ from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ECHO, ModelSpec
 from batchmill.jobs.store.views.jobs import Job
 
 
-def choose(found: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *, home: Path) -> Job | None:
+def choose(candidates: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *, home: Path) -> Job | None:
     """The first of these jobs whose answers are those of the present model and adapters; says why, if none is.
 
     An interrupted job is taken where nobody here can tell: its worker will. Raises ModelError for files that cannot
@@ -28,7 +28,7 @@ def choose(found: Sequence[Job], spec: ModelSpec, adapters: Sequence[Adapter], *
     """
     present = _Present(spec, adapters, Digests(home))
     reasons = []
-    for job in found:
+    for job in candidates:
         reason = present.other_than(job)
         if reason is None:
             return job
@@ -68,7 +68,7 @@ class _Present:
         return _of_hub(adapter.path, adapter.revision)
 
     def other_than(self, job: Job) -> str | None:
-        """Why the answers of this job are not those of the present model; None if they are. Raises BatchmillError."""
+        """The reason why a job's answers are not the present model's; None if they are. Raises BatchmillError."""
         if job.identity is None:
             before = f"job {job.id} ran this file before batchmill recorded model files"
             return before if job.closed else None
@@ -81,7 +81,7 @@ class _Present:
         return f"job {job.id} was started with {other} (`batchmill cancel {job.id}` closes it)"
 
     def _changed(self, job: Job, identity: str) -> Iterator[str]:
-        """What is another by now of what the job used, for people."""
+        """The parts of what the job used that have changed since, for people."""
         if self.model is None:
             _refuse_unknown(job, self._spec.model)
         elif self.model.identity != identity:

@@ -1,0 +1,44 @@
+"""The parts of a mill that `run` and `up` share: its own Redis, and its end by a signal."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.configuration.settings import Settings
+from batchmill.jobs.errors import UsageError
+
+
+def require_embedded(settings: Settings) -> None:
+    """Raises UsageError where the settings name a Redis or a store elsewhere."""
+    for name, url in (("BATCHMILL_BROKER_URL", settings.broker_url), ("BATCHMILL_DATABASE_URL", settings.database_url)):
+        if url:
+            raise UsageError(f"run and up start their own Redis and store: unset {name}, or use `submit` and `worker`")
+
+
+@contextmanager
+def own_redis(settings: Settings) -> Iterator[EmbeddedRedis]:
+    """Runs the embedded Redis of a home."""
+    redis = EmbeddedRedis(settings.home)
+    redis.start()
+    try:
+        yield redis
+    finally:
+        redis.stop()
+
+
+@contextmanager
+def ended_by_signal() -> Iterator[None]:
+    """Has SIGTERM end a mill as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
