@@ -1,11 +1,11 @@
-"""Which tokens of a forward use which adapter, and what the adapted layers add for them.
+"""LoRA adapters in a forward: the assignment of tokens to adapters, and the products that the adapted layers add.
 
-Owns the adapters' numbers, whose products go to which rows, and the hooks that add them. While no token of a forward
-uses an adapter there are none, so that the model runs as if it had no adapters. It knows no request's text, no cache
-and no file.
+Owns the adapters' numbers, and the hooks that add their products to the outputs. While no token of a forward uses an
+adapter there are no hooks, so that the model runs as if it had no adapters. It knows no request's text, no cache and
+no file.
 
-A layer's low-rank product is added behind whatever computes the layer itself: quantized weights, a product of
-siblings, or an offloaded layer, which all stay as they are.
+A layer's low-rank product is added behind whatever computes the layer itself: quantized weights, fused projections, or
+an offloaded layer, which all stay as they are.
 """
 
 from __future__ import annotations
@@ -34,23 +34,22 @@ _PLAIN = (nn.Linear, nn.Embedding, Conv1D)
 
 
 class OtherTokens(RuntimeError):
-    """A layer that sees other tokens than those of the step, so that nobody knows whose they are."""
+    """The error of a layer that sees other tokens than those of the step, which belong to no known adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeenTokens:
-    """The tokens that a layer sees: how many (None: whatever comes), and the places of each adapter's among them.
+    """The tokens that a layer sees."""
 
-    Places are (tokens,) on the device, or None where all of them are the adapter's.
-    """
-
+    #: Their number; None for any number.
     tokens: int | None
+    #: The places of each adapter's tokens among them, (tokens,) on the device; None where all are the adapter's.
     places: Mapping[int, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Whose tokens one forward computes: in the layers, and in the head, which may see some of them only."""
+    """The adapters of one forward's tokens: in the layers, and in the head, which may see only some of them."""
 
     layers: SeenTokens
     head: SeenTokens
@@ -59,7 +58,7 @@ class Turn:
 class Lora:
     """The adapters of one model.
 
-    `fixed`: a product is computed for all tokens of a forward, so that its shape says nothing of who else is there.
+    `fixed`: a product is computed for all tokens of a forward, so that its shape does not depend on the other rows.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Lora:
         self._turn: Turn | None = None
 
     def number(self, name: str | None) -> int:
-        """What an adapter is called here. Raises Refused for one that this worker does not hold."""
+        """Returns an adapter's number. Raises Refused for one that this worker does not hold."""
         if name is None:
             return BASE
         if name not in self.numbers:
@@ -85,16 +84,16 @@ class Lora:
         return self.numbers[name]
 
     def whole(self, number: int) -> Turn | None:
-        """All tokens are one adapter's, however often and in which order the layers see them."""
+        """Gives all tokens to one adapter, however often and in which order the layers see them."""
         if number == BASE:
             return None
         seen = SeenTokens(None, {number: None})
         return Turn(seen, seen)
 
     def turn(self, owners: Sequence[int], kept: Sequence[int] | None = None) -> Turn | None:
-        """Whose each token of a forward is, by number; `kept`: those that the head sees, None for all.
+        """Gives each token of a forward to its adapter, by number; `kept`: the places that the head sees, None for all.
 
-        None where no token has an adapter.
+        Returns None where no token has an adapter.
         """
         if not any(owners):
             return None
@@ -116,7 +115,7 @@ class Lora:
 
     @contextmanager
     def applied(self, turn: Turn | None) -> Iterator[None]:
-        """Forwards in here compute with the adapters of this turn; None: with none."""
+        """A context in which forwards compute with the adapters of this turn, None for none."""
         if turn is None:
             self._detach()
         elif not self._hooks:
@@ -133,7 +132,7 @@ class Lora:
         self._hooks = []
 
     def _added(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The layer's output with what the adapters of this turn add to it."""
+        """Returns the layer's output plus the products of this turn's adapters."""
         if self._turn is None:
             return output
         seen = self._turn.head if layer is self._head else self._turn.layers
@@ -149,7 +148,7 @@ class Lora:
         return found.view(output.shape)
 
     def _sum(self, found: Tensor, inputs: Tensor, part: LowRank, places: Tensor | None, *, plain: bool) -> Tensor:
-        """Outputs [tokens, outputs] with one adapter's product added at its places, in their own memory if it can."""
+        """Adds one adapter's product to outputs [tokens, outputs] at its places, in their own memory if it can."""
         if places is None:
             return _rounded(found, part.delta(inputs), plain=plain)
         places = places.to(found.device)

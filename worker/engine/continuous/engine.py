@@ -1,7 +1,7 @@
 """batchmill's own engine: requests enter and leave the running batch at every token step.
 
-Owns the loop: schedule, run, postprocess. What the next step computes is decided in `schedule`, the model is behind
-`decoder`, the next tokens are `sampling`'s, and an answer's text is made by a thread beside the device.
+Owns the loop: schedule, execute, postprocess. `schedule` decides what the next step computes, `decoder` holds the
+model, `sampling` chooses the next tokens, and a thread beside the device writes the text of answers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from batchmill.worker.engine.text.said import TokenLogprob
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.models.load import LoadedModel
 
-#: How long a step waits for a grammar while nothing else is to do.
+#: The longest wait of a step for a grammar while nothing else is to do.
 _COMPILING_SECONDS = 0.05
 
 
@@ -49,9 +49,8 @@ class ContinuousEngine:
     """Iteration-level batching of any decoder model, over a cache of its own.
 
     `known_capacity`: the tokens of a step that an earlier process of this device found to fit. Tests and benchmarks set
-    `share_prefixes`, `step_tokens`, and `ahead`: whether a step is launched before the tokens of the last are known,
-    which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
-    serve a model.
+    `share_prefixes`, `step_tokens`, and `ahead`: a step is launched before the tokens of the last one are known, which
+    pays only on a device that works beside the host. Raises Unsupported, which says why it cannot serve a model.
     """
 
     kinds = frozenset({GENERATION.name})
@@ -71,7 +70,7 @@ class ContinuousEngine:
             refuse_outliers(loaded.model)
         shape = cache_shape(loaded)
         load = Load.of(loaded, token_bytes=shape.token_bytes)
-        #: What was done to the model's weights, for the log.
+        #: The changes to the layout of the model's weights, for the log.
         self.prepared = _prepared(loaded, load, options)
         flash = serves(shape, loaded.device)
         planned = size(load, MemoryBudget.of(loaded.device), options, pages=flash)
@@ -103,7 +102,7 @@ class ContinuousEngine:
 
     @staticmethod
     def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
-        """Puts those with a common beginning beside each other, so that each beginning is computed once."""
+        """Puts requests with a common prefix beside each other, so that each prefix is computed once."""
         return by_beginning(requests)
 
     @property
@@ -144,14 +143,14 @@ class ContinuousEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """One forward: a token of every row that decodes, and some of prompts. The outputs that are ready."""
+        """Computes a token of every row that decodes, and some of prompts. Returns the outputs that are ready."""
         self._take_matched()
         if not self._progress():
             self._advance()
         return self._ready()
 
     def split(self) -> dict[str, float]:
-        """Seconds by part since the engine was made: where the time of its steps went."""
+        """Seconds that steps have spent since the engine was made, by part."""
         attention = self._decoder.attention_seconds
         launched = self._executor.seconds
         return {**self._seconds, **launched, "model": launched["model"] - attention, "attention": attention}
@@ -217,7 +216,7 @@ class ContinuousEngine:
         return None
 
     def _enter(self, step: Step[ChoiceRow]) -> None:
-        """Rows that enter get their places in the sampler; the step goes on without those that find no memory there."""
+        """Gives entering rows their places in the sampler; the step goes on without those that find no memory there."""
         for row in self._executor.enter(step):
             if not row.ended:
                 self._fail(row.answer, row.answer.too_large())
@@ -284,7 +283,7 @@ class ContinuousEngine:
         return outputs
 
     def _too_much(self, step: Step[ChoiceRow]) -> None:
-        """The device could not hold this step: it is planned anew, smaller; what fails alone is answered so."""
+        """Plans smaller after a step that the device could not hold; a row that fails alone is answered by an error."""
         gc.collect()
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -309,7 +308,7 @@ class ContinuousEngine:
 
 
 def _prepared(loaded: LoadedModel, load: Load, options: EngineOptions) -> Prepared:
-    """Lays out the model's weights for speed; not those that come and go."""
+    """Lays out the model's weights for speed; offloaded ones stay as they are."""
     if loaded.layout.offloaded:
         return Prepared()
     spare = copies_budget_bytes(load, MemoryBudget.of(loaded.device), options)

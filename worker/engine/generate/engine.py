@@ -1,8 +1,8 @@
 """The engine around transformers' own `generate`: one micro-batch after the other, each run to its end.
 
-Owns the queue of one device, and what happens when its memory does not suffice. What runs together is decided in
-`batching`, text and tokens in `tokenization`, the next token in `sampling`, the end of a row in `stopping`; the cache
-and the positions are `generate`'s own. Requests need nothing in common to run together.
+Owns the queue of one device, and the retries when its memory runs out. `batching` plans micro-batches, `tokenization`
+holds text and tokens, `sampling` chooses the next token, and `stopping` ends rows; the cache and the positions are
+`generate`'s own. Requests need nothing in common to run together.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class GenerateEngine:
 
     @staticmethod
     def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
-        """Leaves them as they came: what they begin with is computed anew for each."""
+        """Keeps the order in which they came: each computes its whole prompt."""
         return requests
 
     @property
@@ -106,7 +106,7 @@ class GenerateEngine:
         return {}
 
     def step(self) -> list[Output]:
-        """The outputs of one micro-batch and of requests refused meanwhile; none if nothing waits.
+        """Runs one micro-batch. Returns its outputs and those of requests refused meanwhile; none if nothing waits.
 
         Raises what the model's forward raises, but for a lack of memory.
         """
@@ -144,7 +144,7 @@ class GenerateEngine:
         return self._turns.company(len(prompt.tokens), prompt.max_tokens)
 
     def _answer(self, batch: Mapping[RequestKey, Prompt]) -> list[Output] | None:
-        """The outputs of the rows that ended; None if the memory does not suffice."""
+        """Runs a micro-batch. Returns the outputs of the rows that ended; None if the memory does not suffice."""
         try:
             answers = self._generate(list(batch.values()))
         except (RuntimeError, MemoryError) as error:
@@ -162,9 +162,9 @@ class GenerateEngine:
         return outputs
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[tuple[list[int], bool]]:
-        """The tokens that answer each prompt, the end token included; none for a row that has not ended.
+        """Generates the tokens that answer each prompt, the end token included; none for a row that has not ended.
 
-        Beside them, whether the row ended at its last one because the logits of that were no numbers.
+        A flag beside them is True where the row ended because the logits of its last token were no numbers.
         """
         device = self._loaded.device
         width = max(len(each.tokens) for each in prompts)

@@ -1,7 +1,7 @@
 """Matchers for requests that have a response_format, made by a thread beside the device.
 
 Owns the requests whose grammars are being compiled: most take a millisecond, and hostile ones seconds, in which the
-rows that run go on. What a grammar is stays `grammar`'s matter.
+rows that run go on. `grammars` compiles them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Matching:
                 matchers.cancel()
 
     def ready(self, *, seconds: float) -> Iterator[tuple[RequestKey, Prompt, Matchers]]:
-        """Those that are done, in their order, waiting up to `seconds` for the first; a result may be Refused."""
+        """Waits up to `seconds` for a request that is done. Yields all that are, in order; a result may be Refused."""
         wait([matchers for _, matchers in self._asked.values()], seconds, FIRST_COMPLETED)
         for key, (prompt, matchers) in list(self._asked.items()):
             if matchers.done():

@@ -1,4 +1,4 @@
-"""OpenAI's logprobs object: what the tokens of a choice add to its text, and the likeliest tokens at each place.
+"""OpenAI's logprobs object: the text that each token of a choice adds, and the likeliest tokens at each place.
 
 It knows no device: the log probabilities are there already.
 """
@@ -24,8 +24,8 @@ class TokenLogprob:
 def logprobs_of(said: Sequence[TokenLogprob], text: str, decoding: Decoding, *, after: Sequence[int]) -> dict[str, Any]:
     """The object of a choice with this text; `after`: the tokens that it continues.
 
-    One entry a token: `token` is what it adds to the text, which is nothing for an end token, for what a stop string
-    cut off, and for all but the last of the tokens of one character. No two tokens at one place are called the same.
+    One entry a token: `token` is the text that it adds, which is empty for an end token, for a token that a stop string
+    cut off, and for all but the last of the tokens of one character. No two tokens at one place have the same name.
     """
     parts = decoding.parts([each.token for each in said], after=after)
     content, begin = [], 0

@@ -1,8 +1,8 @@
 """The calls of tools within an answer, in OpenAI's form, for the ways of writing them that are known.
 
 Owns three ways, each told by the text of the model's chat template: `<tool_call>{json}</tool_call>` (Hermes, Qwen),
-`[TOOL_CALLS]` before JSON (Mistral), and `{"name": ..., "parameters": ...}` alone (Llama 3.1). What is not well formed
-stays text.
+`[TOOL_CALLS]` before JSON (Mistral), and `{"name": ..., "parameters": ...}` alone (Llama 3.1). A call that is not well
+formed stays text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-#: A call's id has so many letters and digits: some templates take no other.
+#: Letters and digits of a call's id: some templates take no other length.
 ID_LENGTH = 9
 _TAG, _END_TAG = "<tool_call>", "</tool_call>"
 _MARK, _ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
@@ -26,14 +26,14 @@ _Found = tuple[list[tuple[str, Any]], str]
 
 
 class Called(NamedTuple):
-    """What an answer calls, and what is left of its text, None for nothing."""
+    """The calls of an answer, and the rest of its text, None for nothing."""
 
     calls: list[dict[str, Any]]
     content: str | None
 
 
 class Calls:
-    """How a model with this chat template calls tools; `marks`: what it writes that may be special tokens."""
+    """The way in which a model with this chat template calls tools; `marks`: its signs that may be special tokens."""
 
     def __init__(self, template: object) -> None:
         written = str(template or "")
@@ -48,7 +48,7 @@ class Calls:
 
     @property
     def known(self) -> bool:
-        """Whether calls can be told from text at all."""
+        """True where calls can be told from text at all."""
         return self._read is not None
 
     def of(self, text: str, tools: Collection[str], *, named: str) -> Called | None:
@@ -114,7 +114,7 @@ def _function(value: Any, arguments: str) -> tuple[str, Any]:
 
 
 def _json(text: str) -> tuple[Any, str]:
-    """The JSON value at the beginning of a text, and what follows it."""
+    """Splits a text into the JSON value at its beginning, and the rest."""
     stripped = text.lstrip()
     value, end = json.JSONDecoder(parse_constant=_refuse).raw_decode(stripped)
     return value, stripped[end:]

@@ -1,6 +1,6 @@
 """Attention over the cache, for any transformers model: the function that each of its layers calls.
 
-Owns what is read and written of the cache in a step. It knows no schedule but the pieces that it is given.
+Owns the reads and writes of the cache in a step. It knows no schedule but the pieces that it is given.
 
 Pieces whose slots are neighbours form a group, and each layer reads a group's keys and values as one view of the
 cache: nothing is gathered, and keys that several heads share are never repeated. Pieces that begin a prompt need none
@@ -25,12 +25,12 @@ from batchmill.worker.engine.continuous.scheduling.step import Piece
 
 #: Longer pieces are grouped while padding takes at most this many times what they need.
 PADDING = 1.5
-#: What a kernel's call costs in itself, as so many products of a query and a key.
+#: The cost of a kernel's call in itself, in products of a query and a key.
 CALL = 4_096
 
 
 class Attention:
-    """`plan` a step, run the model's forward, in which every layer calls this.
+    """The attention of one step at a time: `plan` it, then run the model's forward, in which every layer calls this.
 
     `fixed`: a row's numbers depend on its own length alone, and not on its neighbours'.
     """
@@ -38,7 +38,7 @@ class Attention:
     def __init__(self, cache: Cache, *, fixed: bool = False) -> None:
         self._cache = cache
         self._fixed = fixed
-        #: Spent in this function so far, by the CPU's clock.
+        #: Seconds spent in this function so far, by the CPU's clock.
         self.seconds = 0.0
         self._groups: list[_Group] = []
         self._places = torch.empty(0, dtype=torch.long)
@@ -53,7 +53,7 @@ class Attention:
         sizes = [row.held.size for row, begin, end in pieces for _ in range(begin, end)]
         first = torch.tensor([*firsts, *(place * heads for place in unused)], device=self._cache.device)
         size = torch.tensor([*sizes, *(1 for _ in unused)], device=self._cache.device)
-        # (heads, tokens): where in a layer's memory each token's keys and values are.
+        # (heads, tokens): the place of each token's keys and values in a layer's memory.
         self._places = (first + torch.arange(heads, device=self._cache.device)[:, None] * size).flatten()
         self._tokens = len(first)
         self._groups = list(_groups(pieces, self._cache, fixed=self._fixed))
@@ -101,14 +101,14 @@ class Attention:
 
 
 class _Read(NamedTuple):
-    """What queries are compared with: of a step's own tokens (tokens, heads, size), or a layer's memory."""
+    """Keys and values to attend to: of a step's own tokens (tokens, heads, size), or a layer's memory."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 class _How(NamedTuple):
-    """What a layer asks of its attention."""
+    """The options of a layer's attention."""
 
     scaling: float
     window: int | None
@@ -116,10 +116,11 @@ class _How(NamedTuple):
 
 
 class _Group:
-    """Pieces that are computed together; `tokens` are theirs in the forward.
+    """Pieces that are computed together: the beginnings of rows, or rows whose slots are neighbours of one size.
 
-    `longest`: the tokens of the longest piece. They are the beginnings of rows, or have neighbouring slots of one size,
-    of which `_reach` places are read.
+    `tokens`: their tokens in the forward.
+    `longest`: the tokens of the longest piece.
+    `_reach`: the places of each slot that are read.
     """
 
     def __init__(self, pieces: Sequence[Piece[Any]], first: int, cache: Cache, *, fixed: bool) -> None:
@@ -142,7 +143,7 @@ class _Group:
             self._padding, self._packing = self._places()
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which token stands at each place of (rows, longest), and which of these places each token has."""
+        """The token at each place of (rows, longest), and the place of each token among these."""
         counts = np.array(self._counts)[:, None]
         firsts = np.array(list(accumulate(self._counts, initial=self.tokens.start))[:-1])[:, None]
         places = np.arange(self.longest)
@@ -190,7 +191,7 @@ class _Group:
         return chosen.view(self.rows, self.longest, *packed.shape[1:]).transpose(1, 2)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores: (rows, 1, longest, reach), or (rows * heads, 1, reach) for rows that decode.
+        """The mask to add to the scores: (rows, 1, longest, reach), or (rows * heads, 1, reach) for rows that decode.
 
         A query sees itself and what is before it.
         """
@@ -230,7 +231,7 @@ def _capped(scores: torch.Tensor, scaling: float, softcap: float) -> torch.Tenso
 
 
 def _copies_parts(cache: Cache) -> bool:
-    """Whether products of parts of slots are of copies of them, as a CPU's are in 16 bits."""
+    """True where a product with a part of a slot copies that part first, as a CPU does in 16 bits."""
     return cache.device.type == "cpu" and cache.keys.dtype.itemsize < torch.float32.itemsize
 
 
@@ -268,5 +269,5 @@ def _neighbours(piece: Piece[Any], before: Piece[Any]) -> bool:
 
 
 def _fresh(piece: Piece[Any], *, fixed: bool) -> bool:
-    """Whether a piece is a row's beginning, and so needs nothing of the cache."""
+    """True for a piece that begins its row, and so needs nothing of the cache."""
     return not (piece.begin or fixed)

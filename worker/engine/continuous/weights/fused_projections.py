@@ -1,8 +1,8 @@
-"""Layers that read the same tensor: found by watching a model run, and then computed once for all.
+"""Projections that read the same tensor (q/k/v, gate/up): found by watching a model run, then computed once for all.
 
-Owns who shares an input with whom, and whose turn it is within a step. The first sibling that is called computes the
-product of all, the others take their part of it; nothing outlives the tensor that they read. This module knows no
-model's name and no arithmetic.
+Owns the groups of layers that share an input, and the calls of a group within a step. The first layer that is called
+computes the product of all, the others take their part of it; nothing outlives the tensor that they read. This module
+knows no model's name and no arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batchmill.worker.engine.continuous.weights.fused_matmul import FusedMatmul
 
 
 def find_shared_inputs(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Linear, ...]]:
-    """The linear layers that `run` calls, those of one parent that read one tensor together; each exactly once.
+    """Groups the linear layers that `run` calls: those of one parent that read one tensor, each layer exactly once.
 
     A layer that is called more often in one run stands alone.
     """
@@ -58,13 +58,13 @@ class FusedProjections:
         self._read: weakref.ref[Tensor] | None = None
 
     def join(self) -> None:
-        """From now on the product computes what the layers did."""
+        """Lets the product compute in place of the layers."""
         for place, layer in enumerate(self._layers):
             alone = len(self._layers) == 1
             vars(layer)["forward"] = self._product if alone else partial(self._take, place)
 
     def part(self) -> None:
-        """The layers compute for themselves again."""
+        """Lets the layers compute for themselves again."""
         for layer in self._layers:
             del vars(layer)["forward"]
 

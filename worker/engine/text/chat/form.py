@@ -1,4 +1,4 @@
-"""The ways to write one conversation that chat templates disagree about: Form."""
+"""The forms of one conversation that chat templates disagree about."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class MessageForm:
-    """How messages in OpenAI's form are written for a template.
+    """A form in which messages of OpenAI's API are written for a template."""
 
-    `system`: a developer's messages are those of the system. `parts`: a content is a list of one text part. `blank`:
-    a message without a content has an empty one. `quoted`: arguments of a tool call stay JSON text, as OpenAI has
-    them; otherwise they are objects, as transformers documents it. `short`: ids of calls are nine letters and digits,
-    which is all that Mistral's templates take.
-    """
-
+    #: A developer's messages are those of the system.
     system: bool = False
+    #: A content is a list of one text part.
     parts: bool = False
+    #: A message without a content has an empty one.
     blank: bool = False
+    #: Arguments of a tool call stay JSON text, as in OpenAI's API; else they are objects, as transformers documents it.
     quoted: bool = False
+    #: Ids of calls are nine letters and digits, the only ones that Mistral's templates take.
     short: bool = False
 
     def write(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages as a template is given them. A tool's result gets the name of the function that was called."""
+        """Writes the messages for a template. A tool's result gets the name of the function that was called."""
         names: dict[str, str] = {}
         written = []
         for each in messages:
@@ -55,7 +54,7 @@ class MessageForm:
 
 
 def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[MessageForm]:
-    """Every form in which these messages differ, the usual ones first."""
+    """Yields every form in which these messages differ, the usual ones first."""
     differs = {
         "parts": any(each.get("content") for each in messages),
         "system": any(each["role"] == "developer" for each in messages),
