@@ -1,4 +1,4 @@
-"""What a checkpoint asks of whoever generates with it: sampling, end tokens, a token to pad with."""
+"""The generation options of a checkpoint: sampling, end tokens, a token to pad with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from batchmill.jobs.requests.generation import SamplingParams
 
 
 def defaults(asked: GenerationConfig) -> SamplingParams:
-    """What the checkpoint's generation_config sets (transformers keeps None for what it does not).
+    """The options that the checkpoint's generation_config sets (transformers keeps None for the others).
 
-    Where it says do_sample false, its authors ask for the greedy answer, whatever temperature stands beside it. A
-    do_sample that is absent asks for nothing.
+    With do_sample false, its authors ask for the greedy answer, whatever temperature stands beside it. A do_sample that
+    is absent asks for nothing.
     """
     temperature = 0.0 if asked.do_sample is False else asked.temperature
     return SamplingParams(
@@ -35,10 +35,10 @@ def end_token_ids(asked: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
 def pad_token_id(
     tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], embeddings: Any, *, device: torch.device
 ) -> int:
-    """The tokenizer's pad token, or else an end token. Some tokenizers have one that their model does not know.
+    """Chooses the tokenizer's pad token, or else an end token.
 
-    Some models have no numbers for one that they were never trained on, and a NaN is not hidden by a mask: it times 0
-    is NaN.
+    Some tokenizers have a pad token that their model does not know, and some models have a NaN for one that they were
+    never trained on. A mask does not hide a NaN: it times 0 is NaN.
     """
     known = [each for each in (tokenizer.pad_token_id, *ends) if each is not None and each < embeddings.num_embeddings]
     with torch.inference_mode():

@@ -1,6 +1,6 @@
-"""Why a model could not be loaded, in one line and with what to do: the errors of three libraries, made ours.
+"""Explains in one line why a model could not be loaded, and what to do, from the errors of three libraries.
 
-Those of the Hub are worker.models.hub.errors'.
+worker.models.hub.errors explains those of the Hub.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from importlib.metadata import version
 
 from batchmill.worker.devices.selection import is_out_of_memory
 
-#: A foreign error is told in so many characters of its first line.
+#: Characters of a foreign error's first line that are shown.
 _ERROR_LENGTH = 300
 
 
 def reason(error: Exception) -> str:
-    """One line: what went wrong, and what to do."""
+    """Explains an error in one line, and says what to do."""
     if any(is_out_of_memory(each) for each in _chain(error)):
         return "the device has not enough memory for it; use -q nf4, a smaller model or a larger device"
     text = str(error)
