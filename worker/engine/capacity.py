@@ -12,15 +12,15 @@ _NEARLY = 0.5
 
 
 class Capacity:
-    """A limit that halves when memory runs out, grows again by tenths, and never exceeds `most`."""
+    """A limit that halves when memory runs out, grows again by tenths, and never exceeds `ceiling`."""
 
-    def __init__(self, most: int, *, found: int | None = None) -> None:
-        self._most = most
+    def __init__(self, ceiling: int, *, found: int | None = None) -> None:
+        self._ceiling = ceiling
         self._clean = 0
         #: The limit that the device was found to hold; None until its memory ran out once.
         self.found = found
         #: The size to plan for.
-        self.limit = most if found is None else max(1, min(most, found))
+        self.limit = ceiling if found is None else max(1, min(ceiling, found))
 
     def too_much(self, size: int) -> None:
         """Halves the limit after a piece of this size that the device could not hold."""
@@ -30,10 +30,10 @@ class Capacity:
 
     def held(self, size: int) -> None:
         """Counts a piece of this size that the device held, and raises the limit after enough of them."""
-        if self.found is None or self.limit >= self._most or size < _NEARLY * self.limit:
+        if self.found is None or self.limit >= self._ceiling or size < _NEARLY * self.limit:
             return
         self._clean += 1
         if self._clean >= CLEAN_STEPS:
-            self.limit = min(self._most, self.limit + max(1, self.limit // 10))
+            self.limit = min(self._ceiling, self.limit + max(1, self.limit // 10))
             self.found = self.limit
             self._clean = 0

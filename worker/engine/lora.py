@@ -138,28 +138,28 @@ class Lora:
         seen = self._turn.head if layer is self._head else self._turn.layers
         parts = self._parts[layer]
         inputs = arguments[0].flatten() if isinstance(layer, nn.Embedding) else arguments[0].flatten(0, -2)
-        found = output.reshape(-1, output.shape[-1])
-        if seen.tokens is not None and not len(inputs) == len(found) == seen.tokens:
+        outputs = output.reshape(-1, output.shape[-1])
+        if seen.tokens is not None and not len(inputs) == len(outputs) == seen.tokens:
             raise OtherTokens(f"sees {len(inputs)} tokens in a step of {seen.tokens} ({type(layer).__name__})")
-        inputs = inputs.to(found.device)  # a layer that is computed elsewhere is given what lies here
+        inputs = inputs.to(outputs.device)  # a layer that is computed elsewhere is given what lies here
         for number, places in seen.places.items():
             if number in parts:
-                found = self._sum(found, inputs, parts[number], places, plain=type(layer) in _PLAIN)
-        return found.view(output.shape)
+                outputs = self._sum(outputs, inputs, parts[number], places, plain=type(layer) in _PLAIN)
+        return outputs.view(output.shape)
 
-    def _sum(self, found: Tensor, inputs: Tensor, part: LowRank, places: Tensor | None, *, plain: bool) -> Tensor:
+    def _sum(self, outputs: Tensor, inputs: Tensor, part: LowRank, places: Tensor | None, *, plain: bool) -> Tensor:
         """Adds one adapter's product to outputs [tokens, outputs] at its places, in their own memory if it can."""
         if places is None:
-            return _rounded(found, part.delta(inputs), plain=plain)
-        places = places.to(found.device)
+            return _rounded(outputs, part.delta(inputs), plain=plain)
+        places = places.to(outputs.device)
         if self._fixed:
             delta = part.delta(inputs).index_select(0, places)
         else:
             delta = part.delta(inputs.index_select(0, places))
-        return found.index_copy_(0, places, _rounded(found.index_select(0, places), delta, plain=plain))
+        return outputs.index_copy_(0, places, _rounded(outputs.index_select(0, places), delta, plain=plain))
 
 
-def _rounded(found: Tensor, delta: Tensor, *, plain: bool) -> Tensor:
+def _rounded(outputs: Tensor, delta: Tensor, *, plain: bool) -> Tensor:
     """Their sum in the layer's dtype: rounded once for layers that are not quantized, as in peft, else before too."""
-    delta = delta.to(found.device)
-    return (found + delta).to(found.dtype) if plain else found + delta.to(found.dtype)
+    delta = delta.to(outputs.device)
+    return (outputs + delta).to(outputs.dtype) if plain else outputs + delta.to(outputs.dtype)

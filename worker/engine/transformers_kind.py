@@ -70,8 +70,8 @@ def serve(
     Raises ModelError when the model, or the generate engine in place of the continuous one, cannot do what is asked.
     """
     if options.context_tokens is not None:
-        most = min(options.context_tokens, loaded.context_tokens or options.context_tokens)
-        loaded, options = replace(loaded, context_tokens=most), replace(options, context_tokens=most)
+        limit = min(options.context_tokens, loaded.context_tokens or options.context_tokens)
+        loaded, options = replace(loaded, context_tokens=limit), replace(options, context_tokens=limit)
     if options.kind is EngineChoice.GENERATE:
         return _generate(loaded, options, progress, known_capacity, reason="--engine generate was asked for")
     try:

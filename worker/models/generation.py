@@ -10,24 +10,24 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from batchmill.jobs.requests.generation import SamplingParams
 
 
-def defaults(asked: GenerationConfig) -> SamplingParams:
+def defaults(config: GenerationConfig) -> SamplingParams:
     """The options that the checkpoint's generation_config sets (transformers keeps None for the others).
 
     With do_sample false, its authors ask for the greedy answer, whatever temperature stands beside it. A do_sample that
     is absent asks for nothing.
     """
-    temperature = 0.0 if asked.do_sample is False else asked.temperature
+    temperature = 0.0 if config.do_sample is False else config.temperature
     return SamplingParams(
         temperature=temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        repetition_penalty=asked.repetition_penalty,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
     )
 
 
-def end_token_ids(asked: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_token_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every end token of the generation_config, and the tokenizer's."""
-    written = asked.eos_token_id
+    written = config.eos_token_id
     ids = list(written) if isinstance(written, list) else [written]
     return tuple(dict.fromkeys(each for each in [*ids, tokenizer.eos_token_id] if each is not None))
 

@@ -85,7 +85,7 @@ DeviceMap = dict[str, str | torch.device]
 
 
 def lay_out(
-    placement: Placement, quantization: Quantization, config: Any, asked: Mapping[str, Any], device: torch.device
+    placement: Placement, quantization: Quantization, config: Any, arguments: Mapping[str, Any], device: torch.device
 ) -> DeviceMap:
     """Maps the modules of this config's model to devices, for from_pretrained; `asked`: its other arguments.
 
@@ -94,13 +94,13 @@ def lay_out(
     """
     if placement.plain:
         return {"": device}
-    model, quantizer = _empty(config, asked)
+    model, quantizer = _empty(config, arguments)
     explicit = bool(placement.device_map)
     places = _explicit(placement, model) if explicit else _inferred(placement, model, quantizer, device)
-    found = Layout(tuple(places.items()), tuple(_layers(model, places)))
-    if found.offloaded:
+    layout = Layout(tuple(places.items()), tuple(_layers(model, places)))
+    if layout.offloaded:
         _refuse_offloading(quantization, quantizer, places)
-    log.info("the model is laid out", layers=", ".join(f"{count} on {place}" for place, count in found.layers))
+    log.info("the model is laid out", layers=", ".join(f"{count} on {place}" for place, count in layout.layers))
     # To transformers the text `cpu` is a place of offloading: not so a CPU that computes.
     return {module: device if place == str(device) else place for module, place in places.items()}
 
@@ -115,11 +115,11 @@ def settle(model: PreTrainedModel) -> None:
             weights.device = str(weights.device)
 
 
-def _empty(config: Any, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+def _empty(config: Any, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     """Makes the model without weights, its layers as they will be quantized, and the quantizer, None for none."""
     config = copy.deepcopy(config)
-    quantizer, config, _ = get_hf_quantizer(config, copy.deepcopy(asked.get("quantization_config")), None, True, {})
-    dtype = asked.get("dtype", "auto")
+    quantizer, config, _ = get_hf_quantizer(config, copy.deepcopy(arguments.get("quantization_config")), None, True, {})
+    dtype = arguments.get("dtype", "auto")
     dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -185,24 +185,25 @@ def _allowed(placement: Placement, device: torch.device) -> set[str]:
 
 def _budget(placement: Placement, device: torch.device, part: float) -> dict[str, int]:
     """Bytes of weights by place, as asked or by the memory that is free; 0 for the CPU where it may not be used."""
-    asked = {placement.seen(name): count for name, count in placement.max_memory}
+    max_memory = {placement.seen(name): count for name, count in placement.max_memory}
     computing = [CPU] if device.type == CPU else [placement.seen(each) for each in placement.names]
-    found = {
-        each: asked[each] if each in asked else int(part * MemoryReader(each).available_bytes()) for each in computing
+    budget = {
+        each: max_memory[each] if each in max_memory else int(part * MemoryReader(each).available_bytes())
+        for each in computing
     }
-    if CPU not in found:
+    if CPU not in budget:
         free = int(_WEIGHTS_PART * MemoryReader(CPU).available_bytes()) if placement.offload else 0
-        found[CPU] = asked.get(CPU, free) if placement.offload else 0
-    return found
+        budget[CPU] = max_memory.get(CPU, free) if placement.offload else 0
+    return budget
 
 
 def _filled(model: PreTrainedModel, quantizer: Any, budget: Mapping[str, int]) -> dict[str, str]:
     """Makes transformers' own map within these bytes: GPUs evenly, then the CPU, then the disk."""
-    most: dict[int | str, int] = {CPU if each == CPU else int(each[5:]): count for each, count in budget.items()}
+    max_memory: dict[int | str, int] = {CPU if each == CPU else int(each[5:]): count for each, count in budget.items()}
     alone = model._no_split_modules
-    balanced = get_balanced_memory(model, most, alone, quantizer)
-    found = infer_auto_device_map(model, balanced, alone, hf_quantizer=quantizer)
-    return {module: f"cuda:{place}" if isinstance(place, int) else place for module, place in found.items()}
+    balanced = get_balanced_memory(model, max_memory, alone, quantizer)
+    device_map = infer_auto_device_map(model, balanced, alone, hf_quantizer=quantizer)
+    return {module: f"cuda:{place}" if isinstance(place, int) else place for module, place in device_map.items()}
 
 
 def _refuse_offloading(quantization: Quantization, quantizer: Any, places: Mapping[str, str]) -> None:

@@ -156,15 +156,15 @@ def _load(
     others = placement.names[1:]
     held = bytes_by_device(model)
     weights_bytes, *elsewhere = (held[torch.device(each)] for each in (str(device), *map(placement.seen, others)))
-    asked, model.generation_config = model.generation_config, GenerationConfig()
-    ends = end_token_ids(asked, tokenizer)
+    generation_config, model.generation_config = model.generation_config, GenerationConfig()
+    ends = end_token_ids(generation_config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     return LoadedModel(
         spec,
         model,
         tokenizer,
         device,
-        defaults(asked),
+        defaults(generation_config),
         ends,
         pad_token_id(tokenizer, ends, model.get_input_embeddings(), device=device),
         getattr(config.get_text_config(), "max_position_embeddings", None),
@@ -189,22 +189,22 @@ def read_model(
     source = str(folder)
     config = read_configuration(folder)
     placement = placement or Placement((str(device),))
-    asked = precision(spec, config, folder, device, offloads=placement.offloads)
+    arguments = precision(spec, config, folder, device, offloads=placement.offloads)
     announce(config)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        device_map=lay_out(placement, spec.quantization, config, asked, device),
+        device_map=lay_out(placement, spec.quantization, config, arguments, device),
         offload_folder=own_folder(placement.offload_folder),
-        **asked,
+        **arguments,
     )
     settle(model)
-    refuse_missing(found["missing_keys"])
-    finish(model, asked["dtype"])
+    refuse_missing(loading_info["missing_keys"])
+    finish(model, arguments["dtype"])
     loaded: PreTrainedModel = model
     return loaded
 

@@ -19,9 +19,9 @@ def reason(error: Exception) -> str:
     if any(is_out_of_memory(each) for each in _chain(error)):
         return "the device has not enough memory for it; use -q nf4, a smaller model or a larger device"
     text = str(error)
-    for words, said in _SAYINGS:
+    for words, explanation in _EXPLANATIONS:
         if words in text:
-            return said
+            return explanation
     first = next((line for line in text.splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first.strip()[:_ERROR_LENGTH]}"
 
@@ -32,7 +32,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-_SAYINGS = (
+_EXPLANATIONS = (
     ("trust_remote_code", "it needs code of its own, which is never run; choose a model that transformers knows"),
     (
         "does not recognize this architecture",

@@ -26,8 +26,8 @@ def find(spec: ModelSpec) -> tuple[Path, str | None]:
     """
     if _is_local(spec):
         return _folder(spec), None
-    found = repository.find_model(spec.model, spec.revision, announce=_announcer(str(spec)))
-    return found.folder, found.commit
+    pulled = repository.find_model(spec.model, spec.revision, announce=_announcer(str(spec)))
+    return pulled.folder, pulled.commit
 
 
 def find_adapter(path_or_id: str, revision: str | None) -> tuple[Path, str | None]:
@@ -39,8 +39,8 @@ def find_adapter(path_or_id: str, revision: str | None) -> tuple[Path, str | Non
     if not folder.is_dir():
         if path_or_id.startswith(("/", ".", "~")):
             raise ModelError(f"there is no adapter's folder {path_or_id} on this machine; copy the adapter there")
-        found = repository.find_adapter(path_or_id, revision, announce=_announcer(path_or_id))
-        return found.folder, found.commit
+        pulled = repository.find_adapter(path_or_id, revision, announce=_announcer(path_or_id))
+        return pulled.folder, pulled.commit
     if revision is not None:
         raise ModelError(f"a revision goes with a Hugging Face id, and the adapter {path_or_id} is a folder")
     return folder.resolve(), None

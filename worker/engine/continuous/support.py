@@ -59,7 +59,7 @@ class _ProbeAttention:
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[tuple[int, int, int], torch.dtype]] = {}
-        self._asked: set[str] = set()
+        self._options: set[str] = set()
         self._windows: dict[int, int | None] = {}
 
     def __call__(
@@ -69,21 +69,21 @@ class _ProbeAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        **asked: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, None]:
         layer: Any = module.layer_idx
         self._layers[layer] = (key.shape[1], key.shape[3], value.shape[3]), key.dtype
-        self._windows[layer] = asked.get("sliding_window")
-        self._asked |= {name for name, each in asked.items() if each is not None}
+        self._windows[layer] = options.get("sliding_window")
+        self._options |= {name for name, option in options.items() if option is not None}
         if attention_mask is not None:
-            self._asked.add("attention_mask")
+            self._options.add("attention_mask")
         return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3])), None
 
     def shape(self, config: Any) -> CacheShape:
         layers = config.num_hidden_layers
         if sorted(self._layers) != list(range(layers)):
             raise Unsupported(f"{len(self._layers)} of its {layers} layers attend through transformers' interface")
-        if unknown := sorted(self._asked - _UNDERSTOOD - _WITHOUT_EFFECT):
+        if unknown := sorted(self._options - _UNDERSTOOD - _WITHOUT_EFFECT):
             raise Unsupported(f"its attention asks for {', '.join(unknown)}")
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
         if unknown := sorted(set(kinds) - _LAYER_TYPES):
@@ -93,7 +93,7 @@ class _ProbeAttention:
         if len(set(self._layers.values())) > 1:
             raise Unsupported("its layers keep keys of different sizes")
         (heads, key_size, value_size), dtype = self._layers[0]
-        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._asked)
+        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._options)
 
 
 def refuse_outliers(model: PreTrainedModel) -> None:

@@ -31,11 +31,11 @@ class ChaosEngine(EchoEngine):
         """Obeys or answers each request; returns nothing when this step was too large for the device."""
         for key, request in batch.items():
             self._obey(prompt_of(request))
-            most = _OUT_OF_MEMORY.match(prompt_of(request))
-            if most and len(batch) > max(1, int(most[1])):
+            limit = _OUT_OF_MEMORY.match(prompt_of(request))
+            if limit and len(batch) > max(1, int(limit[1])):
                 self.capacity.too_much(len(batch))
                 return []
-            if most and most[1] == "0":
+            if limit and limit[1] == "0":
                 self.cancel([key])
                 return [Output.failed(key, ErrorCode.OUT_OF_MEMORY, "the device has not enough memory for it alone")]
         return super()._answer(batch)

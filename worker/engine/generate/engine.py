@@ -172,7 +172,7 @@ class GenerateEngine:
         pad = self._loaded.pad_token_id
         rows = [[pad] * places + list(each.tokens) for places, each in zip(padding, prompts, strict=True)]
         mask = [[0] * places + [1] * (width - places) for places in padding]
-        most = max(each.max_tokens for each in prompts)
+        max_tokens = max(each.max_tokens for each in prompts)
         sampler = RowSampler(prompts, vocabulary=self._loaded.vocabulary, device=device)
         stopping = RowStopping(
             prompts,
@@ -184,12 +184,12 @@ class GenerateEngine:
         )
         turn = self._lora.whole(self._lora.number(prompts[0].adapter))
         limit = self._turns.most_tokens(self._company(prompts[0]))
-        with self._positions_within(limit, width + most), self._lora.applied(turn):
+        with self._positions_within(limit, width + max_tokens), self._lora.applied(turn):
             sequences = self._loaded.model.generate(
                 inputs=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 # Sampling and ends are the sampler's and the criterion's: `generate` takes the largest score.
-                generation_config=GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=pad),
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad),
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stopping]),
             )
@@ -239,8 +239,12 @@ def _not_a_number(key: RequestKey, prompt: Prompt, answered: int) -> Output:
 
 def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raises Refused for an option that one call of `generate` cannot give to one row alone."""
-    asked = request.sampling
-    wanted = {"n": (asked.n or 1) > 1, "logprobs": asked.logprobs, "response_format": asked.response_format is not None}
+    sampling = request.sampling
+    wanted = {
+        "n": (sampling.n or 1) > 1,
+        "logprobs": sampling.logprobs,
+        "response_format": sampling.response_format is not None,
+    }
     if unsupported := [name for name, each in wanted.items() if each]:
         raise Refused(
             ErrorCode.UNSUPPORTED_BY_WORKER,

@@ -253,12 +253,12 @@ def _key(response_format: Mapping[str, Any]) -> str:
         raise _refused("its schema is nested too deeply") from None
 
 
-def _reason(said: str) -> str:
+def _reason(message: str) -> str:
     """The reason in words that help a user: the library's own line, or ours in its place."""
     for words, ours in _OUR_WORDS.items():
-        if words in said:
+        if words in message:
             return ours
-    lines = [each.strip() for each in said.splitlines() if each.strip() not in ("", "<non-verbose/>")]
+    lines = [each.strip() for each in message.splitlines() if each.strip() not in ("", "<non-verbose/>")]
     why = next((each.removeprefix("error: ") for each in lines if each.startswith("error: ")), None)
     return (why or (lines[0] if lines else "no reason given").rpartition("(in regex): ")[2])[:REASON_LENGTH]
 

@@ -68,7 +68,7 @@ def probes(schema: Mapping[str, Any]) -> list[Probe]:
     every = list(_subschemas(schema))
     names = sorted({name for each in every for name in _names(each, "properties")})
     # The library decides about a match: an expression could keep Python's own engine at it for ever.
-    patterns = {tuple(found) for each in every if (found := _names(each, "patternProperties"))} if names else set()
+    patterns = {tuple(_names(each, "patternProperties")) for each in every} - {()} if names else set()
     if len(patterns) > MAX_PATTERNS:
         raise _refused(f"patternProperties stands in more than {MAX_PATTERNS} places")
     return [_probe(names, each) for each in sorted(patterns)]
@@ -154,8 +154,8 @@ def _is_inexact(value: Any) -> bool:
 @lru_cache(maxsize=1_024)
 def _is_known_format(name: str) -> bool:
     grammar = LLMatcher.grammar_from_json_schema({"type": "string", "format": name})
-    said: str = LLMatcher.validate_grammar(grammar)
-    return "Unknown format" not in said
+    message: str = LLMatcher.validate_grammar(grammar)
+    return "Unknown format" not in message
 
 
 def _shown(value: object) -> str:

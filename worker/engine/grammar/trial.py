@@ -47,13 +47,13 @@ class Trial:
         try:
             process.stdin.write(json.dumps([grammar, beginning]) + "\n")
             process.stdin.flush()
-            said = process.stdout.readline()
+            line = process.stdout.readline()
         except BrokenPipeError:
-            said = ""
-        if not said:
+            line = ""
+        if not line:
             self._stop()
             return TOO_MUCH
-        reason: str = json.loads(said)
+        reason: str = json.loads(line)
         return reason or None
 
     def _started(self) -> subprocess.Popen[str]:

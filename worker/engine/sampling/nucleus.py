@@ -53,18 +53,18 @@ def _ranked(probabilities: torch.Tensor, limits: Limits, rows: npt.NDArray[np.in
     """The smallest probabilities that top_k and top_p keep, (all rows, 1); 0 but for these rows."""
     count, vocabulary = probabilities.shape
     device = probabilities.device
-    asked = limits.of(rows)
+    row_limits = limits.of(rows)
     if device.type == "cpu" and vocabulary > SORTED_VOCABULARY:
         smallest = np.zeros((count, 1), dtype=np.float32)
         all_rows = probabilities.numpy()
-        for row, top_k, top_p in zip(rows, asked.top_k.tolist(), asked.top_p.tolist(), strict=True):
+        for row, top_k, top_p in zip(rows, row_limits.top_k.tolist(), row_limits.top_p.tolist(), strict=True):
             smallest[row] = _of_row(all_rows[row], top_k, top_p)
         return torch.from_numpy(smallest)
     if len(rows) == count:
-        return _of_sorted(_descending(probabilities), asked)
+        return _of_sorted(_descending(probabilities), row_limits)
     places = upload(rows, device)
-    found = _of_sorted(_descending(probabilities.index_select(0, places)), asked)
-    return torch.zeros(count, 1, device=device).index_copy_(0, places, found)
+    thresholds = _of_sorted(_descending(probabilities.index_select(0, places)), row_limits)
+    return torch.zeros(count, 1, device=device).index_copy_(0, places, thresholds)
 
 
 def _descending(probabilities: torch.Tensor) -> torch.Tensor:

@@ -112,8 +112,8 @@ class Sampler:
         self._generated[batch_slot] = len(generated)
         biased, penalised = asks_for_biases(sampling), asks_for_penalties(sampling)
         drawn = (sampling.temperature or 0.0) >= GREEDY_BELOW
-        self._asks[:, batch_slot] = asked = (biased, penalised, drawn, bool(sampling.logprobs))
-        if any(asked):
+        self._asks[:, batch_slot] = asks = (biased, penalised, drawn, bool(sampling.logprobs))
+        if any(asks):
             self._asking.add(batch_slot)
         if biased:
             self._biases.enter(batch_slot, sampling, end_token_ids)
@@ -156,9 +156,9 @@ class Sampler:
         if self.greedy and allowed is None:
             return Sampled(tokens, sound, None)
         held = np.asarray(batch_slots, dtype=np.intp)
-        biased, penalised, drawn, told = (np.flatnonzero(each) for each in self._asks[:, held])
+        biased, penalised, drawn, with_logprobs = (np.flatnonzero(each) for each in self._asks[:, held])
         scores = logits.float().contiguous()
-        raw = RawLogprobs(scores, upload(told, self._device)) if len(told) else None
+        raw = RawLogprobs(scores, upload(with_logprobs, self._device)) if len(with_logprobs) else None
         if len(biased):
             self._biases.add(scores, biased, held[biased], self._generated[held[biased]])
         if len(penalised):
@@ -175,7 +175,8 @@ class Sampler:
         self._generated[held] += 1
         if raw is None:
             return Sampled(tokens, sound, None)
-        return Sampled(tokens, sound, raw.of(tokens, tuple(told.tolist()), int(self._alternatives[held[told]].max())))
+        alternatives = int(self._alternatives[held[with_logprobs]].max())
+        return Sampled(tokens, sound, raw.of(tokens, tuple(with_logprobs.tolist()), alternatives))
 
     def _draw(self, scores: torch.Tensor, tokens: torch.Tensor, rows: _Places, batch_slots: _Places) -> None:
         """Draws the tokens of these rows from `scores`, (all rows, vocabulary), into `tokens`, (all rows,)."""

@@ -109,13 +109,13 @@ class Tokenization:
         `named`: a name that no other answer has. `complete`: it ended because nothing could follow.
         """
         ended = tokens[-1] in prompt.end_token_ids
-        said = tokens[:-1] if ended else tokens
-        text = self.decoding.text(said, after=prompt.tail)
+        answer = tokens[:-1] if ended else tokens
+        text = self.decoding.text(answer, after=prompt.tail)
         stop = self.stop_place(prompt, tokens, text)
         choice = Choice(text[:stop], "stop" if ended or complete or stop is not None else "length")
         if not prompt.tools or not self._calls.known:
             return choice
-        marked = self.decoding.text_with(self._call_marks, said, after=prompt.tail)
+        marked = self.decoding.text_with(self._call_marks, answer, after=prompt.tail)
         called = self._calls.of(marked[: self.stop_place(prompt, tokens, marked)], prompt.tools, named=named)
         return replace(choice, tool_calls=called.calls, content=called.content) if called else choice
 

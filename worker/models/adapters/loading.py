@@ -41,11 +41,11 @@ def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter], *, digests: 
 
     `digests`: the digests that are known of their files.
     """
-    found = []
+    loaded_adapters = []
     for each in adapters:
         started = monotonic()
         try:
-            found.append(_load(each, loaded.model, digests or Digests()))
+            loaded_adapters.append(_load(each, loaded.model, digests or Digests()))
         except ModelError:
             raise
         except Refusal as error:
@@ -54,9 +54,9 @@ def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter], *, digests: 
             # The gateway of peft, safetensors and the Hub, whose errors have nothing in common.
             raise ModelError(f"cannot load the adapter {each}: {reason(error)}") from error
         seconds = round(monotonic() - started, 3)
-        log.info("adapter loaded", name=each.name, layers=len(found[-1].layers), load_seconds=seconds)
-    weights_bytes = loaded.weights_bytes + sum(each.nbytes for each in found)
-    return replace(loaded, adapters=tuple(found), weights_bytes=weights_bytes)
+        log.info("adapter loaded", name=each.name, layers=len(loaded_adapters[-1].layers), load_seconds=seconds)
+    weights_bytes = loaded.weights_bytes + sum(each.nbytes for each in loaded_adapters)
+    return replace(loaded, adapters=tuple(loaded_adapters), weights_bytes=weights_bytes)
 
 
 def _load(adapter: Adapter, model: PreTrainedModel, digests: Digests) -> LoadedAdapter:
@@ -97,11 +97,11 @@ def _injected(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, A
 def _layers(injected: Mapping[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, LowRank]:
     """Makes the low-rank weights of each of these layers, on the layer's device. Raises Refusal and _OtherBase."""
     left = dict(tensors)
-    found = {name: _low_rank(name, layer, left, model.get_submodule(name)) for name, layer in injected.items()}
+    layers = {name: _low_rank(name, layer, left, model.get_submodule(name)) for name, layer in injected.items()}
     for key, tensor in left.items():
         if not _is_the_models_own(key, tensor, model):
             raise _OtherBase(f"its weights hold {key[:200]}, which is no part of what it changes in this model")
-    return found
+    return layers
 
 
 def _low_rank(name: str, layer: Any, left: dict[str, Tensor], real: nn.Module) -> LowRank:

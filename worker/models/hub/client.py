@@ -80,16 +80,16 @@ def look_up(name: str, revision: str | None) -> Listing:
     _quiet()
     with translated(name, revision):
         # Its default is to wait for ever.
-        told = HfApi().model_info(
+        info = HfApi().model_info(
             name, revision=revision, timeout=float(constants.HF_HUB_ETAG_TIMEOUT), files_metadata=True
         )
     files = {
         each.rfilename: RemoteFile(each.size or 0, (each.lfs.sha256 if each.lfs else each.blob_id) or "")
-        for each in told.siblings or ()
+        for each in info.siblings or ()
     }
-    if told.sha is None:
+    if info.sha is None:
         raise ModelError(f"cannot fetch {name}: what answers at the Hub's address names no commit; check HF_ENDPOINT")
-    return Listing(name, revision, told.sha, files)
+    return Listing(name, revision, info.sha, files)
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
@@ -107,10 +107,10 @@ def lacking(listing: Listing, names: Iterable[str]) -> list[str]:
     """Returns the names of files that are not in the cache, or not whole."""
 
     def is_here(name: str) -> bool:
-        found = try_to_load_from_cache(listing.name, name, revision=listing.commit)
+        path = try_to_load_from_cache(listing.name, name, revision=listing.commit)
         # A mirror of the Hub may tell no sizes, which read as 0.
-        told_bytes = listing.files[name].bytes
-        return isinstance(found, str) and (not told_bytes or Path(found).stat().st_size == told_bytes)
+        listed_bytes = listing.files[name].bytes
+        return isinstance(path, str) and (not listed_bytes or Path(path).stat().st_size == listed_bytes)
 
     return [name for name in names if not is_here(name)]
 
@@ -158,11 +158,10 @@ def remote_headers(listing: Listing, names: Iterable[str]) -> dict[str, TensorHe
     """Fetches the headers of these safetensors files, and nothing else of them. Raises ModelError."""
 
     def read(name: str) -> dict[str, TensorHeader]:
-        found = parse_safetensors_file_metadata(listing.name, name, revision=listing.commit)
-        return _headers(found.tensors)
+        return _headers(parse_safetensors_file_metadata(listing.name, name, revision=listing.commit).tensors)
 
     with translated(listing.name, listing.revision), ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        return {tensor: header for found in pool.map(read, names) for tensor, header in found.items()}
+        return {tensor: header for headers in pool.map(read, names) for tensor, header in headers.items()}
 
 
 def local_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:

@@ -44,11 +44,11 @@ def translated(name: str, revision: str | None) -> Iterator[None]:
         at = name if revision is None else f"{name}@{revision}"
         chain = list(_chain(error))
         for kind, tell in _REASONS:
-            found = next((each for each in chain if isinstance(each, kind)), None)
-            if found is not None:
-                raised = HubUnreachable if kind in _UNREACHABLE or _is_down(found) else ModelError
+            cause = next((each for each in chain if isinstance(each, kind)), None)
+            if cause is not None:
+                raised = HubUnreachable if kind in _UNREACHABLE or _is_down(cause) else ModelError
                 # Without the cause: a traceback of it would show what its message does.
-                raise raised(f"cannot fetch {at}: {tell(found, name, revision)}") from None
+                raise raised(f"cannot fetch {at}: {tell(cause, name, revision)}") from None
         raise ModelError(f"cannot fetch {at}: {type(error).__name__}; {_again(name, revision)}") from None
 
 

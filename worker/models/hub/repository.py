@@ -175,27 +175,27 @@ def _refuse_other_forms(listing: Listing) -> None:
     if WEIGHTS in files or WEIGHTS_INDEX in files:
         if _CONFIG in files and ADAPTER_CONFIG not in files:
             return
-        found = (
+        reason = (
             f"it holds {ADAPTER_CONFIG} beside a model's weights, and which of the two is meant nobody can tell; "
             "choose a repository with one of them"
             if ADAPTER_CONFIG in files
             else f"it holds no {_CONFIG}; choose the repository of a transformers model"
         )
     elif ADAPTER_CONFIG in files:
-        found = (
+        reason = (
             f"it is an adapter and no model; load the model that it was trained on, with --adapter NAME={listing.name}"
         )
     elif _holds(files, "*.gguf"):
-        found = "it holds GGUF files alone, which are not loaded; choose the repository that they were made from"
+        reason = "it holds GGUF files alone, which are not loaded; choose the repository that they were made from"
     elif _holds(files, *_PICKLES):
-        found = (
+        reason = (
             "it holds no safetensors weights, and its pickled ones are never fetched, since a pickle can run code; "
             "choose a revision with safetensors (many have one, such as --revision refs/pr/1), or save it anew with "
             "save_pretrained where you trust it, and name that folder"
         )
     else:
-        found = f"it holds neither {WEIGHTS} nor {WEIGHTS_INDEX}; choose a repository of a transformers language model"
-    raise ModelError(f"cannot fetch {listing.name}: {found}")
+        reason = f"it holds neither {WEIGHTS} nor {WEIGHTS_INDEX}; choose a repository of a transformers language model"
+    raise ModelError(f"cannot fetch {listing.name}: {reason}")
 
 
 def _holds(files: Iterable[str], *patterns: str) -> bool:

@@ -26,5 +26,5 @@ def sound_tokens(model: PreTrainedModel, vocabulary: int, device: torch.device) 
     """Tries some tokens as prompts of their own. Returns those after which the largest logit is a number."""
     tried = torch.arange(0, vocabulary, -(-vocabulary // _TRIED_TOKENS), device=device)
     logits = model(input_ids=tried[:, None], use_cache=False).logits[:, -1]
-    found: list[int] = tried[logits.amax(dim=-1).isfinite()].tolist()
-    return found
+    sound: list[int] = tried[logits.amax(dim=-1).isfinite()].tolist()
+    return sound

@@ -158,17 +158,19 @@ class Checkpoint:
 
 def announce(config: Any) -> None:
     """Logs that the completed quantization_config of this config has weights dequantized, if it has, and why."""
-    found = Checkpoint.of(config)
-    if found is not None and "dequantize" in found.written:
-        because = _METHODS[found.method].dequantized
-        log.info("the checkpoint is dequantized; activations stay as they are", method=found.method, because=because)
+    checkpoint = Checkpoint.of(config)
+    if checkpoint is not None and "dequantize" in checkpoint.written:
+        because = _METHODS[checkpoint.method].dequantized
+        log.info(
+            "the checkpoint is dequantized; activations stay as they are", method=checkpoint.method, because=because
+        )
 
 
 def _written(config: Any) -> dict[str, Any] | None:
     for each in (config, config.get_text_config(decoder=True)):
-        found = getattr(each, "quantization_config", None)
-        if found is not None:
-            return dict(found if isinstance(found, dict) else found.to_dict())
+        written = getattr(each, "quantization_config", None)
+        if written is not None:
+            return dict(written if isinstance(written, dict) else written.to_dict())
     return None
 
 

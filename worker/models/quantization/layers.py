@@ -36,13 +36,13 @@ def kept(config: Any, names: Collection[str]) -> list[str] | None:
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D)]
-    found = set(get_keys_to_not_convert(model))
+    skipped = set(get_keys_to_not_convert(model))
     for name in names:
         within = [each for each in layers if f".{name}." in f".{each}."]
         if not within:
             raise Refusal(f"skip_modules={name}: the model has no such linear layer; it has {_examples(layers)}")
-        found.update(within)
-    return sorted(found)
+        skipped.update(within)
+    return sorted(skipped)
 
 
 def _examples(layers: list[str]) -> str:

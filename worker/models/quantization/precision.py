@@ -28,13 +28,13 @@ def precision(
     `offloads`: some layers will lie on a CPU beside a GPU. Raises Refusal.
     """
     quantization = spec.quantization
-    found = Checkpoint.of(config)
+    checkpoint = Checkpoint.of(config)
     if quantization.kind is Kind.CHECKPOINT:
-        if found is None:
+        if checkpoint is None:
             raise Refusal("its config.json says of no quantization; choose -q nf4, fp4, int8 or none")
-        return _of_checkpoint(found, config, folder, device)
-    if found is not None:
-        raise Refusal(f"its checkpoint is quantized already ({found.method}); take it as it is with -q checkpoint")
+        return _of_checkpoint(checkpoint, config, folder, device)
+    if checkpoint is not None:
+        raise Refusal(f"its checkpoint is quantized already ({checkpoint.method}); take it as it is with -q checkpoint")
     if quantization.kind is Kind.NONE:
         return {"dtype": _plain_dtype(quantization.dtype, config, device)}
     kept_modules = kept(config, quantization.skip_modules)
@@ -114,18 +114,18 @@ def _four_bit(quantization: Quantization, dtype: torch.dtype, kept_modules: list
     )
 
 
-def _of_checkpoint(found: Checkpoint, config: Any, folder: Path, device: torch.device) -> dict[str, Any]:
+def _of_checkpoint(checkpoint: Checkpoint, config: Any, folder: Path, device: torch.device) -> dict[str, Any]:
     """The arguments for a quantized checkpoint: plain weights beside bitsandbytes' are as if it were quantized here."""
-    found.refuse(folder, device)
-    changes = found.changes(device)
+    checkpoint.refuse(folder, device)
+    changes = checkpoint.changes(device)
     dtype: torch.dtype | str
-    if found.method == BITSANDBYTES_4BIT:
-        written = str(found.written.get("bnb_4bit_compute_dtype") or "float32")
+    if checkpoint.method == BITSANDBYTES_4BIT:
+        written = str(checkpoint.written.get("bnb_4bit_compute_dtype") or "float32")
         dtype = compute_dtype(written.removeprefix("torch."), device)
         changes |= {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    elif found.method == BITSANDBYTES_8BIT:
+    elif checkpoint.method == BITSANDBYTES_8BIT:
         dtype = half(device)
     else:
         dtype = _plain_dtype(None, config, device) if "dequantize" in changes else _stored_dtype(config, device)
-    config.quantization_config = dict(found.written) | changes
+    config.quantization_config = dict(checkpoint.written) | changes
     return {"dtype": dtype}

@@ -81,33 +81,33 @@ class Attention:
         keys.index_copy_(0, self._places, key.reshape(-1, key.shape[-1]))
         values.index_copy_(0, self._places, value.reshape(-1, value.shape[-1]))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        how = _How(scale, sliding_window, softcap)
-        own = _Read(key[0].transpose(0, 1), value[0].transpose(0, 1))
-        found = self._answer(query[0].transpose(0, 1), own, _Read(keys, values), how)
+        options = _Options(scale, sliding_window, softcap)
+        own = _KeysValues(key[0].transpose(0, 1), value[0].transpose(0, 1))
+        output = self._answer(query[0].transpose(0, 1), own, _KeysValues(keys, values), options)
         self.seconds += perf_counter() - begin
-        return found[None], None
+        return output[None], None
 
-    def _answer(self, queries: torch.Tensor, own: _Read, cached: _Read, how: _How) -> torch.Tensor:
+    def _answer(self, queries: torch.Tensor, own: _KeysValues, cached: _KeysValues, options: _Options) -> torch.Tensor:
         """(tokens, heads, size) -> (tokens, heads, size of a value)."""
         if self._groups[0].rows == self._tokens:
-            return self._groups[0].decode(queries, cached, how)
-        found = queries.new_zeros((*queries.shape[:2], cached.values.shape[-1]))
+            return self._groups[0].decode(queries, cached, options)
+        output = queries.new_zeros((*queries.shape[:2], cached.values.shape[-1]))
         for group in self._groups:
             if group.longest == 1:
-                found[group.tokens] = group.decode(queries[group.tokens], cached, how)
+                output[group.tokens] = group.decode(queries[group.tokens], cached, options)
             else:
-                found[group.tokens] = group.prefill(queries, own, cached, how)
-        return found
+                output[group.tokens] = group.prefill(queries, own, cached, options)
+        return output
 
 
-class _Read(NamedTuple):
+class _KeysValues(NamedTuple):
     """Keys and values to attend to: of a step's own tokens (tokens, heads, size), or a layer's memory."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
-class _How(NamedTuple):
+class _Options(NamedTuple):
     """The options of a layer's attention."""
 
     scaling: float
@@ -151,34 +151,34 @@ class _Group:
         packing = np.flatnonzero(places < counts)
         return upload(padding, self._device), upload(packing, self._device)
 
-    def decode(self, queries: torch.Tensor, cached: _Read, how: _How) -> torch.Tensor:
+    def decode(self, queries: torch.Tensor, cached: _KeysValues, options: _Options) -> torch.Tensor:
         """One token a row: (rows, heads, size) -> (rows, heads, size of a value)."""
         shared = queries.shape[1] // self._heads
         folded = queries.reshape(self.rows, self._heads, shared, -1)
-        mask = self._mask(how.window, queries.dtype)
+        mask = self._mask(options.window, queries.dtype)
         keys, values = self._view(cached.keys), self._view(cached.values)
         if self._fused:
             if self._even:
                 # A single query is multiplied by another kernel, whose rounding depends on where in memory it stands.
                 folded = torch.cat([folded, folded[:, :, : shared % 2]], dim=2)
-            found = _attend(folded, keys, values, mask, how)
-            return found[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
-        asked, turned = folded.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
-        if how.softcap is None:
-            scores = torch.baddbmm(mask.expand(-1, shared, -1), asked, turned, alpha=how.scaling)
+            output = _attend(folded, keys, values, mask, options)
+            return output[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
+        flat_queries, flat_keys = folded.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        if options.softcap is None:
+            scores = torch.baddbmm(mask.expand(-1, shared, -1), flat_queries, flat_keys, alpha=options.scaling)
         else:
-            scores = _capped(torch.bmm(asked, turned), how.scaling, how.softcap).add_(mask)
-        found = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
-        return found.view(self.rows, self._heads * shared, -1)
+            scores = _capped(torch.bmm(flat_queries, flat_keys), options.scaling, options.softcap).add_(mask)
+        output = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
+        return output.view(self.rows, self._heads * shared, -1)
 
-    def prefill(self, queries: torch.Tensor, own: _Read, cached: _Read, how: _How) -> torch.Tensor:
+    def prefill(self, queries: torch.Tensor, own: _KeysValues, cached: _KeysValues, options: _Options) -> torch.Tensor:
         """Several tokens a row: (tokens of the step, heads, size) -> (tokens of the group, heads, size of a value)."""
         mask = None
-        if not self._fresh or how.window is not None or how.softcap is not None:
-            mask = self._mask(how.window, queries.dtype)
+        if not self._fresh or options.window is not None or options.softcap is not None:
+            mask = self._mask(options.window, queries.dtype)
         keys, values = map(self._padded, own) if self._fresh else map(self._view, cached)
-        found = _attend(self._padded(queries), keys, values, mask, how).transpose(1, 2)
-        return found.flatten(0, 1).index_select(0, self._packing)
+        output = _attend(self._padded(queries), keys, values, mask, options).transpose(1, 2)
+        return output.flatten(0, 1).index_select(0, self._packing)
 
     def _view(self, layer: torch.Tensor) -> torch.Tensor:
         """A layer's memory -> (rows, heads, reach, size), without a copy."""
@@ -211,17 +211,17 @@ class _Group:
 
 
 def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: _How
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, options: _Options
 ) -> torch.Tensor:
     """(rows, heads, queries, size) over (rows, heads of keys, reach, size); no mask means that it is causal."""
-    if how.softcap is None:
+    if options.softcap is None:
         return scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=how.scaling, enable_gqa=True
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=options.scaling, enable_gqa=True
         )
     assert mask is not None, "the kernel knows no soft cap, so the mask is made"
     folded = queries.reshape(queries.shape[0], keys.shape[1], -1, *queries.shape[2:])
     scores = torch.matmul(folded.flatten(2, 3), keys.transpose(2, 3)).view(*folded.shape[:4], -1)
-    shares = _capped(scores, how.scaling, how.softcap).add_(mask[:, :, None]).softmax(dim=-1)
+    shares = _capped(scores, options.scaling, options.softcap).add_(mask[:, :, None]).softmax(dim=-1)
     return torch.matmul(shares.flatten(2, 3), values).view(*queries.shape[:3], -1)
 
 

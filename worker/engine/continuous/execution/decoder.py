@@ -162,12 +162,12 @@ def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
     own = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits[0].float()
     row = Row(list(tokens), _TRIAL_TOKENS, share=False)
     row.slot = slots.take(_TRIAL_TOKENS)
-    found = []
+    in_pieces = []
     for begin, end in ((0, 7), (7, 11), (11, 12)):
         row.tokens = tokens[:end]
-        found.append(decoder.logits([Piece(row, begin, end)])[0].float())
+        in_pieces.append(decoder.logits([Piece(row, begin, end)])[0].float())
     slots.give(row.held)
-    distance = _distance(torch.stack(found), own[[6, 10, 11]])
+    distance = _distance(torch.stack(in_pieces), own[[6, 10, 11]])
     if not distance <= _tolerance(loaded):
         raise Unsupported(f"its answers change when a prompt is read in pieces (by {distance:.1%})")
 
@@ -185,21 +185,21 @@ def _try_adapter(decoder: Decoder, loaded: LoadedModel, slots: Slots, lora: Lora
             forward = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False)
         alone.append(forward.logits[0, -1].float())
     try:
-        found = decoder.logits([Piece(row, 0, len(tokens)) for row in rows if row.slot is not None]).float()
+        together = decoder.logits([Piece(row, 0, len(tokens)) for row in rows if row.slot is not None]).float()
     except OtherTokens as error:
         raise Unsupported(f"an adapter changes a layer that {error}") from error
     for row in rows:
         if row.slot is not None:
             slots.give(row.slot)
-    distance = max(_distance(one, other) for one, other in zip(found, alone, strict=False))
+    distance = max(_distance(one, other) for one, other in zip(together, alone, strict=False))
     if not distance <= _tolerance(loaded):
         raise Unsupported(f"answers with an adapter change beside others without (by {distance:.1%})")
 
 
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def _distance(logits: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest distance of logits from the wanted ones, as a part of the largest of these."""
     smallest = torch.finfo(wanted.dtype).tiny  # of a model that answers some tokens by zeros alone
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=smallest))
+    return float((logits - wanted).abs().max() / wanted.abs().max().clamp(min=smallest))
 
 
 def _tolerance(loaded: LoadedModel) -> float:

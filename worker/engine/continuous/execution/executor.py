@@ -121,14 +121,14 @@ class Executor:
                 return InFlightStep(step, rows, nothing, nothing, None, None)
             sampled = self._sampler.sample([row.batch_slot for row in rows], logits, allowed=self._allowed(rows))
             logprobs = sampled.logprobs
-            told = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
+            host_tokens = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
             if self._device.type == "cpu":
-                return InFlightStep(step, rows, sampled.tokens, told, logprobs, None)
+                return InFlightStep(step, rows, sampled.tokens, host_tokens, logprobs, None)
             if logprobs is not None:
                 logprobs = Logprobs(
                     logprobs.places, _to_host(logprobs.chosen), _to_host(logprobs.top_ids), _to_host(logprobs.top)
                 )
-            copy = _to_host(told)
+            copy = _to_host(host_tokens)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
             return InFlightStep(step, rows, sampled.tokens, copy, logprobs, done)
@@ -158,14 +158,14 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _token_logprobs(
-    found: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]
+    logprobs: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]
 ) -> dict[int, TokenLogprob]:
-    if found is None:
+    if logprobs is None:
         return {}
-    said = {}
-    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
-    for number, place in enumerate(found.places):
+    by_place = {}
+    chosen, top_ids, top = logprobs.chosen.tolist(), logprobs.top_ids.tolist(), logprobs.top.tolist()
+    for number, place in enumerate(logprobs.places):
         wanted = rows[place].prompt.sampling.top_logprobs or 0
         alternatives = tuple(zip(top_ids[number][:wanted], top[number][:wanted], strict=True))
-        said[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
-    return said
+        by_place[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
+    return by_place

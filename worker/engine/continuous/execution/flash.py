@@ -100,7 +100,7 @@ class FlashAttention:
         shared = query.shape[1] != key.shape[1]
         window, splits = self._how(sliding_window, shared=shared)
         starts = self._starts[: self._rows + 1]
-        found = varlen_attn(
+        output = varlen_attn(
             query[0].transpose(0, 1).contiguous(),
             keys.view(-1, PAGE_TOKENS, heads, key.shape[-1]),
             values.view(-1, PAGE_TOKENS, heads, value.shape[-1]),
@@ -115,9 +115,9 @@ class FlashAttention:
             block_table=self._pages[: self._rows],
             num_splits=splits,
         )
-        assert isinstance(found, torch.Tensor), "no second result was asked for"
+        assert isinstance(output, torch.Tensor), "no second result was asked for"
         self.seconds += perf_counter() - begin
-        return found[None], None
+        return output[None], None
 
     def _how(self, sliding_window: int | None, *, shared: bool) -> tuple[tuple[int, int], int | None]:
         """The window of a call, left and right of a query, and the number of parts that its keys are split into.

@@ -98,7 +98,7 @@ class Prefixes(Generic[B]):
         for block in reversed(row.blocks):
             rows = [each for each in self._rows.get(block, ()) if each.adapter == row.adapter]
             if rows:
-                found = max(rows, key=lambda each: each.computed)
-                tokens = min(common(row.tokens, found.tokens), len(row.tokens) - 1)
-                return (found, tokens) if tokens >= BLOCK_TOKENS else None
+                donor = max(rows, key=lambda each: each.computed)
+                tokens = min(common(row.tokens, donor.tokens), len(row.tokens) - 1)
+                return (donor, tokens) if tokens >= BLOCK_TOKENS else None
         return None

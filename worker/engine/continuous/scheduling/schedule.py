@@ -113,9 +113,9 @@ class Schedule(Generic[R]):
 
     def _plan_alone(self, step: Step[R], budget: int) -> None:
         """Plans a piece of one prompt, or else one token of each row that decodes."""
-        self._prefill(step, budget, most=1)
+        self._prefill(step, budget, limit=1)
         if not step.pieces:
-            self._admit(step, budget, most=1)
+            self._admit(step, budget, limit=1)
         if not step.pieces:
             self._decode(step, budget)
 
@@ -139,14 +139,14 @@ class Schedule(Generic[R]):
                 return False
         return True
 
-    def _prefill(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
-        for row in [row for row in self._running if not row.decodes][:most]:
+    def _prefill(self, step: Step[R], budget: int, *, limit: int | None = None) -> None:
+        for row in [row for row in self._running if not row.decodes][:limit]:
             self._add_piece(step, row, budget)
 
-    def _admit(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
+    def _admit(self, step: Step[R], budget: int, *, limit: int | None = None) -> None:
         """Lets waiting rows enter, while there are batch slots, slots and a budget for them."""
         for row in self._candidates():
-            if not self._free_batch_slots or step.tokens >= budget or len(step.entered) == most:
+            if not self._free_batch_slots or step.tokens >= budget or len(step.entered) == limit:
                 return
             if self._enter(row, step, budget - step.tokens):
                 self._add_piece(step, row, budget)
@@ -180,10 +180,10 @@ class Schedule(Generic[R]):
         nearest = self._prefixes.nearest(row)
         known = 0
         if nearest is not None:
-            found, common = nearest
-            if found.computed < min(common, found.prompt_tokens) or not found.proven:
+            donor, common = nearest
+            if donor.computed < min(common, donor.prompt_tokens) or not donor.proven:
                 return False  # the row that computes this prefix right now is copied in a later step
-            known = min(common, found.computed)
+            known = min(common, donor.computed)
         if step.reads and len(row.tokens) - known > budget:
             return False
         slot = self._take(whole)

@@ -139,8 +139,8 @@ class _Int8(_Joined):
     def __call__(self, x: Tensor) -> Tensor:
         if self._bias is not None and self._bias.dtype != x.dtype:
             self._bias = self._bias.to(x.dtype)
-        found: Tensor = bitsandbytes.matmul(x, self._state.CB, bias=self._bias, state=self._state)
-        return found
+        output: Tensor = bitsandbytes.matmul(x, self._state.CB, bias=self._bias, state=self._state)
+        return output
 
     def adopt(self) -> None:
         for layer, view in zip(self._layers, self._views(self._state.CB), strict=True):
@@ -186,18 +186,18 @@ class _Packed4Bit(_FourBit):
             return x.new_empty(*x.shape[:-1], self._shape[0])  # the kernel divides by the number of rows
         rows = x.reshape(-1, self._shape[1]).to(torch.bfloat16)
         if self._copy is not None and rows.shape[0] >= self._copy_rows:
-            found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._copy, None, "none", [], "")
+            output: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._copy, None, "none", [], "")
         else:
-            found = self._fused(rows)
+            output = self._fused(rows)
         if self._bias is not None:
-            found = found.to(self._compute) + self._bias
-        return found.to(x.dtype).view(*x.shape[:-1], self._shape[0])
+            output = output.to(self._compute) + self._bias
+        return output.to(x.dtype).view(*x.shape[:-1], self._shape[0])
 
     def _fused(self, rows: Tensor) -> Tensor:
-        found: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
+        output: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
             rows, self._weight, self._shape, self._absmax, self._state.code, self._state.blocksize
         )
-        return found
+        return output
 
     def copy(self) -> int:
         """Reads the weights back from the fused kernel, as its products with the rows of an identity matrix."""
@@ -230,8 +230,8 @@ class _Blocks4Bit(_FourBit):
         taken = x.to(self._compute)
         if self._copy is not None and x.numel() >= self._copy_rows * self._shape[1]:
             return functional.linear(taken, self._copy, self._bias).to(x.dtype)
-        found: Tensor = bitsandbytes.matmul_4bit(taken, self._weight, bias=self._bias, quant_state=self._state)
-        return found.to(x.dtype)
+        output: Tensor = bitsandbytes.matmul_4bit(taken, self._weight, bias=self._bias, quant_state=self._state)
+        return output.to(x.dtype)
 
     def copy(self) -> int:
         """Dequantizes the weights, for inputs where bitsandbytes would do it at each call: the values are the same."""

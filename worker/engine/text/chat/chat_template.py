@@ -91,13 +91,13 @@ class ChatTemplate:
     ) -> MessageForm:
         """Finds the form in which all of such a conversation is in the prompt. Raises Refused."""
         shape = shape_of(messages, tools, variables)
-        found = self._kept.pop(shape, None) or self._proven(Marked(messages, tools), variables)
-        self._kept[shape] = found
+        form = self._kept.pop(shape, None) or self._proven(Marked(messages, tools), variables)
+        self._kept[shape] = form
         if len(self._kept) > KEPT_SHAPES:
             self._kept.popitem(last=False)
-        if isinstance(found, str):
-            raise _refused(found)
-        return found
+        if isinstance(form, str):
+            raise _refused(form)
+        return form
 
     def _proven(self, marked: Marked, variables: Mapping[str, Any]) -> MessageForm | str:
         """Returns the first form that leaves no mark out, or the reason why there is none."""
@@ -120,8 +120,9 @@ class ChatTemplate:
 
     def _own_words(self, error: TemplateError) -> str:
         """The template's own message, with nothing of the prompt in it."""
-        said = str(error)
-        return said[:REFUSAL_LENGTH] if said in str(self._tokenizer.chat_template) else "it depends on what they say"
+        message = str(error)
+        own = message in str(self._tokenizer.chat_template)
+        return message[:REFUSAL_LENGTH] if own else "it depends on what they say"
 
     def _apply(
         self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]

@@ -21,8 +21,8 @@ def shape_of(
 
     Conversations of equal shapes have equal marked conversations.
     """
-    told = json.dumps([tools, variables], sort_keys=True, default=repr)
-    return (*(_shape(each) for each in messages), hashlib.sha256(told.encode(errors="backslashreplace")).digest())
+    parameters = json.dumps([tools, variables], sort_keys=True, default=repr)
+    return (*(_shape(each) for each in messages), hashlib.sha256(parameters.encode(errors="backslashreplace")).digest())
 
 
 def _shape(message: Mapping[str, Any]) -> tuple[Any, ...]:
