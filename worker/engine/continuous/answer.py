@@ -14,8 +14,8 @@ from batchmill.jobs.requests.generation import Choice
 from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.worker.engine import not_a_number
 from batchmill.worker.engine.continuous.scheduling.step import Row
-from batchmill.worker.engine.text.said import TokenLogprob, logprobs_of
 from batchmill.worker.engine.text.stopping import StopWatch
+from batchmill.worker.engine.text.token_logprobs import TokenLogprob, logprobs_of
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from batchmill.worker.engine.lora import Lora
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.sizing import Load, MemoryBudget
-from batchmill.worker.engine.text.said import TokenLogprob
+from batchmill.worker.engine.text.token_logprobs import TokenLogprob
 from batchmill.worker.engine.text.tokenization import Tokenization
 from batchmill.worker.models.load import LoadedModel
 

@@ -23,7 +23,7 @@ from batchmill.worker.engine.continuous.scheduling.step import Step
 from batchmill.worker.engine.grammar.grammars import fill
 from batchmill.worker.engine.sampling.logprobs import Logprobs
 from batchmill.worker.engine.sampling.sampler import Sampler
-from batchmill.worker.engine.text.said import TokenLogprob
+from batchmill.worker.engine.text.token_logprobs import TokenLogprob
 
 _WORD_BITS = 32
 #: The token of a row whose logits are no numbers.
