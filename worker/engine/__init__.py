@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from batchmill.worker.models.load import BeforeWeights
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from
-#: `step` as soon as it can, without what is unfinished.
+#: `step` as soon as it can, without the unfinished requests.
 Progress = Callable[[], bool]
 
 
@@ -48,8 +48,8 @@ class Engine(Protocol):
     """Stepped by the runner, so that one loop owns the device.
 
     Every request that was added and not cancelled comes back as exactly one Output of some later `step`,
-    error outputs included; the engine never raises for what one request asks. What remains raises is the
-    device's or the engine's fault, and ends the process.
+    error outputs included; the engine never raises over a single request. An exception is the device's or
+    the engine's fault, and ends the process.
     """
 
     #: Limits of the work that it takes on at once; the runner keeps about as many requests waiting as there are rows.
@@ -94,7 +94,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Ends what the engine keeps running beside its steps; it is not used afterwards."""
+        """Ends the threads that run beside its steps; the engine is not used afterwards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class SeenTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Assignment:
     """The adapters of one forward's tokens: in the layers, and in the head, which may see only some of them."""
 
     layers: SeenTokens
@@ -69,11 +69,11 @@ class Lora:
         self._fixed = fixed
         self._head = model.get_output_embeddings()
         self._parts: defaultdict[nn.Module, dict[int, LowRank]] = defaultdict(dict)
-        for number, each in enumerate(adapters, BASE + 1):
-            for name, part in each.layers.items():
+        for number, adapter in enumerate(adapters, BASE + 1):
+            for name, part in adapter.layers.items():
                 self._parts[model.get_submodule(name)][number] = part
         self._hooks: list[RemovableHandle] = []
-        self._turn: Turn | None = None
+        self._assignment: Assignment | None = None
 
     def number(self, name: str | None) -> int:
         """Returns an adapter's number. Raises Refused for one that this worker does not hold."""
@@ -83,14 +83,14 @@ class Lora:
             raise Refused(ErrorCode.UNSUPPORTED_BY_WORKER, not_held(name, self.numbers))
         return self.numbers[name]
 
-    def whole(self, number: int) -> Turn | None:
+    def assign_all(self, number: int) -> Assignment | None:
         """Gives all tokens to one adapter, however often and in which order the layers see them."""
         if number == BASE:
             return None
         seen = SeenTokens(None, {number: None})
-        return Turn(seen, seen)
+        return Assignment(seen, seen)
 
-    def turn(self, owners: Sequence[int], kept: Sequence[int] | None = None) -> Turn | None:
+    def assign(self, owners: Sequence[int], kept: Sequence[int] | None = None) -> Assignment | None:
         """Gives each token of a forward to its adapter, by number; `kept`: the places that the head sees, None for all.
 
         Returns None where no token has an adapter.
@@ -98,7 +98,7 @@ class Lora:
         if not any(owners):
             return None
         layers = self._seen(owners)
-        return Turn(layers, layers if kept is None else self._seen([owners[place] for place in kept]))
+        return Assignment(layers, layers if kept is None else self._seen([owners[place] for place in kept]))
 
     def _seen(self, owners: Sequence[int]) -> SeenTokens:
         places: defaultdict[int, list[int]] = defaultdict(list)
@@ -108,23 +108,23 @@ class Lora:
         return SeenTokens(
             len(owners),
             {
-                number: None if len(each) == len(owners) else torch.tensor(each, device=self._device)
-                for number, each in places.items()
+                number: None if len(own) == len(owners) else torch.tensor(own, device=self._device)
+                for number, own in places.items()
             },
         )
 
     @contextmanager
-    def applied(self, turn: Turn | None) -> Iterator[None]:
-        """A context in which forwards compute with the adapters of this turn, None for none."""
-        if turn is None:
+    def applied(self, assignment: Assignment | None) -> Iterator[None]:
+        """A context in which forwards compute with the adapters of this assignment, None for none."""
+        if assignment is None:
             self._detach()
         elif not self._hooks:
-            self._hooks = [each.register_forward_hook(self._added) for each in self._parts]
-        self._turn = turn
+            self._hooks = [layer.register_forward_hook(self._added) for layer in self._parts]
+        self._assignment = assignment
         try:
             yield
         finally:
-            self._turn = None
+            self._assignment = None
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -132,16 +132,16 @@ class Lora:
         self._hooks = []
 
     def _added(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Returns the layer's output plus the products of this turn's adapters."""
-        if self._turn is None:
+        """Returns the layer's output plus the products of the assigned adapters."""
+        if self._assignment is None:
             return output
-        seen = self._turn.head if layer is self._head else self._turn.layers
+        seen = self._assignment.head if layer is self._head else self._assignment.layers
         parts = self._parts[layer]
         inputs = arguments[0].flatten() if isinstance(layer, nn.Embedding) else arguments[0].flatten(0, -2)
         outputs = output.reshape(-1, output.shape[-1])
         if seen.tokens is not None and not len(inputs) == len(outputs) == seen.tokens:
             raise OtherTokens(f"sees {len(inputs)} tokens in a step of {seen.tokens} ({type(layer).__name__})")
-        inputs = inputs.to(outputs.device)  # a layer that is computed elsewhere is given what lies here
+        inputs = inputs.to(outputs.device)  # a layer may compute on another device than its inputs are on
         for number, places in seen.places.items():
             if number in parts:
                 outputs = self._sum(outputs, inputs, parts[number], places, plain=type(layer) in _PLAIN)

@@ -24,17 +24,17 @@ class Stretched(NamedTuple):
 def stretched(config: Any) -> Iterator[Stretched]:
     """Finds these embeddings in a text model's configuration."""
     rotary = getattr(config, "rope_parameters", None) or {}
-    for each in (rotary, *(each for each in rotary.values() if isinstance(each, dict))):
-        if each.get("rope_type") in _BY_LONGEST:
-            own = each.get("original_max_position_embeddings")
-            yield Stretched(each["rope_type"], own or getattr(config, "original_max_position_embeddings", None))
+    for rope in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in _BY_LONGEST:
+            own = rope.get("original_max_position_embeddings")
+            yield Stretched(rope["rope_type"], own or getattr(config, "original_max_position_embeddings", None))
 
 
-class Turns:
+class Stretching:
     """The rows that `generate` may run together, so that each is scaled as it would be alone.
 
-    A row that stays within the original length runs with others that do, a row whose prompt is longer with others of
-    that kind, and a row that grows beyond it alone.
+    A row that stays within the original length runs with others that do, and a row whose prompt is longer runs with
+    others of that kind. A row that grows beyond that length runs alone.
     """
 
     def __init__(self, config: Any, *, context_tokens: int | None) -> None:

@@ -51,12 +51,12 @@ class Sources:
         Files that were only touched count as untouched from here on. None too where the files cannot be read yet, as
         while they are being copied.
         """
-        for place, each in enumerate(self._contents):
+        for place, content in enumerate(self._contents):
             try:
-                if (changed := each.changed()) is not None:
+                if (changed := content.changed()) is not None:
                     return changed
-                if not each.untouched and each.again is not None:
-                    self._contents[place] = each.again()
+                if not content.untouched and content.again is not None:
+                    self._contents[place] = content.again()
             except ModelError as error:
                 log.warning("the model's files cannot be read; no job is begun", error=str(error))
                 return None
@@ -64,9 +64,9 @@ class Sources:
 
     def are_whole(self) -> bool:
         """True where everything computed up to now is of the model that was loaded."""
-        for each in self._at_work:
+        for content in self._at_work:
             try:
-                changed = each.changed()
+                changed = content.changed()
             except ModelError as error:
                 changed = str(error)
             if changed is not None:

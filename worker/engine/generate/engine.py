@@ -28,7 +28,7 @@ from batchmill.worker.engine.lora import Lora
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.sizing import Load, MemoryBudget
-from batchmill.worker.engine.stretching import Turns
+from batchmill.worker.engine.stretching import Stretching
 from batchmill.worker.engine.text.stopping import RowStopping
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.models.load import LoadedModel
@@ -43,7 +43,7 @@ class GenerateEngine:
     device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at
     `known_capacity` where an earlier process found that); a request that fails alone is answered by the error
     `out_of_memory`. An output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one
-    adapter, or none, and rows that a model would turn the same if each were alone.
+    adapter, or none, and rows whose positions a model scales as it would for each alone.
     """
 
     kinds = frozenset({GENERATION.name})
@@ -64,7 +64,7 @@ class GenerateEngine:
         self.cache_bytes = self.capacity.limit * load.token_bytes
         self.defaults = loaded.defaults
         self._loaded = loaded
-        self._turns = Turns(loaded.model.config.get_text_config(), context_tokens=loaded.context_tokens)
+        self._stretching = Stretching(loaded.model.config.get_text_config(), context_tokens=loaded.context_tokens)
         self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device)
         self._progress = progress
         self._tokenization = Tokenization.of(loaded, context_tokens=loaded.context_tokens)
@@ -141,7 +141,7 @@ class GenerateEngine:
         return [key for key in alike if self._company(self._waiting[key]) == company]
 
     def _company(self, prompt: Prompt) -> int | None:
-        return self._turns.company(len(prompt.tokens), prompt.max_tokens)
+        return self._stretching.company(len(prompt.tokens), prompt.max_tokens)
 
     def _answer(self, batch: Mapping[RequestKey, Prompt]) -> list[Output] | None:
         """Runs a micro-batch. Returns the outputs of the rows that ended; None if the memory does not suffice."""
@@ -182,9 +182,9 @@ class GenerateEngine:
             sound=sampler.sound,
             progress=self._progress,
         )
-        turn = self._lora.whole(self._lora.number(prompts[0].adapter))
-        limit = self._turns.most_tokens(self._company(prompts[0]))
-        with self._positions_within(limit, width + max_tokens), self._lora.applied(turn):
+        assignment = self._lora.assign_all(self._lora.number(prompts[0].adapter))
+        limit = self._stretching.most_tokens(self._company(prompts[0]))
+        with self._positions_within(limit, width + max_tokens), self._lora.applied(assignment):
             sequences = self._loaded.model.generate(
                 inputs=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),

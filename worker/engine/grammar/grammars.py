@@ -145,11 +145,11 @@ def fill(matchers: Sequence[tuple[int, Matcher]], allowed: torch.Tensor) -> None
         vocabulary.compute([(each._inner, place) for place, (_, each) in enumerate(matchers)], wide)
         rows = torch.tensor([row for row, _ in matchers])
         allowed[rows] = wide[:, : vocabulary.words] & vocabulary.known
-    for row, each in matchers:
-        each._look()
-        if vocabulary.known is not None and not each.ended and not allowed[row].any():
-            each._fail("the model has no embedding for what must follow")
-        if each.ended:
+    for row, matcher in matchers:
+        matcher._look()
+        if vocabulary.known is not None and not matcher.ended and not allowed[row].any():
+            matcher._fail("the model has no embedding for what must follow")
+        if matcher.ended:
             allowed[row] = vocabulary.end_bits
 
 
@@ -189,10 +189,10 @@ class _Grammar:
         text = grammar_text(response_format)
         if reason := trial.reason_against(text):
             raise _refused(_reason(reason))
-        for each in probes(response_format.get("schema") or {}):
-            probed = grammar_text({"type": "json_schema", "schema": each.schema})
-            if reason := trial.reason_against(probed, each.beginning):
-                raise _refused(each.reason if reason == NOT_ALLOWED else reason)
+        for probe in probes(response_format.get("schema") or {}):
+            probed = grammar_text({"type": "json_schema", "schema": probe.schema})
+            if reason := trial.reason_against(probed, probe.beginning):
+                raise _refused(probe.reason if reason == NOT_ALLOWED else reason)
         self.vocabulary = vocabulary
         self.spoiled = False
         self.start = compiled(vocabulary.library, text)

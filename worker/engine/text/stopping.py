@@ -77,7 +77,7 @@ class RowStopping:
 
 
 class StopWatch:
-    """Looks for the stop strings of one row in what it has written, once it has its min_tokens."""
+    """Looks for the stop strings of one row in its text, once it has its min_tokens."""
 
     def __init__(self, prompt: Prompt, tokenization: Tokenization) -> None:
         self._prompt, self._tokenization = prompt, tokenization

@@ -42,19 +42,19 @@ def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter], *, digests: 
     `digests`: the digests that are known of their files.
     """
     loaded_adapters = []
-    for each in adapters:
+    for adapter in adapters:
         started = monotonic()
         try:
-            loaded_adapters.append(_load(each, loaded.model, digests or Digests()))
+            loaded_adapters.append(_load(adapter, loaded.model, digests or Digests()))
         except ModelError:
             raise
         except Refusal as error:
-            raise ModelError(f"cannot load the adapter {each}: {error}") from None
+            raise ModelError(f"cannot load the adapter {adapter}: {error}") from None
         except Exception as error:
             # The gateway of peft, safetensors and the Hub, whose errors have nothing in common.
-            raise ModelError(f"cannot load the adapter {each}: {reason(error)}") from error
+            raise ModelError(f"cannot load the adapter {adapter}: {reason(error)}") from error
         seconds = round(monotonic() - started, 3)
-        log.info("adapter loaded", name=each.name, layers=len(loaded_adapters[-1].layers), load_seconds=seconds)
+        log.info("adapter loaded", name=adapter.name, layers=len(loaded_adapters[-1].layers), load_seconds=seconds)
     weights_bytes = loaded.weights_bytes + sum(each.nbytes for each in loaded_adapters)
     return replace(loaded, adapters=tuple(loaded_adapters), weights_bytes=weights_bytes)
 

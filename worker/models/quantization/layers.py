@@ -83,7 +83,7 @@ def refuse_ignored(model: PreTrainedModel) -> None:
 def _unfused(model: PreTrainedModel) -> Iterator[Any]:
     """4-bit layers on a CPU that bitsandbytes' fused kernel would get wrong: it computes in bfloat16, whole blocks.
 
-    Without it they are dequantized for each product, in the dtype that they were told.
+    Without it they are dequantized for each product, in their compute_dtype.
     """
     for layer in model.modules():
         if isinstance(layer, Linear4bit) and layer.weight.device.type == "cpu":

@@ -193,7 +193,7 @@ class _Group:
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """The mask to add to the scores: (rows, 1, longest, reach), or (rows * heads, 1, reach) for rows that decode.
 
-        A query sees itself and what is before it.
+        A query sees itself and the tokens before it.
         """
         mask = self._masks.get(window)
         if mask is None:

@@ -92,7 +92,7 @@ class Decoder:
         return self._attention.seconds
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Copies within the cache, before what follows is computed."""
+        """Copies within the cache, before the step is computed."""
         self._cache.copy(copies)
 
     def logits(self, pieces: Sequence[Piece[Any]]) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Decoder:
         self._attention.plan(pieces, unused=[self._unused] * more)
         adapted = any(piece.row.adapter for piece in pieces)
         owners = [row.adapter for row, begin, end in pieces for _ in range(begin, end)] if adapted else []
-        with self._lora.applied(self._lora.turn(owners + [BASE] * more if adapted else [], last)):
+        with self._lora.applied(self._lora.assign(owners + [BASE] * more if adapted else [], last)):
             return self._forward(self._row(tokens + [0] * more), self._row(positions + [0] * more), self._row(last)[0])
 
     def following(self, pieces: Sequence[Piece[Any]], newest: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Decoder:
         row[:rows] = tokens if isinstance(tokens, torch.Tensor) else torch.tensor(tokens)
         places = self._row(positions + [0] * more)
         self._attention.plan(pieces, unused=[self._unused] * more)
-        with self._lora.applied(self._lora.turn(owners + [BASE] * more)):
+        with self._lora.applied(self._lora.assign(owners + [BASE] * more)):
             compute = self._decoded if graphs is None else graphs.run
             return compute(row[None], places)[:rows]
 
@@ -181,7 +181,7 @@ def _try_adapter(decoder: Decoder, loaded: LoadedModel, slots: Slots, lora: Lora
     alone = []
     for row in rows:
         row.slot = slots.take(len(tokens))
-        with lora.applied(lora.whole(row.adapter)):
+        with lora.applied(lora.assign_all(row.adapter)):
             forward = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False)
         alone.append(forward.logits[0, -1].float())
     try:

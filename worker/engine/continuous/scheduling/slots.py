@@ -53,7 +53,7 @@ class Slots:
         while 2 * self._chunk_tokens <= min(CHUNK_TOKENS, tokens // CHUNKS):
             self._chunk_tokens *= 2
         chunks = max(tokens // self._chunk_tokens, self._chunks_of(self.longest))
-        #: Places in all, which is what the cache has to hold.
+        #: All places, which the cache has to hold.
         self.tokens = chunks * self._chunk_tokens
         #: Places that no slot has.
         self.free_tokens = self.tokens

@@ -72,7 +72,7 @@ class FusedProjections:
         """One layer's output for x: [..., inputs] -> [..., its width], a view."""
         if self._read is None or self._read() is not x or place not in self._parts:
             self._parts = dict(enumerate(torch.split(self._product(x), list(self._product.widths), -1)))
-            # An error between two siblings ends the step: what is left of it goes with the tensor that they read.
+            # An error between two layers ends the step: the parts that are left go with the tensor that they read.
             self._read = weakref.ref(x, self._forget)
         taken = self._parts.pop(place)
         if not self._parts:

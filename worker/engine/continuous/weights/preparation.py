@@ -51,10 +51,10 @@ def prepare(model: PreTrainedModel, *, dequantize: Dequantize, free_bytes: int) 
     before = [_logits(model, tokens) for tokens in _PROMPTS]
     products = dict(_joined(find_shared_inputs(model, lambda: _logits(model, _PROMPTS[-1]))))
     if not all(torch.equal(_logits(model, tokens), logits) for tokens, logits in zip(_PROMPTS, before, strict=True)):
-        for each in products:
-            each.part()
+        for projections in products:
+            projections.part()
         return Prepared()
-    widths = [len(each.widths) for each in products.values()]
+    widths = [len(product.widths) for product in products.values()]
     return Prepared(
         sum(width > 1 for width in widths), widths.count(1), *_copied(list(products.values()), dequantize, free_bytes)
     )
@@ -83,9 +83,9 @@ def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[FusedProj
                 continue
             tried.add(kind)
             product.adopt()
-            siblings = FusedProjections(layers, product)
-            siblings.join()
-            yield siblings, product
+            projections = FusedProjections(layers, product)
+            projections.join()
+            yield projections, product
 
 
 def _equal(layers: Sequence[nn.Linear], product: FusedMatmul, rows: Sequence[int]) -> bool:

@@ -29,23 +29,23 @@ class MessageForm:
         """Writes the messages for a template. A tool's result gets the name of the function that was called."""
         names: dict[str, str] = {}
         written = []
-        for each in messages:
-            calls = each.get("tool_calls") or ()
+        for message in messages:
+            calls = message.get("tool_calls") or ()
             names.update((call["id"], call["function"]["name"]) for call in calls if "id" in call)
-            message = dict(each)
-            if self.system and each["role"] == "developer":
-                message["role"] = "system"
+            form = dict(message)
+            if self.system and message["role"] == "developer":
+                form["role"] = "system"
             if calls:
-                message["tool_calls"] = [self._called(call) for call in calls]
-            if self.short and "tool_call_id" in each:
-                message["tool_call_id"] = _short(each["tool_call_id"])
-            if each.get("content") is None:
-                message["content"] = "" if self.blank else None
+                form["tool_calls"] = [self._called(call) for call in calls]
+            if self.short and "tool_call_id" in message:
+                form["tool_call_id"] = _short(message["tool_call_id"])
+            if message.get("content") is None:
+                form["content"] = "" if self.blank else None
             elif self.parts:
-                message["content"] = [{"type": "text", "text": each["content"]}]
-            if "tool_call_id" in each and "name" not in each and each["tool_call_id"] in names:
-                message["name"] = names[each["tool_call_id"]]
-            written.append({key: value for key, value in message.items() if value is not None})
+                form["content"] = [{"type": "text", "text": message["content"]}]
+            if "tool_call_id" in message and "name" not in message and message["tool_call_id"] in names:
+                form["name"] = names[message["tool_call_id"]]
+            written.append({key: value for key, value in form.items() if value is not None})
         return written
 
     def _called(self, call: Mapping[str, Any]) -> dict[str, Any]:
