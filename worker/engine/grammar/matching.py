@@ -40,6 +40,8 @@ class Matching:
 
     def ready(self, *, seconds: float) -> Iterator[tuple[RequestKey, Prompt, Matchers]]:
         """Waits up to `seconds` for a request that is done. Yields all that are, in order; a result may be Refused."""
+        if not self._compiling:
+            return
         wait([matchers for _, matchers in self._compiling.values()], seconds, FIRST_COMPLETED)
         for key, (prompt, matchers) in list(self._compiling.items()):
             if matchers.done():
