@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from batchmill.worker.models.load import BeforeWeights
 
 #: Called by an engine at least once per token step (and before each prefill). True asks it to return from
-#: `step` as soon as it can, without what is unfinished.
+#: `step` as soon as it can, without the unfinished requests.
 Progress = Callable[[], bool]
 
 
 def not_held(adapter: str, held: Collection[str]) -> str:
-    """Why a request that names this adapter is not answered; no batch with it should have come here."""
+    """Returns the error of a request whose adapter is not held; no batch with it should have come here."""
     return (
         f"this worker does not hold the adapter {adapter!r} (it holds {', '.join(sorted(held)) or 'none'}): "
         "retry the request, so that a worker that holds it answers"
@@ -37,7 +37,7 @@ def not_held(adapter: str, held: Collection[str]) -> str:
 
 
 def not_a_number(answered: int) -> str:
-    """Why a request ends whose row has so many tokens: the logits of the next one are NaN, or infinite."""
+    """Returns the error of a request whose logits after `answered` tokens are NaN or infinite."""
     return (
         f"the model's logits for token {answered + 1} of the answer are not numbers (NaN or infinite): its weights are "
         "damaged, or too large for its dtype; fetch it again, or choose another quantization or dtype"
@@ -48,8 +48,8 @@ class Engine(Protocol):
     """Stepped by the runner, so that one loop owns the device.
 
     Every request that was added and not cancelled comes back as exactly one Output of some later `step`,
-    error outputs included; the engine never raises for what one request asks. What remains raises is the
-    device's or the engine's fault, and ends the process.
+    error outputs included; the engine never raises over a single request. An exception is the device's or
+    the engine's fault, and ends the process.
     """
 
     #: Limits of the work that it takes on at once; the runner keeps about as many requests waiting as there are rows.
@@ -60,7 +60,7 @@ class Engine(Protocol):
     defaults: Any
     #: The kinds of requests that it answers, by name.
     kinds: frozenset[str]
-    #: What the device holds at once; kept for the next process of this device once its memory ran out.
+    #: The amount that the device holds at once; kept for the next process of this device once its memory ran out.
     capacity: Capacity
 
     @staticmethod
@@ -85,16 +85,16 @@ class Engine(Protocol):
         """Forgets these requests; keys that it does not hold are ignored. They give no output."""
 
     def tokens_so_far(self) -> Mapping[RequestKey, int]:
-        """What unfinished requests have been answered with between two steps, in tokens; those without need not be."""
+        """Counts the tokens that unfinished requests have between two steps; those without any may be left out."""
 
     def step(self) -> list[Output]:
-        """One bounded piece of device work: the outputs that it finished, none if there was nothing to do.
+        """Does one bounded piece of device work. Returns the outputs that it finished, none if there was nothing to do.
 
         When `progress` answered True, the unfinished requests are kept: as they are, or waiting again in their order.
         """
 
     def close(self) -> None:
-        """Ends what the engine keeps running beside its steps; it is not used afterwards."""
+        """Ends the threads that run beside its steps; the engine is not used afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class OpenEngine:
 
 
 class EngineKind(Protocol):
-    """A kind of engine. It loads the models that it serves by itself, so nobody else has to know how that is done."""
+    """A kind of engine, which loads the models that it serves by itself."""
 
     def open(self, opening: Opening) -> OpenEngine:
         """Loads the model and puts it into an engine. Raises ModelError, which says what to do."""

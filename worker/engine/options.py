@@ -1,4 +1,4 @@
-"""What a worker's user asks of its engine, beside the model: sizes, precision and the kind of engine."""
+"""The options of an engine beside the model: sizes, precision and the kind of engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EngineChoice(StrEnum):
 
 
 class Dequantize(StrEnum):
-    """Whether 4-bit weights get a copy of full precision for large batches; `auto`: where memory is left for it."""
+    """The choice of a full-precision copy of 4-bit weights for large batches; `auto`: where memory is left for it."""
 
     AUTO = "auto"
     NEVER = "never"
@@ -26,7 +26,7 @@ class Dequantize(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """The wishes for an engine; None leaves the choice to the engine, which decides by the memory that is free."""
+    """The options of one engine; None leaves the choice to the engine, which decides by the memory that is free."""
 
     kind: EngineChoice = EngineChoice.AUTO
     #: Requests that the device works on at once.
@@ -44,7 +44,7 @@ class EngineOptions:
 
     @classmethod
     def of(cls, settings: Settings) -> EngineOptions:
-        """What the settings ask for."""
+        """Reads the options from the settings."""
         return cls(
             EngineChoice(settings.engine),
             max_rows=settings.engine_rows,

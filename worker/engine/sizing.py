@@ -1,4 +1,4 @@
-"""The terms in which every engine computes its size: what a model puts on a device, and the memory that is free there.
+"""The terms in which every engine computes its size: the bytes of a model, and the free memory of its device.
 
 The computation itself is each engine's own (`continuous.sizing`, `generate.sizing`). The engine calls it when it
 starts, and `worker.plan` before anything of a model is loaded.
@@ -43,7 +43,7 @@ class Load:
 class MemoryBudget:
     """The memory that an engine finds on its device."""
 
-    #: The device is a GPU.
+    #: True for a GPU.
     cuda: bool
     #: Bytes that are free beside the weights.
     free_bytes: int
@@ -52,14 +52,14 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, device: torch.device) -> MemoryBudget:
-        """Reads what is there now."""
+        """Reads the device's memory as it is now."""
         cuda = device.type == "cuda"
         total = torch.cuda.get_device_properties(device).total_memory if cuda else 0
         return cls(cuda, MemoryReader(str(device)).available_bytes(), total)
 
 
 class Size(Protocol):
-    """Computes how much an engine takes on at once, and the memory that this takes."""
+    """The size of an engine: the work that it takes on at once, and the memory that this takes."""
 
     @property
     def limits(self) -> EngineLimits:

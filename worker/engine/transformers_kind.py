@@ -1,7 +1,7 @@
-"""Opens a transformers model in the engine that serves it: what its user asks for, and what the model allows.
+"""Opens a transformers model in the engine that its user asks for, as far as the model allows it.
 
-Owns the order of loading, adapters and the choice of an engine, the way back from the continuous engine to generate,
-and what becomes of the options that this one lacks. A model's name decides nothing.
+Owns the order of loading and adapters, the choice of an engine, the fallback from the continuous engine to generate,
+and the options that generate lacks. A model's name decides nothing.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def serve(
     Raises ModelError when the model, or the generate engine in place of the continuous one, cannot do what is asked.
     """
     if options.context_tokens is not None:
-        most = min(options.context_tokens, loaded.context_tokens or options.context_tokens)
-        loaded, options = replace(loaded, context_tokens=most), replace(options, context_tokens=most)
+        limit = min(options.context_tokens, loaded.context_tokens or options.context_tokens)
+        loaded, options = replace(loaded, context_tokens=limit), replace(options, context_tokens=limit)
     if options.kind is EngineChoice.GENERATE:
         return _generate(loaded, options, progress, known_capacity, reason="--engine generate was asked for")
     try:
@@ -93,7 +93,7 @@ def serve(
 def _generate(
     loaded: LoadedModel, options: EngineOptions, progress: Progress, known_capacity: int | None, *, reason: str
 ) -> Engine:
-    """The generate engine; `reason` says why not the continuous one."""
+    """Makes a generate engine; `reason`: why it is not the continuous one."""
     if options.deterministic:
         raise ModelError(
             f"--deterministic needs the continuous engine, and {loaded.spec} gets the generate engine ({reason}): "

@@ -1,4 +1,4 @@
-"""A model folder's config.json as transformers reads it, without what names other code to run the model by."""
+"""A model folder's config.json as transformers reads it, without the keys that name other code to run the model by."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 def read_configuration(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder that was looked over, by transformers' own class. The folder stays as it is.
+    """Reads the configuration of a folder that was vetted, by transformers' own class. The folder stays as it is.
 
-    Left out are `auto_map`, and what computes attention: transformers chooses that by what is installed here.
+    It leaves out `auto_map`, and the attention implementation: transformers chooses that by what is installed here.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     for each in _parts(config):

@@ -1,7 +1,7 @@
-"""Which module of a model goes to which device: worked out before anything is loaded, from its shapes alone.
+"""The device of each module of a model, computed before anything is loaded, from its shapes alone.
 
-Owns what is a device's share, what is offloaded, and what is refused; how modules are moved is accelerate's. It reads
-the memory that is free, and no weights.
+Owns the share of each device, the choice of modules to offload, and the refusals; accelerate moves the modules. It
+reads the memory that is free, and no weights.
 """
 
 from __future__ import annotations
@@ -29,26 +29,24 @@ from batchmill.worker.devices.selection import CPU
 from batchmill.worker.models.vetting import Refusal
 
 log = get_logger(__name__)
-#: Weights may take this part of what is free: all of it leaves no room to load them, nor for cache and steps.
+#: The part of the free memory that weights may take: all of it leaves no room to load them, nor for cache and steps.
 _WEIGHTS_PART = 0.9
-#: The same of a GPU where others wait elsewhere for their turn.
+#: The same for a GPU beside which weights are offloaded.
 _BESIDE_OFFLOADED_PART = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts of a model that is loaded lie.
+    """The places of a loaded model's parts."""
 
-    `places`: module -> `cuda:N` as this process counts, `cpu` or `disk`; empty: all on one device. `layers`: how many
-    of the model's layers each place has, in the places' order.
-    """
-
+    #: Module -> `cuda:N` as this process counts, `cpu` or `disk`; empty: all on one device.
     places: tuple[tuple[str, str], ...] = ()
+    #: The number of the model's layers on each place, in the places' order.
     layers: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Layout:
-        """As accelerate has placed it."""
+        """Reads the layout in which accelerate has placed the model."""
         places = {module: str(place) for module, place in getattr(model, "hf_device_map", {}).items()}
         return cls(tuple(places.items()), tuple(_layers(model, places)))
 
@@ -58,21 +56,21 @@ class Layout:
 
     @property
     def spread(self) -> bool:
-        """Whether several devices compute."""
+        """True where several devices compute."""
         return len(self._all - set(OFFLOADS)) > 1
 
     @property
     def offloaded(self) -> bool:
-        """Whether weights wait where nothing is computed with them."""
+        """True where weights wait on a place that does not compute with them."""
         return DISK in self._all or (CPU in self._all and len(self._all) > 1)
 
     @property
     def on_disk(self) -> bool:
-        """Whether weights are read from disk while the model works."""
+        """True where weights are read from disk while the model works."""
         return DISK in self._all
 
     def parts(self, devices: Sequence[str]) -> list[float]:
-        """Which part of the layers each of these devices computes; the first computes what is offloaded."""
+        """The part of the layers that each of these devices computes; the first one computes the offloaded ones."""
         layers = dict(self.layers)
         total = sum(layers.values())
         if not total:
@@ -87,28 +85,28 @@ DeviceMap = dict[str, str | torch.device]
 
 
 def lay_out(
-    placement: Placement, quantization: Quantization, config: Any, asked: Mapping[str, Any], device: torch.device
+    placement: Placement, quantization: Quantization, config: Any, arguments: Mapping[str, Any], device: torch.device
 ) -> DeviceMap:
-    """Where the modules of this config's model go, as from_pretrained takes it; `asked` is what else it is given.
+    """Maps the modules of this config's model to devices, for from_pretrained; `asked`: its other arguments.
 
-    `device` is the first of the placement's. Raises Refusal where they do not fit, where a device map is none of
-    theirs, and where what has to be offloaded cannot be.
+    `device` is the first of the placement's. Raises Refusal where modules do not fit, where the user's map is not of
+    this model's modules, and where modules that have to be offloaded cannot be.
     """
     if placement.plain:
         return {"": device}
-    model, quantizer = _empty(config, asked)
+    model, quantizer = _empty(config, arguments)
     explicit = bool(placement.device_map)
     places = _explicit(placement, model) if explicit else _inferred(placement, model, quantizer, device)
-    found = Layout(tuple(places.items()), tuple(_layers(model, places)))
-    if found.offloaded:
+    layout = Layout(tuple(places.items()), tuple(_layers(model, places)))
+    if layout.offloaded:
         _refuse_offloading(quantization, quantizer, places)
-    log.info("the model is laid out", layers=", ".join(f"{count} on {place}" for place, count in found.layers))
+    log.info("the model is laid out", layers=", ".join(f"{count} on {place}" for place, count in layout.layers))
     # To transformers the text `cpu` is a place of offloading: not so a CPU that computes.
     return {module: device if place == str(device) else place for module, place in places.items()}
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Makes what waits on disk readable: safetensors knows a CPU by its name alone, and accelerate hands it on."""
+    """Makes weights on disk readable: safetensors knows a CPU by its name alone, and accelerate hands on a device."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         while isinstance(weights, PrefixedDataset):
@@ -117,11 +115,11 @@ def settle(model: PreTrainedModel) -> None:
             weights.device = str(weights.device)
 
 
-def _empty(config: Any, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """The model without weights, its layers as they will be quantized, and transformers' quantizer, None for none."""
+def _empty(config: Any, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """Makes the model without weights, its layers as they will be quantized, and the quantizer, None for none."""
     config = copy.deepcopy(config)
-    quantizer, config, _ = get_hf_quantizer(config, copy.deepcopy(asked.get("quantization_config")), None, True, {})
-    dtype = asked.get("dtype", "auto")
+    quantizer, config, _ = get_hf_quantizer(config, copy.deepcopy(arguments.get("quantization_config")), None, True, {})
+    dtype = arguments.get("dtype", "auto")
     dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -131,7 +129,7 @@ def _empty(config: Any, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]
 
 
 def _explicit(placement: Placement, model: PreTrainedModel) -> dict[str, str]:
-    """The user's own map, whose modules are this model's and all of them."""
+    """Checks the user's own map, whose modules have to be this model's and all of them."""
     names = [name for name, _ in model.named_modules()]
     for module, _ in placement.device_map:
         if module not in names:
@@ -145,7 +143,7 @@ def _explicit(placement: Placement, model: PreTrainedModel) -> dict[str, str]:
 
 
 def _apart(name: str, module: nn.Module, places: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The same places without one module inside another, which accelerate would take for both."""
+    """Splits the map so that no module is inside another, whose place accelerate would take for both."""
     within = f"{name}." if name else ""
     if not any(each != name and each.startswith(within) for each in places):
         place = _place_of(name, places)
@@ -162,7 +160,7 @@ def _apart(name: str, module: nn.Module, places: Mapping[str, str]) -> Iterator[
 
 
 def _inferred(placement: Placement, model: PreTrainedModel, quantizer: Any, device: torch.device) -> dict[str, str]:
-    """As transformers fills device after device; what may be offloaded only where not everything fits."""
+    """Fills device after device as transformers does; it offloads only where not everything fits."""
     wanted = _filled(model, quantizer, _budget(placement, device, _WEIGHTS_PART))
     allowed = _allowed(placement, device)
     if placement.offload and set(wanted.values()) & set(OFFLOADS) - {str(device)}:
@@ -186,25 +184,26 @@ def _allowed(placement: Placement, device: torch.device) -> set[str]:
 
 
 def _budget(placement: Placement, device: torch.device, part: float) -> dict[str, int]:
-    """Bytes of weights by place, as asked or by what is free. What may not be used has none."""
-    asked = {placement.seen(name): count for name, count in placement.max_memory}
+    """Bytes of weights by place, as asked or by the memory that is free; 0 for the CPU where it may not be used."""
+    max_memory = {placement.seen(name): count for name, count in placement.max_memory}
     computing = [CPU] if device.type == CPU else [placement.seen(each) for each in placement.names]
-    found = {
-        each: asked[each] if each in asked else int(part * MemoryReader(each).available_bytes()) for each in computing
+    budget = {
+        each: max_memory[each] if each in max_memory else int(part * MemoryReader(each).available_bytes())
+        for each in computing
     }
-    if CPU not in found:
+    if CPU not in budget:
         free = int(_WEIGHTS_PART * MemoryReader(CPU).available_bytes()) if placement.offload else 0
-        found[CPU] = asked.get(CPU, free) if placement.offload else 0
-    return found
+        budget[CPU] = max_memory.get(CPU, free) if placement.offload else 0
+    return budget
 
 
 def _filled(model: PreTrainedModel, quantizer: Any, budget: Mapping[str, int]) -> dict[str, str]:
-    """transformers' own map within these bytes: GPUs evenly, then the CPU, then the disk."""
-    most: dict[int | str, int] = {CPU if each == CPU else int(each[5:]): count for each, count in budget.items()}
+    """Makes transformers' own map within these bytes: GPUs evenly, then the CPU, then the disk."""
+    max_memory: dict[int | str, int] = {CPU if each == CPU else int(each[5:]): count for each, count in budget.items()}
     alone = model._no_split_modules
-    balanced = get_balanced_memory(model, most, alone, quantizer)
-    found = infer_auto_device_map(model, balanced, alone, hf_quantizer=quantizer)
-    return {module: f"cuda:{place}" if isinstance(place, int) else place for module, place in found.items()}
+    balanced = get_balanced_memory(model, max_memory, alone, quantizer)
+    device_map = infer_auto_device_map(model, balanced, alone, hf_quantizer=quantizer)
+    return {module: f"cuda:{place}" if isinstance(place, int) else place for module, place in device_map.items()}
 
 
 def _refuse_offloading(quantization: Quantization, quantizer: Any, places: Mapping[str, str]) -> None:
@@ -224,7 +223,7 @@ def _refuse_offloading(quantization: Quantization, quantizer: Any, places: Mappi
 
 
 def _layers(model: PreTrainedModel, places: Mapping[str, str]) -> list[tuple[str, int]]:
-    """How many of the layers, which transformers never splits by itself, each place has."""
+    """Counts the layers, which transformers never splits by itself, on each place."""
     counted = Counter(dict.fromkeys(places.values(), 0))
     counted.update(filter(None, (_place_of(name, places) for name in _layer_names(model))))
     return list(counted.items())

@@ -1,7 +1,7 @@
-"""A ModelSpec becomes a model and a tokenizer on a device: transformers' loading, bitsandbytes' quantization.
+"""Loads a ModelSpec as a model and a tokenizer on a device: transformers' loading, bitsandbytes' quantization.
 
-Owns the order in which a model is found, looked over, loaded and warmed; whatever goes wrong becomes one ModelError.
-What may be loaded at all is worker.models.vetting's; this module knows no request and no engine.
+Owns the order in which a model is found, vetted, loaded and warmed up; whatever goes wrong becomes one ModelError.
+worker.models.vetting decides what may be loaded at all; this module knows no request and no engine.
 """
 
 from __future__ import annotations
@@ -54,33 +54,37 @@ BeforeWeights = Callable[[ModelSpec, Path, torch.device], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that is ready to generate, and what an engine needs to know of it.
-
-    `model.generation_config` is empty: what the checkpoint's said is in `defaults` and `end_token_ids`.
-    `pad_token_id` has an embedding and is masked wherever it stands. `context_tokens`: prompt and answer together,
-    None for no limit. `vocabulary`: tokens that have an embedding. `cache_token_bytes`: what one token takes in the
-    cache. `weights_bytes` is counted after loading and before the first forward. `commit`: what the revision resolved
-    to, None for a folder. `content`: what it was read from. `adapters`: those beside it, which count in
-    `weights_bytes`. `layout`: where its layers lie, if not all on `device`. `weights_elsewhere`: the part of
-    `weights_bytes` on each of the placement's other devices.
-    """
+    """A model that is ready to generate, and the facts about it that an engine needs."""
 
     spec: ModelSpec
+    #: Its generation_config is empty: the checkpoint's is in `defaults` and `end_token_ids`.
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    #: The device that it lies on, or the first of its placement.
     device: torch.device
+    #: The sampling options of the checkpoint's generation_config.
     defaults: SamplingParams
     end_token_ids: tuple[int, ...]
+    #: It has an embedding, and is masked wherever it stands.
     pad_token_id: int
+    #: The most tokens of prompt and answer together, None for no limit.
     context_tokens: int | None
+    #: Tokens that have an embedding.
     vocabulary: int
+    #: Bytes of one token in transformers' cache.
     cache_token_bytes: int
+    #: Counted after loading and before the first forward, with its adapters.
     weights_bytes: int
     load_seconds: float
+    #: The commit that the revision resolved to, None for a folder.
     commit: str | None
+    #: The files that it was read from.
     content: Content
+    #: The adapters beside it.
     adapters: tuple[LoadedAdapter, ...] = ()
+    #: The places of its layers, if not all are on `device`.
     layout: Layout = WHOLE
+    #: The part of `weights_bytes` on each of the placement's other devices.
     weights_elsewhere: tuple[int, ...] = ()
 
 
@@ -94,8 +98,8 @@ def load(
 ) -> LoadedModel:
     """Loads a model onto `cpu` or `cuda:N`, or as a placement says whose first device this is.
 
-    `before_weights`: asked before weights are read onto one device. `digests`: those that are known of its files.
-    Raises ModelError, which says what to do.
+    `before_weights`: called before weights are read onto one device. `digests`: the digests that are known of its
+    files. Raises ModelError, which says what to do.
     """
     started = time.monotonic()
     with loading(spec):
@@ -105,7 +109,7 @@ def load(
 
 @contextmanager
 def loading(spec: ModelSpec) -> Iterator[None]:
-    """Around everything that loads this model: keeps libraries quiet, and turns what they raise into ModelError."""
+    """A context for everything that loads this model: keeps libraries quiet, and turns their errors into ModelError."""
     _quiet()
     try:
         yield
@@ -119,7 +123,7 @@ def loading(spec: ModelSpec) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Keeps out of the log what these libraries say of the normal course of things, and has the rest come out there."""
+    """Keeps the libraries' messages about normal work out of the log, and sends the others there."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
@@ -152,15 +156,15 @@ def _load(
     others = placement.names[1:]
     held = bytes_by_device(model)
     weights_bytes, *elsewhere = (held[torch.device(each)] for each in (str(device), *map(placement.seen, others)))
-    asked, model.generation_config = model.generation_config, GenerationConfig()
-    ends = end_token_ids(asked, tokenizer)
+    generation_config, model.generation_config = model.generation_config, GenerationConfig()
+    ends = end_token_ids(generation_config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     return LoadedModel(
         spec,
         model,
         tokenizer,
         device,
-        defaults(asked),
+        defaults(generation_config),
         ends,
         pad_token_id(tokenizer, ends, model.get_input_embeddings(), device=device),
         getattr(config.get_text_config(), "max_position_embeddings", None),
@@ -178,35 +182,35 @@ def _load(
 def read_model(
     spec: ModelSpec, folder: Path, device: torch.device, placement: Placement | None = None
 ) -> PreTrainedModel:
-    """The model of a folder that was looked over, as this spec holds it; no forward has run yet.
+    """Reads the model of a folder that was vetted, quantized as this spec has it; no forward has run yet.
 
     Raises ModelError, and whatever the libraries raise that load it.
     """
     source = str(folder)
     config = read_configuration(folder)
     placement = placement or Placement((str(device),))
-    asked = precision(spec, config, folder, device, offloads=placement.offloads)
+    arguments = precision(spec, config, folder, device, offloads=placement.offloads)
     announce(config)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        device_map=lay_out(placement, spec.quantization, config, asked, device),
+        device_map=lay_out(placement, spec.quantization, config, arguments, device),
         offload_folder=own_folder(placement.offload_folder),
-        **asked,
+        **arguments,
     )
     settle(model)
-    refuse_missing(found["missing_keys"])
-    finish(model, asked["dtype"])
+    refuse_missing(loading_info["missing_keys"])
+    finish(model, arguments["dtype"])
     loaded: PreTrainedModel = model
     return loaded
 
 
 def refuse_changed(content: Content) -> None:
-    """Raises Refusal where files were written while they were loaded: nobody knows which of the two was read."""
+    """Raises Refusal where files were written while they were loaded: nobody knows which version was read."""
     changed = content.changed()
     if changed is not None:
         raise Refusal(f"its {changed} changed while it was loaded; start again when nobody writes to its files")
@@ -214,7 +218,7 @@ def refuse_changed(content: Content) -> None:
 
 @torch.no_grad()
 def _warm_up(model: PreTrainedModel, vocabulary: int, device: torch.device) -> int:
-    """One forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU, and one of a few.
+    """Runs a forward of one token, since bitsandbytes repacks 4-bit weights in it on a CPU, and one of a few.
 
     Returns the bytes of its cache.
     """

@@ -1,4 +1,4 @@
-"""A folder of this process's own for weights that wait on disk, within the one that its user named.
+"""A folder of this process's own for weights that are offloaded to disk, within the one that its user named.
 
 transformers reads most of them from the model's own files, and writes only those that it changed while loading.
 """
@@ -15,7 +15,7 @@ from batchmill.jobs.runtime.process.process import Lives, Process
 
 
 def own_folder(folder: Path | None) -> str | None:
-    """The folder of this process, made; what dead processes of this machine left there is deleted.
+    """Makes the folder of this process, and deletes those of dead processes of this machine.
 
     Raises ModelError where it cannot be made.
     """

@@ -1,6 +1,6 @@
-"""Why a model could not be loaded, in one line and with what to do: the errors of three libraries, made ours.
+"""Explains in one line why a model could not be loaded, and what to do, from the errors of three libraries.
 
-Those of the Hub are worker.models.hub.errors'.
+worker.models.hub.errors explains those of the Hub.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from importlib.metadata import version
 
 from batchmill.worker.devices.selection import is_out_of_memory
 
-#: A foreign error is told in so many characters of its first line.
+#: Characters of a foreign error's first line that are shown.
 _ERROR_LENGTH = 300
 
 
 def reason(error: Exception) -> str:
-    """One line: what went wrong, and what to do."""
+    """Explains an error in one line, and says what to do."""
     if any(is_out_of_memory(each) for each in _chain(error)):
         return "the device has not enough memory for it; use -q nf4, a smaller model or a larger device"
     text = str(error)
-    for words, said in _SAYINGS:
+    for words, explanation in _EXPLANATIONS:
         if words in text:
-            return said
+            return explanation
     first = next((line for line in text.splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first.strip()[:_ERROR_LENGTH]}"
 
@@ -32,7 +32,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-_SAYINGS = (
+_EXPLANATIONS = (
     ("trust_remote_code", "it needs code of its own, which is never run; choose a model that transformers knows"),
     (
         "does not recognize this architecture",

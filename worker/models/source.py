@@ -1,4 +1,4 @@
-"""Where a model's files are: the bundled folder, a folder of this machine, or the Hub's cache, filled where it lacks.
+"""Finds a model's files: in the bundled folder, a folder of this machine, or the Hub's cache, filled where it lacks.
 
 It knows names of files and no tensors.
 """
@@ -19,40 +19,40 @@ log = get_logger(__name__)
 
 
 def find(spec: ModelSpec) -> tuple[Path, str | None]:
-    """The folder of this model, and the commit that its revision resolved to: None where it has none.
+    """Finds the folder of this model, and the commit that its revision resolved to: None where it has none.
 
-    A model of the Hub is taken from the cache where all of it is there, with no request to anyone; else what lacks is
-    fetched. Raises ModelError.
+    A model of the Hub is taken from the cache where all of it is there, with no request to anyone; else the missing
+    files are fetched. Raises ModelError.
     """
     if _is_local(spec):
         return _folder(spec), None
-    found = repository.find_model(spec.model, spec.revision, announce=_announcer(str(spec)))
-    return found.folder, found.commit
+    pulled = repository.find_model(spec.model, spec.revision, announce=_announcer(str(spec)))
+    return pulled.folder, pulled.commit
 
 
 def find_adapter(path_or_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of an adapter, and its commit: None for a folder of this machine.
+    """Finds the folder of an adapter, and its commit: None for a folder of this machine.
 
-    Of the Hub's come adapter_config.json and adapter_model.safetensors alone. Raises ModelError.
+    Of an adapter of the Hub, adapter_config.json and adapter_model.safetensors alone are fetched. Raises ModelError.
     """
     folder = Path(path_or_id).expanduser()
     if not folder.is_dir():
         if path_or_id.startswith(("/", ".", "~")):
             raise ModelError(f"there is no adapter's folder {path_or_id} on this machine; copy the adapter there")
-        found = repository.find_adapter(path_or_id, revision, announce=_announcer(path_or_id))
-        return found.folder, found.commit
+        pulled = repository.find_adapter(path_or_id, revision, announce=_announcer(path_or_id))
+        return pulled.folder, pulled.commit
     if revision is not None:
         raise ModelError(f"a revision goes with a Hugging Face id, and the adapter {path_or_id} is a folder")
     return folder.resolve(), None
 
 
 def configuration(spec: ModelSpec) -> Path:
-    """A folder that holds this model's config.json at least; no weights are fetched for it. Raises ModelError."""
+    """Finds a folder with this model's config.json at least; no weights are fetched for it. Raises ModelError."""
     return _folder(spec) if _is_local(spec) else repository.fetch_configuration(spec.model, spec.revision)
 
 
 def headers(spec: ModelSpec) -> Mapping[str, TensorHeader]:
-    """Every tensor of this model's weights by name, of which the headers alone are read. Raises ModelError."""
+    """Reads the headers of this model's weights: every tensor by name. Raises ModelError."""
     if not _is_local(spec):
         return repository.fetch_headers(spec.model, spec.revision)
     try:
@@ -73,7 +73,7 @@ def _is_local(spec: ModelSpec) -> bool:
 
 
 def _folder(spec: ModelSpec) -> Path:
-    """The folder that this spec names, or the bundled one."""
+    """Finds the folder that this spec names, or the bundled one."""
     folder = DEMO_FOLDER if spec.model == DEMO else spec.folder
     if folder is None or not folder.is_dir():
         remedy = "make it with `make demo-model`" if spec.model == DEMO else "copy the model there"

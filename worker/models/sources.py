@@ -1,8 +1,8 @@
-"""The files that a model was loaded from, and whether they still hold the same model.
+"""The files that a model was loaded from, and the check that they still hold the same model.
 
-Where they do not, the loaded model begins no job: its answers would be stale. Some of the files it goes on reading
-while it works: a CPU computes with unquantized weights where the operating system maps them from their file, and
-weights that wait on disk are read at every use. Whoever writes into such a file changes the answers of a model at work.
+A model whose files have changed begins no job: its answers would be stale. Some of the files are still read while the
+model works: a CPU computes with unquantized weights where the operating system maps them from their file, and weights
+that are offloaded to disk are read at every use. A write into such a file changes the answers of a model at work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAPS = Path("/proc/self/maps")
 
 
 def read_on(contents: Iterable[Content], *, from_disk: bool) -> tuple[Content, ...]:
-    """Those of which this process has a file mapped into its memory; all of them if weights wait on disk."""
+    """The contents of which this process has a file mapped into its memory; all if weights are read from disk."""
     if from_disk or not _MAPS.exists():
         return tuple(contents)
     mapped = _MAPS.read_bytes()  # in which links are followed
@@ -30,7 +30,8 @@ def read_on(contents: Iterable[Content], *, from_disk: bool) -> tuple[Content, .
 class Sources:
     """The contents that one model, with its adapters, was loaded from.
 
-    `at_work`: those of them that are read while it works. `give_up` is told, once, why it can work no longer.
+    `at_work`: those of them that are read while it works.
+    `give_up`: called with the reason why it can work no longer.
     """
 
     def __init__(
@@ -41,30 +42,31 @@ class Sources:
         self._give_up = give_up
 
     def are_untouched(self) -> bool:
-        """Whether no file was written since; it costs a look at the times of a few files."""
+        """True where no file was written since; it costs a look at the times of a few files."""
         return all(each.untouched for each in self._contents)
 
     def changed(self) -> str | None:
-        """What of the model is another one by now; files that were only touched count as untouched from here on.
+        """Names the part of the model that has changed, None for none.
 
-        None also where that cannot be read yet, as while the files are being copied.
+        Files that were only touched count as untouched from here on. None too where the files cannot be read yet, as
+        while they are being copied.
         """
-        for place, each in enumerate(self._contents):
+        for place, content in enumerate(self._contents):
             try:
-                if (changed := each.changed()) is not None:
+                if (changed := content.changed()) is not None:
                     return changed
-                if not each.untouched and each.again is not None:
-                    self._contents[place] = each.again()
+                if not content.untouched and content.again is not None:
+                    self._contents[place] = content.again()
             except ModelError as error:
                 log.warning("the model's files cannot be read; no job is begun", error=str(error))
                 return None
         return None
 
     def are_whole(self) -> bool:
-        """Whether what was computed up to now is of the model that was loaded."""
-        for each in self._at_work:
+        """True where everything computed up to now is of the model that was loaded."""
+        for content in self._at_work:
             try:
-                changed = each.changed()
+                changed = content.changed()
             except ModelError as error:
                 changed = str(error)
             if changed is not None:

@@ -1,8 +1,8 @@
-"""Looks a model folder over before anything of it is loaded, and says in one line what is wrong with it and why.
+"""Vets a model folder before anything of it is loaded, and says in one line what is wrong with it and why.
 
 A model folder is data from strangers: its configuration can name code to fetch and run, its index files anywhere on
-this machine, and a pickle runs code when it is read. What is looked at here are names, keys and sizes; no tensor is
-read. It knows what transformers reads of a folder, and loads nothing itself.
+this machine, and a pickle runs code when it is read. Vetting reads names, keys and sizes, and no tensor. It knows which
+files transformers reads of a folder, and loads nothing itself.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from batchmill.jobs.models.folder import ADAPTER_CONFIG, no_model
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-#: JSON files that are large and hold words of the model's, of which any may look like one of the keys below.
-#: Says of a quantized copy in which form it was saved; copies of before it said so have none.
+#: The file of a quantized copy that names the form in which it was saved; copies of older versions have none.
 COPY = "batchmill.json"
 COPY_FORMAT = 1
+#: JSON files that are large and hold words of the model's, of which any may look like one of the keys below.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
 #: A key that names classes in code of the model's own, which is not needed where transformers has one of its own.
 _CLASSES_KEY = "auto_map"
@@ -29,7 +29,7 @@ _CLASSES_KEY = "auto_map"
 _CODE_KEYS = frozenset({_CLASSES_KEY, "custom_pipelines", "trust_remote_code"})
 #: Parts of keys that name code to compute attention and experts with, which may be a repository of the Hub.
 _ATTENTION, _EXPERTS = "attn_implementation", "experts_implementation"
-#: What transformers computes attention by itself with.
+#: The attention implementations of transformers itself.
 _OWN_ATTENTION = frozenset({"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"})
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 #: A key that names another file of weights.
@@ -40,18 +40,18 @@ _MOST_HEADER_BYTES = 100 * 1024**2
 
 
 class Refusal(Exception):
-    """A folder that is not loaded; its text says what was found, why that is not loaded, and what to do."""
+    """A folder that is not loaded; the text says what was found, why that is not loaded, and what to do."""
 
 
 def vet(folder: Path) -> None:
-    """Looks over what transformers would read of this folder. Raises Refusal."""
+    """Vets the files that transformers would read of this folder. Raises Refusal."""
     vet_configuration(folder)
     for file in weights(folder):
         _refuse_broken(file)
 
 
 def vet_configuration(folder: Path) -> None:
-    """The same where no weights are read, and perhaps none are there. Raises Refusal."""
+    """Vets a folder of which no weights are read, and that may have none. Raises Refusal."""
     if (why := no_model(folder)) is not None:
         raise Refusal(why)
     if (folder / ADAPTER_CONFIG).exists():
@@ -68,9 +68,9 @@ def vet_configuration(folder: Path) -> None:
 
 
 def vet_adapter(folder: Path) -> dict[str, Any]:
-    """Looks over what is read of an adapter's folder: its configuration, which is returned, and its weights.
+    """Vets the files that are read of an adapter's folder: its configuration, which is returned, and its weights.
 
-    Raises Refusal. What else lies there, a base model or a training's pickles, is never read.
+    Raises Refusal. Other files there, a base model or a training's pickles, are never read.
     """
     config, tensors = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not config.is_file():
@@ -102,7 +102,7 @@ def _refuse_newer(folder: Path) -> None:
 
 
 def weights(folder: Path) -> list[Path]:
-    """The files of weights that transformers takes. Raises Refusal unless all are there."""
+    """Lists the files of weights that transformers takes. Raises Refusal unless all are there."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
@@ -124,7 +124,7 @@ def weights(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index of weights names. Raises Refusal when one is not a safetensors file beside it."""
+    """Reads the names of files in an index of weights. Raises Refusal when one is not a safetensors file beside it."""
     content = _read(index)
     mapping = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping:
@@ -140,7 +140,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Everything in the folder itself: of folders in it, transformers reads templates alone."""
+    """Lists everything in the folder itself: of folders in it, transformers reads templates alone."""
     yield from sorted(folder.iterdir())
     yield from sorted(folder.glob("additional_chat_templates/*"))
 
@@ -162,8 +162,8 @@ def _configurations(folder: Path) -> Iterator[Path]:
 
 
 def _is_known(config: Any) -> bool:
-    """Whether transformers has a class of its own for this configuration."""
-    # Imported here, since it takes long and few look a folder over.
+    """True where transformers has a class of its own for this configuration."""
+    # Imported here, since it takes long and few processes vet a folder.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     named = config.get("model_type") if isinstance(config, dict) else None
@@ -171,7 +171,7 @@ def _is_known(config: Any) -> bool:
 
 
 def _refuse_code(file: Path, *, known: bool = False) -> None:
-    """`known`: transformers has a class of its own for the model, which is taken."""
+    """Raises Refusal for keys that name code; `known`: transformers has a class of its own for the model."""
     content = _read(file)
     if known and isinstance(content, dict):
         content.pop(_CLASSES_KEY, None)
@@ -191,14 +191,14 @@ def _refuse_code(file: Path, *, known: bool = False) -> None:
 
 
 def _is_own_attention(value: Any) -> bool:
-    """Whether this names no code: nothing, or what transformers has, for all parts of a model or for each."""
+    """True where this names no code: nothing, or an implementation of transformers', for all parts or for each."""
     if isinstance(value, dict):
         return all(map(_is_own_attention, value.values()))
     return value is None or isinstance(value, bool) or (isinstance(value, str) and value in _OWN_ATTENTION)
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key at any depth, with its value."""
+    """Yields every key at any depth, with its value."""
     waiting = [value]
     while waiting:
         match waiting.pop():
@@ -210,7 +210,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read(file: Path) -> Any:
-    """A JSON file's content. Raises Refusal."""
+    """Reads a JSON file. Raises Refusal."""
     if file.stat().st_size > _MOST_CONFIG_BYTES:
         raise Refusal(f"{file.name} has more than {_MOST_CONFIG_BYTES // 1024**2} MiB, which no configuration has")
     try:

@@ -492,7 +492,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a beginning is copied from a row that was answered by numbers alone",
-        (Edit("worker/engine/continuous/scheduling/schedule.py", " or not found.proven", ""),),
+        (Edit("worker/engine/continuous/scheduling/schedule.py", " or not donor.proven", ""),),
         (_NUMBERS,),
     ),
     Mutant(

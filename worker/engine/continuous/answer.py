@@ -1,6 +1,6 @@
-"""One request on its way through the continuous engine: its rows, what they said so far, and the Output at the end.
+"""One request in the continuous engine: its rows, their tokens so far, and the Output at the end.
 
-Owns the end of each row and the times. It knows no cache and no device.
+Owns the end of each row and the timings. It knows no cache and no device.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from batchmill.jobs.requests.generation import Choice
 from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey, Timings
 from batchmill.worker.engine import not_a_number
 from batchmill.worker.engine.continuous.scheduling.step import Row
-from batchmill.worker.engine.text.said import TokenLogprob, logprobs_of
 from batchmill.worker.engine.text.stopping import StopWatch
+from batchmill.worker.engine.text.token_logprobs import TokenLogprob, logprobs_of
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 
 if TYPE_CHECKING:
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class ChoiceRow(Row):
-    """The row of one choice of an answer. `logprobs`: one entry a token, where they are asked for.
-
-    `ended`: it has left the engine, complete or cancelled.
-    """
+    """The row of one choice of an answer."""
 
     prompt: Prompt = field(kw_only=True)
     answer: Answer = field(kw_only=True)
     choice: int = field(kw_only=True)
     watch: StopWatch | None = field(kw_only=True)
     matcher: Matcher | None = field(kw_only=True)
+    #: True once it has left the engine, complete or cancelled.
     ended: bool = field(default=False, kw_only=True)
+    #: One entry a token, where they are asked for.
     logprobs: list[TokenLogprob] = field(default_factory=list, kw_only=True)
 
     @property
@@ -42,7 +41,7 @@ class ChoiceRow(Row):
         return self.tokens[self.prompt_tokens :]
 
     def take(self, token: int) -> bool:
-        """Appends the row's next token; whether it was the last one."""
+        """Appends the row's next token. Returns True where it is the last one."""
         self.tokens.append(token)
         if self.matcher is not None:
             if not self.matcher.ended:
@@ -54,7 +53,7 @@ class ChoiceRow(Row):
 
 
 class Answer:
-    """All choices of one request; `adapter`: the number of the one that computes them, 0 for none."""
+    """All choices of one request; `adapter`: the number of the adapter that computes them, 0 for none."""
 
     def __init__(
         self,
@@ -92,22 +91,22 @@ class Answer:
         )
 
     def began(self) -> None:
-        """A row has entered the device."""
+        """Notes that a row has entered the device."""
         if self._began is None:
             self._began = monotonic()
 
     def token_came(self) -> None:
-        """A row has its first token."""
+        """Notes that a row has a token; the first one ends the time to the first token."""
         if self._answered is None:
             self._answered = monotonic()
 
     def row_ended(self) -> bool:
-        """Whether it was the last one."""
+        """Notes that a row has ended. Returns True where it was the last one."""
         self._open -= 1
         return self._open == 0
 
     def output(self, ended: float) -> Output:
-        """What all rows say together, once each has ended; `ended` is the time of that."""
+        """Makes the Output of all rows, the last of which has ended at the time `ended`."""
         failure = next((row.matcher.failure for row in self.rows if row.matcher and row.matcher.failure), None)
         if failure is not None:
             return self._failed(ErrorCode.INVALID_RESPONSE_FORMAT, failure)
@@ -126,12 +125,12 @@ class Answer:
         )
 
     def too_large(self) -> Output:
-        """The device has not enough memory for one token of it."""
+        """Makes the error of a request for which the device has not enough memory alone."""
         remedy = "choose a smaller --max-rows or --context for its worker"
         return self._failed(ErrorCode.OUT_OF_MEMORY, f"the device has not enough memory for it alone: {remedy}")
 
     def not_a_number(self, row: ChoiceRow) -> Output:
-        """The model's logits for the next token of one of its rows are no numbers."""
+        """Makes the error of a row whose logits for the next token are no numbers."""
         return self._failed(ErrorCode.NOT_A_NUMBER, not_a_number(len(row.generated)))
 
     def _failed(self, code: ErrorCode, message: str) -> Output:

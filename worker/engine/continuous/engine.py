@@ -1,7 +1,8 @@
 """batchmill's own engine: requests enter and leave the running batch at every token step.
 
-Owns the loop: schedule, run, postprocess. What the next step computes is decided in `schedule`, the model is behind
-`decoder`, the next tokens are `sampling`'s, and an answer's text is made by a thread beside the device.
+Owns the loop: take in, schedule, execute, postprocess. `intake` makes Answers of requests, `schedule` decides what the
+next step computes, `decoder` holds the model, `sampling` chooses the next tokens, and a thread beside the device writes
+the text of answers.
 """
 
 from __future__ import annotations
@@ -24,24 +25,23 @@ from batchmill.worker.engine.continuous.answer import Answer, ChoiceRow
 from batchmill.worker.engine.continuous.execution.decoder import Decoder
 from batchmill.worker.engine.continuous.execution.executor import Executor, InFlightStep
 from batchmill.worker.engine.continuous.execution.flash import serves
+from batchmill.worker.engine.continuous.intake import Intake
 from batchmill.worker.engine.continuous.scheduling.prefixes import by_beginning
 from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
 from batchmill.worker.engine.continuous.scheduling.step import Step
 from batchmill.worker.engine.continuous.sizing import copies_budget_bytes, size
 from batchmill.worker.engine.continuous.support import cache_shape, refuse_outliers
 from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
-from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
-from batchmill.worker.engine.grammar.matching import Matching
+from batchmill.worker.engine.grammar.grammars import Grammars
 from batchmill.worker.engine.lora import Lora
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.sizing import Load, MemoryBudget
-from batchmill.worker.engine.text.said import TokenLogprob
-from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
+from batchmill.worker.engine.text.token_logprobs import TokenLogprob
+from batchmill.worker.engine.text.tokenization import Tokenization
 from batchmill.worker.models.load import LoadedModel
 
-#: How long a step waits for a grammar while nothing else is to do.
+#: The longest wait of a step for a grammar while nothing else is to do.
 _COMPILING_SECONDS = 0.05
 
 
@@ -49,9 +49,8 @@ class ContinuousEngine:
     """Iteration-level batching of any decoder model, over a cache of its own.
 
     `known_capacity`: the tokens of a step that an earlier process of this device found to fit. Tests and benchmarks set
-    `share_prefixes`, `step_tokens`, and `ahead`: whether a step is launched before the tokens of the last are known,
-    which only a device that works beside the host makes worth while. Raises Unsupported, which says why it cannot
-    serve a model.
+    `share_prefixes`, `step_tokens`, and `ahead`: a step is launched before the tokens of the last one are known, which
+    pays only on a device that works beside the host. Raises Unsupported, which says why it cannot serve a model.
     """
 
     kinds = frozenset({GENERATION.name})
@@ -71,7 +70,7 @@ class ContinuousEngine:
             refuse_outliers(loaded.model)
         shape = cache_shape(loaded)
         load = Load.of(loaded, token_bytes=shape.token_bytes)
-        #: What was done to the model's weights, for the log.
+        #: The changes to the layout of the model's weights, for the log.
         self.prepared = _prepared(loaded, load, options)
         flash = serves(shape, loaded.device)
         planned = size(load, MemoryBudget.of(loaded.device), options, pages=flash)
@@ -80,36 +79,34 @@ class ContinuousEngine:
         self.capacity = Capacity(step_tokens, found=known_capacity)
         self.defaults = loaded.defaults
         fixed = options.deterministic
-        self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=fixed)
-        self._decoder = Decoder(loaded, shape, slots, lora=self._lora, rows=rows, tokens=step_tokens, fixed=fixed)
+        lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=fixed)
+        self._decoder = Decoder(loaded, shape, slots, lora=lora, rows=rows, tokens=step_tokens, fixed=fixed)
         self.cache_bytes = self._decoder.cache_bytes
         self._schedule = Schedule[ChoiceRow](slots, batch_slots=rows, close_holes=not flash, alone=fixed)
         sampler = Sampler(batch_slots=rows, vocabulary=loaded.vocabulary, device=loaded.device)
         self._executor = Executor(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
         self._in_flight: InFlightStep | None = None
         self._ahead = loaded.device.type == "cuda" if ahead is None else ahead
-        self._tokenization = Tokenization.of(loaded, context_tokens=self.limits.context_tokens)
-        self._matching = Matching(
-            Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, end_token_ids=loaded.end_token_ids)
-        )
+        tokenization = Tokenization.of(loaded, context_tokens=self.limits.context_tokens)
+        grammars = Grammars(loaded.tokenizer, vocabulary=loaded.vocabulary, end_token_ids=loaded.end_token_ids)
+        self._intake = Intake(tokenization, grammars, lora, share=share_prefixes and not fixed)
         self._loaded = loaded
         self._progress = progress
-        self._share = share_prefixes and not fixed
         self._answers: dict[RequestKey, Answer] = {}
-        self._done: list[Output] = []
+        self._failed: list[Output] = []
         self._texts = ThreadPoolExecutor(1, thread_name_prefix="detokenize")
         self._written: dict[RequestKey, Future[Output]] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @staticmethod
     def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
-        """Puts those with a common beginning beside each other, so that each beginning is computed once."""
+        """Puts requests with a common prefix beside each other, so that each prefix is computed once."""
         return by_beginning(requests)
 
     @property
     def waiting(self) -> int:
         """Requests that were added and not begun; those that were refused are answered by the next step."""
-        return self._schedule.waiting + len(self._matching) + len(self._done)
+        return self._schedule.waiting + len(self._intake) + len(self._failed)
 
     @property
     def active(self) -> int:
@@ -118,40 +115,38 @@ class ContinuousEngine:
 
     def add(self, key: RequestKey, request: GenerationRequest) -> None:
         """Takes a request whose `sampling` has max_tokens and temperature set."""
-        with self._refusing(key):
-            prompt = self._tokenization.prompt(request)
-            if prompt.sampling.response_format:
-                self._matching.add(key, prompt)
-            else:
-                self._enqueue(key, prompt)
+        answer = self._intake.take(key, request)
+        if answer is not None:
+            self._enqueue(answer)
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; unknown keys are ignored."""
-        self._matching.cancel(keys)
+        self._intake.cancel(keys)
         for key in keys:
             answer = self._answers.pop(key, None)
             for row in answer.rows if answer is not None else ():
                 self._leave(row)
             self._written.pop(key, None)
         gone = set(keys)
-        self._done = [output for output in self._done if output.key not in gone]
+        self._failed = [output for output in self._failed if output.key not in gone]
 
     def tokens_so_far(self) -> Mapping[RequestKey, int]:
         """The tokens of every answer that was begun, all of its choices together."""
         return {
-            key: sum(len(row.tokens) - row.prompt_tokens for row in each.rows) for key, each in self._answers.items()
+            key: sum(len(row.tokens) - row.prompt_tokens for row in answer.rows)
+            for key, answer in self._answers.items()
         }
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """One forward: a token of every row that decodes, and some of prompts. The outputs that are ready."""
-        self._take_matched()
+        """Computes a token of every row that decodes, and some of prompts. Returns the outputs that are ready."""
+        self._take_in()
         if not self._progress():
             self._advance()
         return self._ready()
 
     def split(self) -> dict[str, float]:
-        """Seconds by part since the engine was made: where the time of its steps went."""
+        """Seconds that steps have spent since the engine was made, by part."""
         attention = self._decoder.attention_seconds
         launched = self._executor.seconds
         return {**self._seconds, **launched, "model": launched["model"] - attention, "attention": attention}
@@ -159,29 +154,17 @@ class ContinuousEngine:
     def close(self) -> None:
         """Ends the threads that write texts and compile grammars."""
         self._texts.shutdown()
-        self._matching.close()
+        self._intake.close()
 
-    def _enqueue(self, key: RequestKey, prompt: Prompt, matchers: Sequence[Matcher] = ()) -> None:
-        adapter = self._lora.number(prompt.adapter)
-        answer = self._answers[key] = Answer(
-            key, prompt, self._tokenization, matchers=matchers, share=self._share, adapter=adapter
-        )
+    def _enqueue(self, answer: Answer) -> None:
+        self._answers[answer.key] = answer
         for row in answer.rows:
             self._schedule.add(row)
 
-    def _take_matched(self) -> None:
+    def _take_in(self) -> None:
         """Enqueues the requests whose grammars are compiled; waits for one a moment where nothing else is to do."""
-        seconds = 0.0 if self._scheduled else _COMPILING_SECONDS
-        for key, prompt, matchers in self._matching.ready(seconds=seconds):
-            with self._refusing(key):
-                self._enqueue(key, prompt, matchers.result())
-
-    @contextmanager
-    def _refusing(self, key: RequestKey) -> Iterator[None]:
-        try:
-            yield
-        except Refused as refused:
-            self._done.append(Output.failed(key, refused.code, str(refused), prompt_tokens=refused.prompt_tokens))
+        for answer in self._intake.compiled(seconds=0.0 if self._scheduled else _COMPILING_SECONDS):
+            self._enqueue(answer)
 
     @property
     def _scheduled(self) -> int:
@@ -217,7 +200,7 @@ class ContinuousEngine:
         return None
 
     def _enter(self, step: Step[ChoiceRow]) -> None:
-        """Rows that enter get their places in the sampler; the step goes on without those that find no memory there."""
+        """Gives entering rows their places in the sampler; the step goes on without those that find no memory there."""
         for row in self._executor.enter(step):
             if not row.ended:
                 self._fail(row.answer, row.answer.too_large())
@@ -274,7 +257,7 @@ class ContinuousEngine:
 
     def _ready(self) -> list[Output]:
         """Outputs whose text is written; those of the last rows are waited for."""
-        outputs, self._done = self._done, []
+        outputs, self._failed = self._intake.refusals() + self._failed, []
         idle = not self._scheduled
         with self._timed("detokenize"):
             for key, future in list(self._written.items()):
@@ -284,7 +267,7 @@ class ContinuousEngine:
         return outputs
 
     def _too_much(self, step: Step[ChoiceRow]) -> None:
-        """The device could not hold this step: it is planned anew, smaller; what fails alone is answered so."""
+        """Plans smaller after a step that the device could not hold; a row that fails alone is answered by an error."""
         gc.collect()
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -297,7 +280,7 @@ class ContinuousEngine:
     def _fail(self, answer: Answer, output: Output) -> None:
         """Forgets a request, and answers it with this error."""
         self.cancel([answer.key])
-        self._done.append(output)
+        self._failed.append(output)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -309,7 +292,7 @@ class ContinuousEngine:
 
 
 def _prepared(loaded: LoadedModel, load: Load, options: EngineOptions) -> Prepared:
-    """Lays out the model's weights for speed; not those that come and go."""
+    """Lays out the model's weights for speed; offloaded ones stay as they are."""
     if loaded.layout.offloaded:
         return Prepared()
     spare = copies_budget_bytes(load, MemoryBudget.of(loaded.device), options)

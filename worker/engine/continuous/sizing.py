@@ -1,7 +1,6 @@
-"""Computes the size of a continuous engine: rows, context and cache, from what is asked and the memory that is free.
+"""Computes the size of a continuous engine: rows, context and cache, from its options and the memory that is free.
 
-Owns that arithmetic, which needs no model. It knows no request; what is found too much while working is `capacity`'s
-matter.
+Owns that arithmetic, which needs no model. It knows no request; `capacity` shrinks steps that run out of memory.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from batchmill.worker.engine.continuous.scheduling.slots import SMALLEST_TOKENS,
 from batchmill.worker.engine.options import Dequantize, EngineChoice, EngineOptions
 from batchmill.worker.engine.sizing import Load, MemoryBudget
 
-#: Rows where nothing else is asked, and tokens of one step: those of the rows that decode, and of prompts.
+#: Rows by default, and tokens of one step: those of the rows that decode, and of prompts.
 CPU_ROWS, CPU_STEP_TOKENS = 256, 512
 CUDA_ROWS, CUDA_STEP_TOKENS = 256, 4_096
 #: Fewer rows run on a CPU where their logits would take more in float32.
 CPU_LOGITS_BYTES = 64 * 1024**2
-#: The context of a model that says nothing of its own.
+#: The context of a model whose configuration names none.
 CONTEXT_TOKENS = 4_096
-#: What of a GPU's memory the engine plans with where nothing else is asked.
+#: The part of a GPU's memory that the engine plans with by default.
 MEMORY_FRACTION = 0.9
 #: A step's own buffers are planned to take this part of the weights, or these bytes where that is less.
 BUFFERS_PART, BUFFERS_BYTES = 10, 256 * 1024**2
@@ -37,7 +36,7 @@ ROW_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class ContinuousSize:
-    """Computes how much a continuous engine takes on at once, and the memory that this takes."""
+    """The work that a continuous engine takes on at once, and the memory that this takes."""
 
     limits: EngineLimits
     #: Tokens of one forward.
@@ -52,7 +51,7 @@ class ContinuousSize:
     copied_bytes: int
     #: Bytes that a step's own buffers are planned with.
     buffers_bytes: int
-    #: Bytes of a GPU that are not touched; None on a CPU.
+    #: Bytes of a GPU that are left free; None on a CPU.
     kept_bytes: int | None
 
     def slots(self) -> Slots:

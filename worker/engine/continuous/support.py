@@ -1,6 +1,6 @@
-"""What a model keeps of a token, and whether the continuous engine can serve it: seen by a forward of two tokens.
+"""The support of a model by the continuous engine, and the shape of its KV cache, probed by a forward of two tokens.
 
-Owns what a layer may ask of attention. What a model can do is seen by what it does, never by its name.
+Owns the arguments that a layer may pass to attention. A model is judged by what it does, never by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchmill.worker.engine.continuous.execution.cache import CacheShape
 from batchmill.worker.engine.stretching import stretched
 from batchmill.worker.models.load import LoadedModel
 
-#: What a layer may ask of attention, and what asks for nothing here.
+#: Arguments of attention that are honoured, and those without an effect here.
 _UNDERSTOOD = {"scaling", "sliding_window", "softcap"}
 _WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "output_router_logits", "is_causal", "cache_position"}
 #: Kinds of layers whose attention sees all tokens before it, or a window of them.
@@ -28,14 +28,14 @@ class Unsupported(Exception):
 
 
 def cache_shape(loaded: LoadedModel) -> CacheShape:
-    """What the model keeps of a token, seen by a forward of two tokens. Raises Unsupported."""
+    """Probes the shape of the model's KV cache by a forward of two tokens. Raises Unsupported."""
     if loaded.layout.spread:
         raise Unsupported("its layers are spread over several devices")
     return probed_shape(loaded.model, loaded.device, context_tokens=loaded.context_tokens)
 
 
 def probed_shape(model: PreTrainedModel, device: torch.device, *, context_tokens: int | None) -> CacheShape:
-    """The same of a model that may have no weights, on the device `meta`. Raises Unsupported."""
+    """Probes the shape for a model that may have no weights, on the device `meta`. Raises Unsupported."""
     config = model.config
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise Unsupported("it computes the logits of every token of a prompt")
@@ -49,17 +49,17 @@ def probed_shape(model: PreTrainedModel, device: torch.device, *, context_tokens
         with torch.inference_mode(), attention_backend(model, name):
             model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
     except Exception as error:
-        # Whatever a model does with an attention function that it does not expect.
+        # A model may raise anything over an attention function that it does not expect.
         raise Unsupported(f"its attention takes no other function ({type(error).__name__})") from error
     return seen.shape(config.get_text_config())
 
 
 class _ProbeAttention:
-    """An attention function that notes what it is asked."""
+    """An attention function that notes its arguments."""
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[tuple[int, int, int], torch.dtype]] = {}
-        self._asked: set[str] = set()
+        self._options: set[str] = set()
         self._windows: dict[int, int | None] = {}
 
     def __call__(
@@ -69,21 +69,21 @@ class _ProbeAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        **asked: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, None]:
         layer: Any = module.layer_idx
         self._layers[layer] = (key.shape[1], key.shape[3], value.shape[3]), key.dtype
-        self._windows[layer] = asked.get("sliding_window")
-        self._asked |= {name for name, each in asked.items() if each is not None}
+        self._windows[layer] = options.get("sliding_window")
+        self._options |= {name for name, option in options.items() if option is not None}
         if attention_mask is not None:
-            self._asked.add("attention_mask")
+            self._options.add("attention_mask")
         return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3])), None
 
     def shape(self, config: Any) -> CacheShape:
         layers = config.num_hidden_layers
         if sorted(self._layers) != list(range(layers)):
             raise Unsupported(f"{len(self._layers)} of its {layers} layers attend through transformers' interface")
-        if unknown := sorted(self._asked - _UNDERSTOOD - _WITHOUT_EFFECT):
+        if unknown := sorted(self._options - _UNDERSTOOD - _WITHOUT_EFFECT):
             raise Unsupported(f"its attention asks for {', '.join(unknown)}")
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
         if unknown := sorted(set(kinds) - _LAYER_TYPES):
@@ -93,7 +93,7 @@ class _ProbeAttention:
         if len(set(self._layers.values())) > 1:
             raise Unsupported("its layers keep keys of different sizes")
         (heads, key_size, value_size), dtype = self._layers[0]
-        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._asked)
+        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._options)
 
 
 def refuse_outliers(model: PreTrainedModel) -> None:
@@ -103,7 +103,7 @@ def refuse_outliers(model: PreTrainedModel) -> None:
 
 
 def finds_outliers(model: PreTrainedModel) -> bool:
-    """Whether LLM.int8() looks for columns that are computed apart."""
+    """True where LLM.int8() looks for outlier columns, which it computes apart."""
     states = (getattr(module, "state", None) for module in model.modules())
     return any(getattr(state, "threshold", 0.0) for state in states)
 

@@ -1,4 +1,4 @@
-"""The echo engine that obeys magic prompts, to try what batchmill does when a prompt is bad. For trials alone.
+"""The echo engine that obeys magic prompts, to try batchmill's handling of bad prompts. For trials alone.
 
 A prompt that begins with `!kill9` or `!segv` ends the process, `!sticky` breaks the engine until the process ends,
 `!hang` never comes back, `!slow` takes twenty steps' time, and `!oom>k` does not fit beside k or more others.
@@ -28,14 +28,14 @@ class ChaosEngine(EchoEngine):
     _broken = False
 
     def _answer(self, batch: Mapping[RequestKey, GenerationRequest]) -> list[Output]:
-        """Obeys, or answers; nothing when this step was too large for the device."""
+        """Obeys or answers each request; returns nothing when this step was too large for the device."""
         for key, request in batch.items():
             self._obey(prompt_of(request))
-            most = _OUT_OF_MEMORY.match(prompt_of(request))
-            if most and len(batch) > max(1, int(most[1])):
+            limit = _OUT_OF_MEMORY.match(prompt_of(request))
+            if limit and len(batch) > max(1, int(limit[1])):
                 self.capacity.too_much(len(batch))
                 return []
-            if most and most[1] == "0":
+            if limit and limit[1] == "0":
                 self.cancel([key])
                 return [Output.failed(key, ErrorCode.OUT_OF_MEMORY, "the device has not enough memory for it alone")]
         return super()._answer(batch)

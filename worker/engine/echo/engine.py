@@ -16,7 +16,7 @@ from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.engine import Progress, not_held
 from batchmill.worker.engine.capacity import Capacity
 
-#: How many requests a step answers where nothing else is asked.
+#: Requests that a step answers by default.
 ECHO_ROWS = 512
 #: A slow step reports this often at least, so that draining and the watchdog stay responsive.
 SLICE_SECONDS = 0.05
@@ -52,7 +52,7 @@ class EchoEngine:
 
     @staticmethod
     def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
-        """Leaves them as they came."""
+        """Keeps the order in which they came."""
         return requests
 
     @property
@@ -112,7 +112,7 @@ class EchoEngine:
 
 
 def prompt_of(request: GenerationRequest) -> str:
-    """What is echoed: the prompt, or the last message of the user."""
+    """The text to echo: the prompt, or the last message of the user."""
     if request.prompt is not None:
         return request.prompt
     messages = request.messages or ()

@@ -1,4 +1,4 @@
-"""Which waiting requests run together as the next micro-batch: plain arithmetic on their sizes.
+"""Plans the next micro-batch: the waiting requests that run together, by plain arithmetic on their sizes.
 
 Owns the rules of a micro-batch. It knows no request, no tensor and no device: sizes go in, places in the queue
 come out.
@@ -12,7 +12,7 @@ the oldest one's, nearest first, as long as
 - idling: no max_tokens is below 1/IDLING of the largest, so that a row which ends at its limit waits for its
   neighbours during that part of the steps at most;
 - tokens: the padded prompts and all that may be generated fit into `tokens` places of the cache. The oldest request
-  alone is always let through: whether it fits is for the device to say.
+  alone is always let through: the device decides about it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHORT_ANSWER_TOKENS = 32
 
 
 class RequestTokens(NamedTuple):
-    """What planning has to know of a request, in tokens."""
+    """The size of a request, in tokens."""
 
     prompt: int
     answer: int  #: max_tokens: a bound, since nobody knows where the model will end
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What the rules need to know of the requests chosen so far."""
+    """The sizes of the requests chosen so far, as the rules need them."""
 
     rows: int = 0
     prompts: int = 0  #: the sum of their prompt tokens
@@ -75,7 +75,7 @@ class _Sums(NamedTuple):
 
 
 def plan(queue: Sequence[RequestTokens], *, rows: int, tokens: int) -> Plan:
-    """The next micro-batch of a queue that is not empty; `queue[0]` is its oldest request."""
+    """Plans the next micro-batch of a queue that is not empty; `queue[0]` is its oldest request."""
     oldest = queue[0]
     nearest_first = sorted(range(1, len(queue)), key=lambda place: abs(queue[place].prompt - oldest.prompt))
     sums, places = _Sums().joined_by(oldest), [0]

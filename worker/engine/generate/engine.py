@@ -1,8 +1,8 @@
 """The engine around transformers' own `generate`: one micro-batch after the other, each run to its end.
 
-Owns the queue of one device, and what happens when its memory does not suffice. What runs together is decided in
-`batching`, text and tokens in `tokenization`, the next token in `sampling`, the end of a row in `stopping`; the cache
-and the positions are `generate`'s own. Requests need nothing in common to run together.
+Owns the queue of one device, and the retries when its memory runs out. `batching` plans micro-batches, `tokenization`
+holds text and tokens, `sampling` chooses the next token, and `stopping` ends rows; the cache and the positions are
+`generate`'s own. Requests need nothing in common to run together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from batchmill.worker.engine.lora import Lora
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.sizing import Load, MemoryBudget
-from batchmill.worker.engine.stretching import Turns
+from batchmill.worker.engine.stretching import Stretching
 from batchmill.worker.engine.text.stopping import RowStopping
 from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.models.load import LoadedModel
@@ -43,7 +43,7 @@ class GenerateEngine:
     device runs out of memory, the step tries again with half of the cache places (`capacity`, which begins at
     `known_capacity` where an earlier process found that); a request that fails alone is answered by the error
     `out_of_memory`. An output's completion_tokens count the end token, as OpenAI and vLLM do. A micro-batch has one
-    adapter, or none, and rows that a model would turn the same if each were alone.
+    adapter, or none, and rows whose positions a model scales as it would for each alone.
     """
 
     kinds = frozenset({GENERATION.name})
@@ -64,7 +64,7 @@ class GenerateEngine:
         self.cache_bytes = self.capacity.limit * load.token_bytes
         self.defaults = loaded.defaults
         self._loaded = loaded
-        self._turns = Turns(loaded.model.config.get_text_config(), context_tokens=loaded.context_tokens)
+        self._stretching = Stretching(loaded.model.config.get_text_config(), context_tokens=loaded.context_tokens)
         self._lora = Lora(loaded.model, loaded.adapters, device=loaded.device)
         self._progress = progress
         self._tokenization = Tokenization.of(loaded, context_tokens=loaded.context_tokens)
@@ -73,7 +73,7 @@ class GenerateEngine:
 
     @staticmethod
     def admission_order(requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
-        """Leaves them as they came: what they begin with is computed anew for each."""
+        """Keeps the order in which they came: each computes its whole prompt."""
         return requests
 
     @property
@@ -106,7 +106,7 @@ class GenerateEngine:
         return {}
 
     def step(self) -> list[Output]:
-        """The outputs of one micro-batch and of requests refused meanwhile; none if nothing waits.
+        """Runs one micro-batch. Returns its outputs and those of requests refused meanwhile; none if nothing waits.
 
         Raises what the model's forward raises, but for a lack of memory.
         """
@@ -141,10 +141,10 @@ class GenerateEngine:
         return [key for key in alike if self._company(self._waiting[key]) == company]
 
     def _company(self, prompt: Prompt) -> int | None:
-        return self._turns.company(len(prompt.tokens), prompt.max_tokens)
+        return self._stretching.company(len(prompt.tokens), prompt.max_tokens)
 
     def _answer(self, batch: Mapping[RequestKey, Prompt]) -> list[Output] | None:
-        """The outputs of the rows that ended; None if the memory does not suffice."""
+        """Runs a micro-batch. Returns the outputs of the rows that ended; None if the memory does not suffice."""
         try:
             answers = self._generate(list(batch.values()))
         except (RuntimeError, MemoryError) as error:
@@ -162,9 +162,9 @@ class GenerateEngine:
         return outputs
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[tuple[list[int], bool]]:
-        """The tokens that answer each prompt, the end token included; none for a row that has not ended.
+        """Generates the tokens that answer each prompt, the end token included; none for a row that has not ended.
 
-        Beside them, whether the row ended at its last one because the logits of that were no numbers.
+        A flag beside them is True where the row ended because the logits of its last token were no numbers.
         """
         device = self._loaded.device
         width = max(len(each.tokens) for each in prompts)
@@ -172,7 +172,7 @@ class GenerateEngine:
         pad = self._loaded.pad_token_id
         rows = [[pad] * places + list(each.tokens) for places, each in zip(padding, prompts, strict=True)]
         mask = [[0] * places + [1] * (width - places) for places in padding]
-        most = max(each.max_tokens for each in prompts)
+        max_tokens = max(each.max_tokens for each in prompts)
         sampler = RowSampler(prompts, vocabulary=self._loaded.vocabulary, device=device)
         stopping = RowStopping(
             prompts,
@@ -182,14 +182,14 @@ class GenerateEngine:
             sound=sampler.sound,
             progress=self._progress,
         )
-        turn = self._lora.whole(self._lora.number(prompts[0].adapter))
-        limit = self._turns.most_tokens(self._company(prompts[0]))
-        with self._positions_within(limit, width + most), self._lora.applied(turn):
+        assignment = self._lora.assign_all(self._lora.number(prompts[0].adapter))
+        limit = self._stretching.most_tokens(self._company(prompts[0]))
+        with self._positions_within(limit, width + max_tokens), self._lora.applied(assignment):
             sequences = self._loaded.model.generate(
                 inputs=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 # Sampling and ends are the sampler's and the criterion's: `generate` takes the largest score.
-                generation_config=GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=pad),
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad),
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stopping]),
             )
@@ -239,8 +239,12 @@ def _not_a_number(key: RequestKey, prompt: Prompt, answered: int) -> Output:
 
 def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raises Refused for an option that one call of `generate` cannot give to one row alone."""
-    asked = request.sampling
-    wanted = {"n": (asked.n or 1) > 1, "logprobs": asked.logprobs, "response_format": asked.response_format is not None}
+    sampling = request.sampling
+    wanted = {
+        "n": (sampling.n or 1) > 1,
+        "logprobs": sampling.logprobs,
+        "response_format": sampling.response_format is not None,
+    }
     if unsupported := [name for name, each in wanted.items() if each]:
         raise Refused(
             ErrorCode.UNSUPPORTED_BY_WORKER,

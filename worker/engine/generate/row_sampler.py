@@ -1,6 +1,6 @@
-"""The sampler as a logits processor: what `generate` takes the largest score of is each row's next token.
+"""The sampler as a logits processor: it gives each row's next token the largest score, which `generate` takes.
 
-Owns nothing but the translation, and whose logits are no numbers; the rows of a micro-batch are the batch slots.
+Owns this translation, and the rows whose logits are no numbers; the rows of a micro-batch are the batch slots.
 """
 
 from __future__ import annotations

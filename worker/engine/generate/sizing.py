@@ -8,7 +8,7 @@ from batchmill.jobs.models.engine_facts import EngineLimits
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
 from batchmill.worker.engine.sizing import Load, MemoryBudget
 
-#: How many requests run together where nothing else is asked.
+#: Requests that run together by default.
 GENERATE_ROWS = 64
 #: The cache of a micro-batch is planned to take one part of the free memory in this many: a layer's cache is copied
 #: whenever it grows, and reading the prompts takes memory of the same order.
@@ -17,7 +17,7 @@ MEMORY_PARTS = 3
 
 @dataclass(frozen=True, slots=True)
 class GenerateSize:
-    """Computes how much a generate engine takes on at once, and the memory that this takes."""
+    """The work that a generate engine takes on at once, and the memory that this takes."""
 
     limits: EngineLimits
     #: Cache places of a micro-batch.

@@ -22,16 +22,16 @@ from batchmill.worker.engine.grammar.schema import probes
 from batchmill.worker.engine.grammar.trial import NOT_ALLOWED, Trial, compiled
 from batchmill.worker.engine.refused import Refused
 
-#: So many grammars are kept compiled, and the refusals of those that cannot be.
+#: Grammars that are kept compiled, with the refusals of those that cannot be.
 KEPT_GRAMMARS = 16
 #: Threads that fill rows: half of the cores, since the other work of a step goes on meanwhile, up to this many.
 MAX_THREADS = 8
 #: A reason in the library's words is kept up to this length.
 REASON_LENGTH = 200
 _WORD_BITS = 32
-#: What the library calls the end token of a model that has none.
+#: The library's name for the end token of a model that has none.
 _NO_END = "<|no end|>"
-#: What the library says of its own parts and options, and what is said instead.
+#: Messages of the library about its own parts and options, and the messages in their place.
 _OUR_WORDS = {
     "coerce_one_of": "oneOf: several of its schemas may match the same value; use anyOf, or tell them apart by type "
     "or by a required property with another const in each",
@@ -45,10 +45,13 @@ _T = TypeVar("_T")
 class Grammars:
     """The grammars of one model's requests.
 
-    `vocabulary`: how many tokens the model has embeddings for, which may be more or fewer than the tokenizer has.
+    The tokenizer is compiled on the first call of `matcher`, which takes a second or two for 128,000 tokens. One thread
+    at a time may use a Grammars.
+
+    `vocabulary`: the number of tokens that the model has embeddings for, which may be more or fewer than the tokenizer
+    has.
     `end_token_ids`: the tokens that are allowed where a grammar may end, and nowhere else. No other special token is
-    ever allowed. The tokenizer is compiled on the first call of `matcher`, which takes a second or two for 128,000
-    tokens. One thread at a time may use a Grammars.
+    ever allowed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, end_token_ids: Collection[int]) -> None:
@@ -60,7 +63,7 @@ class Grammars:
         self._kept: OrderedDict[str, _Grammar | Refused] = OrderedDict()
 
     def matcher(self, response_format: Mapping[str, Any]) -> Matcher:
-        """A matcher at the start of what this response_format allows.
+        """Makes a matcher at the start of this response_format's grammar.
 
         Raises Refused: invalid_response_format where it is none or too much for its limits, unsupported_option where
         the tokenizer cannot be constrained at all.
@@ -79,7 +82,7 @@ class Grammars:
 
 
 class Matcher:
-    """Where one sequence stands in its grammar. Neither this nor `fill` may run while the other does."""
+    """The state of one sequence in its grammar. Neither this nor `fill` may run while the other does."""
 
     __slots__ = ("_ended", "_failure", "_grammar", "_inner")
 
@@ -99,12 +102,12 @@ class Matcher:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing but an end token may follow, or one was taken. It may become true in `fill` too."""
+        """True where nothing but an end token may follow, or one was taken. It may become true in `fill` too."""
         return self._ended
 
     @property
     def failure(self) -> str | None:
-        """Why the answer cannot become what was asked for, in one line, once that is known; `ended` is true then."""
+        """The reason in one line why the answer cannot be completed, once that is known; `ended` is true then."""
         return self._failure
 
     def _look(self) -> None:
@@ -117,12 +120,12 @@ class Matcher:
     def _fail(self, reason: str) -> None:
         self._ended = True
         self._failure = f"response_format: the grammar ran into a limit or a dead end: {reason}"
-        # What was too much may have gathered over many sequences, whose states are shared: the next starts afresh.
+        # The limit may have filled up over many sequences, whose states are shared: the next starts afresh.
         self._grammar.spoiled = True
 
 
 def fill(matchers: Sequence[tuple[int, Matcher]], allowed: torch.Tensor) -> None:
-    """Writes what each matcher's sequence may continue with into its row, and leaves the other rows alone.
+    """Writes the tokens that may follow each matcher's sequence into its row, and leaves the other rows alone.
 
     `allowed`: (rows, vocabulary / 32 rounded up) int32 on the CPU, contiguous; bit i of word w stands for token
     32 w + i, and every bit is set in a row that is free. The work is done without holding the GIL, on threads of its
@@ -142,19 +145,19 @@ def fill(matchers: Sequence[tuple[int, Matcher]], allowed: torch.Tensor) -> None
         vocabulary.compute([(each._inner, place) for place, (_, each) in enumerate(matchers)], wide)
         rows = torch.tensor([row for row, _ in matchers])
         allowed[rows] = wide[:, : vocabulary.words] & vocabulary.known
-    for row, each in matchers:
-        each._look()
-        if vocabulary.known is not None and not each.ended and not allowed[row].any():
-            each._fail("the model has no embedding for what must follow")
-        if each.ended:
+    for row, matcher in matchers:
+        matcher._look()
+        if vocabulary.known is not None and not matcher.ended and not allowed[row].any():
+            matcher._fail("the model has no embedding for what must follow")
+        if matcher.ended:
             allowed[row] = vocabulary.end_bits
 
 
 class _Vocabulary:
     """One tokenizer as llguidance knows it, with the sizes that it and the model disagree about.
 
-    `known`: the bits of the tokens that the model has, None where no other is ever set. `end_bits`: what an ended row
-    allows.
+    `known`: the bits of the tokens that the model has, None where no other is ever set.
+    `end_bits`: the bits of the tokens that an ended row allows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, end_token_ids: Collection[int]) -> None:
@@ -186,10 +189,10 @@ class _Grammar:
         text = grammar_text(response_format)
         if reason := trial.reason_against(text):
             raise _refused(_reason(reason))
-        for each in probes(response_format.get("schema") or {}):
-            probed = grammar_text({"type": "json_schema", "schema": each.schema})
-            if reason := trial.reason_against(probed, each.beginning):
-                raise _refused(each.reason if reason == NOT_ALLOWED else reason)
+        for probe in probes(response_format.get("schema") or {}):
+            probed = grammar_text({"type": "json_schema", "schema": probe.schema})
+            if reason := trial.reason_against(probed, probe.beginning):
+                raise _refused(probe.reason if reason == NOT_ALLOWED else reason)
         self.vocabulary = vocabulary
         self.spoiled = False
         self.start = compiled(vocabulary.library, text)
@@ -198,7 +201,7 @@ class _Grammar:
 
 
 def _description(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> str:
-    """The tokenizer.json of a tokenizer in which every special and end token is marked as special. Raises Refused."""
+    """Writes a tokenizer's tokenizer.json, with every special and end token marked as special. Raises Refused."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise Refused(
@@ -220,7 +223,7 @@ def _description(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> s
 
 
 def _attempt(made: Callable[[], _T]) -> _T | Refused:
-    """What was made, or why it was refused, so that either can be kept."""
+    """Returns the made value, or its refusal, so that either can be kept."""
     try:
         return made()
     except Refused as error:
@@ -250,12 +253,12 @@ def _key(response_format: Mapping[str, Any]) -> str:
         raise _refused("its schema is nested too deeply") from None
 
 
-def _reason(said: str) -> str:
-    """Why, in words of which a user can make something: the library's own line, or ours in its place."""
+def _reason(message: str) -> str:
+    """The reason in words that help a user: the library's own line, or ours in its place."""
     for words, ours in _OUR_WORDS.items():
-        if words in said:
+        if words in message:
             return ours
-    lines = [each.strip() for each in said.splitlines() if each.strip() not in ("", "<non-verbose/>")]
+    lines = [each.strip() for each in message.splitlines() if each.strip() not in ("", "<non-verbose/>")]
     why = next((each.removeprefix("error: ") for each in lines if each.startswith("error: ")), None)
     return (why or (lines[0] if lines else "no reason given").rpartition("(in regex): ")[2])[:REASON_LENGTH]
 

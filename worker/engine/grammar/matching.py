@@ -1,7 +1,7 @@
 """Matchers for requests that have a response_format, made by a thread beside the device.
 
 Owns the requests whose grammars are being compiled: most take a millisecond, and hostile ones seconds, in which the
-rows that run go on. What a grammar is stays `grammar`'s matter.
+rows that run go on. `grammars` compiles them.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ class Matching:
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._asked: dict[RequestKey, tuple[Prompt, Matchers]] = {}
+        self._compiling: dict[RequestKey, tuple[Prompt, Matchers]] = {}
 
     def __len__(self) -> int:
-        return len(self._asked)
+        return len(self._compiling)
 
     def add(self, key: RequestKey, prompt: Prompt) -> None:
         """Takes a request that has a response_format."""
-        self._asked[key] = prompt, self._thread.submit(self._made, prompt)
+        self._compiling[key] = prompt, self._thread.submit(self._made, prompt)
 
     def cancel(self, keys: Collection[RequestKey]) -> None:
         """Forgets these requests; unknown keys are ignored."""
         for key in keys:
-            if key in self._asked:
-                _, matchers = self._asked.pop(key)
+            if key in self._compiling:
+                _, matchers = self._compiling.pop(key)
                 matchers.cancel()
 
     def ready(self, *, seconds: float) -> Iterator[tuple[RequestKey, Prompt, Matchers]]:
-        """Those that are done, in their order, waiting up to `seconds` for the first; a result may be Refused."""
-        wait([matchers for _, matchers in self._asked.values()], seconds, FIRST_COMPLETED)
-        for key, (prompt, matchers) in list(self._asked.items()):
+        """Waits up to `seconds` for a request that is done. Yields all that are, in order; a result may be Refused."""
+        if not self._compiling:
+            return
+        wait([matchers for _, matchers in self._compiling.values()], seconds, FIRST_COMPLETED)
+        for key, (prompt, matchers) in list(self._compiling.items()):
             if matchers.done():
-                del self._asked[key]
+                del self._compiling[key]
                 yield key, prompt, matchers
 
     def close(self) -> None:

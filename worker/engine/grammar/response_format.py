@@ -1,6 +1,6 @@
-"""A request's response_format becomes the text of a grammar, or is refused for its shape or its size.
+"""Turns a request's response_format into the text of a grammar, or refuses it for its shape or its size.
 
-Owns the four types and what each may look like; it knows no tokenizer and compiles nothing.
+Owns the four types and the shape of each; it knows no tokenizer and compiles nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from batchmill.worker.engine.refused import Refused
 
 log = get_logger(__name__)
 
-#: A schema, a regex, or all choices together have at most so many characters.
+#: The most characters of a schema, a regex, or all choices together.
 MAX_TEXT_LENGTH = 65_536
-#: What may stand between two signs of JSON: a model could write spaces for ever, but not a line break and an indent.
+#: Whitespace between two tokens of JSON. It is bounded, since a model could write spaces for ever.
 WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
 #: The key by which a schema gives the library options; ours alone hold.
 _OPTIONS = "x-guidance"
 
 
 def grammar_text(response_format: Mapping[str, Any]) -> str:
-    """The grammar, as llguidance reads it. Raises Refused."""
+    """Writes the grammar as llguidance reads it. Raises Refused."""
     kind = response_format.get("type")
     if kind == "json_object":
         return _schema_text({"type": "object"})

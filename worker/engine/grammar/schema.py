@@ -1,7 +1,7 @@
-"""A JSON schema before it becomes a grammar: what the library would keep only nearly is refused, by its keyword.
+"""Checks a JSON schema before it becomes a grammar: a keyword that the library would keep only nearly is refused.
 
-Owns numbers beyond what a float holds, formats that nobody checks, and patterns to which properties leave no name.
-A format that the library does not know is an annotation, as JSON Schema has it: it goes, and is told of.
+Owns numbers that no float holds, formats that nobody checks, and patterns to which properties leave no name. A format
+that the library does not know is an annotation, as JSON Schema has it: it is taken out, and logged.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multip
 #: Each exclusive bound, and those on the other side.
 _FACING = {"exclusiveMinimum": ("maximum", "exclusiveMaximum"), "exclusiveMaximum": ("minimum", "exclusiveMinimum")}
 _MAX_INT64 = 2**63 - 1
-#: So many different patternProperties are tried, each within the bounds of a trial.
+#: The most different patternProperties that are tried, each within the bounds of a trial.
 MAX_PATTERNS = 32
-#: Of what a schema says, in a message or a log.
+#: The characters of a schema's value that a message or a log shows.
 _SHOWN_LENGTH = 40
 
 
 class Probe(NamedTuple):
-    """A schema, and the beginning of an answer that it has to allow; else `reason` is why it is refused."""
+    """A schema that has to allow the beginning of an answer."""
 
     schema: Mapping[str, Any]
     beginning: str
+    #: The refusal where it does not.
     reason: str
 
 
 def exact(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """A copy whose formats the library knows, and the formats that it does not. Raises Refused."""
+    """Makes a copy with the formats that the library knows, and a set of the other formats. Raises Refused."""
     own: dict[str, Any] = json.loads(json.dumps(schema))
     unknown: set[str] = set()
     for each in _subschemas(own):
@@ -63,11 +64,11 @@ def exact(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def probes(schema: Mapping[str, Any]) -> list[Probe]:
-    """What has to be possible: that patternProperties match a name that properties does not have. Raises Refused."""
+    """Makes probes that patternProperties match a name that properties does not have. Raises Refused."""
     every = list(_subschemas(schema))
     names = sorted({name for each in every for name in _names(each, "properties")})
-    # What matches is the library's to say: an expression could keep Python's own at it for ever.
-    patterns = {tuple(found) for each in every if (found := _names(each, "patternProperties"))} if names else set()
+    # The library decides about a match: an expression could keep Python's own engine at it for ever.
+    patterns = {tuple(_names(each, "patternProperties")) for each in every} - {()} if names else set()
     if len(patterns) > MAX_PATTERNS:
         raise _refused(f"patternProperties stands in more than {MAX_PATTERNS} places")
     return [_probe(names, each) for each in sorted(patterns)]
@@ -90,7 +91,7 @@ def _probe(names: Sequence[str], patterns: Sequence[str]) -> Probe:
 
 
 def _subschemas(schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every schema within this one, itself first; what is no keyword is looked through too: a $ref may name it."""
+    """Yields every schema within this one, itself first. Other keys are searched too: a $ref may name them."""
     open_: list[Any] = [schema]
     while open_:
         each = open_.pop()
@@ -130,7 +131,7 @@ def _is_exact_bound(keyword: str, value: Any, *, of: Any) -> bool:
 
 
 def _open_bound(schema: Mapping[str, Any]) -> str | None:
-    """The exclusive bound that the library lets through: a whole number, less than 1 from a bound that is none."""
+    """Finds an exclusive bound that the library lets through: a whole number, less than 1 from a bound that is none."""
     for mine, others in _FACING.items():
         if _is_number(schema.get(mine)) and schema[mine] == int(schema[mine]):
             near = [schema[each] for each in others if _is_number(schema.get(each))]
@@ -144,7 +145,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _is_inexact(value: Any) -> bool:
-    """Whether this is an integer that becomes another one as a float, or that the library cannot write."""
+    """True for an integer that becomes another one as a float, or that the library cannot write."""
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     return abs(value) > _MAX_INT64 or int(float(value)) != value
@@ -153,8 +154,8 @@ def _is_inexact(value: Any) -> bool:
 @lru_cache(maxsize=1_024)
 def _is_known_format(name: str) -> bool:
     grammar = LLMatcher.grammar_from_json_schema({"type": "string", "format": name})
-    said: str = LLMatcher.validate_grammar(grammar)
-    return "Unknown format" not in said
+    message: str = LLMatcher.validate_grammar(grammar)
+    return "Unknown format" not in message
 
 
 def _shown(value: object) -> str:

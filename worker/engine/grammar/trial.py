@@ -1,4 +1,4 @@
-"""Compiling a grammar for the first time, in a process that may be lost.
+"""Compiles a grammar for the first time, in a process that may be lost.
 
 The library bounds what its lexer and its parser do, but not how deep it descends through a schema's references, nor
 how long and how large some schemas become: one can overflow the stack, take hours, or take all memory. So every
@@ -18,7 +18,7 @@ import weakref
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-#: What a trial may take. The stack is half of what a thread usually has, so that what passes here passes there.
+#: The limits of a trial. Its stack is half of a thread's usual one, so that a grammar that passes here passes there.
 TRIAL_SECONDS = 5
 TRIAL_BYTES = 256 * 2**20
 TRIAL_STACK_BYTES = 4 * 2**20
@@ -35,9 +35,9 @@ class Trial:
         self._process: subprocess.Popen[str] | None = None
 
     def reason_against(self, grammar: str, beginning: str = "") -> str | None:
-        """Why this grammar cannot be taken, None if it can. Takes about a millisecond, TRIAL_SECONDS at most.
+        """Returns the reason why this grammar cannot be taken, None if it can.
 
-        `beginning`: of an answer that it has to allow.
+        Takes about a millisecond, TRIAL_SECONDS at most. `beginning`: the start of an answer that it has to allow.
         """
         process = self._process
         if process is None or process.poll() is not None:
@@ -47,13 +47,13 @@ class Trial:
         try:
             process.stdin.write(json.dumps([grammar, beginning]) + "\n")
             process.stdin.flush()
-            said = process.stdout.readline()
+            line = process.stdout.readline()
         except BrokenPipeError:
-            said = ""
-        if not said:
+            line = ""
+        if not line:
             self._stop()
             return TOO_MUCH
-        reason: str = json.loads(said)
+        reason: str = json.loads(line)
         return reason or None
 
     def _started(self) -> subprocess.Popen[str]:
@@ -70,7 +70,7 @@ class Trial:
 
 
 def compiled(library: LLTokenizer, grammar: str) -> LLMatcher:
-    """A matcher at the start of a grammar; its `get_error` says why not, where it is one in vain."""
+    """Makes a matcher at the start of a grammar; its `get_error` gives the reason where the grammar is in vain."""
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     start = LLMatcher(library, grammar, log_level=0, limits=limits)
     # A grammar that allows nothing, or too much at once, is found out by its first mask.
@@ -87,7 +87,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 def _serve() -> None:
     library = LLTokenizer("byte")
     for line in sys.stdin:
-        # Whoever waits for the answer learns from the end of this process that it took too long.
+        # The end of this process tells the waiting worker that the trial took too long.
         signal.alarm(TRIAL_SECONDS)
         grammar, beginning = json.loads(line)
         start, tokens = compiled(library, grammar), [*beginning.encode()]

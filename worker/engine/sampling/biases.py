@@ -1,7 +1,7 @@
-"""What is added to single logits: logit_bias, and -inf for the end tokens of an answer that is too short to end.
+"""Biases of single logits: logit_bias, and -inf for the end tokens of an answer that is too short to end.
 
-Owns these few tokens of each sequence that asks, on the host, and where they lie among a step's logits. It knows no
-text: which tokens end an answer it is told.
+Owns these few tokens of each sequence that asks, on the host, and their places among a step's logits. It knows no
+text: it is told which tokens end an answer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ def asks_for_biases(sampling: SamplingParams) -> bool:
 
 
 class _Bias(NamedTuple):
-    """Tokens and what is added to them: `early` before the sequence has generated min_tokens, `late` from then on."""
+    """The biases of one sequence's tokens."""
 
     tokens: npt.NDArray[np.int64]
+    #: Added before the sequence has generated min_tokens.
     early: npt.NDArray[np.float32]
+    #: Added from then on.
     late: npt.NDArray[np.float32]
     min_tokens: int
 
@@ -40,7 +42,7 @@ class Biases:
         self._by_batch_slot: dict[int, _Bias] = {}
 
     def enter(self, batch_slot: int, sampling: SamplingParams, end_token_ids: Collection[int]) -> None:
-        """A sequence that asks takes the batch slot; the tokens of its logit_bias are of the vocabulary."""
+        """Gives the batch slot to a sequence that asks; the tokens of its logit_bias are of the vocabulary."""
         # A tokenizer may name end tokens that the model cannot write.
         ends = {each for each in (*end_token_ids, *(sampling.stop_token_ids or ())) if each < self._vocabulary}
         late = {**dict.fromkeys(ends, 0.0), **dict(sampling.logit_bias or ())}
@@ -53,13 +55,13 @@ class Biases:
         )
 
     def leave(self, batch_slot: int) -> None:
-        """The sequence that asked is gone, or found no room."""
+        """Frees the batch slot of a sequence that asked and is gone, or found no room."""
         self._by_batch_slot.pop(batch_slot, None)
 
     def add(self, scores: torch.Tensor, rows: _Places, batch_slots: _Places, generated: npt.NDArray[np.int64]) -> None:
         """Adds the biases in place to `rows` of the contiguous scores (all rows, vocabulary), one for each batch slot.
 
-        `generated` says how many tokens each of them has.
+        `generated`: the number of tokens that each of them has generated.
         """
         logits: list[npt.NDArray[np.int64]] = []
         values: list[npt.NDArray[np.float32]] = []

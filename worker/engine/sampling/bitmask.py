@@ -1,4 +1,4 @@
-"""A grammar's packed bitmask becomes -inf where it forbids a token. It knows no grammar."""
+"""Applies a grammar's packed bitmask: -inf for every token that it forbids. It knows no grammar."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Bitmask:
 
     def __init__(self, device: torch.device) -> None:
         bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-        #: What each byte of a mask adds to its eight logits. Looking bytes up takes a tenth of the time that shifting
-        #: and masking take on a CPU.
+        #: The values that each byte of a mask adds to its eight logits. On a CPU, looking bytes up takes a tenth of the
+        #: time of shifting and masking.
         self._added = torch.zeros(256, 8).masked_fill_(bits == 0, -torch.inf).to(device)
 
     def apply(self, scores: torch.Tensor, allowed: torch.Tensor, *, rows_at_once: int) -> None:

@@ -1,9 +1,9 @@
-"""Chance: the numbers that a sequence draws, and the token where the sum of the probabilities passes such a number.
+"""Random draws: the numbers of a sequence, and the token where the sum of the probabilities passes such a number.
 
-A number is a hash (SplitMix64) of seed, choice and position, computed on the host, and of nothing else: whatever runs
-beside a sequence, whether it was put back meanwhile, and on whichever device, its numbers stay the same. A generator
-would have to be carried along, and noise for every token of the vocabulary, as torch.multinomial draws it, takes four
-times as long on a CPU. It knows no options: what they exclude has the probability 0 when it comes here.
+A number is a hash (SplitMix64) of seed, choice and position, computed on the host, and of nothing else: it stays the
+same on every device, whatever runs beside the sequence, and after a preemption. A generator would have to be carried
+along, and noise for every token of the vocabulary, as torch.multinomial draws it, takes four times as long on a CPU.
+It knows no options: a token that they exclude has the probability 0 when it comes here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK_TOKENS = 512
 
 
 def key(seed: int | None, choice: int) -> int:
-    """What tells one sequence's numbers from another's: below SEEDS; a random one without a seed."""
+    """The key of one sequence's numbers, below SEEDS; a random one without a seed."""
     if seed is None:
         return secrets.randbits(64)
     state = _mixed(np.array([seed % SEEDS], dtype=np.uint64) + np.uint64(GOLDEN_GAMMA))

@@ -1,4 +1,4 @@
-"""What the model itself thinks of the tokens: their log probabilities before any option changes the logits."""
+"""Log probabilities of the model itself, before any option changes the logits."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-#: What is impossible has the logarithm -inf, for which JSON has no word; what is less likely than this is told as it.
+#: The least log probability that is reported: JSON has no word for the -inf of an impossible token.
 LEAST_LOGPROB = -9999.0
-#: As many alternatives are looked for at least, so that equal ones come in an order that no other row changes.
+#: The alternatives that are searched at least, so that equal ones come in an order that no other row changes.
 LEAST_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Of the rows of a step that ask, on the device; a row that asks for fewer alternatives takes the first ones.
+    """The float32 log probabilities of the n rows of a step that ask, on the device.
 
-    `places`: which rows these n are, in rising order. `chosen`: (n,) of the tokens that were chosen. `top_ids` and
-    `top`: (n, most that a row asks for), the likeliest first. All log probabilities are float32.
+    A row that asks for fewer alternatives than another takes the first ones.
     """
 
+    #: The places of these rows in the step, in rising order.
     places: tuple[int, ...]
+    #: Of the tokens that were chosen, (n,).
     chosen: torch.Tensor
+    #: The likeliest tokens, the likeliest first, (n, most that a row asks for).
     top_ids: torch.Tensor
+    #: Of these tokens, in the same shape.
     top: torch.Tensor
 
 
@@ -30,12 +33,12 @@ class RawLogprobs:
     """The distributions of some rows, taken before the options and asked once the tokens are chosen."""
 
     def __init__(self, logits: torch.Tensor, places: torch.Tensor) -> None:
-        """Takes float32 logits (all rows, vocabulary), and which rows count, (n,)."""
+        """Takes float32 logits (all rows, vocabulary), and the places of the rows that ask, (n,)."""
         self._places = places
         self._distributions = logits.index_select(0, places).log_softmax(dim=-1).clamp_(min=LEAST_LOGPROB)
 
     def of(self, tokens: torch.Tensor, places: tuple[int, ...], alternatives: int) -> Logprobs:
-        """Takes the tokens of all rows, (rows,), the rows that count, and the most alternatives that one asks for."""
+        """Takes the tokens of all rows, (rows,), the rows that ask, and the most alternatives that one asks for."""
         chosen = self._distributions.gather(1, tokens.index_select(0, self._places)[:, None])[:, 0]
         looked_for = min(max(alternatives, LEAST_ALTERNATIVES), self._distributions.shape[1]) if alternatives else 0
         top, ids = self._distributions.topk(looked_for)

@@ -1,8 +1,8 @@
-"""Which tokens may be drawn: top_k, top_p and min_p, each as the smallest probability that it keeps.
+"""The options top_k, top_p and min_p, each as the smallest probability that it keeps.
 
 Owns the search for that probability; equal probabilities are kept or excluded together. Nothing waits for the device:
-a GPU sorts whole rows, and so does a CPU where the vocabulary is small. Elsewhere a CPU sorts, row by row, only what
-can matter, which is a hundredth of a trained model's vocabulary. It knows no logits and no sequences.
+a GPU sorts whole rows, and so does a CPU where the vocabulary is small. Elsewhere a CPU sorts, row by row, only the
+tokens that can matter, a hundredth of a trained model's vocabulary. It knows no logits and no sequences.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 from batchmill.worker.devices.upload import upload
 
-#: Up to here a CPU sorts whole rows: it takes less time than one call of numpy for each row.
+#: The largest vocabulary of which a CPU sorts whole rows: it takes less time than one call of numpy for each row.
 SORTED_VOCABULARY = 2_048
 
 
 class Limits(NamedTuple):
-    """What each row asks, (rows,) each; 0, 1.0 and 0.0 ask for nothing, and top_k is below the vocabulary."""
+    """The options of all rows, (rows,) each; 0, 1.0 and 0.0 exclude nothing, and top_k is below the vocabulary."""
 
     top_k: npt.NDArray[np.int64]
     top_p: npt.NDArray[np.float64]
@@ -31,10 +31,10 @@ class Limits(NamedTuple):
 
 
 def restrict(probabilities: torch.Tensor, limits: Limits) -> None:
-    """Sets to 0, in place, what the rows' limits exclude of the probabilities (rows, vocabulary), of float32.
+    """Sets to 0, in place, the probabilities (rows, vocabulary), of float32, that the rows' limits exclude.
 
-    In the order of transformers: top_k, then of what is left top_p, up to the token that takes the sum to it, then
-    min_p of the largest. Each row keeps its likeliest token.
+    In the order of transformers: top_k, then top_p of the rest, up to the token that takes the sum to it, then min_p of
+    the largest. Each row keeps its likeliest token.
     """
     smallest: torch.Tensor | None = None
     ranked = np.flatnonzero((limits.top_k > 0) | (limits.top_p < 1.0))
@@ -53,18 +53,18 @@ def _ranked(probabilities: torch.Tensor, limits: Limits, rows: npt.NDArray[np.in
     """The smallest probabilities that top_k and top_p keep, (all rows, 1); 0 but for these rows."""
     count, vocabulary = probabilities.shape
     device = probabilities.device
-    asked = limits.of(rows)
+    row_limits = limits.of(rows)
     if device.type == "cpu" and vocabulary > SORTED_VOCABULARY:
         smallest = np.zeros((count, 1), dtype=np.float32)
         all_rows = probabilities.numpy()
-        for row, top_k, top_p in zip(rows, asked.top_k.tolist(), asked.top_p.tolist(), strict=True):
+        for row, top_k, top_p in zip(rows, row_limits.top_k.tolist(), row_limits.top_p.tolist(), strict=True):
             smallest[row] = _of_row(all_rows[row], top_k, top_p)
         return torch.from_numpy(smallest)
     if len(rows) == count:
-        return _of_sorted(_descending(probabilities), asked)
+        return _of_sorted(_descending(probabilities), row_limits)
     places = upload(rows, device)
-    found = _of_sorted(_descending(probabilities.index_select(0, places)), asked)
-    return torch.zeros(count, 1, device=device).index_copy_(0, places, found)
+    thresholds = _of_sorted(_descending(probabilities.index_select(0, places)), row_limits)
+    return torch.zeros(count, 1, device=device).index_copy_(0, places, thresholds)
 
 
 def _descending(probabilities: torch.Tensor) -> torch.Tensor:

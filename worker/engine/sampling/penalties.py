@@ -1,8 +1,8 @@
-"""Repetition, presence and frequency penalties: what a sequence has read and written changes its logits.
+"""Repetition, presence and frequency penalties: the tokens that a sequence has read and written change its logits.
 
-Owns, on the device, which tokens each asking sequence has had and how often it generated them, as a list of tokens
-and not as a count for every token of the vocabulary: a step reads and writes a few thousand logits of a row, of
-hundreds of thousands. Room for the lists is taken when a sequence first asks, and given back when none does.
+Owns, on the device, the tokens of each sequence that asks, with the number of times that it generated them: a list of
+tokens, and not a count for every token of the vocabulary, since a step reads and writes a few thousand logits of a row,
+of hundreds of thousands. Room for the lists is taken when a sequence first asks, and given back when none does.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Penalties:
         #: Places of each batch slot's list that hold a token; a token stands in several when it was generated
         #: repeatedly.
         self._lengths = np.zeros(batch_slots, dtype=np.int64)
-        #: (batch_slots, places) each. Every place of a token has the same count: how often it was generated.
+        #: (batch_slots, places) each. Every place of a token has the same count: the times that it was generated.
         self._tokens = torch.empty(batch_slots, 0, dtype=torch.int32, device=device)
         self._counts = torch.empty(batch_slots, 0, dtype=torch.float32, device=device)
 
     def enter(self, batch_slot: int, sampling: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
-        """A sequence that asks takes the batch slot."""
+        """Gives the batch slot to a sequence that asks."""
         self._held.add(batch_slot)
         self._factors[batch_slot] = _factors(sampling)
         # The prompt counts for the repetition penalty alone.
@@ -63,7 +63,7 @@ class Penalties:
         )
 
     def leave(self, batch_slot: int) -> None:
-        """The sequence that asked is gone, or found no room."""
+        """Frees the batch slot of a sequence that asked and is gone, or found no room."""
         self._held.discard(batch_slot)
         if not self._held:
             self._tokens, self._counts = self._tokens[:, :0].clone(), self._counts[:, :0].clone()
@@ -79,7 +79,7 @@ class Penalties:
         first = upload(rows[:, None] * scores.shape[1], self._device)
         logits = self._tokens.view(-1)[places] + first
         score = scores.view(-1)[logits]
-        # What no token was read or written for stands on a place that means nothing, and is left as it is.
+        # An empty list stands for a place that means nothing, whose logit is left as it is.
         known = np.where(self._lengths[batch_slots, None] > 0, self._factors[batch_slots], (1.0, 0.0, 0.0)).astype(
             np.float32
         )
@@ -92,7 +92,7 @@ class Penalties:
         scores.view(-1)[logits] = score
 
     def record(self, batch_slots: _Places, tokens: torch.Tensor) -> None:
-        """The sequences on `batch_slots` have generated these tokens, (len(batch_slots),)."""
+        """Notes that the sequences on `batch_slots` have generated these tokens, (len(batch_slots),)."""
         lengths = self._lengths[batch_slots]
         self._make_room(int(lengths.max()) + 1)
         places = self._places(batch_slots)
@@ -113,7 +113,7 @@ class Penalties:
         return torch.minimum(columns, upload(last[:, None], self._device)) + first
 
     def _make_room(self, length: int) -> None:
-        """Room for lists of this length, at least doubled when it grows."""
+        """Makes room for lists of this length, at least doubled when it grows."""
         room = self._tokens.shape[1]
         if length > room:
             more = max(length, 2 * room, LEAST_PLACES) - room

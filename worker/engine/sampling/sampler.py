@@ -1,14 +1,14 @@
 """The next token of every sequence that holds a batch slot, each by its own sampling parameters, all in one call.
 
-Owns who asks for what, how many tokens each has generated, and the order of the options: logprobs are taken, then
-logit_bias, min_tokens, the penalties, a grammar's mask, temperature, top_k, top_p, min_p, and the draw. What each
-option does lies in `biases`, `penalties`, `bitmask`, `nucleus` and `draws`; their meaning is that of transformers
-(`generation/logits_process.py`), and of OpenAI's API for the presence and frequency penalties. It knows no text, no
-request and no stopping.
+Owns the options of each sequence, the number of tokens that it has generated, and the order of the options: logprobs
+are taken, then logit_bias, min_tokens, the penalties, a grammar's mask, temperature, top_k, top_p, min_p, and the draw.
+The options themselves are in `biases`, `penalties`, `bitmask`, `nucleus` and `draws`; their meaning is that of
+transformers (`generation/logits_process.py`), and of OpenAI's API for the presence and frequency penalties. It knows
+no text, no request and no stopping.
 
 Each option works on the rows that ask for it and on no others, so all of them mix freely, and one that no row asks
 for costs nothing. A row's token depends on its own logits and sequence alone, bit for bit on a CPU: no row's
-arithmetic depends on which others there are. No call waits for the device.
+arithmetic depends on the others. No call waits for the device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Places = npt.NDArray[np.intp]
 
 
 class _Ask(IntEnum):
-    """What a sequence may ask for besides its largest logit."""
+    """The work that a sequence may ask for besides its largest logit."""
 
     BIASES = 0
     PENALTIES = 1
@@ -49,22 +49,22 @@ class _Ask(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of one call, (rows,) int64 on the device, and the logprobs of the rows that ask, None if none does.
+    """The result of one call."""
 
-    `sound`: (rows,) of bool, also there: the row's logits are numbers. One with a NaN or +inf, or with nothing finite,
-    has a token all the same, which means nothing.
-    """
-
+    #: (rows,) int64, on the device.
     tokens: torch.Tensor
+    #: (rows,) of bool, on the device: the row's logits are numbers. The token of another row, with a NaN or +inf or
+    #: nothing finite, means nothing.
     sound: torch.Tensor
+    #: The logprobs of the rows that ask, None if none does.
     logprobs: Logprobs | None
 
 
 class Sampler:
     """The state of at most `batch_slots` sequences, and their next tokens.
 
-    Seats are numbered from 0. Sequences come and go with `enter` and `leave`; `sample` takes any of those that are
-    there, in any order.
+    Batch slots are numbered from 0. Sequences come and go with `enter` and `leave`; `sample` takes any that are there,
+    in any order.
     """
 
     def __init__(self, *, batch_slots: int, vocabulary: int, device: torch.device) -> None:
@@ -86,7 +86,7 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether all sequences ask for their largest logits and nothing else."""
+        """True where all sequences ask for their largest logits and nothing else."""
         return not self._asking
 
     @torch.inference_mode()
@@ -100,18 +100,20 @@ class Sampler:
         end_token_ids: Collection[int] = (),
         choice: int = 0,
     ) -> None:
-        """A sequence takes a free batch slot.
+        """Gives a free batch slot to a sequence.
 
-        One that had a batch slot before comes with the tokens that it has generated, and goes on as if it had stayed;
-        only without a seed does it draw other numbers. `end_token_ids` are those that min_tokens holds back, with the
-        stop_token_ids; `choice` is which of its request's n choices it is, each with numbers of its own. All tokens of
-        prompt, answer and logit_bias are of the vocabulary.
+        A sequence that was preempted comes back with the tokens that it has generated, and goes on as if it had stayed;
+        only without a seed does it draw other numbers. All tokens of prompt, answer and logit_bias are of the
+        vocabulary.
+
+        `end_token_ids`: the tokens that min_tokens holds back, beside the stop_token_ids.
+        `choice`: its place among its request's n choices, each of which draws numbers of its own.
         """
         self._generated[batch_slot] = len(generated)
         biased, penalised = asks_for_biases(sampling), asks_for_penalties(sampling)
         drawn = (sampling.temperature or 0.0) >= GREEDY_BELOW
-        self._asks[:, batch_slot] = asked = (biased, penalised, drawn, bool(sampling.logprobs))
-        if any(asked):
+        self._asks[:, batch_slot] = asks = (biased, penalised, drawn, bool(sampling.logprobs))
+        if any(asks):
             self._asking.add(batch_slot)
         if biased:
             self._biases.enter(batch_slot, sampling, end_token_ids)
@@ -131,7 +133,7 @@ class Sampler:
 
     @torch.inference_mode()
     def leave(self, batch_slot: int) -> None:
-        """The batch slot's sequence goes, and nothing of it stays."""
+        """Frees the batch slot; nothing of its sequence stays."""
         if self._asks[_Ask.BIASES, batch_slot]:
             self._biases.leave(batch_slot)
         if self._asks[_Ask.PENALTIES, batch_slot]:
@@ -154,9 +156,9 @@ class Sampler:
         if self.greedy and allowed is None:
             return Sampled(tokens, sound, None)
         held = np.asarray(batch_slots, dtype=np.intp)
-        biased, penalised, drawn, told = (np.flatnonzero(each) for each in self._asks[:, held])
+        biased, penalised, drawn, with_logprobs = (np.flatnonzero(each) for each in self._asks[:, held])
         scores = logits.float().contiguous()
-        raw = RawLogprobs(scores, upload(told, self._device)) if len(told) else None
+        raw = RawLogprobs(scores, upload(with_logprobs, self._device)) if len(with_logprobs) else None
         if len(biased):
             self._biases.add(scores, biased, held[biased], self._generated[held[biased]])
         if len(penalised):
@@ -173,10 +175,11 @@ class Sampler:
         self._generated[held] += 1
         if raw is None:
             return Sampled(tokens, sound, None)
-        return Sampled(tokens, sound, raw.of(tokens, tuple(told.tolist()), int(self._alternatives[held[told]].max())))
+        alternatives = int(self._alternatives[held[with_logprobs]].max())
+        return Sampled(tokens, sound, raw.of(tokens, tuple(with_logprobs.tolist()), alternatives))
 
     def _draw(self, scores: torch.Tensor, tokens: torch.Tensor, rows: _Places, batch_slots: _Places) -> None:
-        """Puts what these rows draw from their scores (all rows, vocabulary) among the tokens, (all rows,)."""
+        """Draws the tokens of these rows from `scores`, (all rows, vocabulary), into `tokens`, (all rows,)."""
         places = upload(rows, self._device)
         temperatures = upload(self._temperatures[batch_slots, None], self._device)
         probabilities = scores.index_select(0, places).div_(temperatures).softmax(dim=-1)
@@ -186,7 +189,7 @@ class Sampler:
 
 
 def _sound(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Whether each row has numbers alone, (rows,): a NaN counts as the largest, so the largest says it of all."""
+    """True for each row of numbers alone, (rows,): a NaN counts as the largest, so the largest tells of all."""
     return logits.gather(1, largest[:, None])[:, 0].isfinite()
 
 

@@ -1,7 +1,7 @@
-"""Tokens become text and bytes: a whole answer, what each of its tokens adds to it, and one token alone.
+"""Decodes tokens into text and bytes: a whole answer, the part that each of its tokens adds, and one token alone.
 
-Owns what tokenizers have in common there: their bytes are those of UTF-8, by ByteLevel's letters or by tokens such as
-`<0xF0>`, or else they have whole characters alone. It knows no request.
+Owns the ways in which tokenizers hold bytes: those of UTF-8, by ByteLevel's letters or by tokens such as `<0xF0>`, or
+else whole characters alone. It knows no request.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-#: So many tokens before a token decide what it reads like.
+#: Tokens before a token that decide how it reads.
 CONTEXT_TOKENS = 5
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTES_OF_LETTERS = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Decoding:
-    """One tokenizer, from tokens to text. Special tokens say nothing."""
+    """Decodes the tokens of one tokenizer. Special tokens have no text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -37,13 +37,13 @@ class Decoding:
         self._anchor: int | None = None
 
     def text(self, tokens: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """What these tokens say after others."""
+        """The text of these tokens after others."""
         before = self._decode(after) if after else ""
         together = self._decode([*after, *tokens])
         return together[len(before) :] if together.startswith(before) else self._decode(tokens)
 
     def text_with(self, kept: Collection[int], tokens: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """The same with these special tokens by name, if there are some."""
+        """The text of these tokens, with the special tokens `kept` by name."""
         text, begin = "", 0
         for place in [place for place, token in enumerate(tokens) if token in kept]:
             text += self.text(tokens[begin:place], after=after) + (self._piece(tokens[place]) or "")
@@ -51,14 +51,14 @@ class Decoding:
         return text + self.text(tokens[begin:], after=after)
 
     def parts(self, tokens: Sequence[int], *, after: Sequence[int]) -> list[tuple[str, bytes]]:
-        """What each of these tokens adds to their text, and its bytes; the parts of a text are the text.
+        """The part of the text that each of these tokens adds, and its bytes; the parts together are the text.
 
-        A character of several tokens is the last one's.
+        A character of several tokens belongs to the last one.
         """
         text = self.text(tokens, after=after)
         known = [self.bytes_of(token) if token not in self._special else b"" for token in tokens]
         if (joined := b"".join(known).decode(errors="replace")) != text and joined == f" {text}":
-            # Where nothing stands before it, such a tokenizer leaves out the space that begins a word.
+            # Such a tokenizer leaves out the space that begins a word at the beginning of a text.
             first = next(place for place, each in enumerate(known) if each)
             known[first] = known[first][1:]
             joined = text
@@ -68,7 +68,7 @@ class Decoding:
         return [(part, part.encode()) for part in self._by_contexts(list(contexts), len(after))]
 
     def bytes_of(self, token: int) -> bytes:
-        """What this token adds after other text, as bytes; of a special one, its name."""
+        """The bytes that this token adds after other text; of a special one, its name."""
         known = self._known.get(token)
         if known is None:
             known = self._known[token] = self._bytes_of(token)
@@ -82,12 +82,12 @@ class Decoding:
             return bytes.fromhex(byte[1])
         if self._has_byte_letters:
             letters = [_BYTES_OF_LETTERS.get(letter) for letter in piece]
-            # What is no word of such letters was added as it reads.
+            # A token with other letters was added to the vocabulary as it reads.
             return piece.encode() if None in letters else bytes(each for each in letters if each is not None)
         return self.text([token], after=self._before()).encode()
 
     def name(self, token: int) -> str:
-        """What this token reads like, wherever it stands; what is no text is named by its bytes."""
+        """The text of this token, wherever it stands; a token that is no text is named by its bytes."""
         known = self.bytes_of(token)
         try:
             return known.decode()
@@ -95,7 +95,7 @@ class Decoding:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
     def spelling(self, token: int) -> str:
-        """What the vocabulary calls this token, which it calls no other."""
+        """The vocabulary's name of this token, which no other has."""
         return self._piece(token) or f"token_id:{token}"
 
     def _piece(self, token: int) -> str | None:
@@ -121,7 +121,7 @@ class Decoding:
         return text
 
     def _decode_with_broken(self, tokens: Sequence[int]) -> str:
-        """The text of byte tokens of which some are no character; the library would give all beside them up."""
+        """The text of byte tokens of which some are no character; the library would give up all beside them."""
         pieces: list[str] = []
         run = bytearray()
         for token in [each for each in tokens if each not in self._special]:
@@ -143,7 +143,7 @@ def _byte_pieces(run: bytearray) -> Iterator[str]:
 
 
 def _characters(parts: Sequence[bytes]) -> Iterator[str]:
-    """What each part adds to the text of them all."""
+    """The characters that each part adds to the text of them all."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     last = max((place for place, each in enumerate(parts) if each), default=-1)
     for place, each in enumerate(parts):

@@ -1,4 +1,4 @@
-"""When each row of a micro-batch ends: at an end token, a stop string, its own max_tokens, or without numbers.
+"""The end of each row of a micro-batch: at an end token, a stop string, its own max_tokens, or without numbers.
 
 Owns the ends of rows and their token counts. It knows no sampling and no queue, and chooses no token.
 """
@@ -52,7 +52,7 @@ class RowStopping:
         }
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        """Takes the tokens so far (rows, width + generated); says which rows need no more, (rows,) of bool."""
+        """Takes the tokens so far (rows, width + generated). Returns the rows that need no more, (rows,) of bool."""
         generated = input_ids.shape[1] - self._width
         newest = input_ids[:, -1]
         ended = torch.isin(newest, self._end_token_ids) & self._ends_normally | (self._max_tokens <= generated)
@@ -77,7 +77,7 @@ class RowStopping:
 
 
 class StopWatch:
-    """Looks for the stop strings of one row in what it has written, once it has its min_tokens."""
+    """Looks for the stop strings of one row in its text, once it has its min_tokens."""
 
     def __init__(self, prompt: Prompt, tokenization: Tokenization) -> None:
         self._prompt, self._tokenization = prompt, tokenization
@@ -86,7 +86,7 @@ class StopWatch:
         self._newest = max((len(each.encode()) for each in prompt.stop), default=0) + MARGIN_TOKENS
 
     def ended_by(self, token: int) -> bool:
-        """Whether the answer ends with this next token."""
+        """Takes the next token. Returns True where the answer ends with it."""
         self._tokens.append(token)
         if len(self._tokens) < self._earliest:
             return False
@@ -95,7 +95,7 @@ class StopWatch:
         newest = self._tokenization.decoding.text(self._tokens[-self._newest :])
         if not any(stop in newest for stop in self._prompt.stop):
             return False
-        # What the newest tokens seem to say may read otherwise in the whole answer, which is what counts.
+        # The newest tokens may read otherwise in the whole answer, which is what counts.
         answer = self._tokens[len(self._prompt.tail) :]
         text = self._tokenization.decoding.text(answer, after=self._prompt.tail)
         return self._tokenization.stop_place(self._prompt, answer, text) is not None

@@ -1,7 +1,7 @@
-"""Between text and tokens: a GenerationRequest becomes a Prompt, and the tokens that answer it become a Choice.
+"""Turns a GenerationRequest into a Prompt, and the tokens that answer it into a Choice.
 
-Owns special tokens, the model's context, stop strings and the end of an answer. It knows no device and no batch; what
-it refuses, it refuses for one request alone.
+Owns special tokens, the model's context, stop strings and the end of an answer. It knows no device and no batch; a
+refusal is of one request alone.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request as the device sees it.
-
-    `max_tokens` is shortened to what the context leaves. `tail`: the tokens that its answer continues as text.
-    `end_token_ids` are the model's, unless they are to be ignored, those of its stop strings that are special tokens,
-    and its `stop_token_ids`; `stop` are the other stop strings. `adapter`: the name of the one that answers it.
-    `tools`: the names of those that its answer may call.
-    """
+    """A request as the device sees it."""
 
     tokens: Sequence[int]
+    #: The request's own, shortened to the rest of the context.
     max_tokens: int
     sampling: SamplingParams
+    #: The tokens that its answer continues as text.
     tail: Sequence[int]
+    #: The model's, unless they are to be ignored, its stop strings that are special tokens, and its `stop_token_ids`.
     end_token_ids: frozenset[int]
+    #: The other stop strings.
     stop: tuple[str, ...]
+    #: The name of the adapter that answers it.
     adapter: str | None = None
+    #: The names of the tools that its answer may call.
     tools: frozenset[str] = frozenset()
 
 
 class Tokenization:
     """One tokenizer with the limits of its model.
 
-    `vocabulary`: how many tokens the model has embeddings for. `context_tokens`: how many tokens prompt and answer
-    may have together, None for no limit. `end_token_ids`: the tokens that end every answer.
+    `vocabulary`: the number of tokens that the model has embeddings for.
+    `context_tokens`: the most tokens of prompt and answer together, None for no limit.
+    `end_token_ids`: the tokens that end every answer.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Tokenization:
         )
 
     def prompt(self, request: GenerationRequest) -> Prompt:
-        """The prompt of a request whose sampling has max_tokens set. Raises Refused."""
+        """Makes the prompt of a request whose sampling has max_tokens set. Raises Refused."""
         if request.messages is not None:
             tokens, tail = self._tokens(self._chat.rendered(request), special=False), []
         else:
@@ -103,23 +104,23 @@ class Tokenization:
         )
 
     def choice(self, prompt: Prompt, tokens: Sequence[int], *, named: str, complete: bool = False) -> Choice:
-        """The answer that these generated tokens are, cut before its first stop string, with the calls in it.
+        """Makes the answer of these generated tokens, cut before its first stop string, with the calls in it.
 
-        `named`: what no other answer is called. `complete`: it ended because nothing could follow.
+        `named`: a name that no other answer has. `complete`: it ended because nothing could follow.
         """
         ended = tokens[-1] in prompt.end_token_ids
-        said = tokens[:-1] if ended else tokens
-        text = self.decoding.text(said, after=prompt.tail)
+        answer = tokens[:-1] if ended else tokens
+        text = self.decoding.text(answer, after=prompt.tail)
         stop = self.stop_place(prompt, tokens, text)
         choice = Choice(text[:stop], "stop" if ended or complete or stop is not None else "length")
         if not prompt.tools or not self._calls.known:
             return choice
-        marked = self.decoding.text_with(self._call_marks, said, after=prompt.tail)
+        marked = self.decoding.text_with(self._call_marks, answer, after=prompt.tail)
         called = self._calls.of(marked[: self.stop_place(prompt, tokens, marked)], prompt.tools, named=named)
         return replace(choice, tool_calls=called.calls, content=called.content) if called else choice
 
     def stop_place(self, prompt: Prompt, tokens: Sequence[int], text: str) -> int | None:
-        """Where in this text of these tokens the first stop string begins that is not within its min_tokens."""
+        """Finds the first stop string that begins beyond the min_tokens, in this text of these tokens."""
         fewest = prompt.sampling.min_tokens or 0
         begin = len(self.decoding.text(tokens[:fewest], after=prompt.tail)) if fewest and prompt.stop else 0
         places = [place for place in (text.find(stop, begin) for stop in prompt.stop) if place >= 0]

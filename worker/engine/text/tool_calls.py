@@ -1,8 +1,8 @@
 """The calls of tools within an answer, in OpenAI's form, for the ways of writing them that are known.
 
 Owns three ways, each told by the text of the model's chat template: `<tool_call>{json}</tool_call>` (Hermes, Qwen),
-`[TOOL_CALLS]` before JSON (Mistral), and `{"name": ..., "parameters": ...}` alone (Llama 3.1). What is not well formed
-stays text.
+`[TOOL_CALLS]` before JSON (Mistral), and `{"name": ..., "parameters": ...}` alone (Llama 3.1). A call that is not well
+formed stays text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-#: A call's id has so many letters and digits: some templates take no other.
+#: Letters and digits of a call's id: some templates take no other length.
 ID_LENGTH = 9
 _TAG, _END_TAG = "<tool_call>", "</tool_call>"
 _MARK, _ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
@@ -22,22 +22,22 @@ _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\w+)?\[ARGS\]")
 
 
 #: Functions with their arguments, and the text beside them.
-_Found = tuple[list[tuple[str, Any]], str]
+_Parsed = tuple[list[tuple[str, Any]], str]
 
 
 class Called(NamedTuple):
-    """What an answer calls, and what is left of its text, None for nothing."""
+    """The calls of an answer, and the rest of its text, None for nothing."""
 
     calls: list[dict[str, Any]]
     content: str | None
 
 
 class Calls:
-    """How a model with this chat template calls tools; `marks`: what it writes that may be special tokens."""
+    """The way in which a model with this chat template calls tools; `marks`: its signs that may be special tokens."""
 
     def __init__(self, template: object) -> None:
         written = str(template or "")
-        self._read: Callable[[str, Collection[str]], _Found] | None = None
+        self._read: Callable[[str, Collection[str]], _Parsed] | None = None
         if _MARK in written:
             self._read = _marked
         elif _TAG in written and _END_TAG in written:
@@ -48,7 +48,7 @@ class Calls:
 
     @property
     def known(self) -> bool:
-        """Whether calls can be told from text at all."""
+        """True where calls can be told from text at all."""
         return self._read is not None
 
     def of(self, text: str, tools: Collection[str], *, named: str) -> Called | None:
@@ -56,51 +56,51 @@ class Calls:
         if self._read is None:
             return None
         try:
-            found, rest = self._read(text, tools)
-            calls = [_call(each, f"{named}/{number}") for number, each in enumerate(found)]
+            functions, rest = self._read(text, tools)
+            calls = [_call(function, f"{named}/{number}") for number, function in enumerate(functions)]
         except (ValueError, RecursionError):
             return None
         return Called(calls, rest.strip() or None) if calls else None
 
 
-def _tagged(text: str, _: Collection[str]) -> _Found:
-    found, rest = [], ""
+def _tagged(text: str, _: Collection[str]) -> _Parsed:
+    functions, rest = [], ""
     before, tag, text = text.partition(_TAG)
     while tag:
         value, text = _json(text)
         after, end, text = text.partition(_END_TAG)
-        found.append(_function(value, "arguments"))
+        functions.append(_function(value, "arguments"))
         if not end or after.strip():
             raise ValueError("no end of a call")
         rest += before
         before, tag, text = text.partition(_TAG)
-    return found, rest + before
+    return functions, rest + before
 
 
-def _marked(text: str, _: Collection[str]) -> _Found:
+def _marked(text: str, _: Collection[str]) -> _Parsed:
     rest, *parts = text.split(_MARK)
-    found: list[tuple[str, Any]] = []
+    functions: list[tuple[str, Any]] = []
     for part in parts:
         named = _NAMED.match(part)
         value, after = _json(part[named.end() :] if named else part)
         if after.strip():
             raise ValueError("text behind a call")
-        found += [(named[1], value)] if named else [_function(each, "arguments") for each in _listed(value)]
-    return found, rest
+        functions += [(named[1], value)] if named else [_function(each, "arguments") for each in _listed(value)]
+    return functions, rest
 
 
-def _alone(text: str, tools: Collection[str]) -> _Found:
-    found, rest = [], text.strip().removeprefix(_PYTHON_TAG)
+def _alone(text: str, tools: Collection[str]) -> _Parsed:
+    functions, rest = [], text.strip().removeprefix(_PYTHON_TAG)
     if not rest.startswith("{"):
         return [], text
     while rest:
         value, rest = _json(rest)
-        found.append(_function(value, "parameters"))
+        functions.append(_function(value, "parameters"))
         rest = rest.strip()
-        if found[-1][0] not in tools or (rest and not rest.startswith(";")):
+        if functions[-1][0] not in tools or (rest and not rest.startswith(";")):
             raise ValueError("JSON that calls no tool")
         rest = rest.removeprefix(";").strip()
-    return found, ""
+    return functions, ""
 
 
 def _listed(value: Any) -> list[Any]:
@@ -114,7 +114,7 @@ def _function(value: Any, arguments: str) -> tuple[str, Any]:
 
 
 def _json(text: str) -> tuple[Any, str]:
-    """The JSON value at the beginning of a text, and what follows it."""
+    """Splits a text into the JSON value at its beginning, and the rest."""
     stripped = text.lstrip()
     value, end = json.JSONDecoder(parse_constant=_refuse).raw_decode(stripped)
     return value, stripped[end:]

@@ -1,4 +1,4 @@
-"""LoRA adapters beside a loaded model: what their folders may ask for, and their low-rank weights on its devices.
+"""LoRA adapters beside a loaded model: the options of their folders, and their low-rank weights on its devices.
 
-Which rows of a batch use which adapter is the engines' matter.
+The engines assign rows of a batch to adapters.
 """

@@ -1,4 +1,4 @@
-"""Adapters are put beside a loaded model: peft says which layers one changes, and its file what it adds to them.
+"""Puts adapters beside a loaded model: peft names the layers that one changes, and its file holds their weights.
 
 peft works on a copy of the model without weights, so that the model itself, quantized and laid out as it is, stays
 as it was loaded. Every tensor of the file is accounted for; whatever goes wrong becomes one ModelError.
@@ -31,32 +31,32 @@ from batchmill.worker.models.source import find_adapter
 from batchmill.worker.models.vetting import ADAPTER_WEIGHTS, Refusal, vet_adapter
 
 log = get_logger(__name__)
-#: What peft writes in front of a module's name.
+#: The prefix that peft writes in front of a module's name.
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
 
 
 def with_adapters(loaded: LoadedModel, adapters: Sequence[Adapter], *, digests: Digests | None = None) -> LoadedModel:
-    """The same model with these adapters beside it. Raises ModelError, which names the one and says what to do.
+    """Puts these adapters beside a model. Raises ModelError, which names the adapter and says what to do.
 
-    `digests`: those that are known of their files.
+    `digests`: the digests that are known of their files.
     """
-    found = []
-    for each in adapters:
+    loaded_adapters = []
+    for adapter in adapters:
         started = monotonic()
         try:
-            found.append(_load(each, loaded.model, digests or Digests()))
+            loaded_adapters.append(_load(adapter, loaded.model, digests or Digests()))
         except ModelError:
             raise
         except Refusal as error:
-            raise ModelError(f"cannot load the adapter {each}: {error}") from None
+            raise ModelError(f"cannot load the adapter {adapter}: {error}") from None
         except Exception as error:
             # The gateway of peft, safetensors and the Hub, whose errors have nothing in common.
-            raise ModelError(f"cannot load the adapter {each}: {reason(error)}") from error
+            raise ModelError(f"cannot load the adapter {adapter}: {reason(error)}") from error
         seconds = round(monotonic() - started, 3)
-        log.info("adapter loaded", name=each.name, layers=len(found[-1].layers), load_seconds=seconds)
-    weights_bytes = loaded.weights_bytes + sum(each.nbytes for each in found)
-    return replace(loaded, adapters=tuple(found), weights_bytes=weights_bytes)
+        log.info("adapter loaded", name=adapter.name, layers=len(loaded_adapters[-1].layers), load_seconds=seconds)
+    weights_bytes = loaded.weights_bytes + sum(each.nbytes for each in loaded_adapters)
+    return replace(loaded, adapters=tuple(loaded_adapters), weights_bytes=weights_bytes)
 
 
 def _load(adapter: Adapter, model: PreTrainedModel, digests: Digests) -> LoadedAdapter:
@@ -74,7 +74,7 @@ def _load(adapter: Adapter, model: PreTrainedModel, digests: Digests) -> LoadedA
 
 
 class _OtherBase(Exception):
-    """What shows that adapter and model do not belong together."""
+    """A sign that adapter and model do not belong together."""
 
 
 def _injected(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,13 +95,13 @@ def _injected(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, A
 
 
 def _layers(injected: Mapping[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, LowRank]:
-    """What the file adds to each of these layers, on the layer's device. Raises Refusal and _OtherBase."""
+    """Makes the low-rank weights of each of these layers, on the layer's device. Raises Refusal and _OtherBase."""
     left = dict(tensors)
-    found = {name: _low_rank(name, layer, left, model.get_submodule(name)) for name, layer in injected.items()}
+    layers = {name: _low_rank(name, layer, left, model.get_submodule(name)) for name, layer in injected.items()}
     for key, tensor in left.items():
         if not _is_the_models_own(key, tensor, model):
             raise _OtherBase(f"its weights hold {key[:200]}, which is no part of what it changes in this model")
-    return found
+    return layers
 
 
 def _low_rank(name: str, layer: Any, left: dict[str, Tensor], real: nn.Module) -> LowRank:
@@ -137,14 +137,14 @@ def _taken(left: dict[str, Tensor], key: str) -> Tensor:
 
 
 def _device(layer: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate's hook knows it of a layer whose weights are kept elsewhere."""
+    """The device that a layer computes on: accelerate's hook knows it for a layer whose weights are kept elsewhere."""
     hook: Any = getattr(layer, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return next(layer.parameters()).device if device is None else torch.device(device)
 
 
 def _is_the_models_own(key: str, tensor: Tensor, model: PreTrainedModel) -> bool:
-    """Whether this is an embedding of the base, unchanged: peft saves those beside an adapter that targets one."""
+    """True for an unchanged embedding of the base: peft saves those beside an adapter that targets one."""
     name = key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
     own: Any = dict(model.named_modules()).get(name)
     if own is None or own not in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -1,4 +1,4 @@
-"""What an adapter is once it is loaded: for each layer that it changes, two small matrices and a scale.
+"""A loaded adapter: for each layer that it changes, two small matrices and a scale.
 
 Owns the product of one layer. It knows no model, no file and no batch.
 """
@@ -17,16 +17,16 @@ from batchmill.jobs.models.identity import Content
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What one adapter adds to one layer. All tensors are float32, whatever the model computes in, as in peft.
+    """One adapter's part of one layer. All tensors are float32, whatever the model computes in, as in peft."""
 
-    `down`: (rank, inputs), `up`: (outputs, rank), `bias`: (outputs,) or None. For an embedding, whose inputs are token
-    ids, `embeds` is true and `down` holds a column a token.
-    """
-
+    #: (rank, inputs); for an embedding, a column a token.
     down: Tensor
+    #: (outputs, rank).
     up: Tensor
+    #: (outputs,) or None.
     bias: Tensor | None
     scale: float
+    #: True for an embedding, whose inputs are token ids.
     embeds: bool = False
 
     @property
@@ -34,7 +34,7 @@ class LowRank:
         return sum(each.nbytes for each in (self.down, self.up, self.bias) if each is not None)
 
     def delta(self, inputs: Tensor) -> Tensor:
-        """What is added to the layer's outputs: [tokens, inputs] (for an embedding [tokens]) -> [tokens, outputs]."""
+        """The product for a layer's outputs: [tokens, inputs] (for an embedding [tokens]) -> [tokens, outputs]."""
         if self.embeds:
             return functional.linear(functional.embedding(inputs, self.down.t()), self.up) * self.scale
         narrow = functional.linear(inputs.to(self.down.device, self.down.dtype), self.down)
@@ -43,13 +43,12 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter on the model's devices. `layers`: what it adds, by the name of the module that it changes.
-
-    `content`: what it was read from.
-    """
+    """An adapter on the model's devices."""
 
     adapter: Adapter
+    #: The files that it was read from.
     content: Content
+    #: Its low-rank weights, by the name of the module that they change.
     layers: Mapping[str, LowRank]
 
     @property

@@ -1,7 +1,7 @@
-"""What an adapter's configuration asks for: what of it is served, what changes no answer, and what is refused.
+"""The keys of an adapter's configuration: those that are served, those that change no answer, and those refused.
 
-A key that is not known here is refused unless it is empty, so that nothing an adapter was trained with is dropped
-silently. This module knows the names of peft's LoraConfig, and loads nothing.
+An unknown key is refused unless it is empty, so that nothing an adapter was trained with is dropped silently. This
+module knows the names of peft's LoraConfig, and loads nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from batchmill.worker.models.vetting import Refusal
 
-#: What says which layers are changed, and how their products are scaled.
+#: Keys that name the layers to change, and the scale of their products.
 _SERVED = frozenset(
     {
         "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
         "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias",
     }
 )  # fmt: skip
-#: What matters while training, is told otherwise here, or belongs to a key that is refused by itself.
+#: Keys that matter while training, that are known here from elsewhere, or that belong to a key that is itself refused.
 _WITHOUT_EFFECT = frozenset(
     {
         "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
@@ -26,7 +26,7 @@ _WITHOUT_EFFECT = frozenset(
         "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
     }
 )  # fmt: skip
-#: Beginnings of training that leave the base model's weights as they are.
+#: Values of init_lora_weights that leave the base model's weights as they are.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 _MERGE = "merge it into its base with peft's merge_and_unload, and serve the result as a model"
 _EXPLAINED = {
@@ -39,7 +39,7 @@ _EXPLAINED = {
 
 
 def lora_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What peft's LoraConfig takes of an adapter's configuration. Raises Refusal for what cannot be served rightly."""
+    """Returns the arguments of peft's LoraConfig. Raises Refusal for a configuration that cannot be served rightly."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise Refusal(f"its adapter_config.json has peft_type {str(kind)[:50]!r}, and only LORA is served")

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: which files a model needs, how they come, and why they do not."""
+"""The Hugging Face Hub: the files that a model needs, their download, and its errors."""

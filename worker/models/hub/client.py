@@ -1,7 +1,7 @@
-"""The Hugging Face Hub and its cache on this machine: what a repository holds, and bringing files of it here.
+"""The Hugging Face Hub and its cache on this machine: listings of repositories, and downloads of their files.
 
-Owns every request to the Hub, how long one waits, and the order of writing: a branch's name is written down when all
-that was asked for is here, so that a fetch that broke off leaves what was there before. The files' layout is
+Owns every request to the Hub, its timeout, and the order of writing: a branch's name is written down when all of its
+files are here, so that a fetch that broke off leaves the files that were there before. The files' layout is
 huggingface_hub's. It does not know which files a model needs.
 """
 
@@ -42,49 +42,54 @@ _HEADERS_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a repository: its bytes, and the name that its content has in the cache."""
+    """A file of a repository."""
 
     bytes: int
+    #: The name of its content in the cache.
     blob: str
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a repository holds at one commit; `files` by name, with the folders in it."""
+    """The files of a repository at one commit."""
 
     name: str
+    #: The revision that was asked for, None for the default branch.
     revision: str | None
     commit: str
+    #: By name, with the folders in it.
     files: Mapping[str, RemoteFile]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One tensor as a safetensors header tells of it: `dtype` such as BF16, and its bytes in the file."""
+    """One tensor as a safetensors header describes it."""
 
+    #: Such as BF16.
     dtype: str
     shape: tuple[int, ...]
+    #: Its bytes in the file.
     bytes: int
 
 
 def look_up(name: str, revision: str | None) -> Listing:
-    """What the Hub holds of a repository now: one request, answered within HF_HUB_ETAG_TIMEOUT (10 s by default).
+    """Lists a repository of the Hub as it is now: one request, answered within HF_HUB_ETAG_TIMEOUT (10 s by default).
 
-    Raises ModelError, of which HubUnreachable where nobody answered.
+    Raises ModelError, as HubUnreachable where nobody answered.
     """
     _quiet()
     with translated(name, revision):
         # Its default is to wait for ever.
-        told = HfApi().model_info(
+        info = HfApi().model_info(
             name, revision=revision, timeout=float(constants.HF_HUB_ETAG_TIMEOUT), files_metadata=True
         )
     files = {
         each.rfilename: RemoteFile(each.size or 0, (each.lfs.sha256 if each.lfs else each.blob_id) or "")
-        for each in told.siblings or ()
+        for each in info.siblings or ()
     }
-    if told.sha is None:
+    if info.sha is None:
         raise ModelError(f"cannot fetch {name}: what answers at the Hub's address names no commit; check HF_ENDPOINT")
-    return Listing(name, revision, told.sha, files)
+    return Listing(name, revision, info.sha, files)
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
@@ -99,22 +104,23 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
 
 
 def lacking(listing: Listing, names: Iterable[str]) -> list[str]:
-    """Those of these files that are not in the cache, or not whole."""
+    """Returns the names of files that are not in the cache, or not whole."""
 
     def is_here(name: str) -> bool:
-        found = try_to_load_from_cache(listing.name, name, revision=listing.commit)
+        path = try_to_load_from_cache(listing.name, name, revision=listing.commit)
         # A mirror of the Hub may tell no sizes, which read as 0.
-        told_bytes = listing.files[name].bytes
-        return isinstance(found, str) and (not told_bytes or Path(found).stat().st_size == told_bytes)
+        listed_bytes = listing.files[name].bytes
+        return isinstance(path, str) and (not listed_bytes or Path(path).stat().st_size == listed_bytes)
 
     return [name for name in names if not is_here(name)]
 
 
 def fetch(listing: Listing, names: Iterable[str]) -> Path:
-    """Brings these files into the cache where they lack, one after the other, and returns their folder.
+    """Brings the missing ones of these files into the cache, one after the other, and returns their folder.
 
     A connection that breaks is taken up where it broke; a file that is whole is never fetched again. One at a time
-    and in this thread, so that Ctrl-C ends it at once. Raises ModelError, before anything where the disk is too small.
+    and in this thread, so that Ctrl-C ends it at once. Raises ModelError, before any download where the disk is too
+    small.
     """
     _quiet()
     folder = _repository(listing.name) / "snapshots" / listing.commit
@@ -128,7 +134,7 @@ def fetch(listing: Listing, names: Iterable[str]) -> Path:
     with translated(listing.name, listing.revision):
         _remove_abandoned(_repository(listing.name) / "blobs")
         for name in missing:
-            # What is here and not whole is replaced; without this it would be taken as it is.
+            # A file that is here and not whole is replaced; without this it would be taken as it is.
             broken = (folder / name).exists()
             with telling(f"the file {name} of {listing.name}", holder=locked_by, is_certain=False):
                 hf_hub_download(listing.name, name, revision=listing.commit, force_download=broken)
@@ -136,7 +142,7 @@ def fetch(listing: Listing, names: Iterable[str]) -> Path:
 
 
 def remember(listing: Listing) -> None:
-    """Writes down which commit this revision is, so that it is found without a network. Last, when all is here."""
+    """Writes down the commit of this revision, so that it is found without a network. Called last, when all is here."""
     written = listing.revision or constants.DEFAULT_REVISION
     file = _repository(listing.name) / "refs" / written
     if written == listing.commit or (file.is_file() and file.read_text() == listing.commit):
@@ -149,18 +155,17 @@ def remember(listing: Listing) -> None:
 
 
 def remote_headers(listing: Listing, names: Iterable[str]) -> dict[str, TensorHeader]:
-    """The tensors of these safetensors files, of which the headers alone are fetched. Raises ModelError."""
+    """Fetches the headers of these safetensors files, and nothing else of them. Raises ModelError."""
 
     def read(name: str) -> dict[str, TensorHeader]:
-        found = parse_safetensors_file_metadata(listing.name, name, revision=listing.commit)
-        return _headers(found.tensors)
+        return _headers(parse_safetensors_file_metadata(listing.name, name, revision=listing.commit).tensors)
 
     with translated(listing.name, listing.revision), ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        return {tensor: header for found in pool.map(read, names) for tensor, header in found.items()}
+        return {tensor: header for headers in pool.map(read, names) for tensor, header in headers.items()}
 
 
 def local_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
-    """The tensors of these safetensors files. Raises ModelError."""
+    """Reads the headers of these safetensors files. Raises ModelError."""
     tensors: dict[str, TensorHeader] = {}
     for file in files:
         try:
@@ -178,12 +183,12 @@ def _headers(tensors: Mapping[str, Any]) -> dict[str, TensorHeader]:
 
 
 def _quiet() -> None:
-    """What huggingface_hub has to say is said by hub_reasons; its warnings name addresses that grant access."""
+    """Silences huggingface_hub: `errors` explains its errors, and its warnings name addresses that grant access."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _repository(name: str) -> Path:
-    """Where the cache keeps a repository: `blobs`, `snapshots` that link to them, and `refs`."""
+    """The folder of a repository in the cache: `blobs`, `snapshots` that link to them, and `refs`."""
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
 
 
@@ -202,7 +207,7 @@ def _refuse_small_disk(listing: Listing, missing: list[str]) -> None:
 
 
 def _remove_abandoned(blobs: Path) -> None:
-    """Removes what processes left that died while they fetched: no later one takes it up."""
+    """Removes the unfinished files of processes that died while they fetched: no later one takes them up."""
     for file in blobs.glob("*.incomplete"):
         if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
             file.unlink(missing_ok=True)

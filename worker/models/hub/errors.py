@@ -1,4 +1,4 @@
-"""Why the Hugging Face Hub did not give something, in one line that says what to run: huggingface_hub's errors, ours.
+"""Turns errors of huggingface_hub into ModelErrors of one line, with the command that helps.
 
 Nothing that a server or a library wrote goes into such a line, except the name of an error: a token could be in it.
 """
@@ -23,7 +23,7 @@ _TOO_MANY, _FORBIDDEN, _UNAUTHORIZED = 429, 403, 401
 
 
 class HubUnreachable(ModelError):
-    """No answer of the Hub's: no network, HF_HUB_OFFLINE, or a Hub that is down. What is in the cache still serves."""
+    """The Hub gave no answer: no network, HF_HUB_OFFLINE, or a Hub that is down. The cache still serves."""
 
 
 def pull_command(name: str, revision: str | None) -> str:
@@ -34,7 +34,7 @@ def pull_command(name: str, revision: str | None) -> str:
 
 @contextmanager
 def translated(name: str, revision: str | None) -> Iterator[None]:
-    """Turns what huggingface_hub raises about this repository into a ModelError, or HubUnreachable."""
+    """A context that turns huggingface_hub's errors about this repository into a ModelError, or HubUnreachable."""
     try:
         yield
     except ModelError:
@@ -44,11 +44,11 @@ def translated(name: str, revision: str | None) -> Iterator[None]:
         at = name if revision is None else f"{name}@{revision}"
         chain = list(_chain(error))
         for kind, tell in _REASONS:
-            found = next((each for each in chain if isinstance(each, kind)), None)
-            if found is not None:
-                raised = HubUnreachable if kind in _UNREACHABLE or _is_down(found) else ModelError
+            cause = next((each for each in chain if isinstance(each, kind)), None)
+            if cause is not None:
+                raised = HubUnreachable if kind in _UNREACHABLE or _is_down(cause) else ModelError
                 # Without the cause: a traceback of it would show what its message does.
-                raise raised(f"cannot fetch {at}: {tell(found, name, revision)}") from None
+                raise raised(f"cannot fetch {at}: {tell(cause, name, revision)}") from None
         raise ModelError(f"cannot fetch {at}: {type(error).__name__}; {_again(name, revision)}") from None
 
 
@@ -121,7 +121,7 @@ def _no_file(_error: BaseException, name: str, revision: str | None) -> str:
 
 
 def _answered(error: BaseException, name: str, revision: str | None) -> str:
-    """What an answer of another status than success means."""
+    """Explains an answer of another status than success."""
     assert isinstance(error, errors.HfHubHTTPError)
     status = error.response.status_code
     if status == _UNAUTHORIZED:
@@ -155,7 +155,7 @@ def _bad_name(_error: BaseException, _name: str, _revision: str | None) -> str:
 
 
 def _system(error: BaseException, name: str, revision: str | None) -> str:
-    """What the machine itself refused: its disk, or its rights."""
+    """Explains a refusal of the machine itself: its disk, or its rights."""
     assert isinstance(error, OSError)
     cache = constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -168,13 +168,13 @@ def _system(error: BaseException, name: str, revision: str | None) -> str:
 
 
 def _is_down(error: BaseException) -> bool:
-    """Whether a Hub that answers has no answer for anybody at the moment."""
+    """True for a Hub that answers, and that has no answer for anybody at the moment."""
     return isinstance(error, errors.HfHubHTTPError) and error.response.status_code >= httpx2.codes.INTERNAL_SERVER_ERROR
 
 
 _Kind = type[BaseException]
 _UNREACHABLE: tuple[_Kind, ...] = (errors.OfflineModeIsEnabled, httpx2.TransportError)
-#: The first kind that any error of the chain is decides, so the narrow kinds come first.
+#: The first kind that matches an error of the chain decides, so the narrow kinds come first.
 _REASONS: tuple[tuple[_Kind, Callable[[BaseException, str, str | None], str]], ...] = (
     (errors.OfflineModeIsEnabled, _offline),
     (errors.GatedRepoError, _gated),

@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face repository are needed: a model's, or an adapter's, and nothing beside them.
+"""The files of a Hugging Face repository that are needed: a model's, or an adapter's, and nothing beside them.
 
 Weights are safetensors, in one form of those that a repository holds; pickles and code never come to this machine. It
 knows names of files; worker.models.hub.client brings them.
@@ -20,38 +20,39 @@ from batchmill.worker.models.vetting import ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_IN
 
 _CONFIG = "config.json"
 _FILES_OF_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-#: What is fetched of a model beside its weights: configuration, vocabularies and chat templates.
+#: The files of a model beside its weights: configuration, vocabularies and chat templates.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
-#: Of those, what goes with weights in other forms.
+#: Those of them that go with weights in other forms.
 _OF_OTHER_FORMS = ("*.index.json", "params.json")
 #: A tokenizer is read from at least one of these.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-#: Told before a fetch: how many files are to come, and their bytes.
+#: Called before a fetch with the number of files to come, and their bytes.
 Announce = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A repository in this machine's cache: the folder, its commit, the files that were wanted, and their bytes.
-
-    `fetched_bytes` came just now. `asked` says whether the Hub was reached; if not, this is what was here before.
-    """
+    """A repository in this machine's cache."""
 
     folder: Path
     commit: str
+    #: The files that were wanted.
     files: tuple[str, ...]
+    #: Their bytes.
     bytes: int
+    #: Bytes that came just now.
     fetched_bytes: int = 0
+    #: False where the Hub was not asked, or not reached: the files were here before.
     asked: bool = True
 
 
 def pull(name: str, revision: str | None, *, announce: Announce) -> Pulled:
-    """Brings a model, or an adapter, into the cache: what the Hub has now at this revision.
+    """Brings a model, or an adapter, into the cache, as the Hub has it now at this revision.
 
-    Where the Hub cannot be reached, what is here whole serves. Raises ModelError, before anything large is fetched
-    where the repository holds nothing that can be loaded.
+    A Hub that cannot be reached does no harm to a model that is here whole. Raises ModelError, before anything large is
+    fetched where the repository holds nothing that can be loaded.
     """
     try:
         listing = hub.look_up(name, revision)
@@ -66,7 +67,7 @@ def pull(name: str, revision: str | None, *, announce: Announce) -> Pulled:
 
 
 def find_model(name: str, revision: str | None, *, announce: Announce) -> Pulled:
-    """A model of the cache, with no request to anyone, or else what lacks of it is fetched. Raises ModelError."""
+    """Finds a model in the cache, with no request to anyone, or else fetches its missing files. Raises ModelError."""
     here = cached_model(name, revision)
     if here is not None:
         return _here(here)
@@ -75,7 +76,7 @@ def find_model(name: str, revision: str | None, *, announce: Announce) -> Pulled
 
 
 def find_adapter(name: str, revision: str | None, *, announce: Announce) -> Pulled:
-    """An adapter of the cache, or else of the Hub: its configuration and weights alone. Raises ModelError."""
+    """Finds an adapter in the cache, or else fetches its configuration and weights alone. Raises ModelError."""
     here = _cached_adapter(name, revision)
     if here is not None:
         return _here(here)
@@ -87,7 +88,7 @@ def find_adapter(name: str, revision: str | None, *, announce: Announce) -> Pull
 
 
 def cached_model(name: str, revision: str | None) -> Path | None:
-    """The folder of the cache with all of a model that its loading needs, at this revision as written.
+    """The folder of the cache with all files that a model's loading needs, at this revision as written.
 
     No request goes out: a worker starts with no network, and keeps its model until `models pull` brings a newer one.
     """
@@ -103,12 +104,12 @@ def cached_model(name: str, revision: str | None) -> Path | None:
 
 
 def fetch_configuration(name: str, revision: str | None) -> Path:
-    """A folder with a model's config.json; nothing else is fetched. Raises ModelError."""
+    """Returns a folder with a model's config.json; nothing else is fetched. Raises ModelError."""
     return cached_model(name, revision) or hub.fetch(_listing_of_model(name, revision), [_CONFIG])
 
 
 def fetch_headers(name: str, revision: str | None) -> Mapping[str, TensorHeader]:
-    """The tensors of a model's weights, which stay where they are. Raises ModelError."""
+    """Reads the headers of a model's weights, which stay where they are. Raises ModelError."""
     folder = cached_model(name, revision)
     if folder is not None:
         return hub.local_headers(weights(folder))
@@ -139,7 +140,7 @@ def _listing_of_model(name: str, revision: str | None) -> Listing:
 
 
 def _files_of_model(listing: Listing) -> list[str]:
-    """Small files first, so that weights that are here have beside them what they need."""
+    """Lists the files of a model, small ones first, so that they are beside weights that are here."""
     _refuse_other_forms(listing)
     small = [name for name in listing.files if any(_matches(name, each) for each in _SMALL_FILES)]
     kept = [name for name in small if not any(_matches(name, each) for each in _OF_OTHER_FORMS)]
@@ -147,7 +148,7 @@ def _files_of_model(listing: Listing) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """A pattern holds for files in the repository's root, unless it names a folder."""
+    """True where a pattern matches; it holds for files in the repository's root, unless it names a folder."""
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
@@ -174,27 +175,27 @@ def _refuse_other_forms(listing: Listing) -> None:
     if WEIGHTS in files or WEIGHTS_INDEX in files:
         if _CONFIG in files and ADAPTER_CONFIG not in files:
             return
-        found = (
+        reason = (
             f"it holds {ADAPTER_CONFIG} beside a model's weights, and which of the two is meant nobody can tell; "
             "choose a repository with one of them"
             if ADAPTER_CONFIG in files
             else f"it holds no {_CONFIG}; choose the repository of a transformers model"
         )
     elif ADAPTER_CONFIG in files:
-        found = (
+        reason = (
             f"it is an adapter and no model; load the model that it was trained on, with --adapter NAME={listing.name}"
         )
     elif _holds(files, "*.gguf"):
-        found = "it holds GGUF files alone, which are not loaded; choose the repository that they were made from"
+        reason = "it holds GGUF files alone, which are not loaded; choose the repository that they were made from"
     elif _holds(files, *_PICKLES):
-        found = (
+        reason = (
             "it holds no safetensors weights, and its pickled ones are never fetched, since a pickle can run code; "
             "choose a revision with safetensors (many have one, such as --revision refs/pr/1), or save it anew with "
             "save_pretrained where you trust it, and name that folder"
         )
     else:
-        found = f"it holds neither {WEIGHTS} nor {WEIGHTS_INDEX}; choose a repository of a transformers language model"
-    raise ModelError(f"cannot fetch {listing.name}: {found}")
+        reason = f"it holds neither {WEIGHTS} nor {WEIGHTS_INDEX}; choose a repository of a transformers language model"
+    raise ModelError(f"cannot fetch {listing.name}: {reason}")
 
 
 def _holds(files: Iterable[str], *patterns: str) -> bool:

@@ -1,4 +1,4 @@
-"""Tokens that a loaded model answers with numbers: none, and it is refused before it answers anyone with garbage."""
+"""The tokens that a loaded model answers with numbers; a model without any is refused before it answers anyone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from batchmill.worker.models.vetting import Refusal
 
-#: So many tokens are tried, spread over the vocabulary: a model may be without numbers for tokens that nobody trained.
+#: Tokens that are tried, spread over the vocabulary: a model may be without numbers for tokens that nobody trained.
 _TRIED_TOKENS = 16
 
 
@@ -23,8 +23,8 @@ def refuse_without_numbers(model: PreTrainedModel, vocabulary: int, device: torc
 
 @torch.inference_mode()
 def sound_tokens(model: PreTrainedModel, vocabulary: int, device: torch.device) -> list[int]:
-    """Those of some tokens, each of them a prompt of its own, after which the largest logit is a number."""
+    """Tries some tokens as prompts of their own. Returns those after which the largest logit is a number."""
     tried = torch.arange(0, vocabulary, -(-vocabulary // _TRIED_TOKENS), device=device)
     logits = model(input_ids=tried[:, None], use_cache=False).logits[:, -1]
-    found: list[int] = tried[logits.amax(dim=-1).isfinite()].tolist()
-    return found
+    sound: list[int] = tried[logits.amax(dim=-1).isfinite()].tolist()
+    return sound

@@ -1,4 +1,4 @@
-"""Where a loaded model's weights are, in bytes."""
+"""The bytes of a loaded model's weights on each device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def bytes_by_device(model: nn.Module) -> Counter[torch.device]:
-    """What its tensors take, the scales of quantized ones included and shared ones once; not what waits elsewhere."""
+    """Counts the bytes of its tensors, the scales of quantized ones too and shared ones once; not offloaded ones."""
     held = (each for each in model.state_dict(keep_vars=True).values() if isinstance(each, Tensor))
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in held if not each.is_meta}
-    found: Counter[torch.device] = Counter()
+    totals: Counter[torch.device] = Counter()
     for each in storages.values():
-        found[each.device] += each.nbytes()
-    return found
+        totals[each.device] += each.nbytes()
+    return totals

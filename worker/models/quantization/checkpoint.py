@@ -1,7 +1,7 @@
-"""What the weights of a model folder are quantized with, as its config.json says, and whether that can run here.
+"""The quantization of a checkpoint, as its config.json says, and the check that it can run here.
 
-Owns every method that transformers lists: which library it needs and the command that installs it, what a CPU cannot
-run, and what is dequantized while it is loaded. It reads names and shapes, and no tensor.
+Owns every method that transformers lists: the library that it needs and the command that installs it, the methods that
+a CPU cannot run, and those that are dequantized while they are loaded. It reads names and shapes, and no tensor.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ _FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True, slots=True)
 class _CheckpointFormat:
-    """`modules`: what has to be importable, after `pip install` of `package`. `dequantized`: why, if it is.
+    """The needs of one quantization method."""
 
-    Without a `package` nothing brings them beside the versions that batchmill needs.
-    """
-
+    #: Modules that have to be importable.
     modules: tuple[str, ...] = ()
+    #: The package that brings them; empty where none does beside the versions that batchmill needs.
     package: str = ""
+    #: True where it runs on a CPU.
     cpu: bool = True
+    #: The reason why it is dequantized; empty where it is not.
     dequantized: str = ""
 
 
@@ -68,7 +69,7 @@ _METHODS: Mapping[str, _CheckpointFormat] = {
     "torchao": _CheckpointFormat(("torchao",), "torchao"),
     "vptq": _CheckpointFormat(("vptq",), "vptq", cpu=False),
 }
-#: What transformers lists besides, and why it is not loaded.
+#: The other methods that transformers lists, with the reason why they are not loaded.
 REFUSED: Mapping[str, str] = {
     "eetq": _HUB_KERNELS,
     "nvfp4": "transformers loads no checkpoints of it",
@@ -81,14 +82,16 @@ REFUSED: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`method` as transformers lists it, bitsandbytes' with its bits. `written`: the quantization_config itself."""
+    """The quantization of one checkpoint."""
 
+    #: Its name as transformers lists it, bitsandbytes' with its bits.
     method: str
+    #: The quantization_config itself.
     written: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: Any) -> Checkpoint | None:
-        """What the config of a model says, its text model's config included; None for weights that are as trained."""
+        """Reads the config of a model, its text model's included; None for weights that are as trained."""
         written = _written(config)
         if written is None:
             return None
@@ -116,7 +119,7 @@ class Checkpoint:
             _refuse_cut_blocks(folder, self.written.get("weight_block_size"))
 
     def changes(self, device: torch.device) -> dict[str, Any]:
-        """What the quantization_config is told besides: whether weights are dequantized while they are loaded."""
+        """The keys to add to the quantization_config, by which weights are dequantized while they are loaded."""
         if not _METHODS[self.method].dequantized:
             return {}
         if self.method == COMPRESSED_TENSORS:
@@ -137,7 +140,7 @@ class Checkpoint:
             )
 
     def _groups(self) -> list[Mapping[str, Any]]:
-        """How compressed-tensors treats the weights, for each group of layers."""
+        """The scheme of compressed-tensors for the weights of each group of layers."""
         groups = self.written.get("config_groups") or {}
         return [each.get("weights") or {} for each in groups.values()]
 
@@ -154,18 +157,20 @@ class Checkpoint:
 
 
 def announce(config: Any) -> None:
-    """Says in the log where the completed quantization_config of this config has weights dequantized, and why."""
-    found = Checkpoint.of(config)
-    if found is not None and "dequantize" in found.written:
-        because = _METHODS[found.method].dequantized
-        log.info("the checkpoint is dequantized; activations stay as they are", method=found.method, because=because)
+    """Logs that the completed quantization_config of this config has weights dequantized, if it has, and why."""
+    checkpoint = Checkpoint.of(config)
+    if checkpoint is not None and "dequantize" in checkpoint.written:
+        because = _METHODS[checkpoint.method].dequantized
+        log.info(
+            "the checkpoint is dequantized; activations stay as they are", method=checkpoint.method, because=because
+        )
 
 
 def _written(config: Any) -> dict[str, Any] | None:
     for each in (config, config.get_text_config(decoder=True)):
-        found = getattr(each, "quantization_config", None)
-        if found is not None:
-            return dict(found if isinstance(found, dict) else found.to_dict())
+        written = getattr(each, "quantization_config", None)
+        if written is not None:
+            return dict(written if isinstance(written, dict) else written.to_dict())
     return None
 
 
@@ -181,7 +186,7 @@ def _refuse_cut_blocks(folder: Path, block: Any) -> None:
     if not isinstance(block, list | tuple) or len(block) != 2:
         return
     if not any(folder.glob("*.safetensors")):
-        return  # planned before its weights are here; who loads them looks at them first
+        return  # planned before its weights are here; loading checks them first
     shapes = dict(_shapes(folder))
     for name, grid in shapes.items():
         shape = shapes.get(name.removesuffix(_SCALES) + ".weight")
@@ -195,7 +200,7 @@ def _refuse_cut_blocks(folder: Path, block: Any) -> None:
 
 
 def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor's name and shape, of the files' headers."""
+    """Reads every tensor's name and shape from the files' headers."""
     for file in weights(folder):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (it is no mapping)

@@ -1,6 +1,6 @@
-"""The linear layers of a model that is loaded: which of them stay as trained, and what 4-bit ones compute in.
+"""The linear layers of a loaded model: those that stay as trained, and the dtype that 4-bit ones compute in.
 
-Owns what has to hold of layers where the libraries would do otherwise without a word. It knows no spec and no file.
+Owns the corrections of layers where the libraries would silently do otherwise. It knows no spec and no file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from batchmill.worker.models.vetting import Refusal
 
-#: What bitsandbytes' fused kernel on a CPU takes: so many outputs, so many inputs, or a multiple.
+#: bitsandbytes' fused kernel on a CPU takes a multiple of so many outputs, and of a block's inputs.
 _FUSED_OUTPUTS = 32
 _SHOWN = 5
 
 
 def kept(config: Any, names: Collection[str]) -> list[str] | None:
-    """The layers that are not quantized: those within modules of these names, and those that never are.
+    """Lists the layers that are not quantized: those within modules of these names, and those that never are.
 
     A name is a module's, whole or from any of its dots on. transformers forgets the layers that never are when it is
     given a list, so they are in it; None leaves them to transformers. Raises Refusal for a name without a layer.
@@ -36,17 +36,17 @@ def kept(config: Any, names: Collection[str]) -> list[str] | None:
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D)]
-    found = set(get_keys_to_not_convert(model))
+    skipped = set(get_keys_to_not_convert(model))
     for name in names:
         within = [each for each in layers if f".{name}." in f".{each}."]
         if not within:
             raise Refusal(f"skip_modules={name}: the model has no such linear layer; it has {_examples(layers)}")
-        found.update(within)
-    return sorted(found)
+        skipped.update(within)
+    return sorted(skipped)
 
 
 def _examples(layers: list[str]) -> str:
-    """Last parts of names, each once."""
+    """Lists last parts of names, each once."""
     parts = list(dict.fromkeys(each.rsplit(".", 1)[-1] for each in layers))
     return ", ".join(parts[:_SHOWN] + ["..."] * (len(parts) > _SHOWN))
 
@@ -61,7 +61,7 @@ def refuse_missing(missing: Collection[str]) -> None:
 
 
 def finish(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
-    """Makes of layers as they were loaded what they shall be in their first forward. `dtype`: of plain weights."""
+    """Prepares the loaded layers for their first forward. `dtype`: the dtype of plain weights."""
     if isinstance(dtype, torch.dtype) and getattr(model, "quantization_method", None) == "bitsandbytes":
         _cast(model, dtype)
     for layer in _unfused(model):
@@ -83,7 +83,7 @@ def refuse_ignored(model: PreTrainedModel) -> None:
 def _unfused(model: PreTrainedModel) -> Iterator[Any]:
     """4-bit layers on a CPU that bitsandbytes' fused kernel would get wrong: it computes in bfloat16, whole blocks.
 
-    Without it they are dequantized for each product, in the dtype that they were told.
+    Without it they are dequantized for each product, in their compute_dtype.
     """
     for layer in model.modules():
         if isinstance(layer, Linear4bit) and layer.weight.device.type == "cpu":
@@ -94,7 +94,7 @@ def _unfused(model: PreTrainedModel) -> Iterator[Any]:
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Of a checkpoint that bitsandbytes quantized, transformers leaves plain weights in the dtype that they were in."""
+    """Casts the plain weights of a checkpoint that bitsandbytes quantized: transformers leaves them in their dtype."""
     as_they_are = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, weight in model.named_parameters():
         quantized = isinstance(weight, Params4bit | Int8Params)
@@ -103,7 +103,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _decompress(model: PreTrainedModel) -> None:
-    """compressed-tensors' weights become plain ones now and not in the first forward; activations stay as they are."""
+    """Makes compressed-tensors' weights plain now, and not in the first forward; activations stay as they are."""
     with redirect_stderr(io.StringIO()):  # progress bars, which nothing else turns off
         model.hf_quantizer.compressor.decompress_model(model)
     for layer in model.modules():

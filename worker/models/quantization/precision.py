@@ -22,19 +22,19 @@ from batchmill.worker.models.vetting import Refusal
 def precision(
     spec: ModelSpec, config: Any, folder: Path, device: torch.device, *, offloads: bool = False
 ) -> dict[str, Any]:
-    """The arguments of from_pretrained that make of a folder's weights what the spec asks for.
+    """Returns the arguments of from_pretrained for a folder's weights as the spec asks for them.
 
     `config` is the folder's; for a checkpoint that is quantized already, its quantization_config is completed.
-    `offloads`: whether some layers will lie on a CPU beside a GPU. Raises Refusal.
+    `offloads`: some layers will lie on a CPU beside a GPU. Raises Refusal.
     """
     quantization = spec.quantization
-    found = Checkpoint.of(config)
+    checkpoint = Checkpoint.of(config)
     if quantization.kind is Kind.CHECKPOINT:
-        if found is None:
+        if checkpoint is None:
             raise Refusal("its config.json says of no quantization; choose -q nf4, fp4, int8 or none")
-        return _of_checkpoint(found, config, folder, device)
-    if found is not None:
-        raise Refusal(f"its checkpoint is quantized already ({found.method}); take it as it is with -q checkpoint")
+        return _of_checkpoint(checkpoint, config, folder, device)
+    if checkpoint is not None:
+        raise Refusal(f"its checkpoint is quantized already ({checkpoint.method}); take it as it is with -q checkpoint")
     if quantization.kind is Kind.NONE:
         return {"dtype": _plain_dtype(quantization.dtype, config, device)}
     kept_modules = kept(config, quantization.skip_modules)
@@ -50,14 +50,14 @@ def precision(
 
 
 def half(device: torch.device) -> torch.dtype:
-    """What surrounds 8-bit weights: 16 bits as the GPU can, float32 on a CPU."""
+    """The dtype of plain weights beside 8-bit ones: 16 bits as the GPU can, float32 on a CPU."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if _has_bfloat16(device) else torch.float16
 
 
 def compute_dtype(written: str, device: torch.device) -> torch.dtype:
-    """What 4-bit weights are multiplied in, and what surrounds them.
+    """The dtype that 4-bit weights are multiplied in, and that of plain weights beside them.
 
     bfloat16 stands for the best of the device's: float16 on a GPU without it, and float32 on a CPU whose products of
     4-bit weights are not in bfloat16.
@@ -70,7 +70,7 @@ def compute_dtype(written: str, device: torch.device) -> torch.dtype:
 
 def _has_bfloat16(device: torch.device) -> bool:
     if not torch.cuda.is_available():
-        return True  # it is asked for a GPU that is not here, which is planned for: all newer ones have it
+        return True  # a plan for a GPU that is not here: all newer ones have it
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
@@ -88,7 +88,7 @@ def _plain_dtype(written: str | None, config: Any, device: torch.device) -> torc
 
 
 def _stored_dtype(config: Any, device: torch.device) -> torch.dtype | str:
-    """As stored, which transformers finds out; but float16 for bfloat16 on a GPU without it."""
+    """The dtype as stored, which transformers finds out; but float16 for bfloat16 on a GPU without it."""
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if device.type == "cuda" and stored == torch.bfloat16 and not _has_bfloat16(device):
         return torch.float16
@@ -114,18 +114,18 @@ def _four_bit(quantization: Quantization, dtype: torch.dtype, kept_modules: list
     )
 
 
-def _of_checkpoint(found: Checkpoint, config: Any, folder: Path, device: torch.device) -> dict[str, Any]:
-    """As the folder says: bitsandbytes' weights are surrounded as if they were quantized here."""
-    found.refuse(folder, device)
-    changes = found.changes(device)
+def _of_checkpoint(checkpoint: Checkpoint, config: Any, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The arguments for a quantized checkpoint: plain weights beside bitsandbytes' are as if it were quantized here."""
+    checkpoint.refuse(folder, device)
+    changes = checkpoint.changes(device)
     dtype: torch.dtype | str
-    if found.method == BITSANDBYTES_4BIT:
-        written = str(found.written.get("bnb_4bit_compute_dtype") or "float32")
+    if checkpoint.method == BITSANDBYTES_4BIT:
+        written = str(checkpoint.written.get("bnb_4bit_compute_dtype") or "float32")
         dtype = compute_dtype(written.removeprefix("torch."), device)
         changes |= {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-    elif found.method == BITSANDBYTES_8BIT:
+    elif checkpoint.method == BITSANDBYTES_8BIT:
         dtype = half(device)
     else:
         dtype = _plain_dtype(None, config, device) if "dequantize" in changes else _stored_dtype(config, device)
-    config.quantization_config = dict(found.written) | changes
+    config.quantization_config = dict(checkpoint.written) | changes
     return {"dtype": dtype}

@@ -1,6 +1,6 @@
 """A quantized copy of a model in a folder of its own, which `-q checkpoint` loads without quantizing it again.
 
-Owns which kinds can be saved, what is copied beside the weights, and that the folder is there whole or not at all.
+Owns the kinds that can be saved, the files copied beside the weights, and a folder that is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ from batchmill.worker.models.source import find
 from batchmill.worker.models.vetting import COPY, COPY_FORMAT, WEIGHTS_INDEX, vet
 
 _KINDS = (Kind.NF4, Kind.FP4, Kind.INT8)
-#: What lies beside the weights and is copied as it is: the tokenizer, its templates, the way to generate, the terms.
+#: Files beside the weights that are copied as they are: tokenizer, templates, generation options, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
-#: What is written anew instead.
+#: Files that are written anew instead.
 _WRITTEN = frozenset({"config.json", WEIGHTS_INDEX, COPY})
-#: So much of the folder's name, of at most 255 bytes, goes into that of the unfinished one beside it.
+#: Characters of the folder's name that go into that of the unfinished one beside it, of at most 255 bytes.
 _NAME_LENGTH = 40
 _GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class SavedCopy:
-    """`weights_bytes`: the safetensors files. `seconds`: loading, quantizing and writing."""
+    """A quantized copy that was saved."""
 
     folder: Path
+    #: Bytes of the safetensors files.
     weights_bytes: int
+    #: Time of loading, quantizing and writing.
     seconds: float
 
 
 def save_quantized(spec: ModelSpec, out: Path, device: str) -> SavedCopy:
     """Loads the model of this spec on `cpu` or `cuda:N`, and saves it quantized in `out`.
 
-    `out` must not exist or be empty. It appears when all of it is written. Raises UsageError for what cannot be
-    saved and where, and ModelError for a model that cannot be loaded.
+    `out` must not exist or be empty. It appears when all of it is written. Raises UsageError for a spec that cannot be
+    saved and for a folder that cannot be used, and ModelError for a model that cannot be loaded.
     """
     started = time.monotonic()
     _refuse(spec, out)
@@ -85,7 +87,7 @@ def _refuse(spec: ModelSpec, out: Path) -> None:
 
 
 def _write(model: PreTrainedModel, spec: ModelSpec, folder: Path) -> None:
-    """Weights and config.json, whose compute_dtype is as it was asked for: every device finds its own best."""
+    """Writes weights and config.json, whose compute_dtype is as it was asked for: every device finds its own best."""
     written = model.config.quantization_config
     if spec.quantization.four_bit:
         written.bnb_4bit_compute_dtype = getattr(torch, spec.quantization.compute_dtype)

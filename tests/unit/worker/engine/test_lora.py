@@ -275,13 +275,13 @@ def test_rows_of_other_adapters_share_no_beginning(family: str, folders: dict[st
     model = with_adapters(random_model(family), adapters(folders))
     read: list[int] = []
     with closing(ContinuousEngine(model, options=EngineOptions(max_rows=1))) as engine:
-        launch = engine._launcher.launch
+        launch = engine._executor.launch
 
         def counted(step: Any) -> Any:
             read.append(step.tokens)
             return launch(step)
 
-        engine._launcher.launch = counted  # type: ignore[method-assign]
+        engine._executor.launch = counted  # type: ignore[method-assign]
         names = [None, "wide", "narrow", "wide", None]
         outputs(engine, [request(index, SHARED, name, max_tokens=1) for index, name in enumerate(names)])
     whole = len(model.tokenizer.encode(SHARED))

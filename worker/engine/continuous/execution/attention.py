@@ -1,6 +1,6 @@
 """Attention over the cache, for any transformers model: the function that each of its layers calls.
 
-Owns what is read and written of the cache in a step. It knows no schedule but the pieces that it is given.
+Owns the reads and writes of the cache in a step. It knows no schedule but the pieces that it is given.
 
 Pieces whose slots are neighbours form a group, and each layer reads a group's keys and values as one view of the
 cache: nothing is gathered, and keys that several heads share are never repeated. Pieces that begin a prompt need none
@@ -25,12 +25,12 @@ from batchmill.worker.engine.continuous.scheduling.step import Piece
 
 #: Longer pieces are grouped while padding takes at most this many times what they need.
 PADDING = 1.5
-#: What a kernel's call costs in itself, as so many products of a query and a key.
+#: The cost of a kernel's call in itself, in products of a query and a key.
 CALL = 4_096
 
 
 class Attention:
-    """`plan` a step, run the model's forward, in which every layer calls this.
+    """The attention of one step at a time: `plan` it, then run the model's forward, in which every layer calls this.
 
     `fixed`: a row's numbers depend on its own length alone, and not on its neighbours'.
     """
@@ -38,7 +38,7 @@ class Attention:
     def __init__(self, cache: Cache, *, fixed: bool = False) -> None:
         self._cache = cache
         self._fixed = fixed
-        #: Spent in this function so far, by the CPU's clock.
+        #: Seconds spent in this function so far, by the CPU's clock.
         self.seconds = 0.0
         self._groups: list[_Group] = []
         self._places = torch.empty(0, dtype=torch.long)
@@ -53,7 +53,7 @@ class Attention:
         sizes = [row.held.size for row, begin, end in pieces for _ in range(begin, end)]
         first = torch.tensor([*firsts, *(place * heads for place in unused)], device=self._cache.device)
         size = torch.tensor([*sizes, *(1 for _ in unused)], device=self._cache.device)
-        # (heads, tokens): where in a layer's memory each token's keys and values are.
+        # (heads, tokens): the place of each token's keys and values in a layer's memory.
         self._places = (first + torch.arange(heads, device=self._cache.device)[:, None] * size).flatten()
         self._tokens = len(first)
         self._groups = list(_groups(pieces, self._cache, fixed=self._fixed))
@@ -81,34 +81,34 @@ class Attention:
         keys.index_copy_(0, self._places, key.reshape(-1, key.shape[-1]))
         values.index_copy_(0, self._places, value.reshape(-1, value.shape[-1]))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        how = _How(scale, sliding_window, softcap)
-        own = _Read(key[0].transpose(0, 1), value[0].transpose(0, 1))
-        found = self._answer(query[0].transpose(0, 1), own, _Read(keys, values), how)
+        options = _Options(scale, sliding_window, softcap)
+        own = _KeysValues(key[0].transpose(0, 1), value[0].transpose(0, 1))
+        output = self._answer(query[0].transpose(0, 1), own, _KeysValues(keys, values), options)
         self.seconds += perf_counter() - begin
-        return found[None], None
+        return output[None], None
 
-    def _answer(self, queries: torch.Tensor, own: _Read, cached: _Read, how: _How) -> torch.Tensor:
+    def _answer(self, queries: torch.Tensor, own: _KeysValues, cached: _KeysValues, options: _Options) -> torch.Tensor:
         """(tokens, heads, size) -> (tokens, heads, size of a value)."""
         if self._groups[0].rows == self._tokens:
-            return self._groups[0].decode(queries, cached, how)
-        found = queries.new_zeros((*queries.shape[:2], cached.values.shape[-1]))
+            return self._groups[0].decode(queries, cached, options)
+        output = queries.new_zeros((*queries.shape[:2], cached.values.shape[-1]))
         for group in self._groups:
             if group.longest == 1:
-                found[group.tokens] = group.decode(queries[group.tokens], cached, how)
+                output[group.tokens] = group.decode(queries[group.tokens], cached, options)
             else:
-                found[group.tokens] = group.prefill(queries, own, cached, how)
-        return found
+                output[group.tokens] = group.prefill(queries, own, cached, options)
+        return output
 
 
-class _Read(NamedTuple):
-    """What queries are compared with: of a step's own tokens (tokens, heads, size), or a layer's memory."""
+class _KeysValues(NamedTuple):
+    """Keys and values to attend to: of a step's own tokens (tokens, heads, size), or a layer's memory."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
-class _How(NamedTuple):
-    """What a layer asks of its attention."""
+class _Options(NamedTuple):
+    """The options of a layer's attention."""
 
     scaling: float
     window: int | None
@@ -116,10 +116,11 @@ class _How(NamedTuple):
 
 
 class _Group:
-    """Pieces that are computed together; `tokens` are theirs in the forward.
+    """Pieces that are computed together: the beginnings of rows, or rows whose slots are neighbours of one size.
 
-    `longest`: the tokens of the longest piece. They are the beginnings of rows, or have neighbouring slots of one size,
-    of which `_reach` places are read.
+    `tokens`: their tokens in the forward.
+    `longest`: the tokens of the longest piece.
+    `_reach`: the places of each slot that are read.
     """
 
     def __init__(self, pieces: Sequence[Piece[Any]], first: int, cache: Cache, *, fixed: bool) -> None:
@@ -142,7 +143,7 @@ class _Group:
             self._padding, self._packing = self._places()
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which token stands at each place of (rows, longest), and which of these places each token has."""
+        """The token at each place of (rows, longest), and the place of each token among these."""
         counts = np.array(self._counts)[:, None]
         firsts = np.array(list(accumulate(self._counts, initial=self.tokens.start))[:-1])[:, None]
         places = np.arange(self.longest)
@@ -150,34 +151,34 @@ class _Group:
         packing = np.flatnonzero(places < counts)
         return upload(padding, self._device), upload(packing, self._device)
 
-    def decode(self, queries: torch.Tensor, cached: _Read, how: _How) -> torch.Tensor:
+    def decode(self, queries: torch.Tensor, cached: _KeysValues, options: _Options) -> torch.Tensor:
         """One token a row: (rows, heads, size) -> (rows, heads, size of a value)."""
         shared = queries.shape[1] // self._heads
         folded = queries.reshape(self.rows, self._heads, shared, -1)
-        mask = self._mask(how.window, queries.dtype)
+        mask = self._mask(options.window, queries.dtype)
         keys, values = self._view(cached.keys), self._view(cached.values)
         if self._fused:
             if self._even:
                 # A single query is multiplied by another kernel, whose rounding depends on where in memory it stands.
                 folded = torch.cat([folded, folded[:, :, : shared % 2]], dim=2)
-            found = _attend(folded, keys, values, mask, how)
-            return found[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
-        asked, turned = folded.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
-        if how.softcap is None:
-            scores = torch.baddbmm(mask.expand(-1, shared, -1), asked, turned, alpha=how.scaling)
+            output = _attend(folded, keys, values, mask, options)
+            return output[:, :, :shared].reshape(self.rows, shared * self._heads, -1)
+        flat_queries, flat_keys = folded.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        if options.softcap is None:
+            scores = torch.baddbmm(mask.expand(-1, shared, -1), flat_queries, flat_keys, alpha=options.scaling)
         else:
-            scores = _capped(torch.bmm(asked, turned), how.scaling, how.softcap).add_(mask)
-        found = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
-        return found.view(self.rows, self._heads * shared, -1)
+            scores = _capped(torch.bmm(flat_queries, flat_keys), options.scaling, options.softcap).add_(mask)
+        output = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
+        return output.view(self.rows, self._heads * shared, -1)
 
-    def prefill(self, queries: torch.Tensor, own: _Read, cached: _Read, how: _How) -> torch.Tensor:
+    def prefill(self, queries: torch.Tensor, own: _KeysValues, cached: _KeysValues, options: _Options) -> torch.Tensor:
         """Several tokens a row: (tokens of the step, heads, size) -> (tokens of the group, heads, size of a value)."""
         mask = None
-        if not self._fresh or how.window is not None or how.softcap is not None:
-            mask = self._mask(how.window, queries.dtype)
+        if not self._fresh or options.window is not None or options.softcap is not None:
+            mask = self._mask(options.window, queries.dtype)
         keys, values = map(self._padded, own) if self._fresh else map(self._view, cached)
-        found = _attend(self._padded(queries), keys, values, mask, how).transpose(1, 2)
-        return found.flatten(0, 1).index_select(0, self._packing)
+        output = _attend(self._padded(queries), keys, values, mask, options).transpose(1, 2)
+        return output.flatten(0, 1).index_select(0, self._packing)
 
     def _view(self, layer: torch.Tensor) -> torch.Tensor:
         """A layer's memory -> (rows, heads, reach, size), without a copy."""
@@ -190,9 +191,9 @@ class _Group:
         return chosen.view(self.rows, self.longest, *packed.shape[1:]).transpose(1, 2)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores: (rows, 1, longest, reach), or (rows * heads, 1, reach) for rows that decode.
+        """The mask to add to the scores: (rows, 1, longest, reach), or (rows * heads, 1, reach) for rows that decode.
 
-        A query sees itself and what is before it.
+        A query sees itself and the tokens before it.
         """
         mask = self._masks.get(window)
         if mask is None:
@@ -210,17 +211,17 @@ class _Group:
 
 
 def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, how: _How
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, options: _Options
 ) -> torch.Tensor:
     """(rows, heads, queries, size) over (rows, heads of keys, reach, size); no mask means that it is causal."""
-    if how.softcap is None:
+    if options.softcap is None:
         return scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=how.scaling, enable_gqa=True
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=options.scaling, enable_gqa=True
         )
     assert mask is not None, "the kernel knows no soft cap, so the mask is made"
     folded = queries.reshape(queries.shape[0], keys.shape[1], -1, *queries.shape[2:])
     scores = torch.matmul(folded.flatten(2, 3), keys.transpose(2, 3)).view(*folded.shape[:4], -1)
-    shares = _capped(scores, how.scaling, how.softcap).add_(mask[:, :, None]).softmax(dim=-1)
+    shares = _capped(scores, options.scaling, options.softcap).add_(mask[:, :, None]).softmax(dim=-1)
     return torch.matmul(shares.flatten(2, 3), values).view(*queries.shape[:3], -1)
 
 
@@ -230,7 +231,7 @@ def _capped(scores: torch.Tensor, scaling: float, softcap: float) -> torch.Tenso
 
 
 def _copies_parts(cache: Cache) -> bool:
-    """Whether products of parts of slots are of copies of them, as a CPU's are in 16 bits."""
+    """True where a product with a part of a slot copies that part first, as a CPU does in 16 bits."""
     return cache.device.type == "cpu" and cache.keys.dtype.itemsize < torch.float32.itemsize
 
 
@@ -268,5 +269,5 @@ def _neighbours(piece: Piece[Any], before: Piece[Any]) -> bool:
 
 
 def _fresh(piece: Piece[Any], *, fixed: bool) -> bool:
-    """Whether a piece is a row's beginning, and so needs nothing of the cache."""
+    """True for a piece that begins its row, and so needs nothing of the cache."""
     return not (piece.begin or fixed)

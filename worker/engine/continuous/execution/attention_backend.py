@@ -1,4 +1,4 @@
-"""The door into a transformers model: an attention function under a name of its own, called by its layers."""
+"""Registers attention functions with transformers, and lets a model's layers call one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBERS = count()
 
 
 def register(attention: Callable[..., Any]) -> str:
-    """The name under which models know this function from now on."""
+    """Registers this function with transformers. Returns its name."""
     name = f"batchmill-{next(_NUMBERS)}"
     AttentionInterface.register(name, attention)
     return name
@@ -21,7 +21,7 @@ def register(attention: Callable[..., Any]) -> str:
 
 @contextmanager
 def attention_backend(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The model's layers call this function; afterwards it is as it was, for whoever else calls it."""
+    """A context in which the model's layers call this function; afterwards the model is as it was."""
     before, model.config._attn_implementation = model.config._attn_implementation, name
     try:
         yield

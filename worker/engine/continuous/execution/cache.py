@@ -1,6 +1,6 @@
 """The keys and values of all rows and layers: one block of memory, allocated once and written in place.
 
-Owns the tensors and how a slot lies in them. Who has which slot is `slots`' matter, what is read `attention`'s.
+Owns the tensors and the layout of a slot in them. `slots` cuts the slots, and `attention` reads and writes them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from batchmill.worker.engine.continuous.scheduling.step import Copy
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What a model keeps of a token: in each layer `heads` keys of `key_size` and values of `value_size`.
-
-    `capped`: its scores go through a soft cap.
-    """
+    """The keys and values that a model keeps of a token."""
 
     layers: int
+    #: Heads of keys and values in each layer.
     heads: int
+    #: Numbers of one head's key.
     key_size: int
+    #: Numbers of one head's value.
     value_size: int
     dtype: torch.dtype
+    #: True where the scores go through a soft cap.
     capped: bool = False
 
     @property
@@ -35,7 +36,7 @@ class CacheShape:
 
 
 class Cache:
-    """`keys` and `values`: (layers, tokens * heads, size). Every place reads as zeros until it is written.
+    """The tensors `keys` and `values`: (layers, tokens * heads, size). Every place reads as zeros until it is written.
 
     `heads_first`: a slot holds one head's tokens after the other's, (heads, tokens, size), so that the heads of
     neighbouring slots are one batch of matrices. Else it holds (tokens, heads, size), as FlashAttention reads it.
@@ -74,7 +75,7 @@ class Cache:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU of memory that is taken when it is first written, as numpy's zeros are and torch's are not."""
+    """Makes zeros; on a CPU their memory is taken when it is first written, as numpy's is and torch's is not."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     count = int(np.prod(size)) * dtype.itemsize

@@ -27,14 +27,15 @@ from batchmill.worker.models.load import LoadedModel
 from batchmill.worker.models.loaded.trial import sound_tokens
 
 _TRIAL_TOKENS = 12
-#: On a CPU steps in 16 bits have a multiple of so many tokens, from some more on, since oneDNN compiles a product for
-#: each number of them, and keeps up to a thousand: beside 45 million parameters 100 MiB less, in the same time.
+#: On a CPU, steps in 16 bits are padded to a multiple of so many tokens, from _EVEN_FROM_TOKENS on: oneDNN compiles a
+#: product for each number of tokens, and keeps up to a thousand. Beside 45 million parameters this saves 100 MiB, and
+#: takes the same time.
 _EVEN_TOKENS, _EVEN_FROM_TOKENS = 8, 32
-#: Fixed steps have a multiple of so many rows: of 5 to 11, two threads round a row by the place where it stands.
+#: Fixed steps are padded to a multiple of so many rows: among 5 to 11, two threads round a row by its place.
 _FIXED_ROWS = 16
-#: So many tokens has each of two prompts that are tried beside one another.
+#: Tokens of each of two prompts that are tried beside one another.
 _COMPANY_TOKENS = 3
-#: How far the trial's logits may be from the model's own, as a part of their largest: in float32, and where a
+#: The largest distance of the trial's logits from the model's own, as a part of their largest: in float32, and where a
 #: quantization or a shorter float rounds by the shape of a batch.
 _TRIAL_TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 0.1
 
@@ -42,8 +43,9 @@ _TRIAL_TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 0.1
 class Decoder:
     """One model with its cache of `slots.tokens` places. Raises Unsupported.
 
-    `lora`: the adapters that its rows may name. `rows` and `tokens`: the most of one step. `fixed`: rows that decode
-    are always `rows` in a forward, so that its shapes say nothing of the others.
+    `lora`: the adapters that its rows may name.
+    `rows`, `tokens`: the most of one step.
+    `fixed`: a forward always decodes `rows` rows, so that its shapes do not depend on how many there are.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Decoder:
         fixed: bool = False,
     ) -> None:
         flash = serves(shape, loaded.device)
-        # Behind the slots are places for the tokens of no one.
+        # Padding tokens write to scratch places behind the slots.
         self._cache = Cache(shape, slots.tokens + PAGE_TOKENS, loaded.device, heads_first=not flash)
         self._model = loaded.model
         self._lora = lora
@@ -81,16 +83,16 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
-        """What keys and values take."""
+        """Bytes of the keys and values."""
         return self._cache.nbytes
 
     @property
     def attention_seconds(self) -> float:
-        """Spent in attention so far, by the CPU's clock."""
+        """Seconds spent in attention so far, by the CPU's clock."""
         return self._attention.seconds
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Copies within the cache, before what follows is computed."""
+        """Copies within the cache, before the step is computed."""
         self._cache.copy(copies)
 
     def logits(self, pieces: Sequence[Piece[Any]]) -> torch.Tensor:
@@ -105,19 +107,19 @@ class Decoder:
         self._attention.plan(pieces, unused=[self._unused] * more)
         adapted = any(piece.row.adapter for piece in pieces)
         owners = [row.adapter for row, begin, end in pieces for _ in range(begin, end)] if adapted else []
-        with self._lora.applied(self._lora.turn(owners + [BASE] * more if adapted else [], last)):
+        with self._lora.applied(self._lora.assign(owners + [BASE] * more if adapted else [], last)):
             return self._forward(self._row(tokens + [0] * more), self._row(positions + [0] * more), self._row(last)[0])
 
     def following(self, pieces: Sequence[Piece[Any]], newest: torch.Tensor) -> torch.Tensor:
-        """The same for one token of each row, which the host does not know yet: `newest`, (rows,), on the device."""
+        """The next logits after one token of each row that only the device knows yet: `newest`, (rows,)."""
         return self._decode(pieces, newest, [piece.begin for piece in pieces])
 
     def _decode(
         self, pieces: Sequence[Piece[Any]], tokens: torch.Tensor | list[int], positions: list[int]
     ) -> torch.Tensor:
-        """One token of each row, and perhaps of rows that are no one's.
+        """Computes one token of each row, and of padding rows behind them where the step's shape needs some.
 
-        A graph holds what the model alone launches, so a step with adapters runs without.
+        A graph holds the launches of the model alone, so a step with adapters runs without.
         """
         rows = len(pieces)
         owners = [piece.row.adapter for piece in pieces]
@@ -129,12 +131,12 @@ class Decoder:
         row[:rows] = tokens if isinstance(tokens, torch.Tensor) else torch.tensor(tokens)
         places = self._row(positions + [0] * more)
         self._attention.plan(pieces, unused=[self._unused] * more)
-        with self._lora.applied(self._lora.turn(owners + [BASE] * more)):
+        with self._lora.applied(self._lora.assign(owners + [BASE] * more)):
             compute = self._decoded if graphs is None else graphs.run
             return compute(row[None], places)[:rows]
 
     def _missing(self, tokens: int) -> int:
-        """How many tokens that are no one's a step gets, for its number to be one of few."""
+        """Counts the padding tokens of a step of so many, so that steps come in few sizes."""
         return -tokens % _EVEN_TOKENS if self._evened and tokens >= _EVEN_FROM_TOKENS else 0
 
     def _decoded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -148,7 +150,7 @@ class Decoder:
         return logits
 
     def _row(self, numbers: Sequence[int]) -> torch.Tensor:
-        # Uploaded without waiting for the step that is in the air, as torch.tensor on a GPU does.
+        # Uploaded without waiting for the step in flight; torch.tensor would wait for it on a GPU.
         return upload(np.array([numbers], dtype=np.int64), self._device)
 
 
@@ -160,12 +162,12 @@ def _try(decoder: Decoder, loaded: LoadedModel, slots: Slots) -> None:
     own = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits[0].float()
     row = Row(list(tokens), _TRIAL_TOKENS, share=False)
     row.slot = slots.take(_TRIAL_TOKENS)
-    found = []
+    in_pieces = []
     for begin, end in ((0, 7), (7, 11), (11, 12)):
         row.tokens = tokens[:end]
-        found.append(decoder.logits([Piece(row, begin, end)])[0].float())
+        in_pieces.append(decoder.logits([Piece(row, begin, end)])[0].float())
     slots.give(row.held)
-    distance = _distance(torch.stack(found), own[[6, 10, 11]])
+    distance = _distance(torch.stack(in_pieces), own[[6, 10, 11]])
     if not distance <= _tolerance(loaded):
         raise Unsupported(f"its answers change when a prompt is read in pieces (by {distance:.1%})")
 
@@ -179,25 +181,25 @@ def _try_adapter(decoder: Decoder, loaded: LoadedModel, slots: Slots, lora: Lora
     alone = []
     for row in rows:
         row.slot = slots.take(len(tokens))
-        with lora.applied(lora.whole(row.adapter)):
+        with lora.applied(lora.assign_all(row.adapter)):
             forward = loaded.model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False)
         alone.append(forward.logits[0, -1].float())
     try:
-        found = decoder.logits([Piece(row, 0, len(tokens)) for row in rows if row.slot is not None]).float()
+        together = decoder.logits([Piece(row, 0, len(tokens)) for row in rows if row.slot is not None]).float()
     except OtherTokens as error:
         raise Unsupported(f"an adapter changes a layer that {error}") from error
     for row in rows:
         if row.slot is not None:
             slots.give(row.slot)
-    distance = max(_distance(one, other) for one, other in zip(found, alone, strict=False))
+    distance = max(_distance(one, other) for one, other in zip(together, alone, strict=False))
     if not distance <= _tolerance(loaded):
         raise Unsupported(f"answers with an adapter change beside others without (by {distance:.1%})")
 
 
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """How far logits are from others, as a part of the largest of those."""
+def _distance(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest distance of logits from the wanted ones, as a part of the largest of these."""
     smallest = torch.finfo(wanted.dtype).tiny  # of a model that answers some tokens by zeros alone
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=smallest))
+    return float((logits - wanted).abs().max() / wanted.abs().max().clamp(min=smallest))
 
 
 def _tolerance(loaded: LoadedModel) -> float:

@@ -1,7 +1,7 @@
-"""Steps on the device: each is launched, and lands when its tokens have come back to the host.
+"""Executes steps on the device: each is launched, and is in flight until its tokens have come back to the host.
 
 Owns the way from a plan to the next tokens: forward, grammar masks, sampling, and the copy back. A step of rows that
-decode can be launched before the one before it has landed, since its input never has to leave the device.
+decode can be launched while the one before it is in flight, since its input never has to leave the device.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from batchmill.worker.engine.continuous.scheduling.step import Step
 from batchmill.worker.engine.grammar.grammars import fill
 from batchmill.worker.engine.sampling.logprobs import Logprobs
 from batchmill.worker.engine.sampling.sampler import Sampler
-from batchmill.worker.engine.text.said import TokenLogprob
+from batchmill.worker.engine.text.token_logprobs import TokenLogprob
 
 _WORD_BITS = 32
-#: Comes back in place of a token where the logits were no numbers.
+#: The token of a row whose logits are no numbers.
 _NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
 class InFlightStep:
-    """A launched step. `rows`: those that get a token; `tokens`: theirs, (rows,), on the device.
-
-    `_copy`: the same for the host, with _NO_TOKEN for a row whose logits are no numbers.
-    """
+    """A launched step."""
 
     step: Step[ChoiceRow]
+    #: Rows that get a token.
     rows: Sequence[ChoiceRow]
+    #: Their tokens, (rows,), on the device.
     tokens: torch.Tensor
+    #: The same for the host, with _NO_TOKEN for a row whose logits are no numbers.
     _copy: torch.Tensor
     _logprobs: Logprobs | None
     _done: torch.cuda.Event | None
 
     def wait(self) -> Iterator[tuple[ChoiceRow, int | None, TokenLogprob | None]]:
-        """Waits for the step; each row with its next token, and the token's logprob where it is asked for.
+        """Waits for the step. Yields each row with its next token, and the token's logprob where it is asked for.
 
         A row whose logits are no numbers has no token.
         """
@@ -58,7 +58,7 @@ class InFlightStep:
 
 
 class Executor:
-    """Launches the steps of one engine. `seconds`: what was spent in the model and in sampling so far."""
+    """Launches the steps of one engine. `seconds`: the time spent in the model and in sampling so far."""
 
     def __init__(self, decoder: Decoder, sampler: Sampler, *, vocabulary: int, device: torch.device) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -68,7 +68,7 @@ class Executor:
         self._device = device
 
     def enter(self, step: Step[ChoiceRow]) -> list[ChoiceRow]:
-        """Tells the sampler who sits where in this step. Returns the rows for which it has no memory."""
+        """Tells the sampler which rows take which batch slots. Returns the rows for which it has no memory."""
         for batch_slot in step.vacated:
             self._sampler.leave(batch_slot)
         return [row for row in step.entered if not self._entered(row)]
@@ -78,7 +78,7 @@ class Executor:
         try:
             self._sampler.enter(
                 row.batch_slot,
-                # Where a grammar says what may end, min_tokens does not: nothing else might be allowed.
+                # A grammar takes precedence over min_tokens: it may allow nothing but the end.
                 sampling if row.matcher is None else replace(sampling, min_tokens=None),
                 prompt=row.prompt.tokens,
                 generated=row.generated,
@@ -121,20 +121,20 @@ class Executor:
                 return InFlightStep(step, rows, nothing, nothing, None, None)
             sampled = self._sampler.sample([row.batch_slot for row in rows], logits, allowed=self._allowed(rows))
             logprobs = sampled.logprobs
-            told = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
+            host_tokens = sampled.tokens.masked_fill(~sampled.sound, _NO_TOKEN)
             if self._device.type == "cpu":
-                return InFlightStep(step, rows, sampled.tokens, told, logprobs, None)
+                return InFlightStep(step, rows, sampled.tokens, host_tokens, logprobs, None)
             if logprobs is not None:
                 logprobs = Logprobs(
                     logprobs.places, _to_host(logprobs.chosen), _to_host(logprobs.top_ids), _to_host(logprobs.top)
                 )
-            copy = _to_host(told)
+            copy = _to_host(host_tokens)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
             return InFlightStep(step, rows, sampled.tokens, copy, logprobs, done)
 
     def _allowed(self, rows: Sequence[ChoiceRow]) -> torch.Tensor | None:
-        """What the grammars of these rows allow, packed, made while the device computes; None if no row has one."""
+        """Fills the packed bitmask of these rows' grammars while the device computes; None if no row has one."""
         matchers = [(place, row.matcher) for place, row in enumerate(rows) if row.matcher is not None]
         if not matchers:
             return None
@@ -152,20 +152,20 @@ class Executor:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that nothing waits for; the event that is recorded after it says when it is there."""
+    """Starts a copy that nothing waits for; the event that is recorded after it tells when it is there."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return copy.copy_(tensor, non_blocking=True)
 
 
 def _token_logprobs(
-    found: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]
+    logprobs: Logprobs | None, rows: Sequence[ChoiceRow], tokens: Sequence[int]
 ) -> dict[int, TokenLogprob]:
-    if found is None:
+    if logprobs is None:
         return {}
-    said = {}
-    chosen, top_ids, top = found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist()
-    for number, place in enumerate(found.places):
+    by_place = {}
+    chosen, top_ids, top = logprobs.chosen.tolist(), logprobs.top_ids.tolist(), logprobs.top.tolist()
+    for number, place in enumerate(logprobs.places):
         wanted = rows[place].prompt.sampling.top_logprobs or 0
         alternatives = tuple(zip(top_ids[number][:wanted], top[number][:wanted], strict=True))
-        said[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
-    return said
+        by_place[place] = TokenLogprob(tokens[place], chosen[number], alternatives)
+    return by_place

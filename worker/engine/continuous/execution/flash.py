@@ -1,7 +1,7 @@
 """Attention over the cache on CUDA: one call a layer for all rows, through the FlashAttention that torch carries.
 
 Owns the description of a step on the device, in tensors that stay where they are, so that a CUDA graph can be
-captured over them. It takes what `attention` takes, and gives what it gives.
+captured over them. It has the interface of `attention`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from batchmill.worker.engine.continuous.scheduling.step import Piece
 
 #: The kernel reads the cache in pages of a multiple of this many tokens, so slots begin at one.
 PAGE_TOKENS = 256
-#: The kernel's head sizes, the largest and what all are a multiple of, and the first generation of GPUs it runs on.
+#: The kernel's largest head size, the divisor of all of them, and the first CUDA capability that it runs on.
 LARGEST_HEAD, HEAD_MULTIPLE, FIRST_CAPABILITY = 256, 8, (8, 0)
 
 
 def serves(shape: CacheShape, device: torch.device) -> bool:
-    """Whether the kernel takes a model of this shape on this device."""
+    """True where the kernel takes a model of this shape on this device."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
         return False
     halves = shape.dtype in (torch.float16, torch.bfloat16)
@@ -33,10 +33,11 @@ def serves(shape: CacheShape, device: torch.device) -> bool:
 
 
 class FlashAttention:
-    """`plan` a step, run the model's forward, in which every layer calls this.
+    """The attention of one step at a time: `plan` it, then run the model's forward, in which every layer calls this.
 
-    `rows` and `tokens`: the most of one step. `longest`: tokens of the longest row. `fixed`: a row's numbers do not
-    depend on its neighbours.
+    `rows`, `tokens`: the most of one step.
+    `longest`: the tokens of the longest row.
+    `fixed`: a row's numbers do not depend on its neighbours.
     """
 
     def __init__(self, cache: Cache, *, rows: int, tokens: int, longest: int, fixed: bool = False) -> None:
@@ -99,12 +100,12 @@ class FlashAttention:
         shared = query.shape[1] != key.shape[1]
         window, splits = self._how(sliding_window, shared=shared)
         starts = self._starts[: self._rows + 1]
-        found = varlen_attn(
+        output = varlen_attn(
             query[0].transpose(0, 1).contiguous(),
             keys.view(-1, PAGE_TOKENS, heads, key.shape[-1]),
             values.view(-1, PAGE_TOKENS, heads, value.shape[-1]),
             starts,
-            starts,  # asked for, and not read beside lengths and pages
+            starts,  # required, and not read beside lengths and pages
             self._most_queries,
             self._longest,
             scale=scaling,
@@ -114,14 +115,14 @@ class FlashAttention:
             block_table=self._pages[: self._rows],
             num_splits=splits,
         )
-        assert isinstance(found, torch.Tensor), "no second result was asked for"
+        assert isinstance(output, torch.Tensor), "no second result was asked for"
         self.seconds += perf_counter() - begin
-        return found[None], None
+        return output[None], None
 
     def _how(self, sliding_window: int | None, *, shared: bool) -> tuple[tuple[int, int], int | None]:
-        """The window of a call, left and right of a query, and into how many parts its keys are split.
+        """The window of a call, left and right of a query, and the number of parts that its keys are split into.
 
-        A row's only query sees all of it without being told to be causal. Asked so, the kernel reads keys once for all
+        A row's only query sees all of it without being told to be causal. Called so, the kernel reads keys once for all
         heads that share them, and splits long rows as it likes. Any other call over pages is wrong when it is split
         (pytorch issue 194167), so it is told not to.
         """

@@ -1,7 +1,7 @@
 """CUDA graphs of the decode step: the launches of a whole forward replayed as one.
 
 Owns the captured graphs and the tensors that they read. A graph has one number of rows; a step runs in the next
-larger one, with rows of no one behind its own.
+larger one, with padding rows behind its own.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ class DecodeGraphs:
         self._counts = row_counts(rows)
         self._tokens = torch.zeros((1, rows), dtype=torch.long, device=device)
         self._positions = torch.zeros((1, rows), dtype=torch.long, device=device)
-        #: What the graphs write: one tensor for all, since each would keep its own.
+        #: The logits that the graphs write: one tensor for all, since each would keep its own.
         self._logits: torch.Tensor | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._refused = False
 
     def padded(self, rows: int) -> int:
-        """How many rows a step of so many is run with."""
+        """Returns the number of rows that a step of so many is padded to."""
         return rows if self._refused else next(count for count in self._counts if count >= rows)
 
     def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Takes tokens and positions (1, rows) of `padded` rows; their logits (rows, vocabulary) until the next run."""
+        """Takes tokens and positions (1, rows) of `padded` rows.
+
+        Returns their logits (rows, vocabulary), which hold until the next run.
+        """
         rows = tokens.shape[1]
         self._tokens[:, :rows].copy_(tokens)
         self._positions[:, :rows].copy_(positions)

@@ -1,10 +1,10 @@
-"""Which rows begin with the same tokens, so that what one has computed another copies.
+"""Prefixes that rows have in common, so that one row copies what another has computed.
 
-Owns the index of the beginnings of the rows that are in the cache, and the order of requests in which common ones meet.
+Owns the index of the prefixes of the rows in the cache, and the order of requests that brings common ones together.
 It knows no tensor and no slot.
 
 A prompt is cut into blocks; the hash of a block covers everything before it and the adapter, so that one lookup finds
-the row with the longest common beginning. Hashes only propose: adapters and the tokens themselves are compared.
+the row with the longest common prefix. Hashes only propose: adapters and the tokens themselves are compared.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Generic, Protocol, TypeVar
 
 from batchmill.jobs.requests.generation import GenerationRequest
 
-#: Shorter beginnings are computed again: that costs no more than copying them.
+#: Shorter prefixes are computed again: that costs no more than copying them.
 BLOCK_TOKENS = 32
 
 
 class Beginning(Protocol):
-    """A row as its beginning is looked for: its tokens, the hashes of its prompt's blocks, and what is computed.
-
-    `adapter`: the number of what computes it; only rows of one number have a beginning in common.
-    """
+    """A row as the index of prefixes sees it."""
 
     tokens: list[int]
+    #: The number of its adapter; only rows of one number have a prefix in common.
     adapter: int
+    #: The hashes of its prompt's blocks.
     blocks: tuple[int, ...]
+    #: Tokens that have keys and values in the cache.
     computed: int
 
 
@@ -35,7 +35,7 @@ B = TypeVar("B", bound=Beginning)
 
 
 def block_hashes(tokens: Sequence[int], *, adapter: int = 0) -> tuple[int, ...]:
-    """One hash a full block, each of all tokens up to the block's end and of the adapter that computes them."""
+    """Makes one hash a full block, of all tokens up to the block's end and of the adapter that computes them."""
     return tuple(_chained(tokens, adapter))
 
 
@@ -46,7 +46,7 @@ def _chained(tokens: Sequence[int], chain: int) -> Iterator[int]:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Counts the tokens that both begin with."""
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
@@ -54,7 +54,7 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def by_beginning(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    """The same requests in an order in which those with a common beginning are neighbours."""
+    """Sorts requests so that those with a common prefix are neighbours."""
     return sorted(requests, key=_beginning)
 
 
@@ -71,7 +71,7 @@ class Prefixes(Generic[B]):
         self._rows: dict[int, dict[B, None]] = {}
 
     def enter(self, row: B) -> None:
-        """This row is in the cache, or about to be."""
+        """Adds a row that is in the cache, or about to be."""
         for block in row.blocks:
             self._rows.setdefault(block, {})[row] = None
 
@@ -83,22 +83,22 @@ class Prefixes(Generic[B]):
                 del self._rows[block]
 
     def knows(self, row: B) -> bool:
-        """Whether a row in the cache begins as this one does."""
+        """True where a row in the cache begins with this one's first block."""
         return bool(row.blocks) and row.blocks[0] in self._rows
 
     def alone(self, row: B) -> bool:
-        """Whether no other row in the cache begins with this one's first block."""
+        """True where no other row in the cache begins with this one's first block."""
         return bool(row.blocks) and len(self._rows[row.blocks[0]]) == 1
 
     def nearest(self, row: B) -> tuple[B, int] | None:
-        """The row with the longest common beginning, and its tokens; of several, the one that has computed most.
+        """Finds the row with the longest common prefix, and the tokens of that; of several, the one computed furthest.
 
-        One token of a prompt is always left to compute: what follows it is read from it.
+        One token of a prompt is always left to compute: the next token is sampled from its logits.
         """
         for block in reversed(row.blocks):
             rows = [each for each in self._rows.get(block, ()) if each.adapter == row.adapter]
             if rows:
-                found = max(rows, key=lambda each: each.computed)
-                tokens = min(common(row.tokens, found.tokens), len(row.tokens) - 1)
-                return (found, tokens) if tokens >= BLOCK_TOKENS else None
+                donor = max(rows, key=lambda each: each.computed)
+                tokens = min(common(row.tokens, donor.tokens), len(row.tokens) - 1)
+                return (donor, tokens) if tokens >= BLOCK_TOKENS else None
         return None

@@ -1,12 +1,12 @@
-"""Which tokens of which rows the next step computes: plain Python, apart from tensors.
+"""Schedules the tokens of the next step, in plain Python.
 
-Owns the rows between their arrival and their last token: who waits, who runs, and who holds which slot of the cache.
+Owns the rows between their arrival and their last token: those that wait, those that run, and their slots of the cache.
 It knows no tensor, no text and no sampling.
 
 Each step computes one token of every row that decodes, and as many tokens of prompts as the budget leaves. Rows
-enter longest first, so that no long one runs alone at the end; those whose beginning is in the cache enter before,
-and those that waited long before all. When the cache is full, the row that came last is put back: it keeps its
-tokens, and computes them again later.
+enter longest first, so that no long one runs alone at the end; those whose prefix is in the cache enter before, and
+those that waited long before all. When the cache is full, the row that came last is preempted: it keeps its tokens,
+and computes them again later.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ RESERVE = 1 / 16
 class Schedule(Generic[R]):
     """The rows of one engine.
 
-    `batch_slots`: how many run at once. `close_holes`: neighbours in the cache are worth a copy. `alone`: what is
-    computed with a row depends on that row alone: prompts one by one, and a slot for the whole of it from its first
+    `batch_slots`: rows that run at once.
+    `close_holes`: neighbours in the cache are worth a copy.
+    `alone`: a row's forwards depend on that row alone: prompts one by one, and a slot for the whole row from its first
     step on.
     """
 
@@ -75,12 +76,12 @@ class Schedule(Generic[R]):
             self._kept.append(row)
 
     def computed(self, step: Step[R]) -> None:
-        """What this step planned is in the cache now."""
+        """Notes that the tokens of this step are in the cache."""
         for piece in step.pieces:
             piece.row.computed = piece.end
 
     def schedule(self, budget: int) -> Step[R]:
-        """The next step: at most `budget` tokens, and none only if there are no rows."""
+        """Plans the next step: at most `budget` tokens, and none only if there are no rows."""
         step: Step[R] = Step()
         if self._alone:
             self._plan_alone(step, budget)
@@ -95,10 +96,10 @@ class Schedule(Generic[R]):
         return step
 
     def schedule_ahead(self, step: Step[R]) -> Step[R] | None:
-        """The step that follows one of decoding rows, whose tokens are not known yet.
+        """Plans the step after one of decoding rows, whose tokens are not known yet.
 
-        None where rows have to enter, to move, or to compute their prompts first. A row that ends with the token that
-        is not known is computed in vain.
+        Returns None where rows have to enter, to move, or to compute their prompts first. A row that ends with the
+        token that is not known is computed in vain.
         """
         following = [Piece(row, end, end + 1) for row, _, end in step.pieces if row.batch_slot >= 0]
         decoding = all(
@@ -111,10 +112,10 @@ class Schedule(Generic[R]):
         return Step(following)
 
     def _plan_alone(self, step: Step[R], budget: int) -> None:
-        """A piece of one prompt, or else one token of each row that decodes."""
-        self._prefill(step, budget, most=1)
+        """Plans a piece of one prompt, or else one token of each row that decodes."""
+        self._prefill(step, budget, limit=1)
         if not step.pieces:
-            self._admit(step, budget, most=1)
+            self._admit(step, budget, limit=1)
         if not step.pieces:
             self._decode(step, budget)
 
@@ -126,7 +127,7 @@ class Schedule(Generic[R]):
             self._preempt(step.pieces.pop().row, step)
 
     def _room_for_next(self, row: R, step: Step[R]) -> bool:
-        """Whether the row's slot holds one more token, if others are put back for it; else it was put back itself."""
+        """Makes room for one more token of the row, preempting others. Returns False where it was preempted itself."""
         while row.held.size < len(row.tokens):
             slot = self._take(min(row.most_tokens, 2 * row.held.size))
             if slot is not None:
@@ -138,14 +139,14 @@ class Schedule(Generic[R]):
                 return False
         return True
 
-    def _prefill(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
-        for row in [row for row in self._running if not row.decodes][:most]:
+    def _prefill(self, step: Step[R], budget: int, *, limit: int | None = None) -> None:
+        for row in [row for row in self._running if not row.decodes][:limit]:
             self._add_piece(step, row, budget)
 
-    def _admit(self, step: Step[R], budget: int, *, most: int | None = None) -> None:
+    def _admit(self, step: Step[R], budget: int, *, limit: int | None = None) -> None:
         """Lets waiting rows enter, while there are batch slots, slots and a budget for them."""
         for row in self._candidates():
-            if not self._free_batch_slots or step.tokens >= budget or len(step.entered) == most:
+            if not self._free_batch_slots or step.tokens >= budget or len(step.entered) == limit:
                 return
             if self._enter(row, step, budget - step.tokens):
                 self._add_piece(step, row, budget)
@@ -158,7 +159,7 @@ class Schedule(Generic[R]):
             step.pieces.append(Piece(row, row.computed, end))
 
     def _candidates(self) -> list[R]:
-        """Those that waited too long, then those whose beginning is in the cache, then the longest."""
+        """Orders the waiting rows: those that waited too long, those whose prefix is in the cache, then the longest."""
         if not self._free_batch_slots:
             return []
         return sorted(self._waiting, key=self._rank)
@@ -179,17 +180,17 @@ class Schedule(Generic[R]):
         nearest = self._prefixes.nearest(row)
         known = 0
         if nearest is not None:
-            found, common = nearest
-            if found.computed < min(common, found.prompt_tokens) or not found.proven:
-                return False  # the row that computes this beginning right now is copied in a later step
-            known = min(common, found.computed)
+            donor, common = nearest
+            if donor.computed < min(common, donor.prompt_tokens) or not donor.proven:
+                return False  # the row that computes this prefix right now is copied in a later step
+            known = min(common, donor.computed)
         if step.reads and len(row.tokens) - known > budget:
             return False
         slot = self._take(whole)
         if slot is None:
             return False
         row.slot, row.batch_slot = slot, heappop(self._free_batch_slots)
-        # To make room, the row that it begins like may have gone.
+        # The row with the common prefix may have been forgotten to make room.
         source = nearest[0].slot if nearest is not None else None
         row.computed = known if source is not None else 0
         step.copies.append(Copy(slot, source, row.computed))
@@ -201,11 +202,11 @@ class Schedule(Generic[R]):
         return True
 
     def _all_fit(self, row: R) -> bool:
-        """Whether this row and those that run can all have as many tokens as they may come to."""
+        """True where this row and those that run can all grow to their most tokens."""
         return sum(self._slots.size_for(each.most_tokens) for each in (row, *self._running)) <= self._slots.tokens
 
     def _take(self, tokens: int) -> Slot | None:
-        """A slot, if need be of a row that was kept."""
+        """Takes a slot, if need be that of a row that was kept."""
         slot = self._slots.take(tokens)
         while slot is None and self._kept:
             self._forget(self._kept.pop(0))
@@ -230,7 +231,7 @@ class Schedule(Generic[R]):
         row.slot = None
 
     def _forget_unwanted(self) -> None:
-        """Of the rows that ended those stay that alone have in the cache what a waiting row begins with."""
+        """Forgets the rows that ended, but for those that alone hold the prefix of a waiting row."""
         if not self._kept:
             return
         beginnings = {row.blocks[0] for row in self._waiting if row.blocks}
@@ -258,7 +259,7 @@ def _longest_first(row: Row) -> tuple[int, int]:
 
 
 def _in_reading_order(piece: Piece[Any]) -> tuple[bool, bool, int]:
-    """Rows that decode, pieces of prompts whose beginning is in the cache, and beginnings, by length."""
+    """Orders rows that decode, pieces of prompts that were begun, and beginnings of prompts, these by length."""
     if piece.begin == 0 and piece.end > 1:
         return True, True, piece.end
     return piece.end - piece.begin > 1, False, piece.row.held.start

@@ -1,6 +1,6 @@
-"""Where a row's keys and values lie in the cache: slots of a few sizes, cut from an arena of token places.
+"""Slots of the KV cache: spans of a few sizes, one for each row, cut from an arena of token places.
 
-Owns which places are taken. It knows no tensor, no request and no model: sizes go in, places come out.
+Owns the places that are taken. It knows no tensor, no request and no model: sizes go in, places come out.
 
 A row's slot is one contiguous span, so that neighbours of one size are read as one block of memory, with no gather.
 Sizes double from `smallest` on; a row that outgrows its slot moves to a larger one, which copies each of its tokens
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 #: Slots begin at this many tokens.
 SMALLEST_TOKENS = 64
-#: A chunk has so many places, that many small slots are neighbours; but there are so many chunks, where they can be.
+#: The places of a chunk, so that many small slots are neighbours; fewer where there would not be so many chunks.
 CHUNK_TOKENS, CHUNKS = 16_384, 16
 
 
@@ -53,7 +53,7 @@ class Slots:
         while 2 * self._chunk_tokens <= min(CHUNK_TOKENS, tokens // CHUNKS):
             self._chunk_tokens *= 2
         chunks = max(tokens // self._chunk_tokens, self._chunks_of(self.longest))
-        #: Places in all, which is what the cache has to hold.
+        #: All places, which the cache has to hold.
         self.tokens = chunks * self._chunk_tokens
         #: Places that no slot has.
         self.free_tokens = self.tokens
@@ -66,12 +66,12 @@ class Slots:
         return self._sizes[-1]
 
     def size_for(self, tokens: int) -> int:
-        """The size of the slot that a row of so many tokens gets; AssertionError beyond `longest`."""
+        """Returns the size of the slot that a row of so many tokens gets; AssertionError beyond `longest`."""
         assert tokens <= self.longest, "a row is never longer than the longest"
         return next(size for size in self._sizes if size >= tokens)
 
     def take(self, tokens: int) -> Slot | None:
-        """The lowest free slot for so many tokens, or None if there is none."""
+        """Takes the lowest free slot for so many tokens; None if there is none."""
         size = self.size_for(tokens)
         start = self._lowest(size)
         if start is None:
@@ -98,14 +98,14 @@ class Slots:
             self._mark(chunk.start, self._chunk_tokens, unused=True)
 
     def below(self, slot: Slot) -> bool:
-        """Whether a slot of the same size is free at a lower place, so that moving there closes a hole."""
+        """True where a slot of the same size is free at a lower place, so that moving there closes a hole."""
         if slot.size > self._chunk_tokens:
             lowest = self._lowest(slot.size)
             return lowest is not None and lowest < slot.start
         return any(each.free and each.free[0] < slot.start for each in self._cut[slot.size])
 
     def _lowest(self, size: int) -> int | None:
-        """Where the lowest free slot of this size begins."""
+        """Finds the start of the lowest free slot of this size."""
         chunk = next((each for each in self._cut[size] if each.free), None)
         if chunk is not None:
             return chunk.free[0]

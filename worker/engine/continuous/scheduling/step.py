@@ -1,6 +1,6 @@
-"""What one step of the engine computes: pieces of rows, and the copies within the cache that come before.
+"""One step of the engine: pieces of rows, and the copies within the cache that come before.
 
-Owns these values, and no decision about them: those are `schedule`'s.
+Owns these values; `schedule` decides them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ from batchmill.worker.engine.continuous.scheduling.slots import Slot
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One sequence of tokens: a prompt and the answer so far.
-
-    `most_tokens`: its length at the most. `adapter`: the number of the one that computes it, 0 for none. `computed`:
-    how many of its tokens have keys and values in the cache. `batch_slot`: its place among the rows that run, which it
-    keeps while it does; -1 before.
-    """
+    """One sequence of tokens: a prompt and the answer so far."""
 
     tokens: list[int]
+    #: Its length at the most.
     most_tokens: int
+    #: True where it may copy the prefix of another row, and others its own.
     share: bool = True
+    #: The number of the adapter that computes it, 0 for none.
     adapter: int = 0
     prompt_tokens: int = field(init=False)
+    #: The hashes of its prompt's blocks; none where it shares no prefix.
     blocks: tuple[int, ...] = field(init=False)
+    #: Its tokens that have keys and values in the cache.
     computed: int = 0
+    #: Its place in the cache; None without one.
     slot: Slot | None = None
+    #: Its place among the rows that run, which it keeps while it does; -1 without one.
     batch_slot: int = -1
+    #: Its number in the order of arrival.
     arrival: int = 0
+    #: The rows that had entered when it arrived.
     entries: int = 0
 
     def __post_init__(self) -> None:
@@ -39,12 +43,12 @@ class Row:
 
     @property
     def decodes(self) -> bool:
-        """Whether all but its newest token is in the cache."""
+        """True where all but its newest token is in the cache."""
         return self.computed == len(self.tokens) - 1
 
     @property
     def proven(self) -> bool:
-        """Whether its prompt was answered by numbers: only then may others copy what it has computed."""
+        """True once its prompt was answered by numbers: only then may others copy what it has computed."""
         return len(self.tokens) > self.prompt_tokens
 
     @property
@@ -57,7 +61,7 @@ R = TypeVar("R", bound=Row)
 
 
 class Piece(NamedTuple, Generic[R]):
-    """What one step computes of one row: its tokens from `begin` to before `end`."""
+    """The tokens of one row that one step computes: from `begin` to before `end`."""
 
     row: R
     begin: int
@@ -65,15 +69,15 @@ class Piece(NamedTuple, Generic[R]):
 
     @property
     def sampled(self) -> bool:
-        """Whether the row's next token follows from it."""
+        """True where the row's next token follows from it."""
         return self.end == len(self.row.tokens)
 
 
 class Copy(NamedTuple):
-    """What a slot of the cache holds when a row gets it: the first tokens of another, if any, and zeros behind.
+    """The content of a slot when a row gets it: the first tokens of another slot, if any, and zeros behind.
 
-    Places behind a row's tokens are read beside them, with no weight; what another row left there may be NaN, and no
-    weight makes that 0.
+    Places behind a row's tokens are read beside them, with weight 0; another row may have left a NaN there, and NaN
+    times 0 is NaN.
     """
 
     target: Slot
@@ -83,15 +87,15 @@ class Copy(NamedTuple):
 
 @dataclass(slots=True)
 class Step(Generic[R]):
-    """The next step. Decoding rows come first, then pieces of prompts, in the order of the cache; beginnings by length.
+    """The next step."""
 
-    `copies` are done one after the other before anything is computed. Then rows lost the batch slots `vacated`, and
-    others `entered`.
-    """
-
+    #: Decoding rows come first, then pieces of prompts, in the order of the cache; beginnings by length.
     pieces: list[Piece[R]] = field(default_factory=list)
+    #: Done one after the other before anything is computed.
     copies: list[Copy] = field(default_factory=list)
+    #: Rows that have a batch slot from this step on.
     entered: list[R] = field(default_factory=list)
+    #: Batch slots of rows that were preempted; rows that enter may have them.
     vacated: list[int] = field(default_factory=list)
 
     @property
@@ -100,5 +104,5 @@ class Step(Generic[R]):
 
     @property
     def reads(self) -> bool:
-        """Whether prompts are a part of it."""
+        """True where prompts are a part of it."""
         return any(piece.end - piece.begin > 1 for piece in self.pieces)

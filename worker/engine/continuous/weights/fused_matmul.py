@@ -1,4 +1,4 @@
-"""What linear layers that read the same tensor compute, in one product instead of one for each.
+"""Fuses linear layers that read the same tensor into one matmul.
 
 Owns the arithmetic: weights laid one below the other, quantized as they are, block scales of their own; and, for
 4-bit weights, a copy of full precision that large inputs are multiplied with. The values are those of the layers;
@@ -22,14 +22,14 @@ from torch.nn import functional
 #: Inputs of fewer rows are as fast from packed 4-bit weights on a CPU, whose fused kernel reads a quarter of the
 #: bytes; measured on AVX-512 with bf16, on 45 and 250 million parameters.
 CPU_COPY_ROWS = 32
-#: So many columns of a weight are read back from a fused kernel at once.
+#: Columns of a weight that are read back from a fused kernel at once.
 _IDENTITY_ROWS = 256
 #: bitsandbytes never runs its fused CUDA kernel beyond so many rows.
 _CUDA_FUSED_ROWS = 1536
 
 
 class FusedMatmul(Protocol):
-    """`product(x)`: float [..., inputs] -> [..., sum of widths], in x's dtype: the layers' outputs side by side."""
+    """One matmul of several layers: float [..., inputs] -> [..., sum of widths], in x's dtype, outputs side by side."""
 
     widths: tuple[int, ...]
 
@@ -40,14 +40,14 @@ class FusedMatmul(Protocol):
 
     @property
     def copy_bytes(self) -> int:
-        """What a copy of full precision takes; 0 for a product that can have none."""
+        """Bytes of a copy of full precision; 0 for a product that can have none."""
 
     def copy(self) -> int:
-        """Makes that copy. Returns from how many rows of x it is used."""
+        """Makes that copy. Returns the least number of rows of x for which it is used."""
 
 
 def fused_matmul_of(layers: Sequence[nn.Linear]) -> FusedMatmul | None:
-    """One product for layers of one kind and one input width, or None where they cannot be computed as one."""
+    """Fuses layers of one kind and one input width; None where they cannot be computed as one."""
     first = layers[0]
     alike = {(type(each), each.in_features, each.bias is None, each.training) for each in layers}
     if len(alike) > 1 or first.training or any("forward" in vars(each) for each in layers):
@@ -66,7 +66,7 @@ def fused_matmul_of(layers: Sequence[nn.Linear]) -> FusedMatmul | None:
 
 
 def _four_bit(layers: Sequence[nn.Linear]) -> FusedMatmul | None:
-    """4-bit layers of one kind, whose blocks end where a row of the weight does."""
+    """Fuses 4-bit layers of one kind, whose blocks end where a row of the weight does; None for others."""
     states: list[Any] = [getattr(each.weight, "quant_state", None) for each in layers]
     if any(each is None or len(each.shape) != 2 or each.shape[1] % each.blocksize for each in states):
         return None
@@ -83,12 +83,12 @@ def _four_bit(layers: Sequence[nn.Linear]) -> FusedMatmul | None:
 
 
 def _packed(state: Any) -> bool:
-    """Whether bitsandbytes has repacked this weight for its fused kernel on a CPU."""
+    """True where bitsandbytes has repacked this weight for its fused kernel on a CPU."""
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 class _Joined:
-    """What all products have: the layers, their widths and their biases, None where they have none."""
+    """The base of all products: the layers, their widths and their biases, None where they have none."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = layers
@@ -139,8 +139,8 @@ class _Int8(_Joined):
     def __call__(self, x: Tensor) -> Tensor:
         if self._bias is not None and self._bias.dtype != x.dtype:
             self._bias = self._bias.to(x.dtype)
-        found: Tensor = bitsandbytes.matmul(x, self._state.CB, bias=self._bias, state=self._state)
-        return found
+        output: Tensor = bitsandbytes.matmul(x, self._state.CB, bias=self._bias, state=self._state)
+        return output
 
     def adopt(self) -> None:
         for layer, view in zip(self._layers, self._views(self._state.CB), strict=True):
@@ -149,7 +149,7 @@ class _Int8(_Joined):
 
 
 class _FourBit(_Joined):
-    """What both layouts of 4-bit weights share: a copy for large inputs."""
+    """The base of both layouts of 4-bit weights: a copy for large inputs."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__(layers)
@@ -186,21 +186,21 @@ class _Packed4Bit(_FourBit):
             return x.new_empty(*x.shape[:-1], self._shape[0])  # the kernel divides by the number of rows
         rows = x.reshape(-1, self._shape[1]).to(torch.bfloat16)
         if self._copy is not None and rows.shape[0] >= self._copy_rows:
-            found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._copy, None, "none", [], "")
+            output: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._copy, None, "none", [], "")
         else:
-            found = self._fused(rows)
+            output = self._fused(rows)
         if self._bias is not None:
-            found = found.to(self._compute) + self._bias
-        return found.to(x.dtype).view(*x.shape[:-1], self._shape[0])
+            output = output.to(self._compute) + self._bias
+        return output.to(x.dtype).view(*x.shape[:-1], self._shape[0])
 
     def _fused(self, rows: Tensor) -> Tensor:
-        found: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
+        output: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
             rows, self._weight, self._shape, self._absmax, self._state.code, self._state.blocksize
         )
-        return found
+        return output
 
     def copy(self) -> int:
-        """The weights are read back from the fused kernel, as its products with the rows of an identity matrix."""
+        """Reads the weights back from the fused kernel, as its products with the rows of an identity matrix."""
         inputs = self._shape[1]
         weight = torch.empty(self._shape, dtype=torch.bfloat16)
         for begin in range(0, inputs, _IDENTITY_ROWS):
@@ -230,11 +230,11 @@ class _Blocks4Bit(_FourBit):
         taken = x.to(self._compute)
         if self._copy is not None and x.numel() >= self._copy_rows * self._shape[1]:
             return functional.linear(taken, self._copy, self._bias).to(x.dtype)
-        found: Tensor = bitsandbytes.matmul_4bit(taken, self._weight, bias=self._bias, quant_state=self._state)
-        return found.to(x.dtype)
+        output: Tensor = bitsandbytes.matmul_4bit(taken, self._weight, bias=self._bias, quant_state=self._state)
+        return output.to(x.dtype)
 
     def copy(self) -> int:
-        """Used wherever bitsandbytes would dequantize the weights for that one product: the values are the same."""
+        """Dequantizes the weights, for inputs where bitsandbytes would do it at each call: the values are the same."""
         self._copy = dequantize_4bit(self._weight, self._state)
         self._copy_rows = 1 + _fused_rows(self._weight.device, self._compute, *self._shape)
         return self._copy_rows
@@ -257,7 +257,7 @@ def _fused_rows(device: torch.device, dtype: torch.dtype, outputs: int, inputs: 
     """The most rows that bitsandbytes' fused kernel takes of this shape; beyond, it dequantizes at each call."""
     if device.type != "cuda":
         return 0
-    # What it asks itself; a version that does not lets the copy begin where none is fused.
+    # The check of bitsandbytes itself; for a version without it the copy begins where no kernel is fused.
     fused = getattr(import_module("bitsandbytes.backends.cuda.ops"), "_gemm_4bit_use_custom_fn", None)
     for rows in range(1, _CUDA_FUSED_ROWS + 1):
         if fused is not None and not fused(device.index, dtype, rows, outputs, inputs):

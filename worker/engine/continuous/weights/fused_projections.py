@@ -1,8 +1,8 @@
-"""Layers that read the same tensor: found by watching a model run, and then computed once for all.
+"""Projections that read the same tensor (q/k/v, gate/up): found by watching a model run, then computed once for all.
 
-Owns who shares an input with whom, and whose turn it is within a step. The first sibling that is called computes the
-product of all, the others take their part of it; nothing outlives the tensor that they read. This module knows no
-model's name and no arithmetic.
+Owns the groups of layers that share an input, and the calls of a group within a step. The first layer that is called
+computes the product of all, the others take their part of it; nothing outlives the tensor that they read. This module
+knows no model's name and no arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batchmill.worker.engine.continuous.weights.fused_matmul import FusedMatmul
 
 
 def find_shared_inputs(model: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Linear, ...]]:
-    """The linear layers that `run` calls, those of one parent that read one tensor together; each exactly once.
+    """Groups the linear layers that `run` calls: those of one parent that read one tensor, each layer exactly once.
 
     A layer that is called more often in one run stands alone.
     """
@@ -58,13 +58,13 @@ class FusedProjections:
         self._read: weakref.ref[Tensor] | None = None
 
     def join(self) -> None:
-        """From now on the product computes what the layers did."""
+        """Lets the product compute in place of the layers."""
         for place, layer in enumerate(self._layers):
             alone = len(self._layers) == 1
             vars(layer)["forward"] = self._product if alone else partial(self._take, place)
 
     def part(self) -> None:
-        """The layers compute for themselves again."""
+        """Lets the layers compute for themselves again."""
         for layer in self._layers:
             del vars(layer)["forward"]
 
@@ -72,7 +72,7 @@ class FusedProjections:
         """One layer's output for x: [..., inputs] -> [..., its width], a view."""
         if self._read is None or self._read() is not x or place not in self._parts:
             self._parts = dict(enumerate(torch.split(self._product(x), list(self._product.widths), -1)))
-            # An error between two siblings ends the step: what is left of it goes with the tensor that they read.
+            # An error between two layers ends the step: the parts that are left go with the tensor that they read.
             self._read = weakref.ref(x, self._forget)
         taken = self._parts.pop(place)
         if not self._parts:

@@ -1,8 +1,7 @@
-"""A loaded model's weights are laid out for speed: siblings in one product, 4-bit weights with a copy for large steps.
+"""Lays out a loaded model's weights for speed: fused projections, and 4-bit weights with a copy for large steps.
 
-Owns what is done to which layers, decided by what they compute and never by a model's name, and takes back what
-changes a value. The arithmetic is in `products`, the order of calls in `siblings`. This module knows no
-request and no cache.
+Owns the choice of layers, by what they compute and never by a model's name, and takes back what changes a value. The
+arithmetic is in `fused_matmul`, the order of calls in `fused_projections`. This module knows no request and no cache.
 """
 
 from __future__ import annotations
@@ -18,28 +17,27 @@ from batchmill.worker.engine.continuous.weights.fused_matmul import FusedMatmul,
 from batchmill.worker.engine.continuous.weights.fused_projections import FusedProjections, find_shared_inputs
 from batchmill.worker.engine.options import Dequantize
 
-#: One product of several layers must equal theirs for inputs of so many rows: one, few, a decode step, a prefill.
+#: Rows of the inputs for which a product must equal its layers: one, few, a decode step, a prefill.
 _ROWS = (1, 3, 64, 200)
-#: The whole model is compared for prompts of so many tokens.
+#: Tokens of the prompts for which the whole model is compared.
 _PROMPTS = (1, 7, 65)
 _SEED = 20
-#: Some columns of what is tried are large, since LLM.int8() treats outliers apart.
+#: Some columns of the inputs are large, since LLM.int8() treats outliers apart.
 _OUTLIER_EVERY = 64
 _OUTLIER = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What was done to a model's linear layers.
+    """The changes to a model's linear layers."""
 
-    `joined`: groups of layers that are computed in one product. `direct`: single layers whose kernel is called
-    without what bitsandbytes does around it. `copied_bytes`: copies of full precision beside 4-bit weights, used for
-    steps of at least `copy_rows` tokens (the least and the most of all layers), 0 for none.
-    """
-
+    #: Groups of layers that are computed in one product.
     joined: int = 0
+    #: Single layers whose kernel is called without what bitsandbytes does around it.
     direct: int = 0
+    #: Bytes of the copies of full precision beside 4-bit weights.
     copied_bytes: int = 0
+    #: The tokens of a step from which on a copy is used: the least and the most of all layers, 0 for none.
     copy_rows: tuple[int, int] = (0, 0)
 
 
@@ -53,17 +51,17 @@ def prepare(model: PreTrainedModel, *, dequantize: Dequantize, free_bytes: int) 
     before = [_logits(model, tokens) for tokens in _PROMPTS]
     products = dict(_joined(find_shared_inputs(model, lambda: _logits(model, _PROMPTS[-1]))))
     if not all(torch.equal(_logits(model, tokens), logits) for tokens, logits in zip(_PROMPTS, before, strict=True)):
-        for each in products:
-            each.part()
+        for projections in products:
+            projections.part()
         return Prepared()
-    widths = [len(each.widths) for each in products.values()]
+    widths = [len(product.widths) for product in products.values()]
     return Prepared(
         sum(width > 1 for width in widths), widths.count(1), *_copied(list(products.values()), dequantize, free_bytes)
     )
 
 
 def _logits(model: PreTrainedModel, tokens: int) -> Tensor:
-    """What the model says to a prompt of this many tokens: [1, tokens, vocabulary]."""
+    """The model's logits for a prompt of this many tokens: [1, tokens, vocabulary]."""
     ids = torch.arange(tokens, device=model.device).remainder(model.get_input_embeddings().num_embeddings)
     logits: Tensor = model(input_ids=ids[None], use_cache=False).logits
     return logits
@@ -85,13 +83,13 @@ def _joined(groups: Sequence[tuple[nn.Linear, ...]]) -> Iterator[tuple[FusedProj
                 continue
             tried.add(kind)
             product.adopt()
-            siblings = FusedProjections(layers, product)
-            siblings.join()
-            yield siblings, product
+            projections = FusedProjections(layers, product)
+            projections.join()
+            yield projections, product
 
 
 def _equal(layers: Sequence[nn.Linear], product: FusedMatmul, rows: Sequence[int]) -> bool:
-    """Whether the product's values are those of the layers, bit for bit."""
+    """True where the product's values are those of the layers, bit for bit."""
     weight = next(each for each in (layers[0].bias, layers[0].weight) if each is not None)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(_SEED)

@@ -1,8 +1,8 @@
 """A model's chat template: the messages of a request become the text of its prompt, and none of them is lost.
 
-A template leaves out what it does not know: a role, a list of tools, a call. So each shape of conversation is written
-once with marks in the place of its texts, in one form after the other, until every mark is in the prompt; the form
-that held is remembered. What a template does to a text itself, as to strip it, is its right.
+A template silently leaves out things that it does not know: a role, a list of tools, a call. So each shape of
+conversation is written once with marks in the place of its texts, in one form after the other, until every mark is in
+the prompt; the form that held is remembered. A template may change a text itself, for instance strip it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batchmill.worker.engine.refused import Refused
 from batchmill.worker.engine.text.chat.form import MessageForm, forms
 from batchmill.worker.engine.text.chat.marks import Marked, shape_of
 
-#: What `apply_chat_template` takes besides the template's own variables, and a request may not set.
+#: Arguments of `apply_chat_template` that are no variables of a template, and that a request may not set.
 RESERVED = frozenset(
     {
         "conversation",
@@ -38,7 +38,7 @@ RESERVED = frozenset(
 )
 #: A template's refusal is kept up to this length.
 REFUSAL_LENGTH = 200
-#: So many shapes of conversations are remembered, with their forms or refusals.
+#: Shapes of conversations that are remembered, with their forms or refusals.
 KEPT_SHAPES = 1_024
 
 
@@ -50,7 +50,7 @@ class ChatTemplate:
         self._kept: OrderedDict[tuple[Any, ...], MessageForm | str] = OrderedDict()
 
     def rendered(self, request: GenerationRequest) -> str:
-        """The prompt of a request that has messages. Raises Refused."""
+        """Renders the prompt of a request that has messages. Raises Refused."""
         if not self._tokenizer.chat_template:
             raise Refused(
                 ErrorCode.NO_CHAT_TEMPLATE, "the model has no chat template: send prompts instead of messages"
@@ -70,7 +70,7 @@ class ChatTemplate:
             raise _refused(f"the chat template failed: {type(error).__name__}") from error
 
     def _refuse_unnamed(self, name: Any, *, tools: bool) -> frozenset[str]:
-        """What of RESERVED may be set all the same: a template's name, where the model has several. Raises Refused.
+        """The names of RESERVED that may be set: a template's name, where the model has several. Raises Refused.
 
         Without a name transformers takes `tool_use` for a request with tools, or else `default`.
         """
@@ -89,18 +89,18 @@ class ChatTemplate:
     def _form(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
     ) -> MessageForm:
-        """The form in which all of such a conversation is in the prompt. Raises Refused."""
+        """Finds the form in which all of such a conversation is in the prompt. Raises Refused."""
         shape = shape_of(messages, tools, variables)
-        found = self._kept.pop(shape, None) or self._proven(Marked(messages, tools), variables)
-        self._kept[shape] = found
+        form = self._kept.pop(shape, None) or self._proven(Marked(messages, tools), variables)
+        self._kept[shape] = form
         if len(self._kept) > KEPT_SHAPES:
             self._kept.popitem(last=False)
-        if isinstance(found, str):
-            raise _refused(found)
-        return found
+        if isinstance(form, str):
+            raise _refused(form)
+        return form
 
     def _proven(self, marked: Marked, variables: Mapping[str, Any]) -> MessageForm | str:
-        """The first form that leaves no mark out, or what is wrong with them all."""
+        """Returns the first form that leaves no mark out, or the reason why there is none."""
         lost = refused = failed = None
         for form in forms(marked.messages):
             try:
@@ -119,9 +119,10 @@ class ChatTemplate:
         return f"{lost}: the model would never see it" if lost else reason
 
     def _own_words(self, error: TemplateError) -> str:
-        """What the template says for itself, with nothing of the prompt in it."""
-        said = str(error)
-        return said[:REFUSAL_LENGTH] if said in str(self._tokenizer.chat_template) else "it depends on what they say"
+        """The template's own message, with nothing of the prompt in it."""
+        message = str(error)
+        own = message in str(self._tokenizer.chat_template)
+        return message[:REFUSAL_LENGTH] if own else "it depends on what they say"
 
     def _apply(
         self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The ways to write one conversation that chat templates disagree about: Form."""
+"""The forms of one conversation that chat templates disagree about."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class MessageForm:
-    """How messages in OpenAI's form are written for a template.
+    """A form in which messages of OpenAI's API are written for a template."""
 
-    `system`: a developer's messages are those of the system. `parts`: a content is a list of one text part. `blank`:
-    a message without a content has an empty one. `quoted`: arguments of a tool call stay JSON text, as OpenAI has
-    them; otherwise they are objects, as transformers documents it. `short`: ids of calls are nine letters and digits,
-    which is all that Mistral's templates take.
-    """
-
+    #: A developer's messages are those of the system.
     system: bool = False
+    #: A content is a list of one text part.
     parts: bool = False
+    #: A message without a content has an empty one.
     blank: bool = False
+    #: Arguments of a tool call stay JSON text, as in OpenAI's API; else they are objects, as transformers documents it.
     quoted: bool = False
+    #: Ids of calls are nine letters and digits, the only ones that Mistral's templates take.
     short: bool = False
 
     def write(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages as a template is given them. A tool's result gets the name of the function that was called."""
+        """Writes the messages for a template. A tool's result gets the name of the function that was called."""
         names: dict[str, str] = {}
         written = []
-        for each in messages:
-            calls = each.get("tool_calls") or ()
+        for message in messages:
+            calls = message.get("tool_calls") or ()
             names.update((call["id"], call["function"]["name"]) for call in calls if "id" in call)
-            message = dict(each)
-            if self.system and each["role"] == "developer":
-                message["role"] = "system"
+            form = dict(message)
+            if self.system and message["role"] == "developer":
+                form["role"] = "system"
             if calls:
-                message["tool_calls"] = [self._called(call) for call in calls]
-            if self.short and "tool_call_id" in each:
-                message["tool_call_id"] = _short(each["tool_call_id"])
-            if each.get("content") is None:
-                message["content"] = "" if self.blank else None
+                form["tool_calls"] = [self._called(call) for call in calls]
+            if self.short and "tool_call_id" in message:
+                form["tool_call_id"] = _short(message["tool_call_id"])
+            if message.get("content") is None:
+                form["content"] = "" if self.blank else None
             elif self.parts:
-                message["content"] = [{"type": "text", "text": each["content"]}]
-            if "tool_call_id" in each and "name" not in each and each["tool_call_id"] in names:
-                message["name"] = names[each["tool_call_id"]]
-            written.append({key: value for key, value in message.items() if value is not None})
+                form["content"] = [{"type": "text", "text": message["content"]}]
+            if "tool_call_id" in message and "name" not in message and message["tool_call_id"] in names:
+                form["name"] = names[message["tool_call_id"]]
+            written.append({key: value for key, value in form.items() if value is not None})
         return written
 
     def _called(self, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class MessageForm:
 
 
 def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[MessageForm]:
-    """Every form in which these messages differ, the usual ones first."""
+    """Yields every form in which these messages differ, the usual ones first."""
     differs = {
         "parts": any(each.get("content") for each in messages),
         "system": any(each["role"] == "developer" for each in messages),

@@ -1,7 +1,7 @@
-"""A conversation of the same shape in which every text is a mark of its own: what a template leaves out is missed.
+"""Marked conversations: every text is a mark of its own, so that a text that a template leaves out is missed.
 
-Owns what of a conversation a template has to write: the content of each message, the name and the arguments of each
-tool call, and the name of each tool. Other keys, such as an id, are the template's to use.
+Owns the parts of a conversation that a template has to write: the content of each message, the name and the arguments
+of each tool call, and the name of each tool. A template may leave out other keys, such as an id.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from batchmill.worker.engine.text.chat.form import arguments_of
 def shape_of(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """What a template can tell of a conversation besides its texts; equal shapes have equal marked conversations."""
-    told = json.dumps([tools, variables], sort_keys=True, default=repr)
-    return (*(_shape(each) for each in messages), hashlib.sha256(told.encode(errors="backslashreplace")).digest())
+    """The shape of a conversation: all that a template can tell of it besides its texts.
+
+    Conversations of equal shapes have equal marked conversations.
+    """
+    parameters = json.dumps([tools, variables], sort_keys=True, default=repr)
+    return (*(_shape(each) for each in messages), hashlib.sha256(parameters.encode(errors="backslashreplace")).digest())
 
 
 def _shape(message: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -42,7 +45,7 @@ def _arguments_kind(call: Mapping[str, Any]) -> str:
 
 
 class Marked:
-    """The marked conversation. `messages` and `tools` as a request has them."""
+    """The marked conversation for a request's `messages` and `tools`."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> None:
         self._places: dict[str, str] = {}
@@ -52,11 +55,11 @@ class Marked:
         self.tools = [self._tool(place, each) for place, each in enumerate(tools)]
 
     def missing(self, written: str) -> str | None:
-        """The first of it that is not in this text, in words; None if all is there."""
+        """Names the first part that is not in this text; None if all are there."""
         return next((place for mark, place in self._places.items() if mark not in written), None)
 
     def garbled(self, written: str) -> bool:
-        """Whether the arguments of a tool call stand there as Python writes a dict, which is no JSON."""
+        """True where the arguments of a tool call stand there as Python writes a dict, which is no JSON."""
         return any(each in written for each in self._objects)
 
     def _mark(self, place: str) -> str:

@@ -1,4 +1,4 @@
-"""OpenAI's logprobs object: what the tokens of a choice add to its text, and the likeliest tokens at each place.
+"""OpenAI's logprobs object: the text that each token of a choice adds, and the likeliest tokens at each place.
 
 It knows no device: the log probabilities are there already.
 """
@@ -21,25 +21,27 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-def logprobs_of(said: Sequence[TokenLogprob], text: str, decoding: Decoding, *, after: Sequence[int]) -> dict[str, Any]:
+def logprobs_of(
+    generated: Sequence[TokenLogprob], text: str, decoding: Decoding, *, after: Sequence[int]
+) -> dict[str, Any]:
     """The object of a choice with this text; `after`: the tokens that it continues.
 
-    One entry a token: `token` is what it adds to the text, which is nothing for an end token, for what a stop string
-    cut off, and for all but the last of the tokens of one character. No two tokens at one place are called the same.
+    One entry a token: `token` is the text that it adds, which is empty for an end token, for a token that a stop string
+    cut off, and for all but the last of the tokens of one character. No two tokens at one place have the same name.
     """
-    parts = decoding.parts([each.token for each in said], after=after)
+    parts = decoding.parts([token.token for token in generated], after=after)
     content, begin = [], 0
-    for each, (part, known) in zip(said, parts, strict=True):
-        content.append(_entry(each, text[begin : begin + len(part)], known, decoding))
+    for token, (part, known) in zip(generated, parts, strict=True):
+        content.append(_entry(token, text[begin : begin + len(part)], known, decoding))
         begin += len(part)
     return {"content": content}
 
 
-def _entry(said: TokenLogprob, text: str, known: bytes, decoding: Decoding) -> dict[str, Any]:
-    chosen = {"token": text, "logprob": said.logprob, "bytes": list(known)}
+def _entry(generated: TokenLogprob, text: str, known: bytes, decoding: Decoding) -> dict[str, Any]:
+    chosen = {"token": text, "logprob": generated.logprob, "bytes": list(known)}
     taken, top = {text}, []
-    for token, logprob in said.top:
-        if token == said.token:
+    for token, logprob in generated.top:
+        if token == generated.token:
             top.append(chosen)
             continue
         name = decoding.name(token)
