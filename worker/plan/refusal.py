@@ -1,8 +1,8 @@
-"""A model that will not fit is refused before any of its weights is read: with the sum, and with what would fit.
+"""The refusal of a model that will not fit, before any of its weights is read: with the sum, and with what would fit.
 
-Owns what counts as not fitting: that the engine could not hold one row beside the weights. That row is of the context
-that was asked for, or else of the few tokens that an engine plans with at least. It knows no split and no offloading
-but as advice: how much of those fits is worker.models.layout's to say.
+Owns what counts as not fitting: the engine could not hold one row beside the weights. That row is of the context that
+was asked for, or else of the few tokens that an engine plans with at least. It knows splitting and offloading as advice
+alone: worker.models.layout computes how much of those fits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batchmill.worker.plan.report import fit_of
 
 _DEFAULTS = EngineOptions()
 _MOST_CHOICES = 3
-#: No layout here makes more of a file's bytes: 4 bits that are turned into float32. And a row's cache is less.
+#: Bounds of how a file's bytes grow in memory (4 bits that are turned into float32), and of a row's cache.
 _LARGEST_GROWTH, _LARGEST_ROW_BYTES = 8, 1024**3
 #: Advice splits a model over so many GPUs at most.
 _MOST_GPUS = 8
@@ -40,7 +40,7 @@ _MOST_GPUS = 8
 def refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions = _DEFAULTS) -> None:
     """Raises Refusal where this model cannot work on this one device with the memory that is free there now.
 
-    `options`: of the engine that will serve it, and needs room beside the weights.
+    `options`: of the engine that will serve it, which needs room beside the weights.
     """
     free = MemoryReader(str(device)).available_bytes()
     stored = sum(file.stat().st_size for file in weights(folder))
@@ -52,7 +52,7 @@ def refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, option
 
 
 def refuse_beyond(model: PlannedModel, hardware: Hardware, options: EngineOptions) -> None:
-    """The same of a model whose configuration is known, for a device that need not be here. Raises Refusal."""
+    """Raises Refusal where a model whose configuration is known cannot work on this device, which need not be here."""
     row_tokens = min(options.context_tokens or ROW_TOKENS, model.context_tokens or ROW_TOKENS)
     one_row = replace(options, max_rows=1, cache_bytes=None)
     found = _fit(model, model.spec.quantization, hardware, one_row, row_tokens)
@@ -66,7 +66,7 @@ def refuse_beyond(model: PlannedModel, hardware: Hardware, options: EngineOption
 def _fit(
     model: PlannedModel, quantization: Quantization, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Fit | None:
-    """None for what would be refused for another reason."""
+    """Plans this quantization; None where it would be refused for another reason."""
     try:
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal:
@@ -91,7 +91,7 @@ def _sum(found: Fit, hardware: Hardware, row_tokens: int) -> str:
 def _choices(
     model: PlannedModel, found: Fit, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Iterator[str]:
-    """What would fit, the nearest to what was asked for first."""
+    """Yields what would fit, the nearest to what was asked for first."""
     quantization = model.spec.quantization
     if found.copied_bytes:
         uncopied = _fit(model, quantization, hardware, replace(options, dequantize=Dequantize.NEVER), row_tokens)
@@ -116,7 +116,7 @@ def _choices(
 def _shorter(
     model: PlannedModel, quantization: Quantization, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Iterator[str]:
-    """The longest context that fits, in whole slots of the cache, where one was asked for and a part of it fits."""
+    """Yields the longest context that fits, in whole slots of the cache, if one was asked for and a part of it fits."""
 
     def too_long(slots: int) -> bool:
         tokens = slots * ROW_TOKENS
@@ -131,7 +131,7 @@ def _shorter(
 
 
 def _less_precise(model: PlannedModel, asked: Quantization) -> list[Quantization]:
-    """Of those that are looked at, what comes after the one that was asked for; not two that take the same."""
+    """The less precise choices after the one that was asked for; of two that take the same bytes, one."""
     known = [each for each in choices(model.config) if each.kind is not Kind.FP4]
     kinds = [each.kind for each in known]
     if asked in known:
@@ -142,7 +142,7 @@ def _less_precise(model: PlannedModel, asked: Quantization) -> list[Quantization
 def _split(
     model: PlannedModel, quantization: Quantization, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Iterator[str]:
-    """As few more GPUs of this kind as it fits on."""
+    """Yields the smallest number of such GPUs that the model fits on."""
     for count in range(2, _MOST_GPUS + 1):
         together = replace(
             hardware,
@@ -157,7 +157,7 @@ def _split(
 
 
 def _offloaded(found: Fit, hardware: Hardware) -> Iterator[str]:
-    """What does not fit waits elsewhere, which is slow."""
+    """Yields the flags that offload what does not fit, which is slow."""
     lacking = found.needed_bytes - hardware.free_bytes
     if hardware.cuda and lacking <= SPLIT_PART * MemoryReader(CPU).available_bytes():
         yield f"--offload cpu ({size(lacking)} there, and much slower)"

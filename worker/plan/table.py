@@ -14,13 +14,12 @@ from batchmill.worker.plan.report import PlanLine, PlanReport
 _UNKNOWN = "-"
 _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tokens/s", "recorded")
 
-
 #: Columns that a table in a narrow terminal leaves out, one after the other.
 _NEEDED_LEAST = ("cache/token", "rows", "recorded", "total", "tokens/s")
 
 
 def to_lines(report: PlanReport, *, context_asked: bool, width: int | None = None) -> Iterator[str]:
-    """The whole report, ending with the sentence that says what to take; tables of at most `width`, if they can be."""
+    """Yields the whole report, with the advice at its end; tables are at most `width` wide, if they can be."""
     model = report.spec.model if report.spec.revision is None else f"{report.spec.model}@{report.spec.revision}"
     context = f"{report.context_tokens:,} tokens of context" if report.context_tokens else "no limit of its context"
     yield f"{model}: {_count(report.parameters)} parameters, {context}"
@@ -63,7 +62,7 @@ def to_json(report: PlanReport, *, context_asked: bool) -> dict[str, Any]:
 
 
 def _notes(report: PlanReport) -> Iterator[str]:
-    """What holds of the model on every device."""
+    """Yields what holds for the model on every device."""
     token = next((each.holding.token for _, lines in report.devices for each in lines if each.holding), None)
     if any(hardware.count > 1 for hardware, _ in report.devices):
         yield "a model that is split over devices is served by the generate engine"
@@ -75,7 +74,7 @@ def _notes(report: PlanReport) -> Iterator[str]:
 
 
 def _alike(report: PlanReport) -> list[tuple[Hardware, tuple[PlanLine, ...]]]:
-    """Devices of one name of which the same is to be said are shown as one, with what the fullest has free."""
+    """Shows devices of one name and the same lines as one, with the free memory of the fullest."""
     found: dict[tuple[object, ...], tuple[Hardware, tuple[PlanLine, ...]]] = {}
     for hardware, lines in report.devices:
         key = hardware.name, *(each.refused or _cells(each) for each in lines)
@@ -120,7 +119,7 @@ def _cells(line: PlanLine) -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
-    """The first column to the left, the others to the right."""
+    """Aligns the first column to the left, the others to the right."""
     for title in _NEEDED_LEAST:
         if width is None or sum(_widths(rows)) + 2 * len(rows[0]) <= width:
             break
