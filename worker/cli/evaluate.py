@@ -160,7 +160,7 @@ def main(
 
 
 def _prepare_process(settings: Settings, device: str) -> None:
-    """What has to stand before torch is loaded; progress is shown, so that logs tell of trouble alone."""
+    """Prepares the process before torch is loaded; progress is shown, so that logs tell of trouble alone."""
     level = "warning" if settings.log_level == "info" else settings.log_level
     configure_logs(level=level, form=settings.log_format)
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
@@ -176,7 +176,7 @@ def _device(written: str, share_device: bool) -> DeviceInfo:
 
 
 def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, settings: Settings) -> Report:
-    """Measures, keeping each row in the store as soon as it is there."""
+    """Measures, and keeps each row in the store as soon as it is there."""
     from batchmill.worker.evaluate.evaluation import Evaluation
     from batchmill.worker.evaluate.measures.measurement import Report
     from batchmill.worker.evaluate.progress import ProgressBar

@@ -1,6 +1,6 @@
 """The `models` commands: bring a model to this machine, and save a quantized copy of one.
 
-What a command needs is imported when it runs: `pull` loads no torch.
+A command imports what it needs when it runs: `pull` loads no torch.
 """
 
 from __future__ import annotations
@@ -131,5 +131,5 @@ def quantize(model: str, out: Path, quantization: str, revision: str | None, dev
 
 
 def _as_path(out: Path) -> str:
-    """As a folder that cannot be taken for a Hugging Face id."""
+    """The folder, spelled so that it cannot be taken for a Hugging Face id."""
     return str(out) if out.is_absolute() or str(out).startswith(".") else f"./{out}"

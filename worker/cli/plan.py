@@ -102,7 +102,7 @@ def _planned(
 
 
 def _devices(written: str | None) -> list[Hardware]:
-    """Those that are named, or all GPUs of this machine, or its CPU where it has none. Raises UsageError."""
+    """The devices that are named, or all GPUs of this machine, or its CPU where it has none. Raises UsageError."""
     import torch
 
     from batchmill.worker.plan.hardware import joined, this_cpu, this_gpu
@@ -131,7 +131,7 @@ def _devices(written: str | None) -> list[Hardware]:
 
 
 def _recorded(spec: ModelSpec, settings: Settings) -> list[Speed]:
-    """What this machine's workers did with this model before; nothing where there is no store, and none is made."""
+    """The speeds of this machine's workers with this model; none where there is no store, and none is made."""
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds, read_only=True)
     try:
         if store.revision() != REVISION:

@@ -124,7 +124,7 @@ def main(
 
 
 def _placements(spec: ModelSpec, device: str | None, devices: str | None, placed: dict[str, Any]) -> list[Placement]:
-    """One for each worker, the only one without --devices. Raises UsageError."""
+    """The placement of each worker; without --devices there is one. Raises UsageError."""
     if devices is None:
         found = [Placement.parse(device or AUTO, **placed)]
     elif devices == "all" and not (gpus := all_cuda_devices()):

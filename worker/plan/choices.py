@@ -1,8 +1,8 @@
 """The quantizations of a model that a plan looks at, from the most precise to the one that changes most.
 
 Owns that order: rounding to 16 bits changes least; LLM.int8() keeps 8 bits a weight and outliers apart; of 4 bits
-NormalFloat loses less than plain floats, and scales that are quantized too lose a little more. `batchmill
-evaluate` measures what each costs on a user's own text.
+NormalFloat loses less than plain floats, and scales that are quantized too lose a little more. What each costs
+on a user's own text is measured by `batchmill evaluate`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far greedy answers are the baseline's: their tokens up to the first other one."""
+"""The agreement of greedy answers with the baseline's: their tokens up to the first different one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """`share`: tokens before the first other one, of all tokens of the longer answers. `identical`: whole answers."""
+    """The agreement of one model's answers with the baseline's."""
 
+    #: Tokens before the first different one, as a part of all tokens of the longer answers.
     share: float
+    #: Whole answers that are the same.
     identical: int
     answers: int
 
 
 def agreement(baseline: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement | None:
-    """Of two models' answers to the same questions, as tokens; None where there are none."""
+    """Compares two models' answers to the same questions, as tokens; None where there are none."""
     if not baseline:
         return None
     same = total = identical = 0

@@ -1,8 +1,8 @@
-"""Which quantization to take by what was measured, in plain sentences.
+"""The advice on which quantization to take by what was measured, in plain sentences.
 
-Owns the rule: of what surely loses little in every column, the one with the smallest weights, and among equals of these
-the one that loses least; what is smaller still, and may do, is named with what speaks against it. It knows nothing but
-a report; what is little stands in worker.evaluate.report.finding.
+Owns the rule: of those that surely lose little in every column, the one with the smallest weights, and among equals of
+these the one that loses least. A smaller one that may do is named with what speaks against it. It knows nothing but a
+report; worker.evaluate.report.finding says how much is little.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from batchmill.worker.evaluate.report.finding import Certainty, Measured, findin
 
 #: Weights up to so many times as large are as small, so that quality decides.
 _AS_SMALL = 1.05
-#: So many times as fast is worth a word.
+#: A speed of at least so many times as much is mentioned.
 _MUCH_FASTER = 1.2
 #: Fewer tokens than this tell little.
 _FEW_TOKENS = 2_000
-#: How many times as much as was measured is looked at for whether it would be enough.
+#: Multiples of what was measured that are tried for whether they would be enough.
 _MORE = tuple(2**power for power in range(1, 11))
 
 
 def advice(report: Report) -> str:
-    """A few plain sentences: what to take, what else may do, what is faster, and whether the data were few."""
+    """Returns a few plain sentences: what to take, what else may do, what is faster, and whether the data were few."""
     reference = report.reference or min(report.measured, key=lambda each: each.perplexity, default=None)
     if reference is None:
         return "Nothing could be measured."
@@ -45,7 +45,7 @@ def advice(report: Report) -> str:
 
 
 def _smallest(rows: list[Measurement]) -> Measurement:
-    """Of those that are as small as the smallest, the one that loses least."""
+    """Picks the one that loses least, of those that are as small as the smallest."""
     least = min(each.weights_bytes for each in rows)
     return min((each for each in rows if each.weights_bytes <= _AS_SMALL * least), key=_loss)
 
@@ -88,7 +88,7 @@ def _kept(others: list[Measurement], may_do: list[Measurement], reference: Measu
 
 
 def _may_do(each: Measurement, reference: Measurement) -> str:
-    """What speaks for one that is small and not known to lose little, and what would settle it."""
+    """Says what speaks for a small one that is not known to lose little, and what would settle it."""
     found: dict[Certainty, list[Measured]] = {verdict: [] for verdict in Certainty}
     for one in findings(each, reference):
         found[one.verdict].append(one)
@@ -104,7 +104,7 @@ def _may_do(each: Measurement, reference: Measurement) -> str:
 
 
 def _basis(unknown: list[Measured]) -> str:
-    """How much these rest on, as the beginning of a sentence."""
+    """The data that these rest on, as the beginning of a sentence."""
     answers = max((each.answers for each in unknown if each.answers is not None), default=None)
     scored = "the tokens that were scored" if any(each.answers is None for each in unknown) else ""
     if answers is None:
@@ -115,7 +115,7 @@ def _basis(unknown: list[Measured]) -> str:
 
 
 def _more(unknown: list[Measured]) -> str:
-    """What to measure more of; as many answers as would tell, if they went on as they began."""
+    """Says what to measure more of: as many answers as would tell, if they went on as they began."""
     of_answers = [each for each in unknown if each.answers is not None]
     said = ["measure more text"] if len(of_answers) < len(unknown) else []
     if of_answers:
@@ -142,7 +142,7 @@ def _weights(each: Measurement, reference: Measurement) -> str:
 
 
 def _peak(each: Measurement, reference: Measurement) -> str:
-    """A word where smaller weights did not make the whole smaller."""
+    """Returns a remark where smaller weights did not make the whole smaller, else an empty text."""
     if each.peak_bytes <= _AS_SMALL * reference.peak_bytes:
         return ""
     return f", though its peak was {size(each.peak_bytes)} ({size(reference.peak_bytes)} with {_name(reference)})"

@@ -31,14 +31,14 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def lines(report: Report) -> list[str]:
-    """The same for people."""
+    """The report as lines for people."""
     if not report.measured:
         return _table(report)
     return [*_table(report), "", *_method(report), "", advice(report)]
 
 
 def _row_json(row: Measurement | Failure) -> dict[str, Any]:
-    """The keys of a spec that failed are those of one that did not."""
+    """The JSON of one row; a spec that failed has the same keys as one that did not."""
     head = {"quantization": row.spec.quantization.canonical}
     if isinstance(row, Failure):
         return head | dict.fromkeys(_KEYS) | {"error": row.reason}
