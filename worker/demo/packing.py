@@ -35,7 +35,7 @@ class Rows:
 
 
 def chat_prompt(question: str, system: str | None = None) -> str:
-    """What the chat template makes of a question, up to where the answer begins."""
+    """The text that the chat template makes of a question, up to the beginning of the answer."""
     before = f"{SYSTEM}{system}{END}" if system is not None else ""
     return f"{BOS}{before}{USER}{question}{END}{ASSISTANT}"
 

@@ -99,7 +99,7 @@ class Evaluation:
         return None if self._work is None else self._work.method
 
     def run(self) -> tuple[Measurement | Failure, ...]:
-        """Measures a row for each spec, in the lineup's order. Raises UsageError for data that the model cannot read."""
+        """Measures each spec, in the lineup's order. Raises UsageError for data that the model cannot read."""
         try:
             rows = {spec: self._row(spec) for spec in self._lineup.order}
         finally:

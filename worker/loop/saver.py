@@ -1,8 +1,8 @@
-"""The child's one hand in the store: a thread that claims, records what is in flight, saves and finishes.
+"""The child's sync with the store: a thread that claims, records what is in flight, saves and finishes.
 
-It commits at least every `save_seconds`, and at once when the engine needs more. While the store is away, what is
-answered and what is in flight go to the spool instead, and the engine goes on with what is claimed. The runner talks to
-it by `take` and `give`, and never touches the database; the saver never touches the engine.
+It commits at least every `save_seconds`, and at once when the engine needs more. While the store is away, outputs and
+the list of what is in flight go to the spool instead, and the engine goes on with what is claimed. The runner calls
+`take` and `give`, and never touches the database; the saver never touches the engine.
 """
 
 from __future__ import annotations
@@ -29,29 +29,33 @@ log = get_logger(__name__)
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 _PAUSES_A_LEASE = 12
-#: So many bytes of requests are held before no more is claimed: eight million tokens, more than a device's cache holds.
+#: Bytes of held requests from which no more is claimed: eight million tokens, more than a device's cache holds.
 _HELD_BYTES = 32 * 1024**2
-#: The worker's row says anew what its devices hold, while it works, once in so many seconds.
+#: The interval at which the worker's row gets the memory of its devices, while it works.
 _DEVICES_SECONDS = 5.0
-#: The tokens of unfinished answers are counted so often between two saves.
+#: The number of times that the tokens of unfinished answers are counted between two saves.
 _COUNTS_A_SAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInput:
-    """What the engine is to do next: requests to add, keys to forget."""
+    """The next input of the engine."""
 
     add: tuple[tuple[RequestKey, Request], ...]
+    #: Requests to cancel.
     forget: tuple[RequestKey, ...]
 
 
 class Saver:
-    """One for the life of a child; idle between two tasks.
+    """Syncs with the store for the life of a child; idle between two tasks.
 
-    `rows`: the engine's rows. `admission_order`: the engine's, which knows what is best added beside what. `peak`: the
-    largest memory read since it was last asked. `wake`: tells other workers that batches became pending. `drain`: once
-    set, everything is saved or handed back, and no more claimed. `capacity_of`: the device as `store.health` knows it.
-    `may_begin`: whether jobs that nobody has begun are claimed.
+    `rows`: the engine's rows.
+    `admission_order`: the engine's, which knows what is best added beside what.
+    `peak`: returns the peak memory since its last call.
+    `wake`: tells other workers that batches became pending.
+    `drain`: once set, everything is saved or handed back, and no more is claimed.
+    `capacity_of`: the device as `store.health` knows it.
+    `may_begin`: true while jobs that nobody has begun may be claimed.
     """
 
     def __init__(
@@ -110,13 +114,13 @@ class Saver:
         self._thread.start()
 
     def open(self) -> None:
-        """A task begins: claim."""
+        """Begins a task: the saver claims."""
         with self._condition:
             self._open, self._dry = True, False
             self._condition.notify_all()
 
     def take(self, *, waiting: int, active: int) -> EngineInput | None:
-        """Requests that may enter an engine that has so many waiting and active; None when the task is over.
+        """Takes the next input of an engine that has so many waiting and active; None when the task is over.
 
         Blocks while the engine is empty and there may be more; once the task is over, all is saved. An idle device
         waits for the sync that fills the engine's queue, since it works best on a full one.
@@ -147,9 +151,9 @@ class Saver:
         known_capacity: int | None = None,
         tokens: Callable[[], Mapping[RequestKey, int]] | None = None,
     ) -> None:
-        """Outputs that the engine finished, to be saved, and what its device was found to hold.
+        """Gives outputs that the engine finished, to be saved, and what its device was found to hold.
 
-        `tokens`: counts what the engine has answered so far of the rest; asked once in a while, since it takes time.
+        `tokens`: counts what the engine has answered so far of the rest; it takes time, so it is called now and then.
         """
         counted = None
         if tokens is not None and monotonic() >= self._count_at:
@@ -162,7 +166,7 @@ class Saver:
                 self._holdings.tokens = counted
 
     def _next(self, waiting: int) -> EngineInput:
-        """As many recorded requests as keep the engine's own queue at its rows."""
+        """Takes as many recorded requests as fill the engine's own queue."""
         room = max(0, self._fill - waiting)
         count = min(room, len(self._holdings.recorded))
         work = EngineInput(
@@ -247,7 +251,7 @@ class Saver:
         self._keep_devices(memory)
 
     def _wanted(self) -> int:
-        """How many requests are to be claimed."""
+        """Computes the number of requests to claim."""
         backlog = self._recorded() + self._holdings.waiting
         return 0 if self._is_laden() else max(0, self._rows - backlog)
 
@@ -284,7 +288,7 @@ class Saver:
             self._condition.notify_all()
 
     def _keep_capacity(self) -> None:
-        """Keeps what the device holds for the next process; if the store is away now, a later sync does."""
+        """Stores what the device holds for the next process; if the store is away now, a later sync does."""
         with self._condition:
             known_capacity = self._known_capacity
         if known_capacity is not None and known_capacity != self._capacity_kept:
@@ -293,7 +297,7 @@ class Saver:
                 self._capacity_kept = known_capacity
 
     def _keep_devices(self, memory: Memory) -> None:
-        """Keeps in the worker's row what its devices held at most so far, and what all processes hold there now."""
+        """Stores in the worker's row the peak of its devices so far, and what all processes hold there now."""
         used = {each.key: each.device_used_bytes for each in memory.devices}
         self._memory = self._memory.and_then(memory)
         if not self._memory.devices or (monotonic() < self._memory_kept_at + _DEVICES_SECONDS and self._open):

@@ -1,6 +1,6 @@
-"""Starts the process that holds the model: opens its engine, says so in the store, and makes it ready for work.
+"""The start of the process that holds the model: opens the engine, tells the store, and makes it ready for work.
 
-It is started by spawn, so it takes what it is from the environment that its parent prepared.
+The process is spawned, so it reads its order from the environment that its parent prepared.
 """
 
 from __future__ import annotations

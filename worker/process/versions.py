@@ -11,7 +11,7 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 
 def versions() -> dict[str, str]:
-    """By name; without those that are not installed."""
+    """Returns the versions by name, without libraries that are not installed."""
     found = {"batchmill": VERSION}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
