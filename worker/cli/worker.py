@@ -28,10 +28,10 @@ from batchmill.migrations.revisions import open_store
 from batchmill.worker.cli.commands import WorkerCommand, complete_model
 from batchmill.worker.devices.placement import Placement, each_worker, parse_each
 from batchmill.worker.devices.selection import AUTO, all_cuda_devices
-from batchmill.worker.process.maintenance.keeper import WorkerOptions
 from batchmill.worker.process.own_log import make_place
 from batchmill.worker.process.parent import run_worker
 from batchmill.worker.process.supervisor import SUPERVISOR, Supervisor
+from batchmill.worker.process.worker_options import WorkerOptions
 
 log = get_logger(__name__)
 

@@ -35,12 +35,14 @@ from batchmill.worker.devices.selection import CPU, visible_devices
 from batchmill.worker.loop.outage import outlast
 from batchmill.worker.process.celery_worker import make_celery_worker
 from batchmill.worker.process.child import DRAIN_SIGNAL
-from batchmill.worker.process.maintenance.keeper import Keeper, Pool, WorkerOptions
+from batchmill.worker.process.maintenance.keeper import Keeper
 from batchmill.worker.process.maintenance.namesakes import Namesakes
+from batchmill.worker.process.maintenance.pool import Pool
+from batchmill.worker.process.maintenance.watchdog import Watchdog
 from batchmill.worker.process.order import ORDER_VARIABLE, ChildOrder
 from batchmill.worker.process.own_log import make_place
 from batchmill.worker.process.pulse import Pulse
-from batchmill.worker.process.watchdog import Watchdog
+from batchmill.worker.process.worker_options import WorkerOptions
 
 log = get_logger(__name__)
 

@@ -11,28 +11,23 @@ import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from time import monotonic, sleep
-from typing import Any
-
-import psutil
+from time import monotonic
 
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
-from batchmill.jobs.models.adapters import Adapter
-from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.logs import get_logger
-from batchmill.jobs.runtime.process.process import end_of
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.workers import GIVEN_UP, Heartbeat
-from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.child import DRAIN_SIGNAL
 from batchmill.worker.process.maintenance.early_deaths import EarlyDeaths
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from batchmill.worker.process.maintenance.namesakes import Namesakes
+from batchmill.worker.process.maintenance.pool import Pool, is_running
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from batchmill.worker.process.maintenance.waker import Waker
+from batchmill.worker.process.worker_options import WorkerOptions
 
 log = get_logger(__name__)
 #: The interval at which the keeper looks after its child.
@@ -41,61 +36,10 @@ _TICK_SECONDS = 0.25
 _MAX_FAILED_LOADS = 3
 #: The longest that an ending worker waits for its last wake-ups to be sent.
 _LAST_WAKE_SECONDS = 1.0
-#: The longest wait for a child's exit code: while Celery's thread asks the system for it, nobody else gets it.
-_NOTED_SECONDS, _NOTED_TICK_SECONDS = 2.0, 0.02
 #: The longest that an ending worker waits for a look after its child that an absent store holds up.
 _LAST_LOOK_SECONDS = 2.0
-
 #: The time for which a worker's row tells of a server that had no connection left for it.
 _CROWDED_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """The options that a worker was started with."""
-
-    spec: ModelSpec
-    placement: Placement = field(default_factory=Placement)
-    name: str | None = None
-    #: The one job that it serves; None for all of its queue.
-    only_job: str | None = None
-    exit_when_idle_seconds: float | None = None
-    #: It takes no lock of its devices.
-    share_device: bool = False
-    #: LoRA adapters beside the model.
-    adapters: tuple[Adapter, ...] = ()
-
-
-@dataclass(slots=True)
-class Pool:
-    """The processes of Celery's pool; there are none before it starts and after it stopped."""
-
-    celery_worker: Any
-
-    def pids(self) -> list[int]:
-        return [process.pid for process in getattr(self._processes, "_pool", ()) if process.pid]
-
-    def ended_by(self, pid: int | None) -> str | None:
-        """The signal or exit code that ended a child, also one that was replaced; None where it is not known."""
-        end = getattr(self._processes, "ends", {}).get(pid)
-        until = monotonic() + _NOTED_SECONDS
-        while end is not None:
-            code = end.poll()
-            if code is not None:
-                return end_of(code)
-            if monotonic() >= until:
-                break
-            sleep(_NOTED_TICK_SECONDS)
-        return None
-
-    def signal(self, number: int) -> None:
-        for pid in self.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    @property
-    def _processes(self) -> Any:
-        return getattr(getattr(self.celery_worker, "pool", None), "_pool", None)
 
 
 @dataclass(slots=True)
@@ -113,7 +57,7 @@ class _Due:
 
 
 class Keeper:
-    """One for the life of a worker's parent process."""
+    """Looks after one worker, for the life of its parent process."""
 
     def __init__(
         self,
@@ -150,7 +94,7 @@ class Keeper:
         #: The hindrance in the worker's row, and its end on this process's clock.
         self._hindrance, self._hindered_until = "", 0.0
         self._failed_loads = 0
-        self._early = EarlyDeaths(pool.pids, _is_running)
+        self._early = EarlyDeaths(pool.pids, is_running)
         self._idle_since = monotonic()
         #: SIGTERM came before Celery could hear it.
         self._asked_to_end = asked_to_end
@@ -269,7 +213,7 @@ class Keeper:
     def _has_died(self) -> bool:
         """True where the last child that has reported is gone, and nobody has seen to it."""
         pid = self._last.child_pid
-        return pid is not None and self._last.generation > self._settled and not _is_running(pid)
+        return pid is not None and self._last.generation > self._settled and not is_running(pid)
 
     def _on_death(self) -> None:
         if not self._has_died():
@@ -339,10 +283,3 @@ class Keeper:
             elif monotonic() - self._idle_since >= seconds:
                 log.info("idle, so this worker ends", worker=self._worker_id, seconds=seconds)
                 os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
