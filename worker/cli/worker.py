@@ -126,14 +126,14 @@ def main(
 def _placements(spec: ModelSpec, device: str | None, devices: str | None, placed: dict[str, Any]) -> list[Placement]:
     """The placement of each worker; without --devices there is one. Raises UsageError."""
     if devices is None:
-        found = [Placement.parse(device or AUTO, **placed)]
+        placements = [Placement.parse(device or AUTO, **placed)]
     elif devices == "all" and not (gpus := all_cuda_devices()):
         raise UsageError("--devices all: torch sees no CUDA device here; use --device cpu")
     else:
-        found = parse_each(gpus if devices == "all" else each_worker(devices), **placed)
-    if spec.model == ECHO and not all(each.plain for each in found):
+        placements = parse_each(gpus if devices == "all" else each_worker(devices), **placed)
+    if spec.model == ECHO and not all(each.plain for each in placements):
         raise UsageError("the echo engine holds no weights: leave out --max-memory, --device-map and --offload")
-    return found
+    return placements
 
 
 def _arguments(

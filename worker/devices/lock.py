@@ -39,8 +39,8 @@ class DeviceLock:
         try:
             acquire(self._lock, f"the device {self._uuid}")
         except Timeout:
-            who = self._pid_file.shown()
-            raise AlreadyRunning(f"another worker holds the device {self._uuid} ({who}): {_REMEDY}") from None
+            holder = self._pid_file.shown()
+            raise AlreadyRunning(f"another worker holds the device {self._uuid} ({holder}): {_REMEDY}") from None
         except PermissionError:
             raise AlreadyRunning(
                 f"another user's worker holds, or has held, the device {self._uuid}: {_REMEDY}; "

@@ -158,5 +158,5 @@ class MemoryMeter:
         if monotonic() < self._ask_at:
             return None
         self._ask_at = monotonic() + _DRIVER_SECONDS
-        found = [joules for gauge in self._gauges if (joules := gauge.ask_driver()) is not None]
-        return sum(found) if found else None
+        energies = [joules for gauge in self._gauges if (joules := gauge.ask_driver()) is not None]
+        return sum(energies) if energies else None

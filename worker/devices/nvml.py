@@ -31,13 +31,13 @@ class Nvml:
 
     def used_bytes(self, uuid: str) -> int | None:
         """Bytes that all processes hold on this GPU together."""
-        found = self._asked(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle(uuid)).used)
-        return None if found is None else int(found)
+        used = self._asked(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle(uuid)).used)
+        return None if used is None else int(used)
 
     def energy_joules(self, uuid: str) -> float | None:
         """Joules that this GPU took since its driver was loaded."""
-        found = self._asked(lambda: self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle(uuid)))
-        return None if found is None else found / 1_000
+        millijoules = self._asked(lambda: self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle(uuid)))
+        return None if millijoules is None else millijoules / 1_000
 
     def _handle(self, uuid: str) -> Any:
         return self._library.nvmlDeviceGetHandleByUUID(uuid)

@@ -143,11 +143,11 @@ def parse_each(
     names = {each: Placement(_devices(each)).names for each in workers}
     limits = {part: part.partition("=")[0] for part in max_memory.split(",")} if max_memory is not None else {}
     _refuse_unknown(limits.values(), [name for each in names.values() for name in each])
-    found = []
+    placements = []
     for each in workers:
         own = [part for part, device in limits.items() if device in (*names[each], CPU)]
-        found.append(Placement.parse(each, max_memory=",".join(own) or None, device_map=device_map, **others))
-    return found
+        placements.append(Placement.parse(each, max_memory=",".join(own) or None, device_map=device_map, **others))
+    return placements
 
 
 def _refuse_unknown(named: Iterable[str], names: Sequence[str]) -> None:
@@ -169,19 +169,19 @@ def each_worker(written: str) -> list[str]:
 
 def parse_max_memory(written: str) -> tuple[tuple[str, int], ...]:
     """The bytes of `cuda:0=20GiB,cpu=60GiB`, by device. Raises UsageError."""
-    found: dict[str, int] = {}
+    limits: dict[str, int] = {}
     for part in written.split(","):
         device, equals, size = part.partition("=")
         if not equals:
             raise UsageError(f"--max-memory takes DEVICE=SIZE, such as cuda:0=20GiB,cpu=60GiB, not {part!r}")
         check_device(device)
-        if device in found:
+        if device in limits:
             raise UsageError(f"--max-memory names {device} twice")
         try:
-            found[device] = bytes_of(size)
+            limits[device] = bytes_of(size)
         except UsageError as error:
             raise UsageError(f"--max-memory {device}: {error}") from None
-    return tuple(found.items())
+    return tuple(limits.items())
 
 
 def _devices(written: str) -> tuple[str, ...]:
@@ -198,18 +198,18 @@ def _devices(written: str) -> tuple[str, ...]:
 def _read_map(file: Path, devices: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Reads a JSON object of module and device: one of `devices`, `cpu` or `disk`. Raises UsageError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        device_map = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--device-map {file}: {error.strerror or error}") from error
     except ValueError as error:
         raise UsageError(f"--device-map {file} is no JSON: {error}") from error
-    if not isinstance(found, dict) or not found:
+    if not isinstance(device_map, dict) or not device_map:
         raise UsageError(f'--device-map {file} must be an object of module and device: {{"model.layers.0": "cuda:0"}}')
     allowed = dict.fromkeys((*devices, *OFFLOADS))
-    for module, place in found.items():
+    for module, place in device_map.items():
         if not isinstance(place, str) or place not in allowed:
             raise UsageError(
                 f"--device-map {file}: {module or 'the whole model'} is on {place!r}, which is not among "
                 f"{', '.join(allowed)}"
             )
-    return tuple(found.items())
+    return tuple(device_map.items())

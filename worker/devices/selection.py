@@ -98,13 +98,13 @@ def _of_uuid(uuid: str, mask: str) -> str:
     A short process asks torch what the numbers of a mask stand for. Raises UsageError and ModelError.
     """
     shown = _entries(mask)
-    found = [each for each in shown if each.startswith(uuid) or uuid.startswith(each)]
-    if not found and any(each.isdigit() for each in shown):
+    matching = [each for each in shown if each.startswith(uuid) or uuid.startswith(each)]
+    if not matching and any(each.isdigit() for each in shown):
         uuids = [f"GPU-{each}" for each in _probe(_UUIDS).split()]
-        found = [entry for entry, each in zip(shown, uuids, strict=False) if each.startswith(uuid)]
-    if len(found) == 1:
-        return found[0] if found[0].isdigit() else max(found[0], uuid, key=len)
-    how = "more than one device" if found else "no device"
+        matching = [entry for entry, each in zip(shown, uuids, strict=False) if each.startswith(uuid)]
+    if len(matching) == 1:
+        return matching[0] if matching[0].isdigit() else max(matching[0], uuid, key=len)
+    how = "more than one device" if matching else "no device"
     raise UsageError(f"device {uuid} is {how} of CUDA_VISIBLE_DEVICES={mask!r}; name it in full, or widen the mask")
 
 
@@ -131,11 +131,11 @@ def describe_devices(devices: Sequence[str], environ: Mapping[str, str] = os.env
         raise ModelError(_NO_TORCH) from error
     if not torch.cuda.is_available() and tuple(devices) == (AUTO,):
         return (_cpu(),)
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found < len(devices):
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible < len(devices):
         raise ModelError(
-            f"device {'+'.join(devices)}: torch {torch.__version__} sees {found or 'no such'} CUDA device"
-            f"{'s' if found > 1 else ''}; look at nvidia-smi and at the installed torch, or use --device cpu"
+            f"device {'+'.join(devices)}: torch {torch.__version__} sees {visible or 'no such'} CUDA device"
+            f"{'s' if visible > 1 else ''}; look at nvidia-smi and at the installed torch, or use --device cpu"
         )
     entries = _entries(environ.get("CUDA_VISIBLE_DEVICES", ""))
     return tuple(_cuda(place, written, entries) for place, written in enumerate(devices))
@@ -145,11 +145,11 @@ def _cuda(place: int, written: str, entries: Sequence[str]) -> DeviceInfo:
     """Describes one CUDA device; the mask's name of a MIG tells it from others of its GPU, as torch's UUID may not."""
     import torch
 
-    found = torch.cuda.get_device_properties(place)
+    properties = torch.cuda.get_device_properties(place)
     mig = place < len(entries) and entries[place].startswith("MIG-")
-    uuid = entries[place] if mig else f"GPU-{found.uuid}"
+    uuid = entries[place] if mig else f"GPU-{properties.uuid}"
     device = f"cuda:{place}"
-    return DeviceInfo(found.name, uuid, found.total_memory, device, device if written == AUTO else written)
+    return DeviceInfo(properties.name, uuid, properties.total_memory, device, device if written == AUTO else written)
 
 
 def _cpu() -> DeviceInfo:
@@ -206,5 +206,7 @@ def is_device_error(error: BaseException) -> bool:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    said = " ".join(map(str, chain))
-    return any(words in said for words in _DEVICE_FAILURES) and not any(words in said for words in _ALLOCATION_FAILURES)
+    messages = " ".join(map(str, chain))
+    return any(words in messages for words in _DEVICE_FAILURES) and not any(
+        words in messages for words in _ALLOCATION_FAILURES
+    )

@@ -161,8 +161,8 @@ class Evaluation:
         asked = self._asked
         width, stride = _sizes(asked, loaded.context_tokens)
         passages = Passages(self._corpus, loaded)
-        found = windows(passages.scored(asked.tokens), width=width, stride=stride)
-        tokens = sum(each.scored for each in found)
+        all_windows = windows(passages.scored(asked.tokens), width=width, stride=stride)
+        tokens = sum(each.scored for each in all_windows)
         questions = passages.questions(
             asked.continuations, max_tokens=asked.max_tokens, context_tokens=loaded.context_tokens
         )
@@ -173,9 +173,16 @@ class Evaluation:
                 f"{distributions.wanted:,} places; name a larger folder by TMPDIR"
             )
         method = Method(
-            width, stride, tokens, len(found), distributions.count, len(questions), asked.max_tokens, asked.match.value
+            width,
+            stride,
+            tokens,
+            len(all_windows),
+            distributions.count,
+            len(questions),
+            asked.max_tokens,
+            asked.match.value,
         )
-        return _Material(found, questions, distributions, method)
+        return _Material(all_windows, questions, distributions, method)
 
     def _read(self, loaded: LoadedModel, work: _Material) -> tuple[float, PerplexityChange | None, Divergence | None]:
         """Measures perplexity and the distances from the baseline; keeps the baseline's own distributions."""

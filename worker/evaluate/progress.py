@@ -42,11 +42,11 @@ class ProgressBar:
 
     def phase(self, what: str, total: int | None = None) -> None:
         """Begins a phase of the spec; `total`: the number of its steps, if it is known."""
-        said = f"{self._name} ({self._spec} of {self._specs}): {what}"
+        line = f"{self._name} ({self._spec} of {self._specs}): {what}"
         if self._bar is None:
-            click.echo(said, err=True)
+            click.echo(line, err=True)
         else:
-            self._bar.reset(self._task, description=said, total=total)
+            self._bar.reset(self._task, description=line, total=total)
 
     def reached(self, count: int) -> None:
         """Shows the number of steps of the phase that are done."""

@@ -151,12 +151,12 @@ class Spools:
 def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
     """Finds the spools of a home that nobody has written to for this time."""
     before = time.time() - older_than_seconds
-    found = []
+    paths = []
     for path in (home / "spool").glob("*.jsonl"):
         with suppress(FileNotFoundError):  # its owner has just emptied it
             if path.stat().st_mtime < before:
-                found.append(path)
-    return found
+                paths.append(path)
+    return paths
 
 
 def read(path: Path) -> list[BatchReport]:

@@ -62,8 +62,8 @@ def advice(report: PlanReport, *, context_asked: bool) -> str:
         why = f"it fits, loses least of all, {faster}"
     else:
         why = f"of all that fits it loses least, and {lines[0].quantization} does not fit"
-    said = command(report, choice, context_asked=context_asked)
-    return f"Take {taken} on {choice.hardware.device}: {why}. Start it with: {said}"
+    start_command = command(report, choice, context_asked=context_asked)
+    return f"Take {taken} on {choice.hardware.device}: {why}. Start it with: {start_command}"
 
 
 def _nothing_fits(report: PlanReport) -> str:

@@ -59,9 +59,9 @@ def fit(load: Load, hardware: Hardware, options: EngineOptions, *, is_continuous
     budget = MemoryBudget(hardware.cuda, free, hardware.total_bytes)
     spread = hardware.count > 1  # the continuous engine takes one device alone
     size: Size = (continuous if is_continuous and not spread else generate).size(load, budget, options)
-    asked, rows = options.max_rows or 1, size.rows_of(row_tokens)
-    cache = asked * row_tokens * load.token_bytes
-    most = hardware.free_bytes * (SPLIT_PART if spread else 1)
+    wanted_rows, rows = options.max_rows or 1, size.rows_of(row_tokens)
+    cache = wanted_rows * row_tokens * load.token_bytes
+    usable_bytes = hardware.free_bytes * (SPLIT_PART if spread else 1)
     return Fit(
         size.limits,
         rows,
@@ -70,5 +70,5 @@ def fit(load: Load, hardware: Hardware, options: EngineOptions, *, is_continuous
         size.buffers_bytes,
         size.copied_bytes,
         hardware.count * (cache + size.spare_bytes(cache)) - cache,
-        fits=load.weights_bytes + size.copied_bytes <= most and rows >= asked,
+        fits=load.weights_bytes + size.copied_bytes <= usable_bytes and rows >= wanted_rows,
     )

@@ -57,14 +57,14 @@ class PlannedModel:
     @property
     def context_tokens(self) -> int | None:
         """The model's own context, of prompt and answer together; None for no limit."""
-        found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found
+        limit: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit
 
     @property
     def vocabulary(self) -> int:
         """Tokens that have an embedding."""
-        found: int = self.config.get_text_config().vocab_size
-        return found
+        size: int = self.config.get_text_config().vocab_size
+        return size
 
     @cached_property
     def parameters(self) -> int:
@@ -80,34 +80,36 @@ class PlannedModel:
         """
         config = deepcopy(self.config)
         spec = ModelSpec(self.spec.model, self.spec.revision, quantization)
-        asked = precision(spec, config, self.folder, device)
-        dtype = self._dtype(asked)
+        arguments = precision(spec, config, self.folder, device)
+        dtype = self._dtype(arguments)
         context = min(filter(None, (context_tokens, self.context_tokens)), default=None)
-        return QuantizedModel(quantization, dtype, self._footprint(asked, dtype, config), self._token(dtype, context))
+        return QuantizedModel(
+            quantization, dtype, self._footprint(arguments, dtype, config), self._token(dtype, context)
+        )
 
-    def _dtype(self, asked: Mapping[str, Any]) -> torch.dtype:
+    def _dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
         """The dtype of unquantized weights; `auto` is the configuration's, or else that of the first weights."""
-        dtype = asked["dtype"]
+        dtype = arguments["dtype"]
         if dtype == "auto":
             dtype = self.config.dtype or next(
                 (_STORED[each.dtype] for each in self._stored.values() if each.dtype in _STORED), torch.float32
             )
-        found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return found
+        torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return torch_dtype
 
     @cached_property
     def _stored(self) -> Mapping[str, TensorHeader]:
         return headers(self.spec)
 
-    def _footprint(self, asked: Mapping[str, Any], dtype: torch.dtype, config: PreTrainedConfig) -> Footprint:
-        quantizing = asked.get("quantization_config")
+    def _footprint(self, arguments: Mapping[str, Any], dtype: torch.dtype, config: PreTrainedConfig) -> Footprint:
+        quantizing = arguments.get("quantization_config")
         # The type of 4-bit values makes no difference to their bytes.
         options = {} if quantizing is None else quantizing.to_dict() | {"bnb_4bit_quant_type": None}
         key = (dtype, str(options))
         if key not in self._footprints:
-            found = Checkpoint.of(config)
+            checkpoint = Checkpoint.of(config)
             # The configuration says what becomes of such weights: they stay, or are plain once loaded.
-            stays = found is not None and "dequantize" not in found.written
+            stays = checkpoint is not None and "dequantize" not in checkpoint.written
             model = self._plain(dtype) if quantizing is None else skeleton(self.config, dtype, quantizing)
             self._footprints[key] = footprint(model, dtype, self._stored if stays else None)
         return self._footprints[key]

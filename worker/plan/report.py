@@ -97,21 +97,21 @@ def _line(
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal as refusal:
         return PlanLine(quantization, refused=str(refusal))
-    found = fit_of(model, holding, hardware, options, row_tokens=row_tokens)
+    fitting = fit_of(model, holding, hardware, options, row_tokens=row_tokens)
     work = Workload(
         holding.footprint,
         holding.token.bytes,
         torch.int8 if quantization.kind is Kind.INT8 else holding.dtype,
-        copied=found.copied_bytes > 0,
+        copied=fitting.copied_bytes > 0,
         outliers=quantization.kind is Kind.INT8 and quantization.threshold > 0,
         expert_part=expert_part(model.config.get_text_config()),
     )
     speeds = []
-    for rows in sorted({1, max(1, found.rows)}):
+    for rows in sorted({1, max(1, fitting.rows)}):
         speed = tokens_per_second(work, hardware, rows=rows, context_tokens=row_tokens)
         if speed is not None:
             speeds.append((rows, speed))
-    return PlanLine(quantization, "", holding, found, tuple(speeds), recorded)
+    return PlanLine(quantization, "", holding, fitting, tuple(speeds), recorded)
 
 
 def fit_of(

@@ -48,8 +48,8 @@ def skeleton(
         if quantizing is not None:
             quantizer = AutoHfQuantizer.from_config(deepcopy(quantizing), pre_quantized=False)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={}, checkpoint_files=None)
-    found: PreTrainedModel = model.eval()
-    return found
+    prepared: PreTrainedModel = model.eval()
+    return prepared
 
 
 def token_cost(model: PreTrainedModel, *, context_tokens: int | None) -> TokenCost:

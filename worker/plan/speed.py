@@ -74,15 +74,15 @@ def expert_part(config: Any) -> float:
 
 def _bytes(work: Workload, hardware: Hardware, rows: int) -> tuple[float, float]:
     """The bytes that are read and written to unpack weights, and those that are read to multiply with them."""
-    found = work.footprint
+    weights = work.footprint
     # The part of the experts that at least one row goes through, if all experts are equally likely.
     met = 1 - (1 - work.expert_part) ** rows
-    plain = found.head_bytes + found.other_bytes + found.expert_bytes * met
+    plain = weights.head_bytes + weights.other_bytes + weights.expert_bytes * met
     few = CUDA_FUSED_ROWS + 1 if hardware.cuda else CPU_COPY_ROWS
     # A CPU's kernel for packed weights takes any number of rows, where it has one.
     packed = hardware.fuses_four_bit and (rows < few or (not hardware.cuda and not work.copied))
-    if not found.copy_bytes or packed:
-        return 0, plain + found.packed_bytes
+    if not weights.copy_bytes or packed:
+        return 0, plain + weights.packed_bytes
     if work.copied:
-        return 0, plain + found.copy_bytes
-    return found.packed_bytes + found.copy_bytes, plain + found.copy_bytes
+        return 0, plain + weights.copy_bytes
+    return weights.packed_bytes + weights.copy_bytes, plain + weights.copy_bytes

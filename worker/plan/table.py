@@ -23,8 +23,8 @@ def to_lines(report: PlanReport, *, context_asked: bool, width: int | None = Non
     model = report.spec.model if report.spec.revision is None else f"{report.spec.model}@{report.spec.revision}"
     context = f"{report.context_tokens:,} tokens of context" if report.context_tokens else "no limit of its context"
     yield f"{model}: {_count(report.parameters)} parameters, {context}"
-    asked = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
-    yield f"planned with rows of {report.row_tokens:,} tokens, prompt and answer; total: weights, buffers and {asked}"
+    rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
+    yield f"planned with rows of {report.row_tokens:,} tokens, prompt and answer; total: weights, buffers and {rows}"
     yield from _notes(report)
     for hardware, lines in _alike(report):
         yield ""
@@ -75,15 +75,15 @@ def _notes(report: PlanReport) -> Iterator[str]:
 
 def _alike(report: PlanReport) -> list[tuple[Hardware, tuple[PlanLine, ...]]]:
     """Shows devices of one name and the same lines as one, with the free memory of the fullest."""
-    found: dict[tuple[object, ...], tuple[Hardware, tuple[PlanLine, ...]]] = {}
+    groups: dict[tuple[object, ...], tuple[Hardware, tuple[PlanLine, ...]]] = {}
     for hardware, lines in report.devices:
         key = hardware.name, *(each.refused or _cells(each) for each in lines)
-        if key in found:
-            first = found[key][0]
+        if key in groups:
+            first = groups[key][0]
             free = min(first.free_bytes, hardware.free_bytes)
             hardware = replace(first, device=f"{first.device}, {hardware.device}", free_bytes=free)
-        found[key] = hardware, lines
-    return list(found.values())
+        groups[key] = hardware, lines
+    return list(groups.values())
 
 
 def _title(hardware: Hardware, memory_fraction: float) -> str:
@@ -156,14 +156,14 @@ def _hardware_json(hardware: Hardware) -> dict[str, Any]:
 def _line_json(line: PlanLine) -> dict[str, Any]:
     if line.holding is None or line.fit is None:
         return {"quantization": line.quantization.canonical, "refused": line.refused}
-    found, token, fit = line.holding.footprint, line.holding.token, line.fit
+    footprint, token, fit = line.holding.footprint, line.holding.token, line.fit
     recorded = line.recorded
     return {
         "quantization": line.quantization.canonical,
         "refused": None,
         "dtype": str(line.holding.dtype).removeprefix("torch."),
-        "weights_bytes": found.weights_bytes,
-        "scales_bytes": found.scales_bytes,
+        "weights_bytes": footprint.weights_bytes,
+        "scales_bytes": footprint.scales_bytes,
         "copied_bytes": fit.copied_bytes,
         "buffers_bytes": fit.buffers_bytes,
         "cache_token_bytes": token.bytes,

@@ -12,8 +12,8 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 def versions() -> dict[str, str]:
     """Returns the versions by name, without libraries that are not installed."""
-    found = {"batchmill": VERSION}
+    installed = {"batchmill": VERSION}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed

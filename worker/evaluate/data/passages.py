@@ -62,7 +62,7 @@ class Passages:
 
         A text is scored as a whole, an answer after its prompt, and a prompt without an answer as a text.
         """
-        found: list[Passage] = []
+        passages: list[Passage] = []
         left = most_tokens
         for example in self._corpus.examples:
             passage = self._passage(example)
@@ -70,13 +70,13 @@ class Passages:
             if spare > 0:
                 passage = Passage(passage.tokens[:-spare], passage.begin, passage.first)
             if passage.scored:
-                found.append(passage)
+                passages.append(passage)
                 left -= passage.scored
             if left <= 0:
                 break
-        if not found:
+        if not passages:
             raise UsageError(f"{self._corpus.name}: none of its texts is long enough: one needs at least two tokens")
-        return tuple(found)
+        return tuple(passages)
 
     def questions(self, count: int, *, max_tokens: int, context_tokens: int | None) -> tuple[Question, ...]:
         """Up to `count` greedy requests, taken evenly from the file, without those that leave no room for an answer.

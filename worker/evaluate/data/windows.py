@@ -46,14 +46,14 @@ def _windows(passage: Passage, width: int, stride: int) -> Iterator[Window]:
             return
 
 
-def batches(found: Sequence[Window], *, most_tokens: int, most_logits: int) -> Iterator[list[Window]]:
+def batches(unbatched: Sequence[Window], *, most_tokens: int, most_logits: int) -> Iterator[list[Window]]:
     """Groups windows into batches, the largest first.
 
     A batch has at most `most_tokens` with its padding, and `most_logits` places whose logits are kept; a larger window
     is a batch of its own.
     """
     batch: list[Window] = []
-    for window in sorted(found, key=lambda each: (len(each.tokens), each.scored), reverse=True):
+    for window in sorted(unbatched, key=lambda each: (len(each.tokens), each.scored), reverse=True):
         together = [*batch, window]
         width = len(together[0].tokens)
         kept = width - min(each.first for each in together)

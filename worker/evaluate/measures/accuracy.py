@@ -35,13 +35,13 @@ class Accuracy:
 
 
 def accuracy(
-    said: Sequence[str], answers: Sequence[str | None], match: Match, *, baseline: Sequence[str] | None = None
+    texts: Sequence[str], answers: Sequence[str | None], match: Match, *, baseline: Sequence[str] | None = None
 ) -> Accuracy | None:
     """Counts the right texts, of questions for which the data has an answer; None where none has.
 
     `baseline`: the baseline's texts.
     """
-    right = _right(said, answers, match)
+    right = _right(texts, answers, match)
     if not right:
         return None
     if baseline is None:
@@ -63,8 +63,8 @@ def check_answers(corpus: Corpus, match: Match) -> None:
                 raise UsageError(f"{corpus.name}:{example.line}: answer is no regex: {error}") from None
 
 
-def _right(said: Sequence[str], answers: Sequence[str | None], match: Match) -> list[bool]:
-    pairs = zip(said, answers, strict=True)
+def _right(texts: Sequence[str], answers: Sequence[str | None], match: Match) -> list[bool]:
+    pairs = zip(texts, answers, strict=True)
     return [_is_right(text, answer, match) for text, answer in pairs if answer is not None]
 
 

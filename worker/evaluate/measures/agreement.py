@@ -17,12 +17,12 @@ class Agreement:
     answers: int
 
 
-def agreement(baseline: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement | None:
+def agreement(baseline: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Agreement | None:
     """Compares two models' answers to the same questions, as tokens; None where there are none."""
     if not baseline:
         return None
     same = total = identical = 0
-    for expected, answer in zip(baseline, found, strict=True):
+    for expected, answer in zip(baseline, answers, strict=True):
         pairs = enumerate(zip(expected, answer, strict=False))
         same += next((at for at, pair in pairs if pair[0] != pair[1]), min(len(expected), len(answer)))
         total += max(len(expected), len(answer))

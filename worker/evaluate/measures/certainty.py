@@ -21,18 +21,18 @@ class Bounds(NamedTuple):
     high: float
 
 
-def of_mean(found: float, standard_error: float | None, times: float = 1.0) -> Bounds:
+def of_mean(mean: float, standard_error: float | None, times: float = 1.0) -> Bounds:
     """Bounds of a mean, had `times` as many values been measured; unknown without a standard error."""
     if standard_error is None:
         return Bounds(-math.inf, math.inf)
     standard_error /= math.sqrt(times)
-    return Bounds(found - _Z * standard_error, found + _Z * standard_error)
+    return Bounds(mean - _Z * standard_error, mean + _Z * standard_error)
 
 
-def of_share(found: float, count: float) -> Bounds:
+def of_share(share: float, count: float) -> Bounds:
     """Bounds of a share of `count` answers: Wilson's score interval, wide enough for a mean of shares, too."""
-    spread = _Z * math.sqrt(found * (1 - found) / count + _Z**2 / (4 * count**2))
-    middle = found + _Z**2 / (2 * count)
+    spread = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    middle = share + _Z**2 / (2 * count)
     whole = 1 + _Z**2 / count
     return Bounds(max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole))
 
@@ -47,6 +47,6 @@ def of_difference(lost: float, gained: float, count: float) -> Bounds:
     return Bounds(max(-1.0, lose - gain - spread), min(1.0, lose - gain + spread))
 
 
-def of_p99(found: float, count: float) -> Bounds:
+def of_p99(p99: float, count: float) -> Bounds:
     """Bounds of what 99 in 100 of `count` values, none below zero, lie below; unknown where they are too few."""
-    return Bounds(found, found) if count >= _FEWEST_OF_P99 else Bounds(0.0, math.inf)
+    return Bounds(p99, p99) if count >= _FEWEST_OF_P99 else Bounds(0.0, math.inf)

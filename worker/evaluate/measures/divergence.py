@@ -67,13 +67,13 @@ class Distributions:
     def places(self, begin: int, count: int) -> list[int]:
         """Returns the compared ones of the next `count` places, the first of which is the `begin`-th of all."""
         last = begin * self.count // self._total
-        found = []
+        compared = []
         for number in range(count):
             reached = (begin + number + 1) * self.count // self._total
             if reached > last:
-                found.append(number)
+                compared.append(number)
             last = reached
-        return found
+        return compared
 
     def rewind(self) -> None:
         self._file.seek(0)

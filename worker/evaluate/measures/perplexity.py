@@ -44,6 +44,6 @@ class Perplexity:
         return PerplexityChange(more.mean().item(), standard_error(more))
 
 
-def standard_error(found: Tensor) -> float | None:
+def standard_error(values: Tensor) -> float | None:
     """The standard error of the mean of these numbers; None for a single one."""
-    return None if len(found) < 2 else found.std().item() / math.sqrt(len(found))
+    return None if len(values) < 2 else values.std().item() / math.sqrt(len(values))

@@ -24,14 +24,14 @@ PIECE_BYTES = 64 * 1024**2
 _FLOAT32_BYTES = 4
 
 
-def scored(loaded: LoadedModel, found: Sequence[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+def scored(loaded: LoadedModel, windows: Sequence[Window]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields pairs of log-probabilities, float32 [places, vocabulary], and the tokens that came, int64 [places].
 
     Natural logarithms. The order depends on the windows alone, so it is the same for every quantization.
     """
     row_bytes = _FLOAT32_BYTES * loaded.vocabulary
     most_tokens = CPU_TOKENS if loaded.device.type == "cpu" else CUDA_TOKENS
-    for batch in batches(found, most_tokens=most_tokens, most_logits=LOGITS_BYTES // row_bytes):
+    for batch in batches(windows, most_tokens=most_tokens, most_logits=LOGITS_BYTES // row_bytes):
         yield from _scored(loaded, batch, most_places=max(1, PIECE_BYTES // row_bytes))
 
 

@@ -32,16 +32,16 @@ def advice(report: Report) -> str:
     good = [reference, *(each for each in others if _is_sure(findings(each, reference)))]
     taken = _smallest(good)
     may_do = [each for each in others if each not in good and not _loses(each, reference) and _is_smaller(each, taken)]
-    said = [_taken(taken, reference) if taken is not reference else _kept(others, may_do, reference)]
+    sentences = [_taken(taken, reference) if taken is not reference else _kept(others, may_do, reference)]
     if may_do:
-        said.append(_may_do(_smallest(may_do), reference))
+        sentences.append(_may_do(_smallest(may_do), reference))
     fastest = max(good, key=_speed)
     if _speed(fastest) > _MUCH_FASTER * _speed(taken):
         where = f"Where its {size(fastest.weights_bytes)} fit, " if _is_smaller(taken, fastest) else ""
-        said.append(f"{where}{_name(fastest)} {_times(fastest, taken)} as {_name(taken)}.")
+        sentences.append(f"{where}{_name(fastest)} {_times(fastest, taken)} as {_name(taken)}.")
     if report.method is not None and report.method.tokens < _FEW_TOKENS:
-        said.append(f"Only {report.method.tokens:,} tokens were measured: more text would make this surer.")
-    return " ".join(said)
+        sentences.append(f"Only {report.method.tokens:,} tokens were measured: more text would make this surer.")
+    return " ".join(sentences)
 
 
 def _smallest(rows: list[Measurement]) -> Measurement:
@@ -59,14 +59,14 @@ def _loss(each: Measurement) -> tuple[float, float]:
     return (each.divergence.mean if each.divergence is not None else 0.0), each.perplexity
 
 
-def _is_sure(found: list[Measured]) -> bool:
-    return all(each.verdict is Certainty.LITTLE for each in found)
+def _is_sure(columns: list[Measured]) -> bool:
+    return all(each.verdict is Certainty.LITTLE for each in columns)
 
 
 def _loses(each: Measurement, reference: Measurement) -> list[Measured]:
     """The columns in which it surely loses much."""
-    found = findings(each, reference)
-    return [each for each in found if each.verdict is Certainty.MUCH and not each.is_change]
+    columns = findings(each, reference)
+    return [each for each in columns if each.verdict is Certainty.MUCH and not each.is_change]
 
 
 def _taken(taken: Measurement, reference: Measurement) -> str:
@@ -89,18 +89,18 @@ def _kept(others: list[Measurement], may_do: list[Measurement], reference: Measu
 
 def _may_do(each: Measurement, reference: Measurement) -> str:
     """Says what speaks for a small one that is not known to lose little, and what would settle it."""
-    found: dict[Certainty, list[Measured]] = {verdict: [] for verdict in Certainty}
+    by_verdict: dict[Certainty, list[Measured]] = {verdict: [] for verdict in Certainty}
     for one in findings(each, reference):
-        found[one.verdict].append(one)
-    little, changed, unknown = found[Certainty.LITTLE], found[Certainty.MUCH], found[Certainty.UNKNOWN]
-    said = f"{_name(each)} may do, whose weights take {_weights(each, reference)}"
+        by_verdict[one.verdict].append(one)
+    little, changed, unknown = by_verdict[Certainty.LITTLE], by_verdict[Certainty.MUCH], by_verdict[Certainty.UNKNOWN]
+    sentence = f"{_name(each)} may do, whose weights take {_weights(each, reference)}"
     if little:
-        said += f": little is lost by {_listed(little)}"
+        sentence += f": little is lost by {_listed(little)}"
     if changed:
-        said += f", but its answers are others than {_name(reference)}'s ({_listed(changed)})"
+        sentence += f", but its answers are others than {_name(reference)}'s ({_listed(changed)})"
     if not unknown:
-        return f"{said}; take it if other wordings will do."
-    return f"{said}. {_basis(unknown)} too few to tell about {_listed(unknown)}; {_more(unknown)}."
+        return f"{sentence}; take it if other wordings will do."
+    return f"{sentence}. {_basis(unknown)} too few to tell about {_listed(unknown)}; {_more(unknown)}."
 
 
 def _basis(unknown: list[Measured]) -> str:
@@ -117,24 +117,24 @@ def _basis(unknown: list[Measured]) -> str:
 def _more(unknown: list[Measured]) -> str:
     """Says what to measure more of: as many answers as would tell, if they went on as they began."""
     of_answers = [each for each in unknown if each.answers is not None]
-    said = ["measure more text"] if len(of_answers) < len(unknown) else []
+    parts = ["measure more text"] if len(of_answers) < len(unknown) else []
     if of_answers:
         answers = max(each.answers or 0 for each in of_answers)
         enough = next((times for times in _MORE if _would_tell(of_answers, times)), None)
-        said.append(
+        parts.append(
             "it is so close that more answers may not tell"
             if enough is None
             else f"--continuations {answers * enough}, on as many questions, would likely tell"
         )
-    return ", and ".join(said)
+    return ", and ".join(parts)
 
 
-def _would_tell(found: list[Measured], times: int) -> bool:
-    return all(each.verdict_of(times) is not Certainty.UNKNOWN for each in found)
+def _would_tell(columns: list[Measured], times: int) -> bool:
+    return all(each.verdict_of(times) is not Certainty.UNKNOWN for each in columns)
 
 
-def _listed(found: list[Measured]) -> str:
-    return ", ".join(map(str, found))
+def _listed(columns: list[Measured]) -> str:
+    return ", ".join(map(str, columns))
 
 
 def _weights(each: Measurement, reference: Measurement) -> str:

@@ -75,25 +75,25 @@ class Measured:
 
 def findings(each: Measurement, reference: Measurement) -> list[Measured]:
     """A finding for each column of quality that both rows have."""
-    found = [_perplexity(each, reference)]
+    columns = [_perplexity(each, reference)]
     if (divergence := each.divergence) is not None:
         mean, error, p99, places = divergence.mean, divergence.standard_error, divergence.p99, divergence.places
-        found += [
+        columns += [
             Measured(
-                f"mean KL {mean:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE,
+                f"mean KL {mean:.2g}", lambda high: f"up to {high:.2g}", DIVERGENCE,
                 lambda times: of_mean(mean, error, times),
             ),
             Measured(
-                f"KL p99 {p99:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE_P99,
+                f"KL p99 {p99:.2g}", lambda high: f"up to {high:.2g}", DIVERGENCE_P99,
                 lambda times: of_p99(p99, places * times),
             ),
         ]  # fmt: skip
     if (agreement := each.agreement) is not None:
         share, answers = agreement.share, agreement.answers
-        found.append(
+        columns.append(
             Measured(
                 f"same tokens {share:.1%} of {answers:,} {plural(answers)}",
-                lambda most: f"down to {1 - most:.1%}",
+                lambda high: f"down to {1 - high:.1%}",
                 AGREEMENT,
                 lambda times: _turned(of_share(share, answers * times)),
                 answers,
@@ -101,8 +101,8 @@ def findings(each: Measurement, reference: Measurement) -> list[Measured]:
             )
         )
     if each.accuracy is not None and reference.accuracy is not None:
-        found.append(_accuracy(each.accuracy, reference.accuracy))
-    return found
+        columns.append(_accuracy(each.accuracy, reference.accuracy))
+    return columns
 
 
 def _perplexity(each: Measurement, reference: Measurement) -> Measured:
@@ -113,15 +113,15 @@ def _perplexity(each: Measurement, reference: Measurement) -> Measured:
         low, high = of_mean(math.log(ratio), error, times)
         return Bounds(math.expm1(low), math.expm1(high))
 
-    return Measured(f"perplexity {ratio - 1:+.1%}", lambda most: f"up to {most:+.1%}", PERPLEXITY, bounds)
+    return Measured(f"perplexity {ratio - 1:+.1%}", lambda worst: f"up to {worst:+.1%}", PERPLEXITY, bounds)
 
 
-def _accuracy(found: Accuracy, reference: Accuracy) -> Measured:
-    count = found.answers
-    lost, gained = _differing(found, reference)
+def _accuracy(accuracy: Accuracy, reference: Accuracy) -> Measured:
+    count = accuracy.answers
+    lost, gained = _differing(accuracy, reference)
     return Measured(
-        f"{found.right:,} of {count:,} {plural(count)} right",
-        lambda most: f"up to {most:.1%} fewer",
+        f"{accuracy.right:,} of {count:,} {plural(count)} right",
+        lambda high: f"up to {high:.1%} fewer",
         ACCURACY,
         lambda times: of_difference(lost * times, gained * times, count * times),
         count,
@@ -129,12 +129,12 @@ def _accuracy(found: Accuracy, reference: Accuracy) -> Measured:
     )
 
 
-def _differing(found: Accuracy, reference: Accuracy) -> tuple[float, float]:
+def _differing(accuracy: Accuracy, reference: Accuracy) -> tuple[float, float]:
     """Counts answers that are right in one of both alone; where nobody compared them, as many as chance makes."""
-    if found.lost is not None and found.gained is not None:
-        return found.lost, found.gained
-    both = found.right * reference.right / found.answers
-    return reference.right - both, found.right - both
+    if accuracy.lost is not None and accuracy.gained is not None:
+        return accuracy.lost, accuracy.gained
+    both = accuracy.right * reference.right / accuracy.answers
+    return reference.right - both, accuracy.right - both
 
 
 def _turned(share: Bounds) -> Bounds:

@@ -56,8 +56,8 @@ class EarlyDeaths:
         if self._count < self._enough:
             return None
         lines = self._tail.end()
-        said = "\n".join(["; the last lines:", *lines]) if lines else ", without a word"
-        return f"{self._count} processes in a row ended before they could load the model{said}"
+        words = "\n".join(["; the last lines:", *lines]) if lines else ", without a word"
+        return f"{self._count} processes in a row ended before they could load the model{words}"
 
     def reported(self, beat: Heartbeat) -> None:
         """Begins anew after a child has reported, which proves that children can begin."""

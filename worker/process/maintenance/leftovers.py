@@ -61,9 +61,9 @@ class Leftovers:
         for holder in self._store.recovery.holders(socket.gethostname()):
             if self._is_dead(holder):
                 taken += self.settle(holder.worker_id, holder.generation)
-        if found := self._spools.found():
-            silent = self._store.recovery.silent({each.worker_id for each in found})
-            for each in found:
+        if spools := self._spools.found():
+            silent = self._store.recovery.silent({each.worker_id for each in spools})
+            for each in spools:
                 if each.worker_id in silent and not _lives(silent[each.worker_id]):
                     self._save(each)
         return taken
