@@ -28,7 +28,7 @@ class Recipe:
 
     seed: int = 1
     steps: int = 7000
-    #: How many come in the mix that is mostly additions.
+    #: The examples that come in the mix that is mostly additions.
     first_examples: int = 25_000
     warmup_steps: int = 200
     rows: int = 3
