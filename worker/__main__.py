@@ -6,7 +6,7 @@ from batchmill.jobs.runtime.process.isolation import isolate
 from batchmill.jobs.runtime.process.signals import exit_on_sigterm, raise_on_sigterm
 from batchmill.jobs.runtime.process.standard_files import hold_standard_files
 
-#: The module whose `main` each command is.
+#: By command, the module whose `main` it is.
 MODULES = {
     "worker": "batchmill.worker.cli.worker",
     "models": "batchmill.worker.cli.models",

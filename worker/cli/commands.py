@@ -54,10 +54,10 @@ class Room(click.Group):
         return list(self._modules)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found: click.Command | None = None
+        command: click.Command | None = None
         if cmd_name in self._modules:
-            found = import_module(self._modules[cmd_name]).main
-        return found
+            command = import_module(self._modules[cmd_name]).main
+        return command
 
 
 def complete_model(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -160,7 +160,7 @@ def main(
 
 
 def _prepare_process(settings: Settings, device: str) -> None:
-    """What has to stand before torch is loaded; progress is shown, so that logs tell of trouble alone."""
+    """Prepares the process before torch is loaded; progress is shown, so that logs tell of trouble alone."""
     level = "warning" if settings.log_level == "info" else settings.log_level
     configure_logs(level=level, form=settings.log_format)
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
@@ -168,20 +168,20 @@ def _prepare_process(settings: Settings, device: str) -> None:
 
 
 def _device(written: str, share_device: bool) -> DeviceInfo:
-    (found,) = describe_devices([written])
-    if found.uuid is not None and not share_device:
-        DeviceLock(found.uuid).take()
+    (device,) = describe_devices([written])
+    if device.uuid is not None and not share_device:
+        DeviceLock(device.uuid).take()
     use_all_cores()
-    return found
+    return device
 
 
 def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, settings: Settings) -> Report:
-    """Measures, keeping each row in the store as soon as it is there."""
+    """Measures, and keeps each row in the store as soon as it is there."""
     from batchmill.worker.evaluate.evaluation import Evaluation
     from batchmill.worker.evaluate.measures.measurement import Report
     from batchmill.worker.evaluate.progress import ProgressBar
 
-    store, found = open_store(settings), versions()
+    store, used_versions = open_store(settings), versions()
 
     def keep(row: Measurement, method: Method, reference: Measurement | None) -> None:
         try:
@@ -196,7 +196,7 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
                     "baseline_perplexity": None if reference is None else reference.perplexity,
                     "method": method.to_json(),
                 },
-                versions=found,
+                versions=used_versions,
             )
         except StoreError as error:
             shown.say(f"what was measured of {row.spec} is not kept: {error}")
@@ -208,4 +208,4 @@ def _report(lineup: Lineup, corpus: Corpus, asked: Asked, device: DeviceInfo, se
             lineup, corpus, asked, device=device, options=options, digests=digests, shown=shown, keep=keep
         )
         rows = evaluation.run()
-    return Report(lineup.baseline, corpus.name, corpus.sha256, device.name, evaluation.method, rows, found)
+    return Report(lineup.baseline, corpus.name, corpus.sha256, device.name, evaluation.method, rows, used_versions)

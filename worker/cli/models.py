@@ -1,6 +1,6 @@
 """The `models` commands: bring a model to this machine, and save a quantized copy of one.
 
-What a command needs is imported when it runs: `pull` loads no torch.
+A command imports what it needs when it runs: `pull` loads no torch.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _lacking(error: ImportError) -> ModelError:
 
 
 def _as_json(spec: ModelSpec, pulled: Pulled) -> dict[str, object]:
-    found = {"model": spec.model, "revision": spec.revision, **asdict(pulled)}
-    return found | {"folder": str(pulled.folder)}
+    facts = {"model": spec.model, "revision": spec.revision, **asdict(pulled)}
+    return facts | {"folder": str(pulled.folder)}
 
 
 @main.command(
@@ -111,7 +111,7 @@ def quantize(model: str, out: Path, quantization: str, revision: str | None, dev
     from batchmill.worker.devices.selection import describe_devices, use_all_cores, visible_devices
 
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([device], os.environ)
-    (found,) = describe_devices([device])
+    (info,) = describe_devices([device])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at its import which kernels it lacks
     try:
         from batchmill.worker.models.quantization.quantized_copy import save_quantized
@@ -119,8 +119,8 @@ def quantize(model: str, out: Path, quantization: str, revision: str | None, dev
         raise _lacking(error) from error
     use_all_cores()
     if sys.stderr.isatty():
-        click.echo(f"{spec}: loading on {found.name}, then saving to {out}", err=True)
-    copy = save_quantized(spec, out, found.torch_device)
+        click.echo(f"{spec}: loading on {info.name}, then saving to {out}", err=True)
+    copy = save_quantized(spec, out, info.torch_device)
     if as_json:
         written = {"model": spec.model, "revision": spec.revision, "quantization": spec.quantization.canonical}
         figures = {"folder": str(out.resolve()), "weights_bytes": copy.weights_bytes, "seconds": round(copy.seconds, 3)}
@@ -131,5 +131,5 @@ def quantize(model: str, out: Path, quantization: str, revision: str | None, dev
 
 
 def _as_path(out: Path) -> str:
-    """As a folder that cannot be taken for a Hugging Face id."""
+    """The folder, spelled so that it cannot be taken for a Hugging Face id."""
     return str(out) if out.is_absolute() or str(out).startswith(".") else f"./{out}"

@@ -89,20 +89,20 @@ def _planned(
     from batchmill.worker.plan.report import report
     from batchmill.worker.plan.table import to_json, to_lines
 
-    found = [pretended_gpu(gpu_bytes)] if gpu_bytes is not None else _devices(devices)
+    hardware = [pretended_gpu(gpu_bytes)] if gpu_bytes is not None else _devices(devices)
     with loading(spec):
         folder = configuration(spec)
         vet_configuration(folder)
-        planned = report(PlannedModel(spec, folder), found, EngineOptions.of(settings), _recorded(spec, settings))
-    asked = settings.context_tokens is not None
+        planned = report(PlannedModel(spec, folder), hardware, EngineOptions.of(settings), _recorded(spec, settings))
+    context_asked = settings.context_tokens is not None
     if as_json:
-        return [json.dumps(to_json(planned, context_asked=asked))]
+        return [json.dumps(to_json(planned, context_asked=context_asked))]
     width = terminal_width()
-    return list(fitted(to_lines(planned, context_asked=asked, width=width), indent=2, width=width))
+    return list(fitted(to_lines(planned, context_asked=context_asked, width=width), indent=2, width=width))
 
 
 def _devices(written: str | None) -> list[Hardware]:
-    """Those that are named, or all GPUs of this machine, or its CPU where it has none. Raises UsageError."""
+    """The devices that are named, or all GPUs of this machine, or its CPU where it has none. Raises UsageError."""
     import torch
 
     from batchmill.worker.plan.hardware import joined, this_cpu, this_gpu
@@ -114,7 +114,7 @@ def _devices(written: str | None) -> list[Hardware]:
         named = [[each] for each in here or [CPU]]
     else:
         named = [each.split(TOGETHER) for each in each_worker(str(written))]
-    found = []
+    devices = []
     for together in named:
         for each in together:
             if each != CPU and each not in here:
@@ -124,14 +124,14 @@ def _devices(written: str | None) -> list[Hardware]:
                 )
         if together == [CPU]:
             use_all_cores()
-            found.append(this_cpu())
+            devices.append(this_cpu())
         else:
-            found.append(joined([this_gpu(int(each.removeprefix("cuda:"))) for each in together]))
-    return found
+            devices.append(joined([this_gpu(int(each.removeprefix("cuda:"))) for each in together]))
+    return devices
 
 
 def _recorded(spec: ModelSpec, settings: Settings) -> list[Speed]:
-    """What this machine's workers did with this model before; nothing where there is no store, and none is made."""
+    """The speeds of this machine's workers with this model; none where there is no store, and none is made."""
     store = Store(settings.database, busy_seconds=settings.worker_busy_seconds, read_only=True)
     try:
         if store.revision() != REVISION:

@@ -28,10 +28,10 @@ from batchmill.migrations.revisions import open_store
 from batchmill.worker.cli.commands import WorkerCommand, complete_model
 from batchmill.worker.devices.placement import Placement, each_worker, parse_each
 from batchmill.worker.devices.selection import AUTO, all_cuda_devices
-from batchmill.worker.process.maintenance.keeper import WorkerOptions
 from batchmill.worker.process.own_log import make_place
 from batchmill.worker.process.parent import run_worker
 from batchmill.worker.process.supervisor import SUPERVISOR, Supervisor
+from batchmill.worker.process.worker_options import WorkerOptions
 
 log = get_logger(__name__)
 
@@ -124,16 +124,16 @@ def main(
 
 
 def _placements(spec: ModelSpec, device: str | None, devices: str | None, placed: dict[str, Any]) -> list[Placement]:
-    """One for each worker, the only one without --devices. Raises UsageError."""
+    """The placement of each worker; without --devices there is one. Raises UsageError."""
     if devices is None:
-        found = [Placement.parse(device or AUTO, **placed)]
+        placements = [Placement.parse(device or AUTO, **placed)]
     elif devices == "all" and not (gpus := all_cuda_devices()):
         raise UsageError("--devices all: torch sees no CUDA device here; use --device cpu")
     else:
-        found = parse_each(gpus if devices == "all" else each_worker(devices), **placed)
-    if spec.model == ECHO and not all(each.plain for each in found):
+        placements = parse_each(gpus if devices == "all" else each_worker(devices), **placed)
+    if spec.model == ECHO and not all(each.plain for each in placements):
         raise UsageError("the echo engine holds no weights: leave out --max-memory, --device-map and --offload")
-    return found
+    return placements
 
 
 def _arguments(

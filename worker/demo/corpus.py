@@ -1,4 +1,4 @@
-"""The questions the demo model can answer, their right answers, and which of them training never sees.
+"""The questions that the demo model can answer, their right answers, and those that training never sees.
 
 Owns the kinds of questions, their phrasings, the table of facts, the word list and the held-out split. It
 is plain Python: it knows no tensors and no tokenizer. The split depends on a hash of the question's content
@@ -174,7 +174,7 @@ def random_letters(choose: random.Random) -> str:
 
 
 def _training_addition(choose: random.Random) -> Exercise:
-    """Sums, many of the sorts that are learnt or told apart with most pains.
+    """A sum, often of a sort that is hard to learn.
 
     A third are of single digits, of which the others are made; in a fifth the last digits make 9 or 10, just
     below and just above a carry.

@@ -62,19 +62,19 @@ def request_line(number: int, question: str, choose: random.Random) -> dict[str,
 def questions(count: int, choose: random.Random) -> list[corpus.Exercise]:
     """More than half are sums, eight are out of its reach, the rest are the other kinds in equal parts."""
     part = count // 7
-    found = corpus.held_out_examples("addition", count - 3 * part - 8, seed=7)
-    found += corpus.held_out_examples("other", 8, seed=7)
+    chosen = corpus.held_out_examples("addition", count - 3 * part - 8, seed=7)
+    chosen += corpus.held_out_examples("other", 8, seed=7)
     for kind in ("spelling", "sorting", "facts"):
-        found += choose.sample(corpus.held_out_examples(kind, 2 * part, seed=7), part)
-    choose.shuffle(found)
-    return found
+        chosen += choose.sample(corpus.held_out_examples(kind, 2 * part, seed=7), part)
+    choose.shuffle(chosen)
+    return chosen
 
 
 def write_examples(folder: Path) -> None:
     """Write prompts.jsonl (requests of every shape) and prompts.txt (one plain prompt a line)."""
     choose = random.Random(20)
-    asked = [example.question for example in questions(LINES, choose)]
-    lines = [json.dumps(request_line(number, question, choose)) for number, question in enumerate(asked)]
+    prompts = [example.question for example in questions(LINES, choose)]
+    lines = [json.dumps(request_line(number, question, choose)) for number, question in enumerate(prompts)]
     folder.mkdir(parents=True, exist_ok=True)
     terse = [example.question for example in questions(8 * PLAIN_LINES, choose) if example.terse]
     for name, texts in (("prompts.jsonl", lines), ("prompts.txt", terse[:PLAIN_LINES])):

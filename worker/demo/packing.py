@@ -25,17 +25,17 @@ class Rows:
     """One training batch; every tensor is (rows, length_tokens) but `may_attend`."""
 
     tokens: torch.Tensor
+    #: The token after each position, NOT_LEARNT outside answers.
     targets: torch.Tensor
-    """The token after each position, NOT_LEARNT outside answers."""
+    #: 1 / square root of the answer's tokens: a long answer counts for more than a short one, a little.
     weights: torch.Tensor
-    """1 / square root of the answer's tokens: a long answer counts for more than a short one, a little."""
     positions: torch.Tensor
+    #: (rows, 1, length, length), true where a token (third axis) sees another (fourth axis).
     may_attend: torch.Tensor
-    """(rows, 1, length, length), true where a token (third axis) sees another (fourth axis)."""
 
 
 def chat_prompt(question: str, system: str | None = None) -> str:
-    """What the chat template makes of a question, up to where the answer begins."""
+    """The text that the chat template makes of a question, up to the beginning of the answer."""
     before = f"{SYSTEM}{system}{END}" if system is not None else ""
     return f"{BOS}{before}{USER}{question}{END}{ASSISTANT}"
 

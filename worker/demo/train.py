@@ -28,8 +28,8 @@ class Recipe:
 
     seed: int = 1
     steps: int = 7000
+    #: The examples that come in the mix that is mostly additions.
     first_examples: int = 25_000
-    """How many come in the mix that is mostly additions."""
     warmup_steps: int = 200
     rows: int = 3
     row_length_tokens: int = 512

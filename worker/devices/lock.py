@@ -24,23 +24,23 @@ _REMEDY = "stop it, choose another --device, or start this one with --share-devi
 
 
 class DeviceLock:
-    """Taken once, and given back by the end of the process, or before it by `give`."""
+    """A lock that is taken once, and given back by `give` or by the end of the process."""
 
     def __init__(self, device_uuid: str, *, folder: Path | None = None) -> None:
         folder = folder or _folder()
         self._uuid = device_uuid
-        name = device_uuid.replace("/", "_")  # the older UUIDs of parts of a GPU have some
+        name = device_uuid.replace("/", "_")  # older UUIDs of parts of a GPU have slashes
         self._pid_file = PidFile(folder / f"batchmill-{name}.pid")
         self._path = folder / f"batchmill-{name}.lock"
         self._lock = FileLock(self._path, timeout=_PATIENCE_SECONDS, mode=0o666)
 
     def take(self) -> None:
-        """Raises AlreadyRunning, which names the process that works on this device."""
+        """Takes the lock. Raises AlreadyRunning, which names the process that works on this device."""
         try:
             acquire(self._lock, f"the device {self._uuid}")
         except Timeout:
-            who = self._pid_file.shown()
-            raise AlreadyRunning(f"another worker holds the device {self._uuid} ({who}): {_REMEDY}") from None
+            holder = self._pid_file.shown()
+            raise AlreadyRunning(f"another worker holds the device {self._uuid} ({holder}): {_REMEDY}") from None
         except PermissionError:
             raise AlreadyRunning(
                 f"another user's worker holds, or has held, the device {self._uuid}: {_REMEDY}; "
@@ -49,18 +49,18 @@ class DeviceLock:
         self._pid_file.write(os.getpid())
 
     def give(self) -> None:
-        """Another process may take it; one that does not hold it is left as it is."""
+        """Gives the lock back; one that is not held stays as it is."""
         self._lock.release()
 
 
 class DeviceLocks:
-    """The locks of several devices, all or none, taken by everybody in one order, so that nobody waits in a ring."""
+    """The locks of several devices: all or none, and always in one order, so that no processes deadlock."""
 
     def __init__(self, device_uuids: Iterable[str], *, folder: Path | None = None) -> None:
         self._locks = [DeviceLock(each, folder=folder) for each in sorted(set(device_uuids))]
 
     def take(self) -> None:
-        """Raises AlreadyRunning, which names the process that works on one of these devices; then none is held."""
+        """Takes the locks. Raises AlreadyRunning, which names the process that holds one; then none is taken."""
         for place, lock in enumerate(self._locks):
             try:
                 lock.take()

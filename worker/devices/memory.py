@@ -1,7 +1,7 @@
-"""How much memory a worker's devices hold: read cheaply, and remembered at its largest; and the energy they take.
+"""The memory that a worker's devices hold, read cheaply and kept at its peak, and the energy that they take.
 
-On CUDA it is what torch allocated and reserved, whose peaks torch itself keeps, also within a step; on a CPU, where
-nobody counts that, both are the resident bytes of this process, read at every token step. A CPU's part imports no
+On CUDA it is what torch allocated and reserved; torch itself keeps the peaks, also within a step. On a CPU, where
+nothing counts that, both are the resident bytes of this process, read at every token step. The CPU's part imports no
 torch. This module knows no model, no run and no store.
 """
 
@@ -19,7 +19,7 @@ from batchmill.jobs.models.device_memory import DeviceMemory, Memory
 from batchmill.worker.devices.nvml import Nvml
 from batchmill.worker.devices.selection import CPU, DeviceInfo
 
-#: The driver is asked so often at most.
+#: The driver is asked at most once in this time.
 _DRIVER_SECONDS = 1.0
 
 
@@ -30,7 +30,7 @@ class MemoryReading(NamedTuple):
     reserved: int = 0
 
     def or_larger(self, other: MemoryReading) -> MemoryReading:
-        """The larger of each."""
+        """Returns the larger of each."""
         return MemoryReading(max(self.allocated, other.allocated), max(self.reserved, other.reserved))
 
 
@@ -46,14 +46,14 @@ class MemoryReader:
             self._cuda = torch.cuda
 
     def read(self) -> MemoryReading:
-        """What is in use now; waits for no kernel."""
+        """Reads what is in use now; waits for no kernel."""
         if self._device == CPU:
             resident = self._process.memory_info().rss
             return MemoryReading(resident, resident)
         return MemoryReading(self._cuda.memory_allocated(self._device), self._cuda.memory_reserved(self._device))
 
     def take_peak(self) -> MemoryReading:
-        """On CUDA the largest that was in use since this was last asked, or what is in use now if that is more."""
+        """Returns the peak on CUDA since the last call, and begins a new one at what is in use now."""
         peak = MemoryReading(
             self._cuda.max_memory_allocated(self._device), self._cuda.max_memory_reserved(self._device)
         )
@@ -61,21 +61,21 @@ class MemoryReader:
         return peak
 
     def available_bytes(self) -> int:
-        """What could still be allocated; on a CPU that is what the machine has left."""
+        """Bytes that could still be allocated; on a CPU, those that the machine has left."""
         if self._device == CPU:
             return int(psutil.virtual_memory().available)
         now = self.read()
         return self.free_bytes() + now.reserved - now.allocated
 
     def free_bytes(self) -> int:
-        """What no process holds."""
+        """Bytes that no process holds."""
         if self._device == CPU:
             return int(psutil.virtual_memory().available)
         return int(self._cuda.mem_get_info(self._device)[0])
 
 
 class _Gauge:
-    """One device: what it holds at most between two takings, and what the driver says of all of it."""
+    """One device: its peak between two calls of `take`, and the driver's figures for all of it."""
 
     def __init__(self, device: DeviceInfo, nvml: Nvml | None) -> None:
         self.uuid = device.uuid
@@ -99,7 +99,7 @@ class _Gauge:
             self._largest = self._largest.or_larger(self._latest)
 
     def take(self) -> DeviceMemory:
-        """The largest since this was last asked, the memory at that moment included."""
+        """Returns the peak since the last call, the memory at that moment included."""
         if self._cuda:
             largest = self._reader.take_peak()
         else:
@@ -107,13 +107,13 @@ class _Gauge:
         return replace(self.memory, peak_allocated_bytes=largest.allocated, peak_reserved_bytes=largest.reserved)
 
     def hold(self, weights_bytes: int, cache_bytes: int) -> None:
-        """The model is there now: what loading it took at most is of no run."""
+        """Notes the loaded model, and drops the peak of loading it, which belongs to no run."""
         self.memory = replace(self.memory, weights_bytes=weights_bytes, cache_bytes=cache_bytes)
         if self._cuda:
             self._reader.take_peak()
 
     def ask_driver(self) -> float | None:
-        """Notes what all processes hold. Returns the joules since this was last asked; None where nobody counts."""
+        """Notes what all processes hold. Returns the joules since the last call; None where nothing counts them."""
         used = self._nvml.used_bytes(self.uuid) if self._nvml is not None and self.uuid is not None else None
         if used is None:
             used = self.memory.device_total_bytes - self._reader.free_bytes()
@@ -124,7 +124,7 @@ class _Gauge:
 
 
 class MemoryMeter:
-    """The largest memory since it was last asked: `observe` at every step, `take` from any thread.
+    """The peak memory of a worker's devices: `observe` at every step, `take` from any thread.
 
     Each open run keeps the maximum of what `take` returned meanwhile, so that nothing has to be reset for one of
     them. `loaded` is called once the model is there. What is free at the start is read when the meter is made.
@@ -136,7 +136,7 @@ class MemoryMeter:
         self._ask_at = 0.0
 
     def loaded(self, weights_bytes: Sequence[int], cache_bytes: Sequence[int]) -> None:
-        """What the weights take on each device, and what keys and values may."""
+        """Notes the bytes that the weights take on each device, and those that the KV cache may take."""
         with self._lock:
             for gauge, weights, cache in zip(self._gauges, weights_bytes, cache_bytes, strict=True):
                 gauge.hold(weights, cache)
@@ -148,15 +148,15 @@ class MemoryMeter:
                 gauge.observe()
 
     def take(self) -> Memory:
-        """The largest bytes since the last call, the latest if nothing was observed since, and the energy since."""
+        """Returns the peak since the last call, the latest if nothing was observed since, and the energy since."""
         with self._lock:
             joules = self._ask_drivers()
             return Memory.of([gauge.take() for gauge in self._gauges], energy_joules=joules)
 
     def _ask_drivers(self) -> float | None:
-        """About once a second; in between the driver said nothing new."""
+        """Asks about once a second; in between a driver has nothing new."""
         if monotonic() < self._ask_at:
             return None
         self._ask_at = monotonic() + _DRIVER_SECONDS
-        found = [joules for gauge in self._gauges if (joules := gauge.ask_driver()) is not None]
-        return sum(found) if found else None
+        energies = [joules for gauge in self._gauges if (joules := gauge.ask_driver()) is not None]
+        return sum(energies) if energies else None

@@ -1,7 +1,7 @@
-"""What NVML says of a GPU as a whole: the memory that all processes hold there, and the energy that it took.
+"""NVML's figures for a GPU as a whole: the memory that all processes hold there, and the energy that it took.
 
-NVML comes with the driver, and the library that asks it (nvidia-ml-py, imported as pynvml) is an extra of its own: who
-has neither, or no right to ask, or a part of a GPU that cannot tell, gets None. This module knows no torch.
+NVML comes with the driver; the library that asks it (nvidia-ml-py, imported as pynvml) is an extra of its own. Without
+either, without the right to ask, or for a part of a GPU that cannot tell, a figure is None. This module knows no torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class Nvml:
-    """Asks the library `pynvml` that it is given, after `nvmlInit` succeeded. GPUs are named by their UUID."""
+    """Asks the library `pynvml`, after `nvmlInit` succeeded. GPUs are named by their UUID."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
 
     @classmethod
     def open(cls) -> Nvml | None:
-        """None without the library, without a driver, and where NVML may not be asked."""
+        """Opens NVML; None without the library, without a driver, and where NVML may not be asked."""
         try:
             import pynvml
         except ImportError:
@@ -30,20 +30,20 @@ class Nvml:
         return cls(pynvml)
 
     def used_bytes(self, uuid: str) -> int | None:
-        """What all processes hold on this GPU together."""
-        found = self._asked(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle(uuid)).used)
-        return None if found is None else int(found)
+        """Bytes that all processes hold on this GPU together."""
+        used = self._asked(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle(uuid)).used)
+        return None if used is None else int(used)
 
     def energy_joules(self, uuid: str) -> float | None:
-        """What this GPU took since its driver was loaded."""
-        found = self._asked(lambda: self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle(uuid)))
-        return None if found is None else found / 1_000
+        """Joules that this GPU took since its driver was loaded."""
+        millijoules = self._asked(lambda: self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle(uuid)))
+        return None if millijoules is None else millijoules / 1_000
 
     def _handle(self, uuid: str) -> Any:
         return self._library.nvmlDeviceGetHandleByUUID(uuid)
 
     def _asked(self, question: Callable[[], Any]) -> Any:
-        """The answer, or None: a GPU that is shared out, or a driver that is old, has not every one."""
+        """Returns the answer, or None: a shared GPU or an old driver cannot answer every question."""
         try:
             return question()
         except self._library.NVMLError:

@@ -1,7 +1,7 @@
-"""Where a worker's model goes: its devices, what of their memory it may take, and what is offloaded.
+"""The placement of a worker's model: its devices, what of their memory it may take, and what is offloaded.
 
-Owns how that is written and what contradicts what; names of devices are the user's, in their order, and this process
-or its child sees the first of them as cuda:0. It knows no model, no torch, and no memory that is free.
+Owns how that is written and what contradicts what. Names of devices are the user's, in their order; this process or its
+child sees the first of them as cuda:0. It knows no model, no torch, and no free memory.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from batchmill.worker.devices.selection import AUTO, CPU, check_device
 
 #: Between the devices of one model; a comma is between workers.
 TOGETHER = "+"
-#: Where a module's weights wait until it is their turn: besides a computing device, these.
+#: Places other than a computing device where weights wait until their module's turn.
 DISK = "disk"
 OFFLOADS = (CPU, DISK)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one model goes.
+    """The placement of one model."""
 
-    `devices`: one, or several GPUs that it is split over. `max_memory`: bytes that weights may take, by device, `cpu`
-    among them. `device_map`: module -> device, as `device_map_file` says it. `offload`: what does not fit waits in
-    the CPU's memory, and with `disk` in files what does not fit there either, some of them in `offload_folder`.
-    """
-
+    #: One device, or several GPUs that the model is split over.
     devices: tuple[str, ...] = (AUTO,)
+    #: Bytes that weights may take, by device, `cpu` among them.
     max_memory: tuple[tuple[str, int], ...] = ()
+    #: Module and device, as `device_map_file` has them.
     device_map: tuple[tuple[str, str], ...] = ()
     device_map_file: Path | None = None
+    #: `cpu`: what does not fit waits in the CPU's memory; `disk`: in files what does not fit there either.
     offload: str | None = None
+    #: The folder of those files.
     offload_folder: Path | None = None
 
     @classmethod
@@ -48,9 +48,9 @@ class Placement:
         offload: str | None = None,
         offload_folder: str | None = None,
     ) -> Placement:
-        """What the worker's flags say; `device_map` is a JSON file. Raises UsageError, which names what is wrong.
+        """Parses the worker's flags; `device_map` is a JSON file. Raises UsageError, which names what is wrong.
 
-        Who says what a CPU beside a GPU may take lets weights wait there.
+        A limit of the CPU beside a GPU lets weights wait there.
         """
         devices = _devices(device)
         limits = parse_max_memory(max_memory) if max_memory is not None else ()
@@ -74,17 +74,17 @@ class Placement:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the devices are called in the other flags: `auto` may turn out to be cuda:0."""
+        """The names of the devices in the other flags: `auto` may turn out to be cuda:0."""
         return tuple("cuda:0" if each == AUTO else each for each in self.devices)
 
     @property
     def plain(self) -> bool:
-        """Whether the whole model goes to one device, and nothing has to be worked out."""
+        """True where the whole model goes to one device, and nothing has to be worked out."""
         return len(self.devices) == 1 and not (self.max_memory or self.device_map or self.offload)
 
     @property
     def offloads(self) -> bool:
-        """Whether weights may wait where nothing is computed with them."""
+        """True where weights may wait where nothing is computed with them."""
         places = {place for _, place in self.device_map}
         return self.offload is not None or DISK in places or (CPU in places and self.devices != (CPU,))
 
@@ -93,7 +93,7 @@ class Placement:
         return f"cuda:{self.names.index(device)}" if device in self.names and device != CPU else device
 
     def command_line(self) -> list[str]:
-        """The flags of `batchmill worker` that say the same."""
+        """The flags of `batchmill worker` for this placement."""
         words = ["--device", self.written]
         if self.max_memory:
             words += ["--max-memory", ",".join(f"{device}={count}B" for device, count in self.max_memory)]
@@ -106,7 +106,7 @@ class Placement:
         return words
 
     def to_json(self) -> str:
-        """JSON text of it all."""
+        """Returns the placement as JSON text."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
@@ -137,17 +137,17 @@ class Placement:
 def parse_each(
     workers: Sequence[str], *, max_memory: str | None = None, device_map: str | None = None, **others: str | None
 ) -> list[Placement]:
-    """A placement for each of several workers, of what is said of its own devices and of the CPU. Raises UsageError."""
+    """Parses a placement for each worker, with the limits of its own devices and of the CPU. Raises UsageError."""
     if len(workers) > 1 and device_map is not None:
         raise UsageError("--device-map places one model: give one worker's devices, such as --device cuda:0+cuda:1")
     names = {each: Placement(_devices(each)).names for each in workers}
     limits = {part: part.partition("=")[0] for part in max_memory.split(",")} if max_memory is not None else {}
     _refuse_unknown(limits.values(), [name for each in names.values() for name in each])
-    found = []
+    placements = []
     for each in workers:
         own = [part for part, device in limits.items() if device in (*names[each], CPU)]
-        found.append(Placement.parse(each, max_memory=",".join(own) or None, device_map=device_map, **others))
-    return found
+        placements.append(Placement.parse(each, max_memory=",".join(own) or None, device_map=device_map, **others))
+    return placements
 
 
 def _refuse_unknown(named: Iterable[str], names: Sequence[str]) -> None:
@@ -169,19 +169,19 @@ def each_worker(written: str) -> list[str]:
 
 def parse_max_memory(written: str) -> tuple[tuple[str, int], ...]:
     """The bytes of `cuda:0=20GiB,cpu=60GiB`, by device. Raises UsageError."""
-    found: dict[str, int] = {}
+    limits: dict[str, int] = {}
     for part in written.split(","):
         device, equals, size = part.partition("=")
         if not equals:
             raise UsageError(f"--max-memory takes DEVICE=SIZE, such as cuda:0=20GiB,cpu=60GiB, not {part!r}")
         check_device(device)
-        if device in found:
+        if device in limits:
             raise UsageError(f"--max-memory names {device} twice")
         try:
-            found[device] = bytes_of(size)
+            limits[device] = bytes_of(size)
         except UsageError as error:
             raise UsageError(f"--max-memory {device}: {error}") from None
-    return tuple(found.items())
+    return tuple(limits.items())
 
 
 def _devices(written: str) -> tuple[str, ...]:
@@ -196,20 +196,20 @@ def _devices(written: str) -> tuple[str, ...]:
 
 
 def _read_map(file: Path, devices: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """A JSON object of module -> device; devices as they are given, `cpu` and `disk`. Raises UsageError."""
+    """Reads a JSON object of module and device: one of `devices`, `cpu` or `disk`. Raises UsageError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        device_map = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--device-map {file}: {error.strerror or error}") from error
     except ValueError as error:
         raise UsageError(f"--device-map {file} is no JSON: {error}") from error
-    if not isinstance(found, dict) or not found:
+    if not isinstance(device_map, dict) or not device_map:
         raise UsageError(f'--device-map {file} must be an object of module and device: {{"model.layers.0": "cuda:0"}}')
     allowed = dict.fromkeys((*devices, *OFFLOADS))
-    for module, place in found.items():
+    for module, place in device_map.items():
         if not isinstance(place, str) or place not in allowed:
             raise UsageError(
                 f"--device-map {file}: {module or 'the whole model'} is on {place!r}, which is not among "
                 f"{', '.join(allowed)}"
             )
-    return tuple(found.items())
+    return tuple(device_map.items())

@@ -1,4 +1,4 @@
-"""Which devices a worker works on: the mask that its parent sets, and what its child finds behind it.
+"""The devices that a worker works on: the mask that its parent sets, and what its child finds behind it.
 
 The parent's part imports no torch; the child sees its own devices alone, so for it the first is `cuda:0`, or `cpu`.
 This module knows no model, no memory in use and no process but the one short probe.
@@ -20,7 +20,7 @@ from batchmill.jobs.errors import ModelError, UsageError
 AUTO, CPU = "auto", "cpu"
 _PROBE = "import torch; print(torch.cuda.device_count())"
 _UUIDS = "import torch; print(*(torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())))"
-#: Importing torch takes this long at most, on a cold and slow disk too.
+#: The longest that importing torch takes, also on a cold and slow disk.
 _PROBE_SECONDS = 300
 #: A GPU's UUID or the beginning of it, or that of a part of one.
 _UUID = r"(?:GPU|MIG)-[\w./-]+"
@@ -37,15 +37,15 @@ _DEVICE_FAILURES = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS_"
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a process works on. `uuid` tells GPUs apart; `total_bytes` is its memory, a CPU's the machine's.
-
-    `written`: how the user calls it, who counts other devices than this process does; empty: as torch does.
-    """
+    """A device that a process works on."""
 
     name: str
+    #: Tells GPUs apart; None for a CPU.
     uuid: str | None
+    #: Its memory; for a CPU, the machine's.
     total_bytes: int
     torch_device: str
+    #: The user's name for it, who counts other devices than this process does; empty for torch's.
     written: str = ""
 
 
@@ -72,7 +72,7 @@ def visible_devices(devices: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 def _entry(device: str, mask: str | None) -> str:
-    """What one device is in a mask of its own."""
+    """The entry of one device in a mask of its own."""
     check_device(device)
     if device == CPU:
         return ""
@@ -95,16 +95,16 @@ def _entry(device: str, mask: str | None) -> str:
 def _of_uuid(uuid: str, mask: str) -> str:
     """The entry of a mask that shows the device of this UUID; either may be only the beginning of it.
 
-    What the numbers of a mask stand for, torch is asked in a process of its own. Raises UsageError and ModelError.
+    A short process asks torch what the numbers of a mask stand for. Raises UsageError and ModelError.
     """
     shown = _entries(mask)
-    found = [each for each in shown if each.startswith(uuid) or uuid.startswith(each)]
-    if not found and any(each.isdigit() for each in shown):
+    matching = [each for each in shown if each.startswith(uuid) or uuid.startswith(each)]
+    if not matching and any(each.isdigit() for each in shown):
         uuids = [f"GPU-{each}" for each in _probe(_UUIDS).split()]
-        found = [entry for entry, each in zip(shown, uuids, strict=False) if each.startswith(uuid)]
-    if len(found) == 1:
-        return found[0] if found[0].isdigit() else max(found[0], uuid, key=len)
-    how = "more than one device" if found else "no device"
+        matching = [entry for entry, each in zip(shown, uuids, strict=False) if each.startswith(uuid)]
+    if len(matching) == 1:
+        return matching[0] if matching[0].isdigit() else max(matching[0], uuid, key=len)
+    how = "more than one device" if matching else "no device"
     raise UsageError(f"device {uuid} is {how} of CUDA_VISIBLE_DEVICES={mask!r}; name it in full, or widen the mask")
 
 
@@ -119,7 +119,7 @@ def _entries(mask: str) -> list[str]:
 
 
 def describe_devices(devices: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[DeviceInfo, ...]:
-    """The devices of this process, whose mask in `environ` `visible_devices` made from the same `devices`.
+    """Describes the devices of this process; its mask in `environ` is that of `visible_devices(devices)`.
 
     Raises ModelError if CUDA was asked for and there is none, or if torch is not installed. `cpu` imports no torch.
     """
@@ -131,25 +131,25 @@ def describe_devices(devices: Sequence[str], environ: Mapping[str, str] = os.env
         raise ModelError(_NO_TORCH) from error
     if not torch.cuda.is_available() and tuple(devices) == (AUTO,):
         return (_cpu(),)
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found < len(devices):
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible < len(devices):
         raise ModelError(
-            f"device {'+'.join(devices)}: torch {torch.__version__} sees {found or 'no such'} CUDA device"
-            f"{'s' if found > 1 else ''}; look at nvidia-smi and at the installed torch, or use --device cpu"
+            f"device {'+'.join(devices)}: torch {torch.__version__} sees {visible or 'no such'} CUDA device"
+            f"{'s' if visible > 1 else ''}; look at nvidia-smi and at the installed torch, or use --device cpu"
         )
     entries = _entries(environ.get("CUDA_VISIBLE_DEVICES", ""))
     return tuple(_cuda(place, written, entries) for place, written in enumerate(devices))
 
 
 def _cuda(place: int, written: str, entries: Sequence[str]) -> DeviceInfo:
-    """One CUDA device; what a MIG's mask calls it tells it from the other parts of its GPU, as torch's UUID may not."""
+    """Describes one CUDA device; the mask's name of a MIG tells it from others of its GPU, as torch's UUID may not."""
     import torch
 
-    found = torch.cuda.get_device_properties(place)
+    properties = torch.cuda.get_device_properties(place)
     mig = place < len(entries) and entries[place].startswith("MIG-")
-    uuid = entries[place] if mig else f"GPU-{found.uuid}"
+    uuid = entries[place] if mig else f"GPU-{properties.uuid}"
     device = f"cuda:{place}"
-    return DeviceInfo(found.name, uuid, found.total_memory, device, device if written == AUTO else written)
+    return DeviceInfo(properties.name, uuid, properties.total_memory, device, device if written == AUTO else written)
 
 
 def _cpu() -> DeviceInfo:
@@ -174,7 +174,7 @@ def all_cuda_devices() -> list[str]:
 
 
 def _probe(script: str) -> str:
-    """What a short process of its own prints that may import torch. Raises ModelError if it fails."""
+    """Returns what a script prints in a short process, where it may import torch. Raises ModelError if it fails."""
     try:
         probe = subprocess.run(
             [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
@@ -188,7 +188,7 @@ def _probe(script: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a failed piece of device work failed for lack of memory, so that a smaller one may succeed."""
+    """True where device work failed for lack of memory, so that a smaller piece may succeed."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -197,14 +197,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether something failed because the device does not work, and not for lack of memory.
+    """True where something failed because the device does not work, and not for lack of memory.
 
-    Read from what the libraries say, down the chain of causes: their exceptions share no type.
+    The libraries' exceptions share no type, so their messages are searched, down the chain of causes.
     """
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    said = " ".join(map(str, chain))
-    return any(words in said for words in _DEVICE_FAILURES) and not any(words in said for words in _ALLOCATION_FAILURES)
+    messages = " ".join(map(str, chain))
+    return any(words in messages for words in _DEVICE_FAILURES) and not any(
+        words in messages for words in _ALLOCATION_FAILURES
+    )

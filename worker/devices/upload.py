@@ -1,4 +1,4 @@
-"""Small arrays on their way from the host to the device, which does not wait for them."""
+"""The upload of small arrays from the host to the device, which does not wait for them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import torch
 
 
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """The array on the device. On a CPU both share their memory: give it an array that nobody changes."""
+    """Returns the array on the device. On a CPU both share memory, so the array must not be changed afterwards."""
     return torch.from_numpy(array).to(device, non_blocking=True)

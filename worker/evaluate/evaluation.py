@@ -1,7 +1,7 @@
 """The loop over the ModelSpecs of an evaluation: load, read, answer, give back; one model in memory at a time.
 
-Owns the order of these, and what the baseline leaves for the others. A spec that cannot be measured is a row that
-says why. It knows no store and no command line.
+Owns that order, and what the baseline leaves for the others. A spec that cannot be measured becomes a row with the
+reason. It knows no store and no command line.
 """
 
 from __future__ import annotations
@@ -33,21 +33,19 @@ from batchmill.worker.models.load import LoadedModel, load
 from batchmill.worker.models.reasons import reason
 from batchmill.worker.plan.refusal import refuse_too_large
 
-#: The window where nothing else is asked and the model's context is longer; the stride is then half of it.
+#: The default window, unless the model's context is shorter; the default stride is half a window.
 WINDOW_TOKENS = 2_048
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the user asks of an evaluation: how much is read and answered, and how.
-
-    `divergence_places`: of the scored tokens, at how many the distributions are compared, at most.
-    """
+    """The user's options of an evaluation: how much is read and answered, and how."""
 
     tokens: int
     continuations: int
     max_tokens: int
     match: Match
+    #: The scored tokens at which the distributions are compared, at most.
     divergence_places: int
     window_tokens: int | None = None
     stride_tokens: int | None = None
@@ -55,7 +53,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Material:
-    """What every model is given, made with the tokenizer of the first."""
+    """The input of every model, made with the tokenizer of the first."""
 
     windows: Sequence[Window]
     questions: Sequence[Question]
@@ -64,7 +62,10 @@ class _Material:
 
 
 class Evaluation:
-    """`keep` is given each measurement as soon as there is one. `digests`: those known of the model's files."""
+    """The evaluation of a lineup on a corpus.
+
+    `keep`: takes each measurement as soon as there is one. `digests`: those known of the model's files.
+    """
 
     def __init__(
         self,
@@ -94,11 +95,11 @@ class Evaluation:
 
     @property
     def method(self) -> Method | None:
-        """None before a model was loaded."""
+        """The method; None before a model was loaded."""
         return None if self._work is None else self._work.method
 
     def run(self) -> tuple[Measurement | Failure, ...]:
-        """A row for each spec, in the order of the lineup. Raises UsageError for data that the model cannot read."""
+        """Measures each spec, in the lineup's order. Raises UsageError for data that the model cannot read."""
         try:
             rows = {spec: self._row(spec) for spec in self._lineup.order}
         finally:
@@ -126,7 +127,7 @@ class Evaluation:
             loaded = load(spec, self._device.torch_device, before_weights=refuse_too_large, digests=self._digests)
         work = self._work = self._work or self._prepared(loaded)
         perplexity, change, divergence = self._read(loaded, work)
-        # What was read took buffers of its own, which a worker does not have.
+        # Reading took buffers of its own, which a worker does not have.
         give_back()
         with memory.watching():
             answers = self._answer(loaded, work)
@@ -160,8 +161,8 @@ class Evaluation:
         asked = self._asked
         width, stride = _sizes(asked, loaded.context_tokens)
         passages = Passages(self._corpus, loaded)
-        found = windows(passages.scored(asked.tokens), width=width, stride=stride)
-        tokens = sum(each.scored for each in found)
+        all_windows = windows(passages.scored(asked.tokens), width=width, stride=stride)
+        tokens = sum(each.scored for each in all_windows)
         questions = passages.questions(
             asked.continuations, max_tokens=asked.max_tokens, context_tokens=loaded.context_tokens
         )
@@ -172,12 +173,19 @@ class Evaluation:
                 f"{distributions.wanted:,} places; name a larger folder by TMPDIR"
             )
         method = Method(
-            width, stride, tokens, len(found), distributions.count, len(questions), asked.max_tokens, asked.match.value
+            width,
+            stride,
+            tokens,
+            len(all_windows),
+            distributions.count,
+            len(questions),
+            asked.max_tokens,
+            asked.match.value,
         )
-        return _Material(found, questions, distributions, method)
+        return _Material(all_windows, questions, distributions, method)
 
     def _read(self, loaded: LoadedModel, work: _Material) -> tuple[float, PerplexityChange | None, Divergence | None]:
-        """Perplexity, and the distances from the baseline, of which what they are taken from is kept instead."""
+        """Measures perplexity and the distances from the baseline; keeps the baseline's own distributions."""
         self._shown.phase("reading", work.method.tokens)
         is_baseline = loaded.spec == self._lineup.baseline
         comparison = None if is_baseline or self._reference is None else Comparison(work.distributions)
@@ -219,7 +227,7 @@ def _sizes(asked: Asked, context_tokens: int | None) -> tuple[int, int]:
 
 @contextmanager
 def _translated(spec: ModelSpec) -> Iterator[None]:
-    """Whatever four libraries raise becomes one ModelError; ours pass."""
+    """Turns any exception of a library into a ModelError; batchmill's own pass."""
     try:
         yield
     except BatchmillError:

@@ -1,4 +1,4 @@
-"""Which ModelSpecs an evaluation compares, and with which: the order in which they are loaded, baseline first.
+"""The ModelSpecs that an evaluation compares, in the order in which they are loaded: the baseline first.
 
 It knows spellings alone: no file, no model.
 """
@@ -14,16 +14,17 @@ from batchmill.jobs.models.spec import ECHO, ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Lineup:
-    """`specs`: in the order in which they were asked for, each once, the baseline among them."""
+    """The specs of one evaluation."""
 
     baseline: ModelSpec
+    #: In the order in which they were asked for, each once, the baseline among them.
     specs: tuple[ModelSpec, ...]
 
     @classmethod
     def parse(cls, model: str, quantizations: Sequence[str], *, baseline: str, revision: str | None = None) -> Lineup:
-        """The specs of `["nf4,int8:threshold=0", "fp4"]`; a baseline that is not among them comes last.
+        """Parses the specs of `["nf4,int8:threshold=0", "fp4"]`; a baseline that is not among them comes last.
 
-        Raises UsageError for models and quantizations that there are not.
+        Raises UsageError for models and quantizations that do not exist.
         """
         if model == ECHO:
             raise UsageError("echo holds no weights, so there is nothing to evaluate")
@@ -34,12 +35,12 @@ class Lineup:
 
     @property
     def order(self) -> tuple[ModelSpec, ...]:
-        """As they are measured: all others are compared with what the baseline left."""
+        """The specs as they are measured: the baseline first, since all others are compared with it."""
         return (self.baseline, *(each for each in self.specs if each != self.baseline))
 
 
 def split(text: str) -> Iterator[str]:
-    """The quantizations of `nf4:compute_dtype=float16,double_quant=false,none`, whose options have commas, too.
+    """Yields the quantizations of `nf4:compute_dtype=float16,double_quant=false,none`, whose options have commas, too.
 
     A part with an equals sign and no colon is one more option of the quantization before it.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation shows while it works, on stderr: a live bar where that is a terminal, else a line a phase."""
+"""The progress of an evaluation, on stderr: a live bar where that is a terminal, else a line a phase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar:
-    """A context manager. `specs`: how many there will be."""
+    """Shows the progress while its context is open. `specs`: the number of specs to come."""
 
     def __init__(self, specs: int) -> None:
         self._specs = specs
@@ -35,26 +35,26 @@ class ProgressBar:
             self._bar.stop()
 
     def spec(self, name: str) -> None:
-        """The next one begins."""
+        """Begins the next spec."""
         self._spec += 1
         self._name = name
         self.phase("loading")
 
     def phase(self, what: str, total: int | None = None) -> None:
-        """What happens to it now; `total`: how many steps that has, if it is known."""
-        said = f"{self._name} ({self._spec} of {self._specs}): {what}"
+        """Begins a phase of the spec; `total`: the number of its steps, if it is known."""
+        line = f"{self._name} ({self._spec} of {self._specs}): {what}"
         if self._bar is None:
-            click.echo(said, err=True)
+            click.echo(line, err=True)
         else:
-            self._bar.reset(self._task, description=said, total=total)
+            self._bar.reset(self._task, description=line, total=total)
 
     def reached(self, count: int) -> None:
-        """How many steps of the phase are done."""
+        """Shows the number of steps of the phase that are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=count)
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         if self._bar is None:
             click.echo(line, err=True)
         else:

@@ -1,4 +1,4 @@
-"""The log lines about batches: each bears the id of its job, by which `batchmill logs JOB` finds it."""
+"""The log lines about batches: each has the id of its job, by which `batchmill logs JOB` finds it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 
 def log_batches(reports: Iterable[BatchReport], result: SyncResult, *, worker_id: int) -> None:
-    """A line for each batch that begins, or that this worker holds no longer after a sync."""
+    """Logs a line for each batch that begins, or that this worker no longer holds after a sync."""
     for claimed in result.claimed:
         lease = claimed.lease
         log.info(
@@ -35,6 +35,6 @@ def log_batches(reports: Iterable[BatchReport], result: SyncResult, *, worker_id
 
 
 def log_taken_back(held: Mapping[str, Sequence[int]], *, worker_id: int, outcome: RunOutcome) -> None:
-    """A line for each job of which a dead process of this worker held these batches."""
+    """Logs a line for each job of which a dead process of this worker held batches."""
     for job_id, batches in held.items():
         log.warning("took back leases", job=job_id, batches=len(batches), worker=worker_id, outcome=outcome.value)

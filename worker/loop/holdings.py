@@ -1,4 +1,4 @@
-"""What a child holds of the store's work: which requests wait, are in flight, or are answered and not yet saved.
+"""The batches that a child holds: requests that wait, are in flight, or are answered and not yet saved.
 
 Plain bookkeeping: no threads, no database, no engine. The saver guards it with its lock.
 """
@@ -32,7 +32,6 @@ class HeldBatch:
 class Holdings:
     """All batches that are held, in the order in which they were claimed.
 
-    `recorded` are the requests that the store knows to be in flight and that the engine has not got yet.
     `admission_order`: the engine's, for the requests of one batch.
     """
 
@@ -40,8 +39,9 @@ class Holdings:
         self._admission_order = admission_order
         self._by_batch: dict[int, HeldBatch] = {}
         self._batch_of: dict[RequestKey, int] = {}
+        #: Requests that the store knows to be in flight and that the engine has not got yet.
         self.recorded: deque[tuple[RequestKey, Request]] = deque()
-        #: What the engine has answered so far of requests in flight.
+        #: Tokens that the engine has answered so far of requests in flight.
         self.tokens: Mapping[RequestKey, int] = {}
 
     def __bool__(self) -> bool:
@@ -54,7 +54,7 @@ class Holdings:
 
     @property
     def size_bytes(self) -> float:
-        """What is claimed and not answered takes, as the store has it."""
+        """Bytes of the requests that are claimed and not answered, as the store has them."""
         held = self._by_batch.values()
         return sum(each.request_bytes * (len(each.waiting) + len(each.in_flight)) for each in held)
 
@@ -75,7 +75,7 @@ class Holdings:
     def next_request(self, *, room: int, memory: Memory, release: bool) -> SyncRequest:
         """Returns the next request of a sync: all unsaved outputs, and up to `room` more requests in flight.
 
-        `memory`: since this was last asked. A batch says the largest since it was claimed, and its part of the energy.
+        `memory`: since the last call. Each batch reports the peak since it was claimed, and its part of the energy.
         """
         self._remember(memory)
         request = SyncRequest([], {})
@@ -99,7 +99,7 @@ class Holdings:
         return request
 
     def _remember(self, memory: Memory) -> None:
-        """What the devices held is each batch's; what they took is shared by those that were worked on."""
+        """Counts the memory to every batch, and divides the energy among those that were worked on."""
         worked_on = sum(not each.untouched for each in self._by_batch.values())
         for each in self._by_batch.values():
             part = 0.0 if each.untouched else 1 / worked_on
@@ -127,14 +127,14 @@ class Holdings:
     def _hold(self, claimed: Claimed) -> None:
         request_bytes = claimed.size_bytes / max(1, len(claimed.requests))
         recorded, rest = claimed.requests[: claimed.in_flight], claimed.requests[claimed.in_flight :]
-        # What the store has recorded as in flight comes first, as it has it.
+        # Requests that the store has recorded as in flight come first, in its order.
         waiting = deque([*recorded, *self._admission_order(rest)])
         holding = HeldBatch(claimed.lease, waiting, request_bytes)
         self._by_batch[claimed.lease.batch_id] = holding
         self._enter(holding, claimed.in_flight)
 
     def _enter(self, holding: HeldBatch, count: int) -> None:
-        """These requests are recorded as in flight now, and may enter the engine."""
+        """Takes the next requests of a batch, which are recorded as in flight now, for the engine."""
         for _ in range(count):
             request = holding.waiting.popleft()
             key = RequestKey(holding.lease.job_id, request.index)
@@ -159,9 +159,10 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class SyncRequest:
-    """The reports of one sync, and how many waiting requests of each batch enter the engine once it is committed."""
+    """One sync's request to the store."""
 
     reports: list[BatchReport]
+    #: By batch, the number of waiting requests that enter the engine once it is committed.
     entering: dict[int, int]
 
     @property
@@ -170,7 +171,10 @@ class SyncRequest:
         return any(each.more for each in self.reports)
 
     def first_page(self) -> SyncRequest:
-        """What one transaction takes of it: outputs up to a page of bytes. A batch with more of them goes on."""
+        """Returns the part that one transaction takes: outputs up to a page of bytes.
+
+        A batch with more outputs is marked so, and not released yet.
+        """
         reports = []
         sizes = (output.size_bytes for each in self.reports for output in each.outputs)
         room = cut(sizes, most=MAX_BATCH_SIZE)[0]

@@ -15,7 +15,10 @@ _PAUSE_SECONDS = 1.0
 
 
 def outlast(call: Callable[[], T], *, kind: type[StoreError] = StoreError) -> T:
-    """What a call of the store returns, once it does. Raises what another try cannot mend, or is of another kind."""
+    """Calls the store until it answers, and returns the result.
+
+    Raises errors that another try cannot mend, and those of another kind.
+    """
     began = time.monotonic()
     while True:
         try:

@@ -1,7 +1,7 @@
 """The one thread that drives a child's engine, a round at a time: at a wake-up, or for work that it finds by itself.
 
-Wake-ups are a way to be quick. They may be lost, Redis may be away, full or shared with others: a child without work
-looks into the store every so often, so what is pending is never left to lie.
+Wake-ups only make it quick. They may be lost, and Redis may be away, full or shared with others: a child without work
+polls the store every so often, so pending work is never left behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ log = get_logger(__name__)
 
 
 class Rounds:
-    """`work`: one round, which ends when there is no more work. `finds_work`: looks for some; it is asked when idle."""
+    """Runs rounds on its thread.
+
+    `work`: one round, which ends when there is no more work. `finds_work`: looks for some; it is called when idle.
+    """
 
     def __init__(
         self, work: Callable[[], None], finds_work: Callable[[], bool], *, every_seconds: float | None
@@ -33,7 +36,7 @@ class Rounds:
         self._thread.start()
 
     def wake(self) -> None:
-        """Returns when a round that began after this call has ended."""
+        """Asks for a round; returns when one that began after this call has ended."""
         with self._condition:
             self._asked += 1
             mine = self._asked
@@ -56,7 +59,7 @@ class Rounds:
             os._exit(1)
 
     def _round(self) -> bool:
-        """False when it was the last."""
+        """Waits for a reason, and runs one round. False when it was the last."""
         with self._condition:
             woken = self._condition.wait_for(self._has_reason, timeout=self._every_seconds)
             if self._over:

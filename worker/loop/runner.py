@@ -15,9 +15,9 @@ log = get_logger(__name__)
 
 
 class Runner:
-    """Runs one task: works while there is work. `watching` arms the watchdog around a step.
+    """Drives the engine while there is work. `watching` arms the watchdog around a step.
 
-    `is_whole`: whether the model is still the one that was loaded; if not, the saver drains.
+    `is_whole`: true while the model is the one that was loaded; if not, the saver drains.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Runner:
         self._is_whole = is_whole
 
     def run(self) -> None:
-        """Ends when the engine is empty and nothing that it may claim is pending, or on drain."""
+        """Runs one task: until the engine is empty and nothing that it may claim is pending, or until drain."""
         engine = self._engine
         begin, in_steps_seconds = monotonic(), 0.0
         self._saver.open()

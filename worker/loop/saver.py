@@ -1,8 +1,8 @@
-"""The child's one hand in the store: a thread that claims, records what is in flight, saves and finishes.
+"""The child's sync with the store: a thread that claims, records what is in flight, saves and finishes.
 
-It commits at least every `save_seconds`, and at once when the engine needs more. While the store is away, what is
-answered and what is in flight go to the spool instead, and the engine goes on with what is claimed. The runner talks to
-it by `take` and `give`, and never touches the database; the saver never touches the engine.
+It commits at least every `save_seconds`, and at once when the engine needs more. While the store is away, outputs and
+the list of what is in flight go to the spool instead, and the engine goes on with what is claimed. The runner calls
+`take` and `give`, and never touches the database; the saver never touches the engine.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from batchmill.jobs.store.leases.lease import SyncResult, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.worker.loop.batch_lines import log_batches
 from batchmill.worker.loop.holdings import Holdings, SyncRequest
+from batchmill.worker.loop.pacing import Pacing
 from batchmill.worker.loop.spool import Spool
 
 log = get_logger(__name__)
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
 _PAUSES_A_LEASE = 12
-#: So many bytes of requests are held before no more is claimed: eight million tokens, more than a device's cache holds.
-_HELD_BYTES = 32 * 1024**2
-#: The worker's row says anew what its devices hold, while it works, once in so many seconds.
+#: The interval at which the worker's row gets the memory of its devices, while it works.
 _DEVICES_SECONDS = 5.0
-#: The tokens of unfinished answers are counted so often between two saves.
+#: The number of times that the tokens of unfinished answers are counted between two saves.
 _COUNTS_A_SAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInput:
-    """What the engine is to do next: requests to add, keys to forget."""
+    """The next input of the engine."""
 
     add: tuple[tuple[RequestKey, Request], ...]
+    #: Requests to cancel.
     forget: tuple[RequestKey, ...]
 
 
 class Saver:
-    """One for the life of a child; idle between two tasks.
+    """Syncs with the store for the life of a child; idle between two tasks.
 
-    `rows`: the engine's rows. `admission_order`: the engine's, which knows what is best added beside what. `peak`: the
-    largest memory read since it was last asked. `wake`: tells other workers that batches became pending. `drain`: once
-    set, everything is saved or handed back, and no more claimed. `capacity_of`: the device as `store.health` knows it.
-    `may_begin`: whether jobs that nobody has begun are claimed.
+    `rows`: the engine's rows.
+    `admission_order`: the engine's, which knows what is best added beside what.
+    `peak`: returns the peak memory since its last call.
+    `wake`: tells other workers that batches became pending.
+    `drain`: once set, everything is saved or handed back, and no more is claimed.
+    `capacity_of`: the device as `store.health` knows it.
+    `may_begin`: true while jobs that nobody has begun may be claimed.
     """
 
     def __init__(
@@ -74,28 +77,17 @@ class Saver:
         self._spool = spool
         self._device = capacity_of
         self._may_begin = may_begin
-        self._rows = rows
-        #: A sync fills up to this, so that not every finished row asks for a sync of its own.
-        self._fill = rows + max(1, rows // 4)
-        #: Outputs were left for the next sync, since one transaction takes only so many bytes.
-        self._more = False
         self._save_seconds = save_seconds
         self._peak = peak
         self._wake = wake
         self._drain = drain
         self._condition = threading.Condition()
         self._holdings = Holdings(admission_order)
+        self._pacing = Pacing(rows, self._holdings)
         self._forget: list[RequestKey] = []
-        self._engine_waiting = 0
-        self._engine_empty = True
         self._open = False
         self._syncs = 0
         self._count_at = 0.0
-        #: Nothing could be claimed at the last sync, so there is no hurry to ask again.
-        self._dry = False
-        #: The store did not answer the last sync, so nobody knows whether it was committed.
-        self._away = False
-        self._full = False
         self._pause = _FIRST_PAUSE_SECONDS
         #: Well below half a lease, after which others may take back what was not renewed.
         self._longest_pause = min(_LONGEST_PAUSE_SECONDS, session.lease_seconds / _PAUSES_A_LEASE)
@@ -110,32 +102,32 @@ class Saver:
         self._thread.start()
 
     def open(self) -> None:
-        """A task begins: claim."""
+        """Begins a task: the saver claims."""
         with self._condition:
-            self._open, self._dry = True, False
+            self._open, self._pacing.dry = True, False
             self._condition.notify_all()
 
     def take(self, *, waiting: int, active: int) -> EngineInput | None:
-        """Requests that may enter an engine that has so many waiting and active; None when the task is over.
+        """Takes the next input of an engine that has so many waiting and active; None when the task is over.
 
         Blocks while the engine is empty and there may be more; once the task is over, all is saved. An idle device
         waits for the sync that fills the engine's queue, since it works best on a full one.
         """
         with self._condition:
-            self._engine_waiting = waiting
-            self._engine_empty = waiting + active == 0
-            if active == 0 and self._hurry():
+            self._pacing.engine_waiting = waiting
+            self._pacing.engine_empty = waiting + active == 0
+            if active == 0 and self._is_urgent():
                 syncs = self._syncs
                 self._condition.notify_all()
                 self._condition.wait_for(lambda: self._syncs != syncs, timeout=self._save_seconds)
             while True:
-                if self._hurry():
+                if self._is_urgent():
                     self._condition.notify_all()
                 if self._drain.is_set():
                     self._hand_back()
                     return None
-                if not self._full and (self._holdings.recorded or self._forget or not self._engine_empty):
-                    return self._next(waiting)
+                if not self._pacing.full and (self._holdings.recorded or self._forget or not self._pacing.engine_empty):
+                    return self._next()
                 if not self._open:
                     return None
                 self._condition.wait(self._save_seconds)
@@ -147,9 +139,9 @@ class Saver:
         known_capacity: int | None = None,
         tokens: Callable[[], Mapping[RequestKey, int]] | None = None,
     ) -> None:
-        """Outputs that the engine finished, to be saved, and what its device was found to hold.
+        """Gives outputs that the engine finished, to be saved, and what its device was found to hold.
 
-        `tokens`: counts what the engine has answered so far of the rest; asked once in a while, since it takes time.
+        `tokens`: counts what the engine has answered so far of the rest; it takes time, so it is called now and then.
         """
         counted = None
         if tokens is not None and monotonic() >= self._count_at:
@@ -161,43 +153,27 @@ class Saver:
             if counted is not None:
                 self._holdings.tokens = counted
 
-    def _next(self, waiting: int) -> EngineInput:
-        """As many recorded requests as keep the engine's own queue at its rows."""
-        room = max(0, self._fill - waiting)
-        count = min(room, len(self._holdings.recorded))
+    def _next(self) -> EngineInput:
+        """Takes as many recorded requests as fill the engine's own queue."""
+        count = self._pacing.entering
         work = EngineInput(
             tuple(self._holdings.recorded.popleft() for _ in range(count)),
             tuple(self._forget),
         )
         self._forget.clear()
-        self._engine_waiting += count
-        self._engine_empty = self._engine_empty and not count
+        self._pacing.engine_waiting += count
+        self._pacing.engine_empty = self._pacing.engine_empty and not count
         return work
 
     def _hand_back(self) -> None:
         """Waits, inside the lock, until the last sync has saved and released everything."""
-        self._engine_empty = True
+        self._pacing.engine_empty = True
         while self._open:
             self._condition.notify_all()
             self._condition.wait(self._save_seconds)
 
-    def _recorded(self) -> int:
-        """Requests recorded as in flight that no row of the engine works on yet."""
-        return len(self._holdings.recorded) + self._engine_waiting
-
-    def _hurry(self) -> bool:
-        """True where a sync now, before its time, gives the engine more to do or ends the task."""
-        if self._away:
-            return not self._full and self._recorded() < self._rows and self._holdings.waiting > 0
-        if self._drain.is_set() or self._more:
-            return True
-        if self._recorded() < self._rows and (self._holdings.waiting or not (self._dry or self._is_laden())):
-            return True
-        return self._engine_empty and not self._holdings.recorded and (self._holdings.unsaved > 0 or self._dry)
-
-    def _is_laden(self) -> bool:
-        """True where what is held takes so much memory that no more is claimed."""
-        return self._holdings.size_bytes >= _HELD_BYTES
+    def _is_urgent(self) -> bool:
+        return self._pacing.is_urgent(draining=self._drain.is_set())
 
     # --- the thread -------------------------------------------------------------------------------------
 
@@ -215,14 +191,14 @@ class Saver:
     def _turn(self) -> None:
         due = monotonic() + self._save_seconds
         with self._condition:
-            while not self._open or not (self._hurry() or monotonic() >= due):
+            while not self._open or not (self._is_urgent() or monotonic() >= due):
                 self._condition.wait(max(0.0, due - monotonic()) if self._open else None)
             release = self._drain.is_set()
-            room = 0 if release else max(0, self._fill - self._recorded())
+            room = self._pacing.room(draining=release)
             memory = self._peak()
             request = self._holdings.next_request(room=room, memory=memory, release=release)
             page = request.first_page()
-            wanted = 0 if release or page.more else self._wanted()
+            wanted = 0 if page.more else self._pacing.wanted(draining=release)
         result = None
         if monotonic() >= self._try_at:
             result = self._commit(page, wanted, room - sum(request.entering.values()))
@@ -234,8 +210,8 @@ class Saver:
         else:
             self._spool.clear()
         with self._condition:
-            self._away = self._full = False
-            self._more = page.more
+            self._pacing.away = self._pacing.full = False
+            self._pacing.more = page.more
             self._absorb(page, result, wanted)
             self._syncs += 1
             self._condition.notify_all()
@@ -246,17 +222,12 @@ class Saver:
         self._keep_capacity()
         self._keep_devices(memory)
 
-    def _wanted(self) -> int:
-        """How many requests are to be claimed."""
-        backlog = self._recorded() + self._holdings.waiting
-        return 0 if self._is_laden() else max(0, self._rows - backlog)
-
     def _commit(self, request: SyncRequest, wanted: int, room: int) -> SyncResult | None:
         """Syncs with the store; None when it is away. The request stays true, so it is sent again later."""
         session = self._session if not wanted or self._may_begin() else replace(self._session, may_begin=False)
         try:
             result = self._store.leases.sync(
-                session, request.reports, wanted_requests=wanted, in_flight_room=room, resumed=self._away
+                session, request.reports, wanted_requests=wanted, in_flight_room=room, resumed=self._pacing.away
             )
         except StoreError as error:
             if not error.retryable:
@@ -268,7 +239,7 @@ class Saver:
             self._try_at = monotonic() + self._pause
             self._pause = min(2 * self._pause, self._longest_pause)
             return None
-        if self._away:
+        if self._pacing.away:
             log.info("the store is back", worker=self._session.worker_id)
         self._pause, self._try_at = _FIRST_PAUSE_SECONDS, 0.0
         return result
@@ -277,14 +248,14 @@ class Saver:
         """Puts into the spool what the store does not take; what it then knows to be in flight may enter the engine."""
         spooled = self._spool.append(request.reports)
         with self._condition:
-            self._away, self._full, self._dry = True, not spooled, True
+            self._pacing.away, self._pacing.full, self._pacing.dry = True, not spooled, True
             if spooled:
                 self._holdings.enter(request)
             self._syncs += 1
             self._condition.notify_all()
 
     def _keep_capacity(self) -> None:
-        """Keeps what the device holds for the next process; if the store is away now, a later sync does."""
+        """Stores what the device holds for the next process; if the store is away now, a later sync does."""
         with self._condition:
             known_capacity = self._known_capacity
         if known_capacity is not None and known_capacity != self._capacity_kept:
@@ -293,7 +264,7 @@ class Saver:
                 self._capacity_kept = known_capacity
 
     def _keep_devices(self, memory: Memory) -> None:
-        """Keeps in the worker's row what its devices held at most so far, and what all processes hold there now."""
+        """Stores in the worker's row the peak of its devices so far, and what all processes hold there now."""
         used = {each.key: each.device_used_bytes for each in memory.devices}
         self._memory = self._memory.and_then(memory)
         if not self._memory.devices or (monotonic() < self._memory_kept_at + _DEVICES_SECONDS and self._open):
@@ -307,6 +278,6 @@ class Saver:
         self._forget += self._holdings.absorb(request, result)
         if result.drain:
             self._drain.set()
-        self._dry = wanted > 0 and not result.claimed
-        if not self._holdings and not result.claimed and (self._drain.is_set() or self._dry):
+        self._pacing.dry = wanted > 0 and not result.claimed
+        if not self._holdings and not result.claimed and (self._drain.is_set() or self._pacing.dry):
             self._open = False

@@ -30,13 +30,15 @@ _NAME = re.compile(r"(?P<store>[0-9a-f]+)-(?P<worker>[0-9]+)-(?P<generation>[0-9
 
 
 class NewerSpool(Exception):
-    """A newer batchmill wrote it, and alone can read it."""
+    """A spool that a newer batchmill wrote, which alone can read it."""
 
 
 class _Written(NamedTuple):
-    """How many outputs of a batch are in the spool, and which requests it has there as in flight."""
+    """The part of a batch that is in the spool."""
 
+    #: The number of outputs.
     outputs: int
+    #: The requests that are recorded as in flight.
     in_flight: tuple[int, ...]
 
 
@@ -51,7 +53,7 @@ class Spool:
         self._limit_bytes = limit_bytes
         self._exists = False
         self._size_bytes = 0
-        #: {batch id: what of it is written}
+        #: By batch id, the part of it that is written.
         self._written: dict[int, _Written] = {}
 
     def append(self, reports: Sequence[BatchReport]) -> bool:
@@ -84,7 +86,7 @@ class Spool:
             self._exists, self._written, self._size_bytes = False, {}, 0
 
     def saved(self, reports: Sequence[BatchReport]) -> None:
-        """The store has these outputs, the first of their batches, and not yet all that is written here."""
+        """Notes that the store has these outputs, the first of their batches, and not yet all that is written here."""
         for each in reports:
             before = self._written.get(each.lease.batch_id, _NOTHING)
             left = max(0, before.outputs - len(each.outputs))
@@ -111,7 +113,7 @@ class Spool:
 
 @dataclass(frozen=True, slots=True)
 class SpoolFile:
-    """What one child of a worker wrote."""
+    """The spool of one child of a worker."""
 
     worker_id: int
     generation: int
@@ -128,11 +130,11 @@ class Spools:
         self._older = hashlib.sha256(database.encode()).hexdigest()[:8]
 
     def path(self, worker_id: int, generation: int) -> Path:
-        """Where this child spools."""
+        """The path of this child's spool."""
         return self._folder / f"{self._store_id}-{worker_id}-{generation}.jsonl"
 
     def found(self) -> list[SpoolFile]:
-        """All of them, the oldest child of each worker first."""
+        """Finds all spools, the oldest child of each worker first."""
         named = ((_NAME.fullmatch(path.name), path) for path in self._folder.glob("*.jsonl"))
         ours = [
             SpoolFile(int(name["worker"]), int(name["generation"]), path)
@@ -142,19 +144,19 @@ class Spools:
         return sorted(ours, key=lambda each: (each.worker_id, each.generation))
 
     def left_by(self, worker_id: int, *, generation: int) -> list[SpoolFile]:
-        """What children of a worker up to a generation left behind, oldest first."""
+        """Finds the spools of a worker's children up to a generation, oldest first."""
         return [each for each in self.found() if each.worker_id == worker_id and each.generation <= generation]
 
 
 def abandoned(home: Path, *, older_than_seconds: float) -> list[Path]:
-    """Spools that nobody has written to for so long."""
+    """Finds the spools of a home that nobody has written to for this time."""
     before = time.time() - older_than_seconds
-    found = []
+    paths = []
     for path in (home / "spool").glob("*.jsonl"):
         with suppress(FileNotFoundError):  # its owner has just emptied it
             if path.stat().st_mtime < before:
-                found.append(path)
-    return found
+                paths.append(path)
+    return paths
 
 
 def read(path: Path) -> list[BatchReport]:

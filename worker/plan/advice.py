@@ -1,6 +1,6 @@
-"""Which quantization to take, in one plain sentence with the reason and the command.
+"""The advice on which quantization to take: one plain sentence with the reason and the command.
 
-Owns that choice: of what fits, the most precise, unless another is much faster. It measures nothing.
+Owns the choice: of what fits, the most precise, unless another is much faster. It measures nothing.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from batchmill.jobs.runtime.sizes import size
 from batchmill.worker.plan.hardware import Hardware
 from batchmill.worker.plan.report import PlanLine, PlanReport
 
-#: A more precise quantization is worth so many times the time.
+#: A more precise quantization may take up to this many times as long.
 _WORTH = 1.5
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What to take, and where; `others` are more precise and fit too, but are that much slower."""
+    """The quantization to take, and the device to take it on."""
 
     hardware: Hardware
     line: PlanLine
+    #: The most precise quantization that fits, where it is too slow to be taken.
     slower: PlanLine | None = None
 
 
 def choose(report: PlanReport) -> Advice | None:
-    """The choice on the first device that anything fits on, a GPU before a CPU; None where nothing fits."""
+    """Chooses on the first device that anything fits on, a GPU before a CPU; None where nothing fits."""
     for hardware, lines in sorted(report.devices, key=lambda each: not each[0].cuda):
         fitting = [each for each in lines if each.fit is not None and each.fit.fits]
         if fitting:
@@ -47,7 +48,7 @@ def command(report: PlanReport, choice: Advice, *, context_asked: bool) -> str:
 
 
 def advice(report: PlanReport, *, context_asked: bool) -> str:
-    """The sentence."""
+    """Returns the advice as one sentence."""
     choice = choose(report)
     if choice is None:
         return _nothing_fits(report)
@@ -61,8 +62,8 @@ def advice(report: PlanReport, *, context_asked: bool) -> str:
         why = f"it fits, loses least of all, {faster}"
     else:
         why = f"of all that fits it loses least, and {lines[0].quantization} does not fit"
-    said = command(report, choice, context_asked=context_asked)
-    return f"Take {taken} on {choice.hardware.device}: {why}. Start it with: {said}"
+    start_command = command(report, choice, context_asked=context_asked)
+    return f"Take {taken} on {choice.hardware.device}: {why}. Start it with: {start_command}"
 
 
 def _nothing_fits(report: PlanReport) -> str:
@@ -79,5 +80,5 @@ def _nothing_fits(report: PlanReport) -> str:
 
 
 def _speed(line: PlanLine) -> float:
-    """By the floor with as many rows as fit; equal for all where it is not known, so that precision decides."""
+    """Tokens per second by the floor, with as many rows as fit; where that is unknown 1, so that precision decides."""
     return line.speeds[-1][1] if line.speeds else 1.0

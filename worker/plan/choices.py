@@ -1,8 +1,8 @@
-"""Which quantizations of a model are looked at, from the most precise to the one that changes most.
+"""The quantizations of a model that a plan looks at, from the most precise to the one that changes most.
 
 Owns that order: rounding to 16 bits changes least; LLM.int8() keeps 8 bits a weight and outliers apart; of 4 bits
-NormalFloat loses less than plain floats, and scales that are quantized too lose a little more. What it costs on a
-text of one's own is for `batchmill evaluate` to say.
+NormalFloat loses less than plain floats, and scales that are quantized too lose a little more. What each costs
+on a user's own text is measured by `batchmill evaluate`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ _OF_PLAIN_WEIGHTS = tuple(
 
 
 def choices(config: object) -> tuple[Quantization, ...]:
-    """All that this model's configuration allows, most precise first.
+    """Returns the quantizations that this model's configuration allows, most precise first.
 
-    A checkpoint that is quantized already is taken as it is. `none` in bfloat16 is one where `none` alone is wider.
+    A checkpoint that is quantized already is taken as it is. `none` in bfloat16 differs from `none` where that is
+    wider.
     """
     if Checkpoint.of(config) is not None:
         return (Quantization(Kind.CHECKPOINT),)

@@ -41,12 +41,12 @@ class Fit:
 
     @property
     def total_bytes(self) -> int:
-        """What it takes: weights, buffers and the cache of these rows."""
+        """Bytes that the worker takes: weights, buffers and the cache of these rows."""
         return self.weights_bytes + self.buffers_bytes + self.cache_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free for it."""
+        """Bytes that must be free for the worker."""
         return self.total_bytes + self.copied_bytes + self.spare_bytes
 
 
@@ -57,11 +57,11 @@ def fit(load: Load, hardware: Hardware, options: EngineOptions, *, is_continuous
     """
     free = max(0, hardware.free_bytes - load.weights_bytes) // hardware.count
     budget = MemoryBudget(hardware.cuda, free, hardware.total_bytes)
-    spread = hardware.count > 1  # which the continuous engine does not take
+    spread = hardware.count > 1  # the continuous engine takes one device alone
     size: Size = (continuous if is_continuous and not spread else generate).size(load, budget, options)
-    asked, rows = options.max_rows or 1, size.rows_of(row_tokens)
-    cache = asked * row_tokens * load.token_bytes
-    most = hardware.free_bytes * (SPLIT_PART if spread else 1)
+    wanted_rows, rows = options.max_rows or 1, size.rows_of(row_tokens)
+    cache = wanted_rows * row_tokens * load.token_bytes
+    usable_bytes = hardware.free_bytes * (SPLIT_PART if spread else 1)
     return Fit(
         size.limits,
         rows,
@@ -70,5 +70,5 @@ def fit(load: Load, hardware: Hardware, options: EngineOptions, *, is_continuous
         size.buffers_bytes,
         size.copied_bytes,
         hardware.count * (cache + size.spare_bytes(cache)) - cache,
-        fits=load.weights_bytes + size.copied_bytes <= most and rows >= asked,
+        fits=load.weights_bytes + size.copied_bytes <= usable_bytes and rows >= wanted_rows,
     )

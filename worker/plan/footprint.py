@@ -1,8 +1,8 @@
-"""How many bytes a model's weights take once it is loaded, counted over a model without weights.
+"""The bytes that a model's weights take once it is loaded, counted over a model without weights.
 
 Owns bitsandbytes' layouts in memory, which are its files' too, and what of a model a token step reads. It knows no
-device. `weights_bytes` is what `get_memory_footprint()` says of the loaded model, and the scales of quantized
-weights, which are on the device as well and which that leaves out.
+device. `weights_bytes` is what `get_memory_footprint()` says of the loaded model, plus the scales of quantized weights,
+which are on the device as well and which that function leaves out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK, _NESTED_BLOCK = 64, 256
 _FLOAT_BYTES = 4
 #: The values that a code of 4 bits and one of 8 bits stand for, and the mean of nested scales: float32, one of each.
 _CODE_BYTES, _NESTED_CODE_BYTES, _OFFSET_BYTES = 16 * _FLOAT_BYTES, 256 * _FLOAT_BYTES, _FLOAT_BYTES
-#: How a safetensors header spells the dtypes that transformers turns into the one that is asked for.
+#: The dtypes, as a safetensors header spells them, that transformers turns into the one that is asked for.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 #: Parts of the names under which bitsandbytes stores what get_memory_footprint() leaves out.
 _BITSANDBYTES_SCALES = (".weight.", ".SCB")
@@ -33,7 +33,7 @@ _DESCRIPTION = ".quant_state."
 
 
 class Role(Enum):
-    """What a parameter is to a token step: only of the embedding next to nothing is read, and of experts a part."""
+    """The role of a parameter in a token step, which reads next to nothing of the embedding and some of the experts."""
 
     PACKED = "quantized"
     HEAD = "output embedding"
@@ -44,20 +44,20 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of a loaded model before its first forward, and what a token step has to do with them.
+    """The bytes of a loaded model before its first forward, and their part in a token step."""
 
-    `footprint_bytes`: parameters and buffers. `scales_bytes`: what quantized weights have beside them. `copy_bytes`:
-    of 4-bit weights, in the dtype around them, as the engine makes it. Then the weights by their role in a step,
-    scales with them, in bytes; and how many numbers a token is multiplied with, the head's among the plain ones.
-    """
-
+    #: Parameters and buffers.
     footprint_bytes: int
+    #: The scales and codes beside quantized weights.
     scales_bytes: int
+    #: A copy of the 4-bit weights in the dtype around them, as the engine makes it.
     copy_bytes: int
+    #: Weights by their role in a step, with their scales.
     packed_bytes: int
     head_bytes: int
     expert_bytes: int
     other_bytes: int
+    #: Numbers that a token is multiplied with; the head's are among the plain ones.
     packed_parameters: int
     plain_parameters: int
     expert_parameters: int
@@ -69,11 +69,13 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class _ParameterBytes:
-    """One parameter: how many numbers, their bytes, those of their scales, and what it is to a step."""
+    """The bytes of one parameter."""
 
+    #: Elements, unpacked.
     numbers: int
     bytes: int
     scales_bytes: int
+    #: A copy in the dtype around it; 0 where none is made.
     copy_bytes: int
     role: Role
 
@@ -81,9 +83,9 @@ class _ParameterBytes:
 def footprint(
     model: PreTrainedModel, dtype: torch.dtype, stored: Mapping[str, TensorHeader] | None = None
 ) -> Footprint:
-    """The bytes of this model without weights. `dtype`: of what is not quantized.
+    """Counts the bytes of this model without weights. `dtype`: of weights that are not quantized.
 
-    `stored`: the tensors of a checkpoint that is quantized already, which stay as they are but for plain floats.
+    `stored`: the tensors of a checkpoint that is quantized already; they stay as they are, except plain floats.
     """
     parts = list(_parts(model, dtype) if stored is None else _stored_parts(model, dtype, stored))
     return _sum(parts, sum(each.nbytes for each in model.buffers()))
@@ -105,7 +107,7 @@ def _parts(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[_ParameterByt
 def _stored_parts(
     model: PreTrainedModel, dtype: torch.dtype, stored: Mapping[str, TensorHeader]
 ) -> Iterator[_ParameterBytes]:
-    """Plain floats that the model knows by name; everything else lies in memory as in the file."""
+    """Counts plain floats that the model knows by name; everything else lies in memory as in the file."""
     plain_bytes = _plain_bytes(model, dtype)
     plain = {name for name, header in stored.items() if header.dtype in _FLOATS}
     aliases: dict[int, set[str]] = {}
@@ -146,7 +148,7 @@ def _role(model: PreTrainedModel, parameter: torch.Tensor, owner: torch.nn.Modul
 
 
 def _plain_bytes(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str, torch.Tensor], int]:
-    """The bytes of a parameter that is not quantized: some families keep a few in float32."""
+    """Returns the byte count of parameters that are not quantized: some families keep a few in float32."""
     kept = model._get_dtype_plan(dtype)
     pattern = build_glob_alternation(list(kept))[0] if kept else None
 

@@ -1,6 +1,6 @@
 """A device that a model is planned for: its memory, and how fast it reads and multiplies.
 
-Owns where these numbers come from: a GPU's rates from its maker's data sheets, by its name; a CPU's from two
+Owns the sources of these numbers: a GPU's rates from its maker's data sheets, by its name; a CPU's from two
 measurements on the spot that take a fraction of a second. A GPU that is not in the table has no rates, rather than
 invented ones. It knows no model.
 
@@ -59,40 +59,40 @@ _TRIALS = 3
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes read and numbers multiplied and added (two operations) in a second; `source` says how that is known.
+    """The speed of a device."""
 
-    `operations_per_second`: by the dtype multiplied in, without those that are not known.
-    """
-
+    #: Bytes read in a second.
     bytes_per_second: float
+    #: Multiplications and additions in a second (two operations a number), by dtype, without unknown ones.
     operations_per_second: Mapping[torch.dtype, float]
+    #: Origin of these numbers, for people.
     source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device, or `count` alike that a model is split over, with their memory together.
+    """One device, or several alike that a model is split over, with their memory together."""
 
-    `device`: as a flag names it; a pretended one says there what it is. `free_bytes`: now.
-    """
-
+    #: As a flag names it; a pretended device says there what it is.
     device: str
     name: str
     cuda: bool
     total_bytes: int
+    #: Free now.
     free_bytes: int
     rates: Rates | None
     pretended: bool = False
+    #: Devices that a model is split over.
     count: int = 1
 
     @property
     def torch_device(self) -> torch.device:
-        """What its kind of device is asked for; of a pretended one the first that there is."""
+        """A torch device of this kind; for a pretended one, the first that there is."""
         return torch.device("cuda" if self.pretended else self.device.partition("+")[0])
 
     @property
     def fuses_four_bit(self) -> bool:
-        """Whether 4-bit weights are read as they are for a few rows."""
+        """True where 4-bit weights are read packed for a few rows."""
         return self.cuda or has_avx512bf16()
 
 
@@ -133,7 +133,7 @@ def joined(devices: Sequence[Hardware]) -> Hardware:
 
 
 def known_rates(name: str) -> Rates | None:
-    """What the data sheet of this GPU says; None for one that is not in the table."""
+    """The rates in the data sheet of this GPU; None for one that is not in the table."""
     for known, reads, multiplies in _GPUS:
         if name == known or name.startswith((f"{known} ", f"{known}-")):
             halves = {torch.bfloat16: multiplies, torch.float16: multiplies}
@@ -159,7 +159,7 @@ def _product_rate(dtype: torch.dtype) -> float:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few trials, after one that pays for what only the first one needs."""
+    """Seconds of the fastest of a few trials, after a warm-up."""
     work()
     seconds = []
     for _ in range(_TRIALS):

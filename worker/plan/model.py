@@ -26,22 +26,26 @@ from batchmill.worker.models.source import headers
 from batchmill.worker.plan.footprint import Footprint, footprint
 from batchmill.worker.plan.shape import TokenCost, skeleton, token_cost
 
-#: How a safetensors header spells the dtypes of plain weights.
+#: The dtypes of plain weights, as a safetensors header spells them.
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """A model in one quantization on one kind of device. `dtype`: of what is not quantized."""
+    """A model in one quantization on one kind of device."""
 
     quantization: Quantization
+    #: Dtype of weights that are not quantized.
     dtype: torch.dtype
     footprint: Footprint
     token: TokenCost
 
 
 class PlannedModel:
-    """`folder` holds the configuration at least. Raises what transformers raises for one that it cannot read."""
+    """A model that is planned from its configuration, which `folder` holds at least.
+
+    Raises what transformers raises for a configuration that it cannot read.
+    """
 
     def __init__(self, spec: ModelSpec, folder: Path) -> None:
         self.spec = spec
@@ -52,58 +56,60 @@ class PlannedModel:
 
     @property
     def context_tokens(self) -> int | None:
-        """The model's own, of prompt and answer together; None for no limit."""
-        found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found
+        """The model's own context, of prompt and answer together; None for no limit."""
+        limit: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit
 
     @property
     def vocabulary(self) -> int:
         """Tokens that have an embedding."""
-        found: int = self.config.get_text_config().vocab_size
-        return found
+        size: int = self.config.get_text_config().vocab_size
+        return size
 
     @cached_property
     def parameters(self) -> int:
-        """How many numbers were trained, tied ones counted once."""
+        """The number of trained parameters, tied ones counted once."""
         return sum(each.numel() for each in self._plain(torch.float32).parameters())
 
     def holding(
         self, quantization: Quantization, device: torch.device, *, context_tokens: int | None = None
     ) -> QuantizedModel:
-        """Its bytes in this quantization, as a worker on this device would load it. `context_tokens`: asked for.
+        """Computes the model's bytes in this quantization, as a worker on this device would load it.
 
-        Raises Refusal for what that worker would refuse.
+        `context_tokens`: the context that was asked for. Raises Refusal where that worker would refuse.
         """
         config = deepcopy(self.config)
         spec = ModelSpec(self.spec.model, self.spec.revision, quantization)
-        asked = precision(spec, config, self.folder, device)
-        dtype = self._dtype(asked)
+        arguments = precision(spec, config, self.folder, device)
+        dtype = self._dtype(arguments)
         context = min(filter(None, (context_tokens, self.context_tokens)), default=None)
-        return QuantizedModel(quantization, dtype, self._footprint(asked, dtype, config), self._token(dtype, context))
+        return QuantizedModel(
+            quantization, dtype, self._footprint(arguments, dtype, config), self._token(dtype, context)
+        )
 
-    def _dtype(self, asked: Mapping[str, Any]) -> torch.dtype:
-        """Of what is not quantized; `auto` is the configuration's, or else that of the first weights."""
-        dtype = asked["dtype"]
+    def _dtype(self, arguments: Mapping[str, Any]) -> torch.dtype:
+        """The dtype of unquantized weights; `auto` is the configuration's, or else that of the first weights."""
+        dtype = arguments["dtype"]
         if dtype == "auto":
             dtype = self.config.dtype or next(
                 (_STORED[each.dtype] for each in self._stored.values() if each.dtype in _STORED), torch.float32
             )
-        found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return found
+        torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return torch_dtype
 
     @cached_property
     def _stored(self) -> Mapping[str, TensorHeader]:
         return headers(self.spec)
 
-    def _footprint(self, asked: Mapping[str, Any], dtype: torch.dtype, config: PreTrainedConfig) -> Footprint:
-        quantizing = asked.get("quantization_config")
-        # Which 4-bit values there are makes no difference to their bytes.
+    def _footprint(self, arguments: Mapping[str, Any], dtype: torch.dtype, config: PreTrainedConfig) -> Footprint:
+        quantizing = arguments.get("quantization_config")
+        # The type of 4-bit values makes no difference to their bytes.
         options = {} if quantizing is None else quantizing.to_dict() | {"bnb_4bit_quant_type": None}
         key = (dtype, str(options))
         if key not in self._footprints:
-            found = Checkpoint.of(config)
-            # What becomes of such weights is written into the configuration: they stay, or are plain once loaded.
-            stays = found is not None and "dequantize" not in found.written
+            checkpoint = Checkpoint.of(config)
+            # The configuration says what becomes of such weights: they stay, or are plain once loaded.
+            stays = checkpoint is not None and "dequantize" not in checkpoint.written
             model = self._plain(dtype) if quantizing is None else skeleton(self.config, dtype, quantizing)
             self._footprints[key] = footprint(model, dtype, self._stored if stays else None)
         return self._footprints[key]

@@ -1,8 +1,8 @@
-"""A model that will not fit is refused before any of its weights is read: with the sum, and with what would fit.
+"""The refusal of a model that will not fit, before any of its weights is read: with the sum, and with what would fit.
 
-Owns what counts as not fitting: that the engine could not hold one row beside the weights. That row is of the context
-that was asked for, or else of the few tokens that an engine plans with at least. It knows no split and no offloading
-but as advice: how much of those fits is worker.models.layout's to say.
+Owns what counts as not fitting: the engine could not hold one row beside the weights. That row is of the context that
+was asked for, or else of the few tokens that an engine plans with at least. It knows splitting and offloading as advice
+alone: worker.models.layout computes how much of those fits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batchmill.worker.plan.report import fit_of
 
 _DEFAULTS = EngineOptions()
 _MOST_CHOICES = 3
-#: No layout here makes more of a file's bytes: 4 bits that are turned into float32. And a row's cache is less.
+#: Bounds of how a file's bytes grow in memory (4 bits that are turned into float32), and of a row's cache.
 _LARGEST_GROWTH, _LARGEST_ROW_BYTES = 8, 1024**3
 #: Advice splits a model over so many GPUs at most.
 _MOST_GPUS = 8
@@ -40,7 +40,7 @@ _MOST_GPUS = 8
 def refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, options: EngineOptions = _DEFAULTS) -> None:
     """Raises Refusal where this model cannot work on this one device with the memory that is free there now.
 
-    `options`: of the engine that will serve it, and needs room beside the weights.
+    `options`: of the engine that will serve it, which needs room beside the weights.
     """
     free = MemoryReader(str(device)).available_bytes()
     stored = sum(file.stat().st_size for file in weights(folder))
@@ -52,21 +52,21 @@ def refuse_too_large(spec: ModelSpec, folder: Path, device: torch.device, option
 
 
 def refuse_beyond(model: PlannedModel, hardware: Hardware, options: EngineOptions) -> None:
-    """The same of a model whose configuration is known, for a device that need not be here. Raises Refusal."""
+    """Raises Refusal where a model whose configuration is known cannot work on this device, which need not be here."""
     row_tokens = min(options.context_tokens or ROW_TOKENS, model.context_tokens or ROW_TOKENS)
     one_row = replace(options, max_rows=1, cache_bytes=None)
-    found = _fit(model, model.spec.quantization, hardware, one_row, row_tokens)
-    if found is None or found.fits:
+    fit = _fit(model, model.spec.quantization, hardware, one_row, row_tokens)
+    if fit is None or fit.fits:
         return
-    nearest = list(islice(_choices(model, found, hardware, one_row, row_tokens), _MOST_CHOICES))
+    nearest = list(islice(_choices(model, fit, hardware, one_row, row_tokens), _MOST_CHOICES))
     would = f"what would fit: {', '.join(nearest)}" if nearest else "take a smaller model, or a device with more memory"
-    raise Refusal(f"it does not fit on {hardware.device}: {_sum(found, hardware, row_tokens)}; {would}")
+    raise Refusal(f"it does not fit on {hardware.device}: {_sum(fit, hardware, row_tokens)}; {would}")
 
 
 def _fit(
     model: PlannedModel, quantization: Quantization, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Fit | None:
-    """None for what would be refused for another reason."""
+    """Plans this quantization; None where it would be refused for another reason."""
     try:
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal:
@@ -74,26 +74,26 @@ def _fit(
     return fit_of(model, holding, hardware, options, row_tokens=row_tokens)
 
 
-def _sum(found: Fit, hardware: Hardware, row_tokens: int) -> str:
+def _sum(fit: Fit, hardware: Hardware, row_tokens: int) -> str:
     spare = "kept free by --gpu-memory-fraction" if hardware.cuda else "for copies and steps"
     parts = (
-        ("weights", found.weights_bytes),
-        (f"cache of one row of {row_tokens:,} tokens", found.cache_bytes),
-        ("buffers of a step", found.buffers_bytes),
-        ("copies of 4-bit weights", found.copied_bytes),
-        (spare, found.spare_bytes),
+        ("weights", fit.weights_bytes),
+        (f"cache of one row of {row_tokens:,} tokens", fit.cache_bytes),
+        ("buffers of a step", fit.buffers_bytes),
+        ("copies of 4-bit weights", fit.copied_bytes),
+        (spare, fit.spare_bytes),
     )
     added = " + ".join(f"{name} {size(count)}" for name, count in parts if count)
     total = f" of {size(hardware.total_bytes)}" if hardware.cuda else ""
-    return f"{added} = {size(found.needed_bytes)}, and {size(hardware.free_bytes)}{total} are free"
+    return f"{added} = {size(fit.needed_bytes)}, and {size(hardware.free_bytes)}{total} are free"
 
 
 def _choices(
-    model: PlannedModel, found: Fit, hardware: Hardware, options: EngineOptions, row_tokens: int
+    model: PlannedModel, fit: Fit, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Iterator[str]:
-    """What would fit, the nearest to what was asked for first."""
+    """Yields what would fit, the nearest to what was asked for first."""
     quantization = model.spec.quantization
-    if found.copied_bytes:
+    if fit.copied_bytes:
         uncopied = _fit(model, quantization, hardware, replace(options, dequantize=Dequantize.NEVER), row_tokens)
         if uncopied is not None and uncopied.fits:
             yield f"--dequantize never ({size(uncopied.total_bytes)})"
@@ -106,7 +106,7 @@ def _choices(
     if hardware.cuda:
         yield from _split(model, quantization, hardware, options, row_tokens)
     if quantization.kind is Kind.NONE:
-        yield from _offloaded(found, hardware)
+        yield from _offloaded(fit, hardware)
     if hardware.cuda:
         yield from _on_cpu(model, quantization, options, row_tokens)
     for each in less_precise:
@@ -116,12 +116,12 @@ def _choices(
 def _shorter(
     model: PlannedModel, quantization: Quantization, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Iterator[str]:
-    """The longest context that fits, in whole slots of the cache, where one was asked for and a part of it fits."""
+    """Yields the longest context that fits, in whole slots of the cache, if one was asked for and a part of it fits."""
 
     def too_long(slots: int) -> bool:
         tokens = slots * ROW_TOKENS
-        found = _fit(model, quantization, hardware, replace(options, context_tokens=tokens), tokens)
-        return found is None or not found.fits
+        fit = _fit(model, quantization, hardware, replace(options, context_tokens=tokens), tokens)
+        return fit is None or not fit.fits
 
     if options.context_tokens is not None and not too_long(1):
         # Counted from 1, so that the place of the first that is too long is how many slots are not.
@@ -130,19 +130,19 @@ def _shorter(
             yield f"--context {slots * ROW_TOKENS}"
 
 
-def _less_precise(model: PlannedModel, asked: Quantization) -> list[Quantization]:
-    """Of those that are looked at, what comes after the one that was asked for; not two that take the same."""
+def _less_precise(model: PlannedModel, quantization: Quantization) -> list[Quantization]:
+    """The less precise choices after the one that was asked for; of two that take the same bytes, one."""
     known = [each for each in choices(model.config) if each.kind is not Kind.FP4]
     kinds = [each.kind for each in known]
-    if asked in known:
-        return known[known.index(asked) + 1 :]
-    return known[kinds.index(asked.kind) :] if asked.kind in kinds else []
+    if quantization in known:
+        return known[known.index(quantization) + 1 :]
+    return known[kinds.index(quantization.kind) :] if quantization.kind in kinds else []
 
 
 def _split(
     model: PlannedModel, quantization: Quantization, hardware: Hardware, options: EngineOptions, row_tokens: int
 ) -> Iterator[str]:
-    """As few more GPUs of this kind as it fits on."""
+    """Yields the smallest number of such GPUs that the model fits on."""
     for count in range(2, _MOST_GPUS + 1):
         together = replace(
             hardware,
@@ -150,15 +150,15 @@ def _split(
             total_bytes=count * hardware.total_bytes,
             free_bytes=count * hardware.free_bytes,
         )
-        found = _fit(model, quantization, together, options, row_tokens)
-        if found is not None and found.fits:
+        fit = _fit(model, quantization, together, options, row_tokens)
+        if fit is not None and fit.fits:
             yield f"--devices {'+'.join(map(str, range(count)))} ({count} such GPUs)"
             return
 
 
-def _offloaded(found: Fit, hardware: Hardware) -> Iterator[str]:
-    """What does not fit waits elsewhere, which is slow."""
-    lacking = found.needed_bytes - hardware.free_bytes
+def _offloaded(fit: Fit, hardware: Hardware) -> Iterator[str]:
+    """Yields the flags that offload what does not fit, which is slow."""
+    lacking = fit.needed_bytes - hardware.free_bytes
     if hardware.cuda and lacking <= SPLIT_PART * MemoryReader(CPU).available_bytes():
         yield f"--offload cpu ({size(lacking)} there, and much slower)"
     else:
@@ -167,6 +167,6 @@ def _offloaded(found: Fit, hardware: Hardware) -> Iterator[str]:
 
 def _on_cpu(model: PlannedModel, quantization: Quantization, options: EngineOptions, row_tokens: int) -> Iterator[str]:
     free = MemoryReader(CPU).available_bytes()
-    found = _fit(model, quantization, Hardware(CPU, CPU, False, free, free, None), options, row_tokens)
-    if found is not None and found.fits:
-        yield f"--device cpu ({size(found.total_bytes)})"
+    fit = _fit(model, quantization, Hardware(CPU, CPU, False, free, free, None), options, row_tokens)
+    if fit is not None and fit.fits:
+        yield f"--device cpu ({size(fit.total_bytes)})"

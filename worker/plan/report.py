@@ -1,6 +1,6 @@
-"""What there is to say about a model on some devices: for each quantization its bytes, what fits, and how fast.
+"""The report on a model on some devices: for each quantization its bytes, what fits, and how fast.
 
-Owns how the parts of this package are put together. It prints nothing.
+Puts the parts of this package together. It prints nothing.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ from batchmill.worker.plan.speed import Workload, expert_part, tokens_per_second
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
-    """One quantization on one device. `refused`: why a worker would not load it, and then there is nothing else.
-
-    `speeds`: rows -> tokens per second by the floor, for one row and for as many as fit; empty where a device's rates
-    are not known. `recorded`: what workers of this machine did.
-    """
+    """One quantization on one device."""
 
     quantization: Quantization
+    #: The reason why a worker would not load it; then all else is empty.
     refused: str = ""
     holding: QuantizedModel | None = None
     fit: Fit | None = None
+    #: Rows and their tokens per second by the floor, for one row and for as many as fit; empty for unknown rates.
     speeds: tuple[tuple[int, float], ...] = ()
+    #: The speed of this machine's workers so far.
     recorded: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """`lines` of each device, most precise first. `row_tokens`: what a row is planned with; `rows`: asked for, or 1.
-
-    `memory_fraction`: what of a GPU a worker touches.
-    """
+    """A model planned on some devices."""
 
     spec: ModelSpec
     parameters: int
+    #: The model's own context; None for no limit.
     context_tokens: int | None
+    #: Tokens that a row is planned with.
     row_tokens: int
+    #: Rows that were asked for, or 1.
     rows: int
+    #: The part of a GPU's memory that a worker uses.
     memory_fraction: float
+    #: The lines of each device, most precise first.
     devices: tuple[tuple[Hardware, tuple[PlanLine, ...]], ...]
 
 
@@ -61,7 +62,7 @@ def report(
 ) -> PlanReport:
     """Plans every quantization of this model on these devices, for a worker with these options.
 
-    Without a context of the options' a row is planned with the model's own, or with 4,096 tokens where that is less.
+    Where the options name no context, a row is planned with the model's own, or with 4,096 tokens where that is less.
     Raises what transformers raises for a configuration that makes no model.
     """
     own = model.context_tokens or CONTEXT_TOKENS
@@ -96,27 +97,27 @@ def _line(
         holding = model.holding(quantization, hardware.torch_device, context_tokens=options.context_tokens)
     except Refusal as refusal:
         return PlanLine(quantization, refused=str(refusal))
-    found = fit_of(model, holding, hardware, options, row_tokens=row_tokens)
+    fitting = fit_of(model, holding, hardware, options, row_tokens=row_tokens)
     work = Workload(
         holding.footprint,
         holding.token.bytes,
         torch.int8 if quantization.kind is Kind.INT8 else holding.dtype,
-        copied=found.copied_bytes > 0,
+        copied=fitting.copied_bytes > 0,
         outliers=quantization.kind is Kind.INT8 and quantization.threshold > 0,
         expert_part=expert_part(model.config.get_text_config()),
     )
     speeds = []
-    for rows in sorted({1, max(1, found.rows)}):
+    for rows in sorted({1, max(1, fitting.rows)}):
         speed = tokens_per_second(work, hardware, rows=rows, context_tokens=row_tokens)
         if speed is not None:
             speeds.append((rows, speed))
-    return PlanLine(quantization, "", holding, found, tuple(speeds), recorded)
+    return PlanLine(quantization, "", holding, fitting, tuple(speeds), recorded)
 
 
 def fit_of(
     model: PlannedModel, holding: QuantizedModel, hardware: Hardware, options: EngineOptions, *, row_tokens: int
 ) -> Fit:
-    """Plans a worker with these options on a device that gets to hold this."""
+    """Plans a worker with these options that holds this model on this device."""
     load = Load(
         holding.footprint.weights_bytes,
         holding.footprint.copy_bytes,
@@ -128,7 +129,7 @@ def fit_of(
 
 
 def _without_doubles(lines: Sequence[PlanLine]) -> list[PlanLine]:
-    """Leaves `none` in bfloat16 out where `none` is of 16 bits, or cannot be."""
+    """Leaves `none` in bfloat16 out where `none` is of 16 bits, or is refused."""
     plain = next((each for each in lines if each.quantization.canonical == Kind.NONE), None)
     wide = plain is not None and plain.holding is not None and plain.holding.dtype is torch.float32
     return [

@@ -1,4 +1,4 @@
-"""A model without weights: transformers' own modules on torch's device `meta`, and what is seen of them there.
+"""A model without weights: transformers' own modules on torch's device `meta`, and the cost of a token there.
 
 Owns how such a model is built, in the order in which `from_pretrained` builds one before it reads any weight, so that
 which layers are quantized is transformers' decision and not a second opinion. It knows no device and no bytes.
@@ -22,24 +22,22 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
-    """What one token takes in the cache, in bytes, and the engine that keeps it.
-
-    `continuous`: else the generate engine serves the model, because of `reason`. `window_tokens`: how far the layers
-    see that do not see everything, 0 where there are none; the continuous engine keeps what they no longer see.
-    """
+    """The bytes that one token takes in the cache, and the engine that keeps it."""
 
     bytes: int
+    #: The continuous engine serves the model; if not, the generate engine does, because of `reason`.
     continuous: bool
     reason: str = ""
+    #: The sliding window, 0 for none; the continuous engine keeps what such layers no longer see.
     window_tokens: int = 0
 
 
 def skeleton(
     config: PreTrainedConfig, dtype: torch.dtype, quantizing: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
-    """The model of this configuration without weights, whose layers bitsandbytes would quantize as asked.
+    """Builds the model of this configuration without weights, with the layers that bitsandbytes would quantize.
 
-    `dtype`: of what is not quantized. Raises what transformers raises for a configuration that makes no model.
+    `dtype`: of weights that are not quantized. Raises what transformers raises for a configuration that makes no model.
     """
     copy = deepcopy(config)
     # With a pad token some models look into their input for it, and there is nothing to see on this device.
@@ -50,12 +48,12 @@ def skeleton(
         if quantizing is not None:
             quantizer = AutoHfQuantizer.from_config(deepcopy(quantizing), pre_quantized=False)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={}, checkpoint_files=None)
-    found: PreTrainedModel = model.eval()
-    return found
+    prepared: PreTrainedModel = model.eval()
+    return prepared
 
 
 def token_cost(model: PreTrainedModel, *, context_tokens: int | None) -> TokenCost:
-    """What a token takes of a model without weights that is not quantized: by a forward, as the engines see it.
+    """Measures the cost of a token by a forward of an unquantized model without weights, as the engines do.
 
     `context_tokens`: of prompt and answer, None for no limit.
     """
@@ -70,11 +68,11 @@ def token_cost(model: PreTrainedModel, *, context_tokens: int | None) -> TokenCo
 
 
 def _generated_bytes(model: PreTrainedModel) -> int:
-    """In transformers' own cache. A model that looks into its numbers cannot run without any: then by its heads."""
+    """Bytes of a token in transformers' own cache; by its heads, if a model cannot run without numbers."""
     try:
         return cache_token_bytes(model, META)
     except Exception:
-        # Whatever a model does where no tensor has numbers.
+        # A model may raise anything where no tensor has numbers.
         config = model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

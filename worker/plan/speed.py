@@ -6,10 +6,9 @@ of each of c bytes, and a device that reads W bytes and does F operations a seco
     seconds >= U / W + max(R / W, 2 * B * P / F) + B * S * c / W
 
 R of 4-bit weights depends on how the engine reads them: packed for a few rows; for more, from copies of full precision
-where they were made, or else they are unpacked at every step before they are multiplied with, which reads and writes
-U bytes. LLM.int8() waits in every layer for its
-search for outliers on a GPU, which makes a step about twice as long. This module knows no memory's size and no
-model's name.
+where they were made. Without copies they are unpacked at every step before they are multiplied with, which reads and
+writes U bytes. On a GPU, LLM.int8() waits in every layer for its search for outliers, which makes a step about twice as
+long. This module knows no memory's size and no model's name.
 """
 
 from __future__ import annotations
@@ -28,29 +27,30 @@ from batchmill.worker.plan.hardware import Hardware
 CUDA_FUSED_ROWS = 32
 #: Measured with and without: one copy from the device to the host in each of a model's linear layers.
 OUTLIERS_FACTOR = 2.0
-#: How configurations spell the experts of a layer, and those that a token goes through.
+#: The keys of configurations for the experts of a layer, and for those that a token goes through.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a model asks of a device: its weights, the cache of a token, and the part of the experts a token takes.
-
-    `copied`: the engine has made copies of 4-bit weights. `outliers`: LLM.int8() looks for them. `dtype`: what is
-    multiplied in; int8 for LLM.int8(), whose rate no device says here.
-    """
+    """A model's demands on a device in a decode step."""
 
     footprint: Footprint
+    #: Bytes of one token in the cache.
     token_bytes: int
+    #: Dtype that is multiplied in; int8 for LLM.int8(), whose rate is not known of any device here.
     dtype: torch.dtype
+    #: The engine has made copies of 4-bit weights.
     copied: bool = False
+    #: LLM.int8() searches for outliers.
     outliers: bool = False
+    #: The part of the experts that one token goes through.
     expert_part: float = 1.0
 
 
 def tokens_per_second(work: Workload, hardware: Hardware, *, rows: int, context_tokens: int) -> float | None:
-    """The most tokens a second that these rows can get, each with a full context; None for unknown rates."""
+    """Computes the highest tokens per second of these rows together, each with a full context; None if unknown."""
     rates = hardware.rates
     if rates is None:
         return None
@@ -73,16 +73,16 @@ def expert_part(config: Any) -> float:
 
 
 def _bytes(work: Workload, hardware: Hardware, rows: int) -> tuple[float, float]:
-    """What is read and written to unpack weights, and what of them is read to multiply with them."""
-    found = work.footprint
-    # So many of the experts are met by at least one of the rows, if each takes any with the same chance.
+    """The bytes that are read and written to unpack weights, and those that are read to multiply with them."""
+    weights = work.footprint
+    # The part of the experts that at least one row goes through, if all experts are equally likely.
     met = 1 - (1 - work.expert_part) ** rows
-    plain = found.head_bytes + found.other_bytes + found.expert_bytes * met
+    plain = weights.head_bytes + weights.other_bytes + weights.expert_bytes * met
     few = CUDA_FUSED_ROWS + 1 if hardware.cuda else CPU_COPY_ROWS
     # A CPU's kernel for packed weights takes any number of rows, where it has one.
     packed = hardware.fuses_four_bit and (rows < few or (not hardware.cuda and not work.copied))
-    if not found.copy_bytes or packed:
-        return 0, plain + found.packed_bytes
+    if not weights.copy_bytes or packed:
+        return 0, plain + weights.packed_bytes
     if work.copied:
-        return 0, plain + found.copy_bytes
-    return found.packed_bytes + found.copy_bytes, plain + found.copy_bytes
+        return 0, plain + weights.copy_bytes
+    return weights.packed_bytes + weights.copy_bytes, plain + weights.copy_bytes

@@ -14,18 +14,17 @@ from batchmill.worker.plan.report import PlanLine, PlanReport
 _UNKNOWN = "-"
 _HEAD = ("quantization", "weights", "cache/token", "rows", "total", "fits", "tokens/s", "recorded")
 
-
 #: Columns that a table in a narrow terminal leaves out, one after the other.
 _NEEDED_LEAST = ("cache/token", "rows", "recorded", "total", "tokens/s")
 
 
 def to_lines(report: PlanReport, *, context_asked: bool, width: int | None = None) -> Iterator[str]:
-    """The whole report, ending with the sentence that says what to take; tables of at most `width`, if they can be."""
+    """Yields the whole report, with the advice at its end; tables are at most `width` wide, if they can be."""
     model = report.spec.model if report.spec.revision is None else f"{report.spec.model}@{report.spec.revision}"
     context = f"{report.context_tokens:,} tokens of context" if report.context_tokens else "no limit of its context"
     yield f"{model}: {_count(report.parameters)} parameters, {context}"
-    asked = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
-    yield f"planned with rows of {report.row_tokens:,} tokens, prompt and answer; total: weights, buffers and {asked}"
+    rows = "1 row" if report.rows == 1 else f"{report.rows:,} rows"
+    yield f"planned with rows of {report.row_tokens:,} tokens, prompt and answer; total: weights, buffers and {rows}"
     yield from _notes(report)
     for hardware, lines in _alike(report):
         yield ""
@@ -63,7 +62,7 @@ def to_json(report: PlanReport, *, context_asked: bool) -> dict[str, Any]:
 
 
 def _notes(report: PlanReport) -> Iterator[str]:
-    """What holds of the model on every device."""
+    """Yields what holds for the model on every device."""
     token = next((each.holding.token for _, lines in report.devices for each in lines if each.holding), None)
     if any(hardware.count > 1 for hardware, _ in report.devices):
         yield "a model that is split over devices is served by the generate engine"
@@ -75,16 +74,16 @@ def _notes(report: PlanReport) -> Iterator[str]:
 
 
 def _alike(report: PlanReport) -> list[tuple[Hardware, tuple[PlanLine, ...]]]:
-    """Devices of one name of which the same is to be said are shown as one, with what the fullest has free."""
-    found: dict[tuple[object, ...], tuple[Hardware, tuple[PlanLine, ...]]] = {}
+    """Shows devices of one name and the same lines as one, with the free memory of the fullest."""
+    groups: dict[tuple[object, ...], tuple[Hardware, tuple[PlanLine, ...]]] = {}
     for hardware, lines in report.devices:
         key = hardware.name, *(each.refused or _cells(each) for each in lines)
-        if key in found:
-            first = found[key][0]
+        if key in groups:
+            first = groups[key][0]
             free = min(first.free_bytes, hardware.free_bytes)
             hardware = replace(first, device=f"{first.device}, {hardware.device}", free_bytes=free)
-        found[key] = hardware, lines
-    return list(found.values())
+        groups[key] = hardware, lines
+    return list(groups.values())
 
 
 def _title(hardware: Hardware, memory_fraction: float) -> str:
@@ -120,7 +119,7 @@ def _cells(line: PlanLine) -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
-    """The first column to the left, the others to the right."""
+    """Aligns the first column to the left, the others to the right."""
     for title in _NEEDED_LEAST:
         if width is None or sum(_widths(rows)) + 2 * len(rows[0]) <= width:
             break
@@ -157,14 +156,14 @@ def _hardware_json(hardware: Hardware) -> dict[str, Any]:
 def _line_json(line: PlanLine) -> dict[str, Any]:
     if line.holding is None or line.fit is None:
         return {"quantization": line.quantization.canonical, "refused": line.refused}
-    found, token, fit = line.holding.footprint, line.holding.token, line.fit
+    footprint, token, fit = line.holding.footprint, line.holding.token, line.fit
     recorded = line.recorded
     return {
         "quantization": line.quantization.canonical,
         "refused": None,
         "dtype": str(line.holding.dtype).removeprefix("torch."),
-        "weights_bytes": found.weights_bytes,
-        "scales_bytes": found.scales_bytes,
+        "weights_bytes": footprint.weights_bytes,
+        "scales_bytes": footprint.scales_bytes,
         "copied_bytes": fit.copied_bytes,
         "buffers_bytes": fit.buffers_bytes,
         "cache_token_bytes": token.bytes,

@@ -1,1 +1,1 @@
-"""The processes of a worker: who starts, watches and ends whom."""
+"""The processes of a worker: which of them starts, watches and ends the others."""

@@ -1,4 +1,4 @@
-"""The Celery entry: one task, as thin as paper, and the one engine that a worker's child process holds."""
+"""The Celery entry: one thin task, and the child that this process is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _child: Child | None = None
 
 @worker_process_init.connect
 def _begin(**_: object) -> None:
-    """A child was spawned: it loads its model before it is given a task."""
+    """Loads the model of a child that was just spawned, before it is given a task."""
     global _child
     _child = begin()
     _child.start()
@@ -22,18 +22,18 @@ def _begin(**_: object) -> None:
 
 @worker_process_shutdown.connect
 def _finish(**_: object) -> None:
-    """Celery, which waits for its tasks alone, ends this process: what it found by itself is handed back as well."""
+    """Hands everything back before Celery ends this process: Celery waits for its own tasks alone."""
     if _child is not None:
         _child.finish()
 
 
 @setup_logging.connect
 def _keep_logging(**_: object) -> None:
-    """Connected so that Celery leaves the logs as jobs.runtime.logs configured them."""
+    """Does nothing; it is connected so that Celery leaves the logs as jobs.runtime.logs configured them."""
 
 
 @shared_task(name=WAKE_TASK, ignore_result=True)
 def wake(batch_id: int) -> None:
-    """There may be work: claims the best pending batch, not necessarily this one, and works while there is any."""
+    """Claims the best pending batch, not necessarily this one, and works while there is any."""
     assert _child is not None, "Celery gives a task to a child only after worker_process_init"
     _child.wake()

@@ -33,14 +33,14 @@ from batchmill.jobs.runtime.logs import FILE_ONLY, get_logger
 from batchmill.worker.process.semaphore_tracker import outlast_trackers
 
 log = get_logger(__name__)
-#: Celery gives a child so much longer than the watchdog to load its model.
+#: Celery gives a child this much longer than the watchdog to load its model.
 _ALIVE_MARGIN_SECONDS = 60
 #: Celery gives no task to a new child while it waits for the dead one's result, of which there is none.
 _LOST_WAIT_SECONDS = 0.1
-#: After Redis refused something it is asked again so much later.
+#: The pause after Redis refused something.
 _REFUSED_SECONDS = 5.0
 _TICK_SECONDS = 0.25
-#: Of so many children it is remembered how they ended; the keeper asks within a heartbeat.
+#: The number of last children whose ends are kept; the keeper asks within a heartbeat.
 _REMEMBERED_CHILDREN = 8
 
 
@@ -98,7 +98,7 @@ class _Worker(Worker):  # type: ignore[misc]
 
 
 class _Processes(AsynPool):  # type: ignore[misc]
-    """The processes of the pool. Of a child that died while Redis was away Celery may keep the queues for good."""
+    """The processes of the pool. Celery may keep the queues of a child that died while Redis was away for good."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         #: The end of each of the last children, by its pid, also of those that Celery has replaced.
@@ -107,7 +107,7 @@ class _Processes(AsynPool):  # type: ignore[misc]
 
     def _create_worker_process(self, i: int) -> Any:
         process = super()._create_worker_process(i)
-        self.ends[process.pid] = process._popen  # it alone, since the process holds its queues open
+        self.ends[process.pid] = process._popen  # not the process itself, which holds its queues open
         for pid in list(self.ends)[:-_REMEMBERED_CHILDREN]:
             del self.ends[pid]
         return process

@@ -16,7 +16,7 @@ from batchmill.worker.loop.runner import Runner
 from batchmill.worker.models.sources import Sources
 
 log = get_logger(__name__)
-#: How a parent tells its child to hand everything back.
+#: The signal by which a parent tells its child to hand everything back.
 DRAIN_SIGNAL = signal.SIGUSR2
 
 
@@ -42,7 +42,7 @@ class Child:
         self._rounds = Rounds(self.work, finds_work, every_seconds=look_seconds)
 
     def start(self) -> None:
-        """From now on it works, also for what it finds by itself every `look_seconds`."""
+        """Begins to work, also for what the child finds by itself every `look_seconds`."""
         self._rounds.start()
 
     def wake(self) -> None:

@@ -14,7 +14,7 @@ _MOST_WORKERS = 200
 
 
 def make_place(home: Path, worker: str) -> str | None:
-    """Makes the file where there is none. The reason why it cannot be written, which stops no worker; or None."""
+    """Makes the file where there is none. Returns why it cannot be written, which stops no worker, or None."""
     path = log_path(home, worker)
     try:
         make_home(home)

@@ -35,12 +35,14 @@ from batchmill.worker.devices.selection import CPU, visible_devices
 from batchmill.worker.loop.outage import outlast
 from batchmill.worker.process.celery_worker import make_celery_worker
 from batchmill.worker.process.child import DRAIN_SIGNAL
-from batchmill.worker.process.maintenance.keeper import Keeper, Pool, WorkerOptions
+from batchmill.worker.process.maintenance.keeper import Keeper
 from batchmill.worker.process.maintenance.namesakes import Namesakes
+from batchmill.worker.process.maintenance.pool import Pool
+from batchmill.worker.process.maintenance.watchdog import Watchdog
 from batchmill.worker.process.order import ORDER_VARIABLE, ChildOrder
 from batchmill.worker.process.own_log import make_place
 from batchmill.worker.process.pulse import Pulse
-from batchmill.worker.process.watchdog import Watchdog
+from batchmill.worker.process.worker_options import WorkerOptions
 
 log = get_logger(__name__)
 
@@ -58,7 +60,7 @@ def run_worker(options: WorkerOptions, settings: Settings) -> None:
     # other busy process a CPU generates a hundred times slower. Read when the child loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        # Whoever waits in SQLite for a lock hears no signal meanwhile, so this one waits there for short.
+        # A wait for a lock of SQLite hears no signal, so this process waits there only briefly.
         impatient = settings.model_copy(update={"busy_seconds": settings.worker_busy_seconds})
         store = outlast(lambda: open_store(impatient), kind=StoreBusy)
         if hindrance is not None:
@@ -106,7 +108,7 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
     try:
         order = _order(options, placement, worker_id, pulse, log_path(settings.home, name))
         os.environ[ORDER_VARIABLE] = order.to_environment()
-        # A child inherits this: it would die of the signal, were it told to hand back before it can.
+        # A child inherits this: otherwise it would die of the signal, if it is told to drain before it can.
         signal.signal(DRAIN_SIGNAL, signal.SIG_IGN)
         worker_shutting_down.connect(keeper.on_shutdown, weak=False)
         worker_shutting_down.connect(partial(_tell_of_end, keeper), weak=False)
@@ -125,7 +127,7 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
 def _tell_of_end(keeper: Keeper, **_: object) -> None:
     """Logs it from a thread of its own: the signal may have come in the middle of another line."""
     if keeper.failure is not None:
-        return  # which says itself why the worker ends
+        return  # the failure says why the worker ends
     line = "stopping: finished outputs are saved, the rest returns to the queue"
     threading.Thread(target=log.info, args=[line]).start()
 

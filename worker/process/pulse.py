@@ -17,20 +17,23 @@ _LAYOUT = struct.Struct("=qqd")
 
 
 class Beat(NamedTuple):
-    """The child that wrote it, how much progress it has counted, and how long it may make none; 0 where it idles."""
+    """One reading of a pulse."""
 
+    #: The child that wrote it.
     pid: int
+    #: Progress that it has counted.
     progress: int
+    #: The longest that it may make no progress; 0 where it idles.
     limit_seconds: float
 
 
 class Pulse:
-    """Counts between `watching`, which says how long may pass, and its end."""
+    """Counts progress. Within `watching`, at most a given time may pass between two beats."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._memory = mmap.mmap(descriptor, _LAYOUT.size)
-        #: Where another process of this user finds the same memory, as long as this one lives.
+        #: The path at which another process of this user finds the same memory, as long as this one lives.
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
 
     @classmethod
@@ -67,7 +70,7 @@ class Pulse:
             self._write(0.0)
 
     def beat(self) -> None:
-        """Says that there was progress."""
+        """Counts that there was progress."""
         self._write(self.read().limit_seconds)
 
     def _write(self, limit_seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""billiard's tracker of semaphores, a process of its own, started again where somebody killed it.
+"""The process in which billiard tracks semaphores, started again where somebody killed it.
 
-Without it no child could be started: each has semaphores, and billiard tells the tracker of them by a pipe.
+Without it no child could be started: each has semaphores, and billiard reports them to the tracker by a pipe.
 """
 
 from __future__ import annotations

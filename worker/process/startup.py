@@ -1,6 +1,6 @@
-"""Starts the process that holds the model: opens its engine, says so in the store, and makes it ready for work.
+"""The start of the process that holds the model: opens the engine, tells the store, and makes it ready for work.
 
-It is started by spawn, so it takes what it is from the environment that its parent prepared.
+The process is spawned, so it reads its order from the environment that its parent prepared.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from batchmill.worker.process.announcement import loaded_of, say_ready, session_
 from batchmill.worker.process.child import Child, DrainSwitch
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from batchmill.worker.process.maintenance.waker import Waker
+from batchmill.worker.process.maintenance.watchdog import tell_stacks_when_asked
 from batchmill.worker.process.order import ChildOrder, ForeignOrder
 from batchmill.worker.process.pulse import Pulse
-from batchmill.worker.process.watchdog import tell_stacks_when_asked
 
 if TYPE_CHECKING:
     import torch

@@ -25,18 +25,18 @@ from batchmill.jobs.store.store import Store
 from batchmill.worker.devices.placement import Placement
 
 log = get_logger(__name__)
-#: Name of the log file that says which workers ended, by what, and were started again.
+#: The name of the log file that tells of workers that ended and were started again.
 SUPERVISOR = "supervisor"
 _TICK_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
-#: A device that was sick is tried again after so long.
+#: A device that was sick is tried again after this time.
 _SICK_PAUSE_SECONDS = 600.0
-#: A worker that lived so long starts again with the first pause.
+#: A worker that lived this long starts again after the first pause.
 _HEALTHY_SECONDS = 300.0
-#: So many processes in a row that end before they are in the store, in some fifteen seconds, are no accident.
+#: This many processes in a row that end before they are in the store, in some fifteen seconds, are no accident.
 _MOST_UNKNOWN = 5
-#: Beyond its drain a worker gets so long before it is killed.
+#: The time that a worker gets beyond its drain before it is killed.
 _KILL_MARGIN_SECONDS = 4.0
 
 
@@ -51,9 +51,9 @@ class _Post:
         self._start_at = monotonic()
         self._started_at = 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        #: What tells the process that was started last from others of its pid.
+        #: Tells the process that was started last from others of its pid.
         self.identity: Process | None = None
-        #: So many processes in a row ended before they were in the store.
+        #: The number of processes in a row that ended before they were in the store.
         self.unknown = 0
         self.over = False
 
@@ -66,7 +66,7 @@ class _Post:
             self._started_at = monotonic()
 
     def rest(self, seconds: float) -> None:
-        """Starts the next process so late."""
+        """Lets the next process start only after this time."""
         self._start_at = monotonic() + seconds
 
     def ended(self) -> tuple[int, int] | None:
@@ -109,7 +109,10 @@ class Supervisor:
         self._asked_to_end = threading.Event()
 
     def run(self) -> None:
-        """Raises BatchmillError when every worker gave up, and StoreReplaced when one ended and the store is gone."""
+        """Runs all workers.
+
+        Raises BatchmillError when all gave up, and StoreReplaced when one ended and the store is gone.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._asked_to_end.set())
         failed = 0
@@ -124,7 +127,7 @@ class Supervisor:
             raise BatchmillError("no worker could be started; see the lines above")
 
     def _look_at(self, post: _Post) -> bool:
-        """Whether this worker has just given up for good."""
+        """Sees to a worker that has ended. Returns True where it has just given up for good."""
         ended = post.ended()
         if ended is None:
             return False
@@ -135,7 +138,7 @@ class Supervisor:
         if self._store.database.is_absent:
             raise StoreReplaced(f"the store {self._store.database.name} is gone, and no worker is started on it again")
         state = None
-        with suppress(StoreError):  # which is away: the next process of the worker gives up again, if it has to
+        with suppress(StoreError):  # the store is away: the next process of the worker gives up again, if it has to
             state = self._store.workers.gave_up(host=socket.gethostname(), pid=pid, process=post.identity)
         if state is WorkerState.FAILED or (code != 0 and self._cannot_begin(post)):
             post.over = True
@@ -148,7 +151,7 @@ class Supervisor:
         return False
 
     def _cannot_begin(self, post: _Post) -> bool:
-        """Tells if the last processes of a post all ended before the store knew them, as by an error of an import."""
+        """True where the last processes of a post all ended before the store knew them, as by a failed import."""
         if post.identity is None:
             return False
         try:

@@ -11,9 +11,9 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft")
 
 
 def versions() -> dict[str, str]:
-    """By name; without those that are not installed."""
-    found = {"batchmill": VERSION}
+    """Returns the versions by name, without libraries that are not installed."""
+    installed = {"batchmill": VERSION}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed

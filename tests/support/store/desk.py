@@ -25,6 +25,7 @@ from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import metadata, stores
 from batchmill.jobs.store.workers.registration import Loaded
 from batchmill.worker.loop.holdings import Holdings
+from batchmill.worker.loop.pacing import Pacing
 from batchmill.worker.loop.spool import Spool, Spools
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from batchmill.worker.process.maintenance.reconciler import Reconciler
@@ -58,6 +59,7 @@ class Child:
     spool: Spool
     rows: int
     holdings: Holdings = field(default_factory=Holdings)
+    pacing: Pacing = field(init=False)
     engine: list[tuple[RequestKey, GenerationRequest]] = field(default_factory=list)
     open: bool = True
     away: bool = False
@@ -65,16 +67,13 @@ class Child:
     draining: bool = False
     frozen: bool = False
 
-    @property
-    def fill(self) -> int:
-        return self.rows + max(1, self.rows // 4)
+    def __post_init__(self) -> None:
+        self.pacing = Pacing(self.rows, self.holdings)
 
     def room(self) -> tuple[int, int]:
-        """How many requests the next turn wants, and how many may be recorded as in flight, as the saver counts."""
-        recorded = len(self.holdings.recorded) + max(0, len(self.engine) - self.rows)
-        if self.draining:
-            return 0, 0
-        return max(0, self.rows - recorded - self.holdings.waiting), max(0, self.fill - recorded)
+        """The number of requests that the next turn claims, and of those that it may record as in flight."""
+        self.pacing.engine_waiting = max(0, len(self.engine) - self.rows)
+        return self.pacing.wanted(draining=self.draining), self.pacing.room(draining=self.draining)
 
     def leases(self) -> dict[int, Lease]:
         held = self.holdings.next_request(room=0, memory=Memory(), release=False).reports
@@ -82,7 +81,7 @@ class Child:
 
     def top_up(self) -> None:
         """The runner takes what is recorded into the engine."""
-        while self.holdings.recorded and len(self.engine) < self.rows + self.fill and not self.full:
+        while self.holdings.recorded and len(self.engine) < self.rows + self.pacing.fill and not self.full:
             self.engine.append(self.holdings.recorded.popleft())
 
     def forget(self, keys: Sequence[RequestKey]) -> None:

@@ -306,17 +306,21 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a child that is stopped is not silent",
-        (Edit("worker/process/watchdog.py", "elif not _is_paused(beat.pid):", "else:"),),
-        ("tests/unit/worker/process/test_watchdog.py::test_a_process_that_was_stopped_is_not_ended",),
+        (Edit("worker/process/maintenance/watchdog.py", "elif not _is_paused(beat.pid):", "else:"),),
+        ("tests/unit/worker/process/maintenance/test_watchdog.py::test_a_process_that_was_stopped_is_not_ended",),
     ),
     Mutant(
         "a pause of the parent is no silence of its child",
         (
             Edit(
-                "worker/process/watchdog.py", "self._look(min(now - before, _MOST_SECONDS))", "self._look(now - before)"
+                "worker/process/maintenance/watchdog.py",
+                "self._look(min(now - before, _MOST_SECONDS))",
+                "self._look(now - before)",
             ),
         ),
-        ("tests/unit/worker/process/test_watchdog.py::test_a_look_that_comes_late_counts_no_more_than_two_ticks",),
+        (
+            "tests/unit/worker/process/maintenance/test_watchdog.py::test_a_look_that_comes_late_counts_no_more_than_two_ticks",
+        ),
     ),
     Mutant(
         "a child whose parent was gone before it asked to end with it",

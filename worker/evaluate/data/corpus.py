@@ -1,4 +1,4 @@
-"""A data file -> the texts and questions that an evaluation is made on, and the file's hash.
+"""A data file, read as the texts and questions that an evaluation is made on, and the file's hash.
 
 Owns which lines a file may have, and how much of it is read: as many bytes as the wanted tokens can have, so that
 the memory does not grow with the file. It knows no tokenizer.
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.runtime.files import formats
 
-#: No tokenizer makes fewer tokens of common text: so much is read for each token that is wanted.
+#: The bytes that are read for each wanted token: no tokenizer makes fewer tokens of common text.
 BYTES_PER_TOKEN = 16
 MAX_LINE_BYTES = 1 << 24
 _BLOCK_BYTES = 1 << 20
@@ -26,11 +26,12 @@ _FORMS = '{"text"}, {"prompt", "answer"} or {"messages", "answer"}'
 
 @dataclass(frozen=True, slots=True)
 class DataEntry:
-    """One text, or one question with its answer where the data has one; `line` from 1.
+    """One text, or one question with its answer where the data has one.
 
     Exactly one of `text`, `prompt` and `messages` is set. Nothing of it is ever shown.
     """
 
+    #: Counted from 1.
     line: int
     text: str | None = field(default=None, repr=False)
     prompt: str | None = field(default=None, repr=False)
@@ -44,15 +45,16 @@ class DataEntry:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What was read of one file. `sha256` is of all of its bytes."""
+    """The texts and questions that were read of one file."""
 
     name: str
+    #: Of all bytes of the file.
     sha256: str
     examples: tuple[DataEntry, ...]
 
     @classmethod
     def read(cls, path: Path, *, tokens: int) -> Corpus:
-        """The beginning of a file: `.txt` is running text, all else JSON Lines; enough of it for so many tokens.
+        """Reads the beginning of a file: `.txt` is running text, all else JSON Lines; enough of it for so many tokens.
 
         Raises UsageError, which names file and line.
         """
@@ -80,7 +82,7 @@ class _HashedStream:
         self._hash = hashlib.sha256()
 
     def sha256_of_all(self) -> str:
-        """In hex, after the rest of the file was read."""
+        """Reads the rest of the file, and returns the hash in hex."""
         while self._read(self._stream.read(_BLOCK_BYTES)):
             pass
         return self._hash.hexdigest()

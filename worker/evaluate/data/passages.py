@@ -1,7 +1,7 @@
 """A corpus under one tokenizer: passages whose tokens are scored, and the questions that are continued.
 
-Owns what of an example is scored, and what is asked. Text and tokens are worker.engine.text.tokenization's, as in a
-worker, so that an evaluation reads what a worker would read. It knows no model's weights and no device.
+Owns what of an example is scored, and what is asked. It tokenizes by worker.engine.text.tokenization, as a worker does,
+so that an evaluation reads what a worker would read. It knows no model's weights and no device.
 """
 
 from __future__ import annotations
@@ -17,38 +17,39 @@ from batchmill.worker.engine.text.tokenization import Prompt, Tokenization
 from batchmill.worker.evaluate.data.corpus import Corpus, DataEntry
 from batchmill.worker.models.load import LoadedModel
 
-#: Where the data asks nothing, so many tokens of a text are what a continuation begins with.
+#: Tokens of a text that a continuation begins with, where the data asks nothing.
 PROMPT_TOKENS = 64
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Tokens that are read together. `begin`: the tokenizer's token for the beginning of a text, if it writes one;
-    every window repeats it. `first`: the place in `tokens` of the first one that is scored.
-    """
+    """Tokens that are read together."""
 
     tokens: tuple[int, ...] = field(repr=False)
+    #: The tokenizer's token for the beginning of a text, if it writes one; every window repeats it.
     begin: tuple[int, ...] = ()
+    #: The place in `tokens` of the first one that is scored.
     first: int = 0
 
     @property
     def scored(self) -> int:
-        """How many tokens can be scored: what has nothing before it cannot."""
+        """The number of tokens that can be scored; a token with nothing before it cannot."""
         return max(0, len(self.tokens) - max(self.first, 0 if self.begin else 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is continued greedily; `answer` is the right one, where the data has it."""
+    """A prompt that is continued greedily."""
 
     request: GenerationRequest = field(repr=False)
     prompt_tokens: int
+    #: The right answer, where the data has one.
     answer: str | None = field(repr=False)
 
 
 class Passages:
-    """What a corpus is to one tokenizer: the same for every quantization of a model."""
+    """A corpus as one tokenizer reads it: the same for every quantization of a model."""
 
     def __init__(self, corpus: Corpus, loaded: LoadedModel) -> None:
         self._corpus = corpus
@@ -61,7 +62,7 @@ class Passages:
 
         A text is scored as a whole, an answer after its prompt, and a prompt without an answer as a text.
         """
-        found: list[Passage] = []
+        passages: list[Passage] = []
         left = most_tokens
         for example in self._corpus.examples:
             passage = self._passage(example)
@@ -69,18 +70,18 @@ class Passages:
             if spare > 0:
                 passage = Passage(passage.tokens[:-spare], passage.begin, passage.first)
             if passage.scored:
-                found.append(passage)
+                passages.append(passage)
                 left -= passage.scored
             if left <= 0:
                 break
-        if not found:
+        if not passages:
             raise UsageError(f"{self._corpus.name}: none of its texts is long enough: one needs at least two tokens")
-        return tuple(found)
+        return tuple(passages)
 
     def questions(self, count: int, *, max_tokens: int, context_tokens: int | None) -> tuple[Question, ...]:
-        """Up to so many greedy requests, taken evenly from the file; those that leave no room to answer are left out.
+        """Up to `count` greedy requests, taken evenly from the file, without those that leave no room for an answer.
 
-        They are the data's own questions, or else places in its texts.
+        They are the data's own questions, or else pieces of its texts.
         """
         asking = [each for each in self._corpus.examples if each.asks]
         if asking:

@@ -1,4 +1,4 @@
-"""Sliding windows over passages: every token is scored once, after as many others as the window leaves it.
+"""Sliding windows over passages: every token is scored once, after as many others as its window holds before it.
 
 Owns the arithmetic of windows and of batches of them. It knows no tensor.
 """
@@ -23,10 +23,10 @@ class Window(NamedTuple):
 
 
 def windows(passages: Iterable[Passage], *, width: int, stride: int) -> list[Window]:
-    """The windows of `width` tokens, each `stride` further than the last, that score a token.
+    """Cuts passages into windows of `width` tokens, each `stride` further than the last, that score a token.
 
     The first window of a passage scores all of its tokens, each later one its new ones. Without a token for the
-    beginning of a text, what stands first in a window has nothing before it, and is not scored.
+    beginning of a text, the first token of a window has nothing before it, and is not scored.
     """
     return [window for passage in passages for window in _windows(passage, width, stride)]
 
@@ -46,12 +46,14 @@ def _windows(passage: Passage, width: int, stride: int) -> Iterator[Window]:
             return
 
 
-def batches(found: Sequence[Window], *, most_tokens: int, most_logits: int) -> Iterator[list[Window]]:
-    """Windows that are read together, the largest first: at most so many tokens with their padding, and so many
-    places whose logits are kept; a window that is larger alone is a batch.
+def batches(unbatched: Sequence[Window], *, most_tokens: int, most_logits: int) -> Iterator[list[Window]]:
+    """Groups windows into batches, the largest first.
+
+    A batch has at most `most_tokens` with its padding, and `most_logits` places whose logits are kept; a larger window
+    is a batch of its own.
     """
     batch: list[Window] = []
-    for window in sorted(found, key=lambda each: (len(each.tokens), each.scored), reverse=True):
+    for window in sorted(unbatched, key=lambda each: (len(each.tokens), each.scored), reverse=True):
         together = [*batch, window]
         width = len(together[0].tokens)
         kept = width - min(each.first for each in together)

@@ -1,4 +1,4 @@
-"""Whether an answer is the right one: the same text, or text in which a pattern is found."""
+"""The accuracy of answers: the right one is the same text, or a text in which a pattern is found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchmill.worker.evaluate.data.corpus import Corpus
 
 
 class Match(StrEnum):
-    """How an answer is compared with the data's: equal without the white space around it, or found as a regex."""
+    """The comparison of an answer with the data's: equal without the white space around it, or found as a regex."""
 
     EXACT = "exact"
     REGEX = "regex"
@@ -20,14 +20,13 @@ class Match(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How many of the answers were right.
-
-    `lost`: how many are wrong that the baseline had right; `gained`: right that it had wrong; None without a baseline.
-    """
+    """The count of right answers."""
 
     right: int
     answers: int
+    #: Answers that are wrong where the baseline's are right; None without a baseline.
     lost: int | None = None
+    #: Answers that are right where the baseline's are wrong; None without a baseline.
     gained: int | None = None
 
     @property
@@ -36,13 +35,13 @@ class Accuracy:
 
 
 def accuracy(
-    said: Sequence[str], answers: Sequence[str | None], match: Match, *, baseline: Sequence[str] | None = None
+    texts: Sequence[str], answers: Sequence[str | None], match: Match, *, baseline: Sequence[str] | None = None
 ) -> Accuracy | None:
-    """Of what was said to questions, those that have an answer counted; None where none has.
+    """Counts the right texts, of questions for which the data has an answer; None where none has.
 
-    `baseline`: what that one said to them.
+    `baseline`: the baseline's texts.
     """
-    right = _right(said, answers, match)
+    right = _right(texts, answers, match)
     if not right:
         return None
     if baseline is None:
@@ -55,7 +54,7 @@ def accuracy(
 
 
 def check_answers(corpus: Corpus, match: Match) -> None:
-    """Raises UsageError, which names the line, for an answer that is to be a regex and is none."""
+    """Raises UsageError, which names the line, for an answer that should be a regex and is none."""
     if match is Match.REGEX:
         for example in corpus.examples:
             try:
@@ -64,8 +63,8 @@ def check_answers(corpus: Corpus, match: Match) -> None:
                 raise UsageError(f"{corpus.name}:{example.line}: answer is no regex: {error}") from None
 
 
-def _right(said: Sequence[str], answers: Sequence[str | None], match: Match) -> list[bool]:
-    pairs = zip(said, answers, strict=True)
+def _right(texts: Sequence[str], answers: Sequence[str | None], match: Match) -> list[bool]:
+    pairs = zip(texts, answers, strict=True)
     return [_is_right(text, answer, match) for text, answer in pairs if answer is not None]
 
 

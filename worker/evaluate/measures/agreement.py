@@ -1,4 +1,4 @@
-"""How far greedy answers are the baseline's: their tokens up to the first other one."""
+"""The agreement of greedy answers with the baseline's: their tokens up to the first different one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """`share`: tokens before the first other one, of all tokens of the longer answers. `identical`: whole answers."""
+    """The agreement of one model's answers with the baseline's."""
 
+    #: Tokens before the first different one, as a part of all tokens of the longer answers.
     share: float
+    #: Whole answers that are the same.
     identical: int
     answers: int
 
 
-def agreement(baseline: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Agreement | None:
-    """Of two models' answers to the same questions, as tokens; None where there are none."""
+def agreement(baseline: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Agreement | None:
+    """Compares two models' answers to the same questions, as tokens; None where there are none."""
     if not baseline:
         return None
     same = total = identical = 0
-    for expected, answer in zip(baseline, found, strict=True):
+    for expected, answer in zip(baseline, answers, strict=True):
         pairs = enumerate(zip(expected, answer, strict=False))
         same += next((at for at, pair in pairs if pair[0] != pair[1]), min(len(expected), len(answer)))
         total += max(len(expected), len(answer))

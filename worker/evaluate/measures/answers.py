@@ -1,7 +1,7 @@
 """Greedy answers by batchmill's own engine, as a worker would give them, and how fast they came.
 
 Owns the engine of one evaluation: just large enough for its questions, so that the memory of different quantizations
-can be compared. What the answers are compared with is not its matter.
+can be compared. It compares no answers.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.evaluate.data.passages import Question
 from batchmill.worker.models.load import LoadedModel
 
-#: Requests that run at once, where nothing else is asked.
+#: Requests that run at once, by default.
 ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One text for each question, and the same as tokens; `engine` is its kind.
-
-    `completion_tokens` came in `seconds`, the reading of the prompts included.
-    """
+    """The answers to all questions, in their order."""
 
     texts: tuple[str, ...] = field(repr=False)
+    #: The same as tokens.
     tokens: tuple[tuple[int, ...], ...] = field(repr=False)
+    #: The kind of the engine.
     engine: str
     completion_tokens: int
+    #: The time of all tokens, prefill included.
     seconds: float
 
 
 def answer(
     loaded: LoadedModel, questions: Sequence[Question], *, options: EngineOptions, step: Callable[[int], None]
 ) -> Answers:
-    """All answers to at least one question; `step` is told how many are there.
+    """Answers all questions, of which there is at least one; `step` is told how many answers are there.
 
     Raises ModelError where the device cannot hold one.
     """
@@ -63,7 +63,7 @@ def _engine(loaded: LoadedModel, questions: Sequence[Question], options: EngineO
 
 
 def _warm_up(engine: Engine, question: Question) -> None:
-    """What an engine does once in its life is not the answers' time."""
+    """Lets the engine do what it does once in its life, so that this is not in the answers' time."""
     engine.add(
         RequestKey("warm-up", 0), replace(question.request, sampling=SamplingParams(max_tokens=2, temperature=0))
     )
@@ -72,7 +72,7 @@ def _warm_up(engine: Engine, question: Question) -> None:
 
 
 def _outputs(engine: Engine, questions: Sequence[Question], step: Callable[[int], None]) -> list[Output]:
-    """In the questions' order."""
+    """Runs all questions, and returns their outputs in order."""
     for each in questions:
         engine.add(RequestKey("evaluation", each.request.index), each.request)
     outputs: list[Output] = []

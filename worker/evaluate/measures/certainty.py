@@ -1,4 +1,4 @@
-"""How far a figure may be from what endless data would show: bounds that hold with about 95 % certainty, each.
+"""Bounds of how far a figure may be from what endless data would show: each holds with about 95 % certainty.
 
 It is plain arithmetic on counts, means and standard errors.
 """
@@ -10,35 +10,35 @@ from typing import NamedTuple
 
 #: The quantile of the normal distribution that 95 % lie below.
 _Z = 1.6449
-#: Of so few, the largest says nothing about what 99 in 100 lie below: 1 - 0.99 ** 299 is 95 %.
+#: The largest of fewer values tells nothing of what 99 in 100 lie below: 1 - 0.99 ** 299 is 95 %.
 _FEWEST_OF_P99 = 299
 
 
 class Bounds(NamedTuple):
-    """What a figure is not below, and what it is not above."""
+    """The lower and the upper bound of a figure."""
 
     low: float
     high: float
 
 
-def of_mean(found: float, standard_error: float | None, times: float = 1.0) -> Bounds:
-    """Of a mean; `times`: had so many times as many values been measured. Without a standard error nothing is known."""
+def of_mean(mean: float, standard_error: float | None, times: float = 1.0) -> Bounds:
+    """Bounds of a mean, had `times` as many values been measured; unknown without a standard error."""
     if standard_error is None:
         return Bounds(-math.inf, math.inf)
     standard_error /= math.sqrt(times)
-    return Bounds(found - _Z * standard_error, found + _Z * standard_error)
+    return Bounds(mean - _Z * standard_error, mean + _Z * standard_error)
 
 
-def of_share(found: float, count: float) -> Bounds:
-    """Of a share of `count` answers, by Wilson's score interval, which is wide enough for a mean of shares, too."""
-    spread = _Z * math.sqrt(found * (1 - found) / count + _Z**2 / (4 * count**2))
-    middle = found + _Z**2 / (2 * count)
+def of_share(share: float, count: float) -> Bounds:
+    """Bounds of a share of `count` answers: Wilson's score interval, wide enough for a mean of shares, too."""
+    spread = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    middle = share + _Z**2 / (2 * count)
     whole = 1 + _Z**2 / count
     return Bounds(max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole))
 
 
 def of_difference(lost: float, gained: float, count: float) -> Bounds:
-    """Of the share of `count` questions by which fewer are answered right, of pairs of answers, by Bonett and Price.
+    """Bounds of the share by which fewer of `count` questions are answered right, in pairs, by Bonett and Price.
 
     `lost`: right in the first of both alone; `gained`: in the second alone.
     """
@@ -47,6 +47,6 @@ def of_difference(lost: float, gained: float, count: float) -> Bounds:
     return Bounds(max(-1.0, lose - gain - spread), min(1.0, lose - gain + spread))
 
 
-def of_p99(found: float, count: float) -> Bounds:
-    """Of what 99 in 100 of `count` values, none below zero, lie below: unknown where they are too few."""
-    return Bounds(found, found) if count >= _FEWEST_OF_P99 else Bounds(0.0, math.inf)
+def of_p99(p99: float, count: float) -> Bounds:
+    """Bounds of what 99 in 100 of `count` values, none below zero, lie below; unknown where they are too few."""
+    return Bounds(p99, p99) if count >= _FEWEST_OF_P99 else Bounds(0.0, math.inf)

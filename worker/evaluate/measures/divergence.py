@@ -1,8 +1,8 @@
-"""How far a model's next-token distributions are from the baseline's: exact Kullback-Leibler divergence, in nats.
+"""The distance of next-token distributions from the baseline's: exact Kullback-Leibler divergence, in nats.
 
-The baseline's distributions are whole and in float32, kept in a file that has no name and goes with the process:
-read in the order in which they were written, they take no memory. Owns at how many places they are kept: evenly
-spread, the same for all.
+The baseline's distributions are whole and in float32, kept in a file that has no name and goes with the process. Read
+in the order in which they were written, they take no memory. Owns the places at which they are kept: evenly spread, the
+same for all.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from batchmill.jobs.errors import BatchmillError
 from batchmill.worker.evaluate.measures.perplexity import standard_error
 
 _FLOAT32_BYTES = 4
-#: The file takes one part in so many of what the disk has left.
+#: The file takes at most one part in so many of the free space of the disk.
 _DISK_PARTS = 2
 _QUANTILE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL(baseline || model) over places: their mean with its standard error, and what 99 in 100 of them are below."""
+    """KL(baseline || model) over places."""
 
     mean: float
+    #: 99 in 100 places are below this.
     p99: float
     places: int
+    #: Of the mean.
     standard_error: float | None
 
 
 class Distributions:
-    """The baseline's, at `count` of `total` places.
+    """The baseline's distributions, at `count` of `total` places.
 
-    `most`: the places that are wanted; fewer are kept where the disk under the folder for temporary files (TMPDIR)
+    `most`: the places that are wanted. Fewer are kept where the disk under the folder for temporary files (TMPDIR)
     is too small.
     """
 
@@ -51,7 +53,7 @@ class Distributions:
         self._written = 0
 
     def take(self, log_probs: Tensor) -> None:
-        """Keeps what is wanted of the next places: float32 [places, vocabulary], natural logarithms."""
+        """Keeps the wanted ones of the next places: float32 [places, vocabulary], natural logarithms."""
         kept = log_probs[self.places(self._written, len(log_probs))].contiguous().cpu()
         self._written += len(log_probs)
         try:
@@ -63,21 +65,21 @@ class Distributions:
             ) from error
 
     def places(self, begin: int, count: int) -> list[int]:
-        """Which of the next `count` places, the first of which is the `begin`-th of all, are compared."""
+        """Returns the compared ones of the next `count` places, the first of which is the `begin`-th of all."""
         last = begin * self.count // self._total
-        found = []
+        compared = []
         for number in range(count):
             reached = (begin + number + 1) * self.count // self._total
             if reached > last:
-                found.append(number)
+                compared.append(number)
             last = reached
-        return found
+        return compared
 
     def rewind(self) -> None:
         self._file.seek(0)
 
     def read(self, places: int, vocabulary: int) -> Tensor:
-        """The next distributions: float32 [places, vocabulary], on the CPU."""
+        """Reads the next distributions: float32 [places, vocabulary], on the CPU."""
         kept = bytearray(self._file.read(_FLOAT32_BYTES * places * vocabulary))
         return torch.frombuffer(kept, dtype=torch.float32).view(places, vocabulary)
 
@@ -86,7 +88,7 @@ class Distributions:
 
 
 class Comparison:
-    """One model's distance from the baseline, taken in the order in which the baseline's was."""
+    """One model's distance from the baseline, taken in the order in which the baseline's distributions were."""
 
     def __init__(self, baseline: Distributions) -> None:
         self._baseline = baseline
@@ -95,7 +97,7 @@ class Comparison:
         baseline.rewind()
 
     def take(self, log_probs: Tensor) -> None:
-        """`log_probs` of the next places: float32 [places, vocabulary]."""
+        """Compares the `log_probs` of the next places: float32 [places, vocabulary]."""
         places = self._baseline.places(self._seen, len(log_probs))
         self._seen += len(log_probs)
         if places:
@@ -104,7 +106,7 @@ class Comparison:
 
     @property
     def result(self) -> Divergence | None:
-        """None where no place could be kept."""
+        """The divergence; None where no place could be kept."""
         if not self._nats:
             return None
         nats = torch.cat(self._nats)
@@ -113,9 +115,9 @@ class Comparison:
 
 
 def divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """KL(expected || found) of rows of log-probabilities [places, vocabulary]: float64 [places], never negative.
+    """Computes KL(expected || found) of log-probabilities [places, vocabulary]: float64 [places], never negative.
 
-    What `expected` holds impossible adds nothing; rounding below zero is cut off.
+    A token that `expected` holds impossible adds nothing; rounding below zero is cut off.
     """
     terms = expected.exp() * (expected - found)
     return terms.masked_fill_(expected == -math.inf, 0.0).sum(-1, dtype=torch.float64).clamp_(min=0.0)

@@ -1,7 +1,7 @@
-"""What one model takes of a device's memory, and that it is given back.
+"""The peak of a device's memory that one model takes, and the return of that memory.
 
-On CUDA it is what torch allocated, and nothing that is short is missed; on a CPU the growth of this process's
-resident bytes, read a hundred times a second.
+On CUDA it is what torch allocated, and no short peak is missed. On a CPU it is the growth of this process's resident
+bytes, read a hundred times a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _READ_SECONDS = 0.01
 
 
 class PeakMemory:
-    """`peak_bytes` is the largest growth while it was watched, since it was made."""
+    """A meter whose `peak_bytes` is the largest growth while it was watching, since it was made."""
 
     def __init__(self, torch_device: str) -> None:
         self._cuda = torch.cuda if torch_device.startswith("cuda") else None
@@ -34,7 +34,7 @@ class PeakMemory:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around what counts."""
+        """Watches the memory within the block."""
         if self._cuda is not None:
             self._cuda.reset_peak_memory_stats(self._device)
             yield
@@ -55,7 +55,7 @@ class PeakMemory:
 
 
 def give_back() -> None:
-    """Returns to the device, and to the system, what the model that was just dropped has left."""
+    """Returns the memory of a model that was just dropped to the device and to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Perplexity: e to the mean negative log-probability, in nats, of the tokens that came; and how two of them differ."""
+"""Perplexity: e to the mean negative log-probability, in nats, of the tokens that came; and the difference of two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PerplexityChange:
 
 
 class Perplexity:
-    """Taken in pieces, summed in float64; four bytes are kept of each token."""
+    """A perplexity, taken in pieces and summed in float64; four bytes are kept of each token."""
 
     def __init__(self) -> None:
         self._nats = 0.0
@@ -26,7 +26,7 @@ class Perplexity:
         self.tokens = 0
 
     def take(self, log_probs: Tensor, targets: Tensor) -> None:
-        """`log_probs`: float32 [places, vocabulary]; `targets`: int64 [places]."""
+        """Adds the next tokens. `log_probs`: float32 [places, vocabulary]; `targets`: int64 [places]."""
         came = log_probs.gather(-1, targets[:, None])
         self._nats -= came.sum(dtype=torch.float64).item()
         self._of_tokens.append(-came[:, 0].cpu())
@@ -34,16 +34,16 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """Infinite where a token came that the model holds impossible."""
+        """The perplexity; infinite where a token came that the model holds impossible."""
         mean = self._nats / self.tokens
         return math.exp(mean) if mean < math.log(1e300) else math.inf
 
     def change(self, baseline: Perplexity) -> PerplexityChange:
-        """Against the baseline's, taken of the same tokens in the same order."""
+        """Computes the change from the baseline's, which was taken of the same tokens in the same order."""
         more = (torch.cat(self._of_tokens) - torch.cat(baseline._of_tokens)).double()
         return PerplexityChange(more.mean().item(), standard_error(more))
 
 
-def standard_error(found: Tensor) -> float | None:
-    """Of the mean of these numbers; None for a single one, which tells nothing of it."""
-    return None if len(found) < 2 else found.std().item() / math.sqrt(len(found))
+def standard_error(values: Tensor) -> float | None:
+    """The standard error of the mean of these numbers; None for a single one."""
+    return None if len(values) < 2 else values.std().item() / math.sqrt(len(values))

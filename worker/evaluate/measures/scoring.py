@@ -1,7 +1,7 @@
 """A model's next-token distributions at the scored tokens of windows, a bounded piece at a time.
 
 Owns the forward passes and what they hold: logits are made for scored places alone, and turned into float32 in
-pieces. What the distributions are compared with is not its matter.
+pieces. It compares no distributions.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ PIECE_BYTES = 64 * 1024**2
 _FLOAT32_BYTES = 4
 
 
-def scored(loaded: LoadedModel, found: Sequence[Window]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of log-probabilities, float32 [places, vocabulary], and the tokens that came, int64 [places].
+def scored(loaded: LoadedModel, windows: Sequence[Window]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields pairs of log-probabilities, float32 [places, vocabulary], and the tokens that came, int64 [places].
 
     Natural logarithms. The order depends on the windows alone, so it is the same for every quantization.
     """
     row_bytes = _FLOAT32_BYTES * loaded.vocabulary
     most_tokens = CPU_TOKENS if loaded.device.type == "cpu" else CUDA_TOKENS
-    for batch in batches(found, most_tokens=most_tokens, most_logits=LOGITS_BYTES // row_bytes):
+    for batch in batches(windows, most_tokens=most_tokens, most_logits=LOGITS_BYTES // row_bytes):
         yield from _scored(loaded, batch, most_places=max(1, PIECE_BYTES // row_bytes))
 
 
@@ -39,7 +39,7 @@ def scored(loaded: LoadedModel, found: Sequence[Window]) -> Iterator[tuple[Tenso
 def _scored(loaded: LoadedModel, batch: Sequence[Window], *, most_places: int) -> Iterator[tuple[Tensor, Tensor]]:
     width = max(len(each.tokens) for each in batch)
     begin = min(each.first for each in batch) - 1
-    # What stands on the right of a row changes nothing of what a causal model says on its left.
+    # Padding on the right of a row changes nothing of what a causal model says on its left.
     rows = [[*each.tokens, *[loaded.pad_token_id] * (width - len(each.tokens))] for each in batch]
     tokens = torch.tensor(rows, device=loaded.device)
     logits = _logits(loaded.model, tokens, torch.arange(begin, width - 1, device=loaded.device))
@@ -54,7 +54,7 @@ def _scored(loaded: LoadedModel, batch: Sequence[Window], *, most_places: int) -
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, places: Tensor) -> Tensor:
-    """[rows, places, vocabulary], in the model's dtype."""
+    """The logits, [rows, places, vocabulary], in the model's dtype."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         kept: Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=places).logits
         return kept

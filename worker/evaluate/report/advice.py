@@ -1,8 +1,8 @@
-"""Which quantization to take by what was measured, in plain sentences.
+"""The advice on which quantization to take by what was measured, in plain sentences.
 
-Owns the rule: of what surely loses little in every column, the one with the smallest weights, and among equals of these
-the one that loses least; what is smaller still, and may do, is named with what speaks against it. It knows nothing but
-a report; what is little stands in worker.evaluate.report.finding.
+Owns the rule: of those that surely lose little in every column, the one with the smallest weights, and among equals of
+these the one that loses least. A smaller one that may do is named with what speaks against it. It knows nothing but a
+report; worker.evaluate.report.finding says how much is little.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from batchmill.worker.evaluate.report.finding import Certainty, Measured, findin
 
 #: Weights up to so many times as large are as small, so that quality decides.
 _AS_SMALL = 1.05
-#: So many times as fast is worth a word.
+#: A speed of at least so many times as much is mentioned.
 _MUCH_FASTER = 1.2
 #: Fewer tokens than this tell little.
 _FEW_TOKENS = 2_000
-#: How many times as much as was measured is looked at for whether it would be enough.
+#: Multiples of what was measured that are tried for whether they would be enough.
 _MORE = tuple(2**power for power in range(1, 11))
 
 
 def advice(report: Report) -> str:
-    """A few plain sentences: what to take, what else may do, what is faster, and whether the data were few."""
+    """Returns a few plain sentences: what to take, what else may do, what is faster, and whether the data were few."""
     reference = report.reference or min(report.measured, key=lambda each: each.perplexity, default=None)
     if reference is None:
         return "Nothing could be measured."
@@ -32,20 +32,20 @@ def advice(report: Report) -> str:
     good = [reference, *(each for each in others if _is_sure(findings(each, reference)))]
     taken = _smallest(good)
     may_do = [each for each in others if each not in good and not _loses(each, reference) and _is_smaller(each, taken)]
-    said = [_taken(taken, reference) if taken is not reference else _kept(others, may_do, reference)]
+    sentences = [_taken(taken, reference) if taken is not reference else _kept(others, may_do, reference)]
     if may_do:
-        said.append(_may_do(_smallest(may_do), reference))
+        sentences.append(_may_do(_smallest(may_do), reference))
     fastest = max(good, key=_speed)
     if _speed(fastest) > _MUCH_FASTER * _speed(taken):
         where = f"Where its {size(fastest.weights_bytes)} fit, " if _is_smaller(taken, fastest) else ""
-        said.append(f"{where}{_name(fastest)} {_times(fastest, taken)} as {_name(taken)}.")
+        sentences.append(f"{where}{_name(fastest)} {_times(fastest, taken)} as {_name(taken)}.")
     if report.method is not None and report.method.tokens < _FEW_TOKENS:
-        said.append(f"Only {report.method.tokens:,} tokens were measured: more text would make this surer.")
-    return " ".join(said)
+        sentences.append(f"Only {report.method.tokens:,} tokens were measured: more text would make this surer.")
+    return " ".join(sentences)
 
 
 def _smallest(rows: list[Measurement]) -> Measurement:
-    """Of those that are as small as the smallest, the one that loses least."""
+    """Picks the one that loses least, of those that are as small as the smallest."""
     least = min(each.weights_bytes for each in rows)
     return min((each for each in rows if each.weights_bytes <= _AS_SMALL * least), key=_loss)
 
@@ -59,14 +59,14 @@ def _loss(each: Measurement) -> tuple[float, float]:
     return (each.divergence.mean if each.divergence is not None else 0.0), each.perplexity
 
 
-def _is_sure(found: list[Measured]) -> bool:
-    return all(each.verdict is Certainty.LITTLE for each in found)
+def _is_sure(columns: list[Measured]) -> bool:
+    return all(each.verdict is Certainty.LITTLE for each in columns)
 
 
 def _loses(each: Measurement, reference: Measurement) -> list[Measured]:
     """The columns in which it surely loses much."""
-    found = findings(each, reference)
-    return [each for each in found if each.verdict is Certainty.MUCH and not each.is_change]
+    columns = findings(each, reference)
+    return [each for each in columns if each.verdict is Certainty.MUCH and not each.is_change]
 
 
 def _taken(taken: Measurement, reference: Measurement) -> str:
@@ -88,23 +88,23 @@ def _kept(others: list[Measurement], may_do: list[Measurement], reference: Measu
 
 
 def _may_do(each: Measurement, reference: Measurement) -> str:
-    """What speaks for one that is small and not known to lose little, and what would settle it."""
-    found: dict[Certainty, list[Measured]] = {verdict: [] for verdict in Certainty}
+    """Says what speaks for a small one that is not known to lose little, and what would settle it."""
+    by_verdict: dict[Certainty, list[Measured]] = {verdict: [] for verdict in Certainty}
     for one in findings(each, reference):
-        found[one.verdict].append(one)
-    little, changed, unknown = found[Certainty.LITTLE], found[Certainty.MUCH], found[Certainty.UNKNOWN]
-    said = f"{_name(each)} may do, whose weights take {_weights(each, reference)}"
+        by_verdict[one.verdict].append(one)
+    little, changed, unknown = by_verdict[Certainty.LITTLE], by_verdict[Certainty.MUCH], by_verdict[Certainty.UNKNOWN]
+    sentence = f"{_name(each)} may do, whose weights take {_weights(each, reference)}"
     if little:
-        said += f": little is lost by {_listed(little)}"
+        sentence += f": little is lost by {_listed(little)}"
     if changed:
-        said += f", but its answers are others than {_name(reference)}'s ({_listed(changed)})"
+        sentence += f", but its answers are others than {_name(reference)}'s ({_listed(changed)})"
     if not unknown:
-        return f"{said}; take it if other wordings will do."
-    return f"{said}. {_basis(unknown)} too few to tell about {_listed(unknown)}; {_more(unknown)}."
+        return f"{sentence}; take it if other wordings will do."
+    return f"{sentence}. {_basis(unknown)} too few to tell about {_listed(unknown)}; {_more(unknown)}."
 
 
 def _basis(unknown: list[Measured]) -> str:
-    """How much these rest on, as the beginning of a sentence."""
+    """The data that these rest on, as the beginning of a sentence."""
     answers = max((each.answers for each in unknown if each.answers is not None), default=None)
     scored = "the tokens that were scored" if any(each.answers is None for each in unknown) else ""
     if answers is None:
@@ -115,26 +115,26 @@ def _basis(unknown: list[Measured]) -> str:
 
 
 def _more(unknown: list[Measured]) -> str:
-    """What to measure more of; as many answers as would tell, if they went on as they began."""
+    """Says what to measure more of: as many answers as would tell, if they went on as they began."""
     of_answers = [each for each in unknown if each.answers is not None]
-    said = ["measure more text"] if len(of_answers) < len(unknown) else []
+    parts = ["measure more text"] if len(of_answers) < len(unknown) else []
     if of_answers:
         answers = max(each.answers or 0 for each in of_answers)
         enough = next((times for times in _MORE if _would_tell(of_answers, times)), None)
-        said.append(
+        parts.append(
             "it is so close that more answers may not tell"
             if enough is None
             else f"--continuations {answers * enough}, on as many questions, would likely tell"
         )
-    return ", and ".join(said)
+    return ", and ".join(parts)
 
 
-def _would_tell(found: list[Measured], times: int) -> bool:
-    return all(each.verdict_of(times) is not Certainty.UNKNOWN for each in found)
+def _would_tell(columns: list[Measured], times: int) -> bool:
+    return all(each.verdict_of(times) is not Certainty.UNKNOWN for each in columns)
 
 
-def _listed(found: list[Measured]) -> str:
-    return ", ".join(map(str, found))
+def _listed(columns: list[Measured]) -> str:
+    return ", ".join(map(str, columns))
 
 
 def _weights(each: Measurement, reference: Measurement) -> str:
@@ -142,7 +142,7 @@ def _weights(each: Measurement, reference: Measurement) -> str:
 
 
 def _peak(each: Measurement, reference: Measurement) -> str:
-    """A word where smaller weights did not make the whole smaller."""
+    """Returns a remark where smaller weights did not make the whole smaller, else an empty text."""
     if each.peak_bytes <= _AS_SMALL * reference.peak_bytes:
         return ""
     return f", though its peak was {size(each.peak_bytes)} ({size(reference.peak_bytes)} with {_name(reference)})"

@@ -1,4 +1,4 @@
-"""What one model loses against another in one column of a report: how much, how sure that is, and whether it is little.
+"""The loss of one model against another in one column of a report: how large, how certain, and whether it is little.
 
 Owns the limits of little. It reads two rows of a report, and knows nothing of the others.
 """
@@ -14,7 +14,7 @@ from batchmill.worker.evaluate.measures.accuracy import Accuracy
 from batchmill.worker.evaluate.measures.certainty import Bounds, of_difference, of_mean, of_p99, of_share
 from batchmill.worker.evaluate.measures.measurement import Measurement
 
-#: What counts as little: perplexity up to this part above the other's, a mean divergence and one of 99 in 100 tokens up
+#: Limits of little: perplexity up to this part above the other's, a mean divergence and one of 99 in 100 tokens up
 #: to so many nats, up to this part of all answers fewer that are right, and of their tokens that are others.
 PERPLEXITY = 0.05
 DIVERGENCE = 0.1
@@ -29,7 +29,7 @@ LIMITS = (
 
 
 class Certainty(Enum):
-    """Little or much is lost for sure, or what was measured cannot tell."""
+    """The verdict on a loss: surely little, surely much, or not to be told from what was measured."""
 
     LITTLE = "little"
     MUCH = "much"
@@ -38,19 +38,20 @@ class Certainty(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One column. `words`: what was found; `worst`: how bad it may still be, from that bound of the loss.
+    """The finding in one column."""
 
-    `bounds`: of the loss, had so many times as much been measured to the same figures. `answers`: how many it rests on;
-    None where it rests on the tokens of the text. `is_change`: other answers are not always worse ones. `beside`: the
-    other's figure.
-    """
-
+    #: The figure in words.
     words: str
+    #: Words for how bad it may still be, from the upper bound of the loss.
     worst: Callable[[float], str]
     limit: float
+    #: The bounds of the loss, had so many times as much been measured to the same figures.
     bounds: Callable[[float], Bounds]
+    #: The number of answers that it rests on; None where it rests on the tokens of the text.
     answers: int | None = None
+    #: It counts different answers, which are not always worse ones.
     is_change: bool = False
+    #: The other model's figure.
     beside: str = ""
 
     @property
@@ -64,7 +65,7 @@ class Measured:
         return Certainty.MUCH if low > self.limit else Certainty.UNKNOWN
 
     def __str__(self) -> str:
-        """What was found, with how bad it may be where that is not sure."""
+        """The figure, with how bad it may be where that is not certain."""
         notes = [self.beside] if self.beside else []
         if self.verdict is Certainty.UNKNOWN:
             high = self.bounds(1).high
@@ -74,25 +75,25 @@ class Measured:
 
 def findings(each: Measurement, reference: Measurement) -> list[Measured]:
     """A finding for each column of quality that both rows have."""
-    found = [_perplexity(each, reference)]
+    columns = [_perplexity(each, reference)]
     if (divergence := each.divergence) is not None:
         mean, error, p99, places = divergence.mean, divergence.standard_error, divergence.p99, divergence.places
-        found += [
+        columns += [
             Measured(
-                f"mean KL {mean:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE,
+                f"mean KL {mean:.2g}", lambda high: f"up to {high:.2g}", DIVERGENCE,
                 lambda times: of_mean(mean, error, times),
             ),
             Measured(
-                f"KL p99 {p99:.2g}", lambda most: f"up to {most:.2g}", DIVERGENCE_P99,
+                f"KL p99 {p99:.2g}", lambda high: f"up to {high:.2g}", DIVERGENCE_P99,
                 lambda times: of_p99(p99, places * times),
             ),
         ]  # fmt: skip
     if (agreement := each.agreement) is not None:
         share, answers = agreement.share, agreement.answers
-        found.append(
+        columns.append(
             Measured(
                 f"same tokens {share:.1%} of {answers:,} {plural(answers)}",
-                lambda most: f"down to {1 - most:.1%}",
+                lambda high: f"down to {1 - high:.1%}",
                 AGREEMENT,
                 lambda times: _turned(of_share(share, answers * times)),
                 answers,
@@ -100,8 +101,8 @@ def findings(each: Measurement, reference: Measurement) -> list[Measured]:
             )
         )
     if each.accuracy is not None and reference.accuracy is not None:
-        found.append(_accuracy(each.accuracy, reference.accuracy))
-    return found
+        columns.append(_accuracy(each.accuracy, reference.accuracy))
+    return columns
 
 
 def _perplexity(each: Measurement, reference: Measurement) -> Measured:
@@ -112,15 +113,15 @@ def _perplexity(each: Measurement, reference: Measurement) -> Measured:
         low, high = of_mean(math.log(ratio), error, times)
         return Bounds(math.expm1(low), math.expm1(high))
 
-    return Measured(f"perplexity {ratio - 1:+.1%}", lambda most: f"up to {most:+.1%}", PERPLEXITY, bounds)
+    return Measured(f"perplexity {ratio - 1:+.1%}", lambda worst: f"up to {worst:+.1%}", PERPLEXITY, bounds)
 
 
-def _accuracy(found: Accuracy, reference: Accuracy) -> Measured:
-    count = found.answers
-    lost, gained = _differing(found, reference)
+def _accuracy(accuracy: Accuracy, reference: Accuracy) -> Measured:
+    count = accuracy.answers
+    lost, gained = _differing(accuracy, reference)
     return Measured(
-        f"{found.right:,} of {count:,} {plural(count)} right",
-        lambda most: f"up to {most:.1%} fewer",
+        f"{accuracy.right:,} of {count:,} {plural(count)} right",
+        lambda high: f"up to {high:.1%} fewer",
         ACCURACY,
         lambda times: of_difference(lost * times, gained * times, count * times),
         count,
@@ -128,12 +129,12 @@ def _accuracy(found: Accuracy, reference: Accuracy) -> Measured:
     )
 
 
-def _differing(found: Accuracy, reference: Accuracy) -> tuple[float, float]:
-    """Answers that are right in one of both alone; where nobody compared them, as many as chance makes."""
-    if found.lost is not None and found.gained is not None:
-        return found.lost, found.gained
-    both = found.right * reference.right / found.answers
-    return reference.right - both, found.right - both
+def _differing(accuracy: Accuracy, reference: Accuracy) -> tuple[float, float]:
+    """Counts answers that are right in one of both alone; where nobody compared them, as many as chance makes."""
+    if accuracy.lost is not None and accuracy.gained is not None:
+        return accuracy.lost, accuracy.gained
+    both = accuracy.right * reference.right / accuracy.answers
+    return reference.right - both, accuracy.right - both
 
 
 def _turned(share: Bounds) -> Bounds:
@@ -141,5 +142,5 @@ def _turned(share: Bounds) -> Bounds:
 
 
 def plural(count: int) -> str:
-    """How so many answers are called."""
+    """The noun for so many answers."""
     return "answer" if count == 1 else "answers"

@@ -31,14 +31,14 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def lines(report: Report) -> list[str]:
-    """The same for people."""
+    """The report as lines for people."""
     if not report.measured:
         return _table(report)
     return [*_table(report), "", *_method(report), "", advice(report)]
 
 
 def _row_json(row: Measurement | Failure) -> dict[str, Any]:
-    """The keys of a spec that failed are those of one that did not."""
+    """The JSON of one row; a spec that failed has the same keys as one that did not."""
     head = {"quantization": row.spec.quantization.canonical}
     if isinstance(row, Failure):
         return head | dict.fromkeys(_KEYS) | {"error": row.reason}
@@ -56,8 +56,8 @@ def _table(report: Report) -> list[str]:
     wanted = [at for at in range(len(_HEAD)) if at < 2 or any(row[at] != _NOTHING for row in rows)]
     table = [_HEAD, *rows] if rows else []
     widths = {at: max(len(row[at]) for row in table) for at in wanted} if table else {}
-    said = ["  ".join(_aligned(row[at], widths[at], at) for at in wanted).rstrip() for row in table]
-    return said + [f"{each.spec.quantization}: not measured: {each.reason}" for each in report.failed]
+    aligned = ["  ".join(_aligned(row[at], widths[at], at) for at in wanted).rstrip() for row in table]
+    return aligned + [f"{each.spec.quantization}: not measured: {each.reason}" for each in report.failed]
 
 
 def _aligned(cell: str, width: int, at: int) -> str:
@@ -84,18 +84,18 @@ def _cells(row: Measurement, report: Report) -> tuple[str, ...]:
 def _method(report: Report) -> list[str]:
     method = report.method
     assert method is not None
-    said = [
+    sentences = [
         f"Measured on {report.device_name} with {report.data_name}: {method.tokens:,} tokens in "
         f"{method.windows:,} windows of at most {method.window_tokens:,} tokens, stride {method.stride_tokens:,}."
     ]
     compared = f"{method.divergence_places:,} of them" if method.divergence_places < method.tokens else "all of them"
     if any(each.divergence for each in report.measured):
-        said.append(f"KL: from {report.baseline.quantization}'s next-token distribution, in nats, at {compared}.")
+        sentences.append(f"KL: from {report.baseline.quantization}'s next-token distribution, in nats, at {compared}.")
     if method.continuations:
-        said.append(
+        sentences.append(
             f"Same tokens: of {method.continuations:,} greedy answers of at most {method.max_tokens:,} tokens, those "
             "before the first other one."
         )
     if len(report.measured) > 1:
-        said.append(f"Little is lost up to {LIMITS}; each with 95 % certainty.")
-    return said
+        sentences.append(f"Little is lost up to {LIMITS}; each with 95 % certainty.")
+    return sentences

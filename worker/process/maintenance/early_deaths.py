@@ -1,7 +1,7 @@
 """Children that end before they report to the store: counted, and told of with the last lines that they wrote.
 
-An import that fails, an environment that is hostile, an exit code of somebody else's: Celery starts the next child at
-once, and nobody else would ever hear of it.
+An import may fail, or the environment may be hostile. Celery starts the next child at once, and nobody else would ever
+hear of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from batchmill.jobs.store.workers.registration import Heartbeat
 
-#: After so many in a row the worker gives up.
+#: The number in a row after which the worker gives up.
 _MOST = 3
 _TAIL_BYTES = 8 * 1024
 _TAIL_LINES = 15
@@ -21,7 +21,7 @@ _STDERR = 2
 
 
 class EarlyDeaths:
-    """`pids`: the children that there are; `is_running`: whether one of them lives."""
+    """Counts early deaths. `pids`: the children that there are; `is_running`: true while one of them lives."""
 
     def __init__(self, pids: Callable[[], Sequence[int]], is_running: Callable[[int], bool]) -> None:
         self._pids = pids
@@ -34,7 +34,7 @@ class EarlyDeaths:
         self._tail = _StderrTail()
 
     def happened(self) -> bool:
-        """Looks after the children; true where one has ended that was not judged yet."""
+        """Looks after the children; True where one has ended that was not judged yet."""
         pids = set(self._pids())
         self._judged &= pids  # Celery lists one that has ended for a while
         self._unjudged |= pids - self._judged
@@ -42,7 +42,7 @@ class EarlyDeaths:
         return bool(self._dead)
 
     def judge(self, beat: Heartbeat) -> str | None:
-        """Judges those that have ended by what the store knows of them now: why the worker gives up, if it does."""
+        """Judges those that have ended by what the store knows now. Returns why the worker gives up, if it does."""
         self._unjudged -= self._dead
         self._judged |= self._dead
         self.reported(beat)
@@ -56,11 +56,11 @@ class EarlyDeaths:
         if self._count < self._enough:
             return None
         lines = self._tail.end()
-        said = "\n".join(["; the last lines:", *lines]) if lines else ", without a word"
-        return f"{self._count} processes in a row ended before they could load the model{said}"
+        words = "\n".join(["; the last lines:", *lines]) if lines else ", without a word"
+        return f"{self._count} processes in a row ended before they could load the model{words}"
 
     def reported(self, beat: Heartbeat) -> None:
-        """A child that has reported since proves that children can begin."""
+        """Begins anew after a child has reported, which proves that children can begin."""
         if beat.generation > self._generation:
             self._generation, self._count = beat.generation, 0
             self._tail.end()

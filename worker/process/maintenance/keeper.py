@@ -1,6 +1,6 @@
-"""The parent's one thread: keeps the worker's row alive, sees to dead children and orphans, and reconciles.
+"""The parent's main thread: keeps the worker's heartbeat, sees to dead children and orphans, and reconciles.
 
-An outage of the store or of Redis is logged and outlived. It imports no torch, and starts no process: Celery's pool
+It logs and outlives an outage of the store or of Redis. It imports no torch, and starts no process: Celery's pool
 spawns a child in the place of one that died.
 """
 
@@ -11,94 +11,41 @@ import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from time import monotonic, sleep
-from typing import Any
-
-import psutil
+from time import monotonic
 
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
-from batchmill.jobs.models.adapters import Adapter
-from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.logs import get_logger
-from batchmill.jobs.runtime.process.process import end_of
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.workers.liveness import GIVEN_UP
 from batchmill.jobs.store.workers.registration import Heartbeat
-from batchmill.worker.devices.placement import Placement
 from batchmill.worker.process.child import DRAIN_SIGNAL
 from batchmill.worker.process.maintenance.early_deaths import EarlyDeaths
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from batchmill.worker.process.maintenance.namesakes import Namesakes
+from batchmill.worker.process.maintenance.pool import Pool, is_running
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from batchmill.worker.process.maintenance.waker import Waker
+from batchmill.worker.process.worker_options import WorkerOptions
 
 log = get_logger(__name__)
-#: How often the keeper looks after its child.
+#: The interval at which the keeper looks after its child.
 _TICK_SECONDS = 0.25
-#: So many children in a row that die before they hold the model end the worker.
+#: The number of children in a row that die while they load the model, after which the worker ends.
 _MAX_FAILED_LOADS = 3
-#: An ending worker waits so long for its last wake-ups to be sent.
+#: The longest that an ending worker waits for its last wake-ups to be sent.
 _LAST_WAKE_SECONDS = 1.0
-#: Celery's thread notes the end of a child at the same moment: what it has asked the system for, nobody else gets.
-_NOTED_SECONDS, _NOTED_TICK_SECONDS = 2.0, 0.02
-#: An ending worker waits so long for a look after its child that an absent store holds up.
+#: The longest that an ending worker waits for a look after its child that an absent store holds up.
 _LAST_LOOK_SECONDS = 2.0
-
-#: A worker's row tells for so long of a server that had no connection left for it.
+#: The time for which a worker's row tells of a server that had no connection left for it.
 _CROWDED_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What a worker was started as; `only_job` binds it to one job. `adapters`: what it holds beside its model."""
-
-    spec: ModelSpec
-    placement: Placement = field(default_factory=Placement)
-    name: str | None = None
-    only_job: str | None = None
-    exit_when_idle_seconds: float | None = None
-    share_device: bool = False
-    adapters: tuple[Adapter, ...] = ()
-
-
-@dataclass(slots=True)
-class Pool:
-    """The processes of Celery's pool; there is none before it starts and after it stopped."""
-
-    celery_worker: Any
-
-    def pids(self) -> list[int]:
-        return [process.pid for process in getattr(self._processes, "_pool", ()) if process.pid]
-
-    def ended_by(self, pid: int | None) -> str | None:
-        """Signal or exit code that ended a child, also one that was replaced; None where it is not known."""
-        end = getattr(self._processes, "ends", {}).get(pid)
-        until = monotonic() + _NOTED_SECONDS
-        while end is not None:
-            code = end.poll()
-            if code is not None:
-                return end_of(code)
-            if monotonic() >= until:
-                break
-            sleep(_NOTED_TICK_SECONDS)
-        return None
-
-    def signal(self, number: int) -> None:
-        for pid in self.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    @property
-    def _processes(self) -> Any:
-        return getattr(getattr(self.celery_worker, "pool", None), "_pool", None)
 
 
 @dataclass(slots=True)
 class _Due:
-    """When a repeated thing is due next, on this process's clock."""
+    """A repeated task and its next time, on this process's clock."""
 
     every_seconds: float
     at: float = field(default_factory=monotonic)
@@ -111,7 +58,7 @@ class _Due:
 
 
 class Keeper:
-    """One for the life of a worker's parent process."""
+    """Looks after one worker, for the life of its parent process."""
 
     def __init__(
         self,
@@ -136,19 +83,19 @@ class Keeper:
         self._broker = broker
         self._namesakes = namesakes
         self._waker = Waker(self._wake)
-        #: The queue of before each store had its own, until it is deleted.
+        #: The queue from before each store had its own, until it is deleted.
         self._old_queue: str | None = options.spec.old_queue
         self._heartbeat_due = _Due(settings.heartbeat_seconds)
         self._reconcile_due = _Due(settings.reconcile_seconds)
         self._last = Heartbeat(WorkerState.STARTING, 0, None, None, 0)
-        #: Of the children up to this generation nothing is left.
+        #: Nothing is left of the children up to this generation.
         self._settled = 0
         #: The store did not answer last time.
         self._away = False
-        #: What the worker's row tells of it until then, on this process's clock.
+        #: The hindrance in the worker's row, and its end on this process's clock.
         self._hindrance, self._hindered_until = "", 0.0
         self._failed_loads = 0
-        self._early = EarlyDeaths(pool.pids, _is_running)
+        self._early = EarlyDeaths(pool.pids, is_running)
         self._idle_since = monotonic()
         #: SIGTERM came before Celery could hear it.
         self._asked_to_end = asked_to_end
@@ -158,7 +105,7 @@ class Keeper:
 
     @property
     def draining(self) -> bool:
-        """Whether the worker was told to end."""
+        """True once the worker was told to end."""
         return self._draining.is_set()
 
     def start(self) -> None:
@@ -166,7 +113,7 @@ class Keeper:
         self._thread.start()
 
     def on_shutdown(self, **_: object) -> None:
-        """Celery was told to end: so is the child, which has `drain_seconds` to hand everything back."""
+        """Drains the child when Celery is told to end; the child has `drain_seconds` to hand everything back."""
         if self._draining.is_set():
             return
         self._draining.set()
@@ -176,7 +123,7 @@ class Keeper:
         deadline.start()
 
     def finish(self) -> None:
-        """Celery has ended: whatever its children still held is taken back, and the row says so."""
+        """Takes back whatever the children still held after Celery has ended, and enters that in the row."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_LAST_LOOK_SECONDS)
@@ -186,7 +133,7 @@ class Keeper:
             return
         try:
             self._beat()
-            # What a child that was told to end did not hand back in time was cut short, and is not to blame.
+            # Requests that a draining child did not hand back in time were cut short, and are not to blame.
             self._settle(self._last.generation, RunOutcome.RELEASED if self._draining.is_set() else RunOutcome.CRASHED)
             if self.failure is None:
                 self._store.registration.enter(self._worker_id, WorkerState.STOPPED)
@@ -241,7 +188,7 @@ class Keeper:
         self._end_when_idle()
 
     def _wake(self) -> None:
-        """What the waker does beside the keeper, since Redis may hang."""
+        """Does what needs Redis, on the waker's thread, since Redis may hang."""
         self._reconciler.send_wakeups()
         self._namesakes.look()
         if self._old_queue is not None:
@@ -250,7 +197,7 @@ class Keeper:
                 self._old_queue = None
 
     def _beat(self) -> None:
-        """Says that the worker lives; a newer generation of its child proves that the older ones are dead."""
+        """Sends the heartbeat; a newer generation of the child proves that the older ones are dead."""
         beat = self._store.registration.heartbeat(
             self._worker_id,
             beat=self._settings.heartbeat_seconds,
@@ -265,9 +212,9 @@ class Keeper:
         self._settle(self._last.generation - 1)
 
     def _has_died(self) -> bool:
-        """Whether the last child that has reported is gone, and nobody has seen to it."""
+        """True where the last child that has reported is gone, and nobody has seen to it."""
         pid = self._last.child_pid
-        return pid is not None and self._last.generation > self._settled and not _is_running(pid)
+        return pid is not None and self._last.generation > self._settled and not is_running(pid)
 
     def _on_death(self) -> None:
         if not self._has_died():
@@ -282,7 +229,7 @@ class Keeper:
             self._give_up(f"{self._options.spec}: the process died {self._failed_loads} times while loading it")
 
     def _tell_death(self) -> None:
-        """Logs how the last child ended, and at which jobs."""
+        """Logs the end of the last child, and its jobs."""
         child = self._last
         held = self._store.recovery.held_by(self._worker_id, generation=child.generation)
         log.warning(
@@ -305,7 +252,7 @@ class Keeper:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _settle(self, generation: int, outcome: RunOutcome = RunOutcome.CRASHED) -> None:
-        """Nothing is left of the children up to this generation, once the store has answered."""
+        """Takes back what the children up to this generation left. Raises StoreError."""
         if generation <= self._settled:
             return
         taken = self._leftovers.settle(self._worker_id, generation, outcome=outcome)
@@ -337,10 +284,3 @@ class Keeper:
             elif monotonic() - self._idle_since >= seconds:
                 log.info("idle, so this worker ends", worker=self._worker_id, seconds=seconds)
                 os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -1,6 +1,6 @@
-"""What dead processes leave behind: their spools are saved first, then their leases are taken back.
+"""The leftovers of dead processes: their spools are saved first, then their leases are taken back.
 
-First the spools, since the fences under which they were written end with the leases.
+The spools come first, since the fences under which they were written end with the leases.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from batchmill.worker.loop.batch_lines import log_taken_back
 from batchmill.worker.loop.spool import NewerSpool, SpoolFile, Spools, abandoned, read
 
 log = get_logger(__name__)
-#: A worker of an earlier boot has to be silent for so many heartbeats, too, before it counts as dead: it may be one of
+#: Heartbeats that a worker of an earlier boot has to be silent for as well, before it counts as dead: it may run on
 #: another machine of this name.
 _SILENT_HEARTBEATS = 3
-#: A spool that was not written to for so many leases belongs to nobody.
+#: A spool that was not written to for this many leases belongs to nobody.
 _ABANDONED_LEASES = 1_440
-#: A sync saves at most so many outputs of a spool, beside the bound of their bytes.
+#: The most outputs of a spool in one sync, beside the bound of their bytes.
 _PAGE_OUTPUTS = 2_000
 
 
 class Leftovers:
-    """Every call may be cut short and made again."""
+    """Settles what dead children left; every call may be cut short and made again."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
@@ -40,7 +40,7 @@ class Leftovers:
         self._silent_seconds = _SILENT_HEARTBEATS * settings.heartbeat_seconds
 
     def settle(self, worker_id: int, generation: int, *, outcome: RunOutcome = RunOutcome.CRASHED) -> int:
-        """Saves and takes back what this worker's children up to a generation left: how many leases.
+        """Saves and takes back what this worker's children up to a generation left. Returns the number of leases.
 
         Raises StoreError; nothing is lost then, and the next call goes on.
         """
@@ -52,18 +52,18 @@ class Leftovers:
         return taken
 
     def settle_orphans(self) -> int:
-        """The same for workers of this host whose parents are known to be dead: how many leases.
+        """Settles workers of this host whose parents are known to be dead. Returns the number of leases.
 
-        Of silent workers of which nothing is known (of another container, or of before a process was told by more than
-        its pid) the spools are saved, as long as the leases last; these end by the store's clock.
+        Of silent workers of which nothing is known (of another container, or from before a process was told by more
+        than its pid) only the spools are saved, while the leases last; these end by the store's clock.
         """
         taken = 0
         for holder in self._store.recovery.holders(socket.gethostname()):
             if self._is_dead(holder):
                 taken += self.settle(holder.worker_id, holder.generation)
-        if found := self._spools.found():
-            silent = self._store.recovery.silent({each.worker_id for each in found})
-            for each in found:
+        if spools := self._spools.found():
+            silent = self._store.recovery.silent({each.worker_id for each in spools})
+            for each in spools:
                 if each.worker_id in silent and not _lives(silent[each.worker_id]):
                     self._save(each)
         return taken

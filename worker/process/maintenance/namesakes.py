@@ -1,7 +1,7 @@
 """Two live stores that show one id, as a store and its restored copy do: told by a mark in the Redis that they share.
 
-Every worker leaves its mark under the store's id. Who finds, in the place of its own, one of a worker that its store
-does not know has met the worker of another store: it was written after its own, so that other store lives.
+Every worker leaves its mark under the store's id. A worker that finds, in the place of its own, the mark of a worker
+that its store does not know has met another store: the mark was written after its own, so that other store lives.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from batchmill.jobs.store.store import Store
 
 log = get_logger(__name__)
 _FORMAT = 1
-#: A mark that nobody renews is forgotten.
+#: A mark that nobody renews is forgotten after this time.
 _MARK_SECONDS = 3_600
 #: A worker of this store may have left its mark shortly before it ended.
 _KNOWN_SECONDS = 300.0
-#: After so many looks without a meeting another store is taken for gone.
+#: Looks without a meeting after which another store is taken for gone.
 _LOOKS = 20
 
 
 class Namesakes:
-    """One for the life of a worker. `process` None, where the system tells none, looks for nothing."""
+    """Looks for another store's workers, for the life of a worker.
+
+    `process`: this one; None where the system tells none, and then nothing is looked for.
+    """
 
     def __init__(self, store: Store, broker: Broker, worker_id: int, *, name: str, process: Process | None) -> None:
         self._store = store
@@ -35,17 +38,17 @@ class Namesakes:
         self._mark = json.dumps({"format": _FORMAT, "worker": name, "process": str(process)})
         self._looks_for_any = process is not None
         self._has_marked = False
-        #: How many looks ago another store was met; None where it is written in the row that there is none.
+        #: Looks since another store was met; None where the row says that there is none.
         self._since: int | None = None
 
     def look(self) -> None:
-        """Leaves the mark, and writes into the worker's row whom it met. Raises StoreError."""
+        """Leaves the mark, and writes into the worker's row which worker it met. Raises StoreError."""
         if not self._looks_for_any:
             return
         try:
             before = self._broker.mark(self._store.id, self._mark, seconds=_MARK_SECONDS)
         except BrokerUnavailable:
-            return  # which is told of by whoever sends wake-ups
+            return  # the sender of wake-ups logs it
         met = self._stranger(before) if self._has_marked else None
         self._has_marked = True
         if met is not None:

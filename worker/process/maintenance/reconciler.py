@@ -1,8 +1,8 @@
-"""A plain loop's one pass: takes back expired leases, closes jobs, deletes dead submits, sends wake-ups.
+"""The reconciler's pass: takes back expired leases, closes jobs, deletes dead submits, sends wake-ups.
 
 Any number may run at once. A lease, of a batch or of a submit that loads, is taken back only when it was seen expired
-twice, half a lease apart on this process's own clock, and was not renewed between: an outage of the store, in which
-nobody could renew, reaps nobody, nor does a clock that is set.
+twice, half a lease apart on this process's own clock, and was not renewed between. So no lease is reaped for an outage
+of the store, in which nobody could renew, nor for a clock that is set.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Lease = TypeVar("Lease")
 
 
 class _Sightings(Generic[Id, Lease]):
-    """Expired leases, and since when on this process's clock each was seen as it is."""
+    """Expired leases, each with the time on this process's clock since which it was seen unchanged."""
 
     def __init__(self, lease_seconds: float) -> None:
         self._apart_seconds = lease_seconds / 2
         self._seen: dict[Id, tuple[Lease, float]] = {}
 
     def due(self, expired: Mapping[Id, Lease]) -> dict[Id, Lease]:
-        """Those of them that were seen long enough ago, and have not been renewed since."""
+        """Returns those that were seen long enough ago, and have not been renewed since."""
         now = monotonic()
         seen = {}
         for each, lease in expired.items():
@@ -43,7 +43,7 @@ class _Sightings(Generic[Id, Lease]):
 
 
 class Reconciler:
-    """`lease_seconds` is of batches, `loading_lease_seconds` of submits."""
+    """Repairs the store and fills the queues. `lease_seconds`: of batches; `loading_lease_seconds`: of submits."""
 
     def __init__(self, store: Store, broker: Broker, *, lease_seconds: float, loading_lease_seconds: float) -> None:
         self._store = store
@@ -59,7 +59,7 @@ class Reconciler:
         return cls(store, broker, lease_seconds=seconds, loading_lease_seconds=settings.loading_lease_seconds)
 
     def repair(self) -> None:
-        """One pass. Raises StoreError."""
+        """Runs one pass over the store. Raises StoreError."""
         reaped = self._reap()
         closed = self._store.closing.close_finished()
         discarded = self._discard()

@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 
 class Waker:
-    """`send` sends what the queues lack; several requests that come while it is at work are one."""
+    """Calls `send` for the queues when it is asked; requests that come while it is at work become one."""
 
     def __init__(self, send: Callable[[], None]) -> None:
         self._send = send
@@ -24,13 +24,13 @@ class Waker:
         self._thread.start()
 
     def wake(self) -> None:
-        """Returns at once."""
+        """Asks for wake-ups to be sent; returns at once."""
         with self._condition:
             self._asked += 1
             self._condition.notify_all()
 
     def wait(self, *, seconds: float) -> None:
-        """Until what was asked for is sent, or so long."""
+        """Waits until what was asked for is sent, at most this long."""
         with self._condition:
             asked = self._asked
             self._condition.wait_for(lambda: self._sent >= asked, timeout=seconds)
@@ -45,7 +45,7 @@ class Waker:
             except StoreError as error:
                 log.warning("no wake-ups sent; the next pass sends them", error=str(error))
             except Exception:
-                # The bottom of this thread: it has to outlive whatever a library makes of a broken connection.
+                # The bottom of this thread, which has to outlive any error that a library makes of a lost connection.
                 log.exception("no wake-ups sent; the next pass sends them")
             with self._condition:
                 self._sent = asked

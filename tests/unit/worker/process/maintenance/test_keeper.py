@@ -9,8 +9,10 @@ from structlog.testing import capture_logs
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.store.store import Store
-from batchmill.worker.process.maintenance.keeper import Keeper, Pool, WorkerOptions
+from batchmill.worker.process.maintenance.keeper import Keeper
 from batchmill.worker.process.maintenance.namesakes import Namesakes
+from batchmill.worker.process.maintenance.pool import Pool
+from batchmill.worker.process.worker_options import WorkerOptions
 from tests.support.store import mill
 
 
@@ -26,19 +28,6 @@ class CeleryWorker:
 
     def __init__(self, ends: dict[int, Ended]) -> None:
         self.pool, self._pool, self.ends = self, self, ends
-
-
-def test_the_end_of_a_child_that_celery_is_just_noting_is_waited_for() -> None:
-    class Noted(Ended):
-        """Of which the system tells Celery's thread first."""
-
-        looks = 0
-
-        def poll(self) -> int:
-            self.looks += 1
-            return -9 if self.looks > 2 else None  # type: ignore[return-value]
-
-    assert Pool(CeleryWorker({2: Noted()})).ended_by(2) == "SIGKILL"
 
 
 def test_the_end_of_a_child_is_told_also_where_the_next_one_reported_first(sqlite_url: str) -> None:

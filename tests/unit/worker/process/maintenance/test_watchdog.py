@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from batchmill.worker.process import watchdog
+from batchmill.worker.process.maintenance import watchdog
+from batchmill.worker.process.maintenance.watchdog import Watchdog
 from batchmill.worker.process.pulse import Pulse
-from batchmill.worker.process.watchdog import Watchdog
 from tests.support.paths import ROOT
 
 BEGIN = """\
 import sys, time
 from batchmill.worker.process.pulse import Pulse
-from batchmill.worker.process.watchdog import tell_stacks_when_asked
+from batchmill.worker.process.maintenance.watchdog import tell_stacks_when_asked
 pulse = Pulse.of(sys.argv[1])
 tell_stacks_when_asked(pulse)
 """
@@ -41,7 +41,7 @@ print('done')
 PARENT = """\
 import subprocess, sys
 from batchmill.worker.process.pulse import Pulse
-from batchmill.worker.process.watchdog import Watchdog
+from batchmill.worker.process.maintenance.watchdog import Watchdog
 pulse = Pulse.create()
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], pulse.path, sys.argv[2]])
 Watchdog(pulse, pids=lambda: [child.pid]).start()

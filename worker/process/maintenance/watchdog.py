@@ -1,7 +1,7 @@
-"""Ends a child that makes no progress, with the stacks of all its threads logged.
+"""The watchdog: ends a child that makes no progress, and logs the stacks of all its threads.
 
 It is a thread of the parent, and counts only time in which both were allowed to run: a process that was stopped, or
-frozen or suspended with its parent, is not to blame for that. It knows the child by its pulse alone.
+frozen or suspended with its parent, is not ended for that. It knows the child by its pulse alone.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ log = get_logger(__name__)
 _TICK_SECONDS = 0.25
 #: A look that comes later than this was held up with the whole machine, and counts no more than this.
 _MOST_SECONDS = 2 * _TICK_SECONDS
-#: How long a child that is to end has to tell its stacks.
+#: The time that a child has to tell its stacks before it is ended.
 _TELL_SECONDS = 1.0
-#: At this a child tells its stacks. A process that is not prepared for it ignores it.
+#: The signal at which a child tells its stacks. A process that is not prepared for it ignores it.
 _ASK_SIGNAL = signal.SIGURG
 _PAUSED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
 def tell_stacks_when_asked(pulse: Pulse) -> None:
-    """Lets this process tell its stacks, in a handler of C, so that it works while the interpreter is held."""
+    """Lets this process tell its stacks, in a handler in C that works while the interpreter is held."""
     faulthandler.register(_ASK_SIGNAL, file=pulse.open_words())
 
 
 class Watchdog:
-    """`pids`: the processes that it may end."""
+    """Ends the child of a pulse that stands still. `pids`: the processes that it may end."""
 
     def __init__(self, pulse: Pulse, *, pids: Callable[[], Collection[int]]) -> None:
         self._pulse = pulse
