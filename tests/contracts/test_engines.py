@@ -1,4 +1,4 @@
-"""What every engine promises, on every engine."""
+"""The contract of engines, checked on each of them."""
 
 from __future__ import annotations
 

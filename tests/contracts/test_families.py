@@ -53,7 +53,7 @@ def family(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 def generated(loaded: LoadedModel, prompt: str, tokens: int) -> list[int]:
-    """What transformers' own `generate` answers; no end token ends it."""
+    """The answer of transformers' own `generate`; no end token ends it."""
     found = loaded.model.generate(
         torch.tensor([loaded.tokenizer.encode(prompt)]), max_new_tokens=tokens, do_sample=False, pad_token_id=2
     )

@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 WORKERS = sorted(name for name in SERVICES if name.startswith("worker-"))
-#: What compose replaces: `$$`, `$NAME`, `${NAME}`, or `${NAME` with an operator and what follows it.
+#: References that compose replaces: `$$`, `$NAME`, `${NAME}`, or `${NAME` with an operator and what follows it.
 VARIABLE = re.compile(r"\$(?:(\$)|\{?(\w+)(?:(:?[-?+])([^}]*))?\}?)")
 #: A worker is given its drain time and so long to end Celery and itself.
 END_SECONDS = 5
@@ -47,7 +47,7 @@ def assignments(name: str) -> dict[str, str]:
 
 
 def interpolated(text: str, values: dict[str, str]) -> str:
-    """What compose makes of a string. An empty or missing variable that is required is a KeyError."""
+    """The string as compose interpolates it. An empty or missing variable that is required is a KeyError."""
 
     def value(found: re.Match[str]) -> str:
         dollar, name, operator, default = found.groups()
@@ -79,7 +79,7 @@ def last_of(dockerfile: str, name: str) -> str:
 
 
 def copied(dockerfile: str) -> list[str]:
-    """What a Dockerfile takes from the repository."""
+    """The paths of the repository that a Dockerfile copies."""
     copies = [rest.split() for name, rest in instructions(dockerfile) if name in ("COPY", "ADD")]
     return [source for words in copies if not words[0].startswith("--from") for source in words[:-1]]
 
@@ -482,7 +482,7 @@ def test_the_unit_finds_every_variable_of_its_command_in_its_environment_file() 
     assert not any(name.startswith(PREFIX) for name in variables), "those are settings, and unknown ones are refused"
 
 
-# Where the tools are installed
+# Checks by tools that may not be installed
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

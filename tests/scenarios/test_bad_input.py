@@ -45,7 +45,7 @@ def load(store: Store, path: Path) -> str:
 
 
 def counted(store: Store) -> tuple[int, int, int]:
-    """How many jobs, batches and requests there are, in whatever state."""
+    """The numbers of jobs, batches and requests, in any state."""
     return mill.rows(store, "jobs"), mill.rows(store, "batches"), mill.rows(store, "requests")
 
 

@@ -90,7 +90,7 @@ _DESK = st.sampled_from(range(_WORKERS))
 
 
 class Mill(RuleBasedStateMachine):
-    """What may happen, and what must hold."""
+    """The rules of a mill's history, and its invariants."""
 
     def __init__(self, bed: Bed) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Mill(RuleBasedStateMachine):
         gentle=st.sampled_from((False, False, True)),
     )
     def begin(self, rows: int, spool_bytes: int, gentle: bool) -> None:
-        """`gentle`: only poison crashes workers."""
+        """In a `gentle` history only poison crashes workers."""
         self.rows = rows
         self.gentle = gentle
         self.bed.spool_bytes = spool_bytes
@@ -132,7 +132,7 @@ class Mill(RuleBasedStateMachine):
         return Desk(self.store, self.bed, self.queues, self.rows, next(self.numbers))
 
     def last_desk(self) -> Desk:
-        """One that can work everything off."""
+        """A desk that can work everything off."""
         return self.new_desk()
 
     def prompts(self, count: int, first: int) -> list[GenerationRequest]:
@@ -158,7 +158,7 @@ class Mill(RuleBasedStateMachine):
     @precondition(lambda self: len(self.totals) + len(self.loading) < _MOST_JOBS or self.loading)
     @rule(data=st.data(), pieces=st.lists(st.sampled_from(range(1, 9)), min_size=1, max_size=2))
     def submit_in_two_steps(self, data: st.DataObject, pieces: list[int]) -> None:
-        """What is begun here is opened another time, or never."""
+        """A submit that begins here is opened another time, or never."""
         if not self.loading:
             self.load(pieces, 3)
             return
@@ -228,7 +228,7 @@ class Mill(RuleBasedStateMachine):
 
     @rule(**_WORKED)
     def everybody_works_on(self, count: int, thawed: bool, settled: str) -> None:
-        """Twice, so that more is done than goes wrong."""
+        """A second rule for the same, so that more is done than goes wrong."""
         self.all_work(count, thawed, settled)
 
     def all_work(self, count: int, thawed: bool, settled: str) -> None:
@@ -250,7 +250,7 @@ class Mill(RuleBasedStateMachine):
                 desk.settle()
 
     def thaw(self, count: int) -> None:
-        """Who thaws goes on as if nothing had happened: it answers, then it says so."""
+        """A child that thaws goes on as if nothing had happened: it answers, then it says so."""
         for desk in self.desks:
             if desk.child is not None and desk.child.frozen:
                 desk.child.frozen = False
@@ -395,7 +395,7 @@ class Mill(RuleBasedStateMachine):
     @precondition(lambda self: self.busy())
     @rule(data=st.data(), what=st.sampled_from(_MISFORTUNES))
     def misfortune(self, data: st.DataObject, what: str) -> None:
-        """Who loses its parent dies, and nobody settles; another worker takes its place, and that of a sick one."""
+        """A child that loses its parent dies, and nobody settles; another worker replaces it, and a sick one."""
         if self.gentle and not what.startswith("drains"):
             return
         place = data.draw(st.sampled_from(self.busy()))
@@ -419,14 +419,14 @@ class Mill(RuleBasedStateMachine):
         return [place for place, each in enumerate(self.desks) if each.child is not None and each.child.holdings]
 
     def follow(self, place: int, what: str) -> None:
-        """What comes after a worker's death, if it was more than its child's."""
+        """Replaces a worker whose death was more than its child's."""
         if what == "is sick":
             self.be_sick(self.desks[place])
         if what != "is killed":
             self.desks[place] = self.new_desk()
 
     def be_sick(self, desk: Desk) -> None:
-        """What the crashes of a sick worker blamed is acquitted."""
+        """Requests that the crashes of a sick worker blamed are acquitted."""
         desk.settle()
         seen = self.see()
         mine = {each.id for each in seen.batches.values() if each.crashed_by == desk.worker_id}
@@ -442,7 +442,7 @@ class Mill(RuleBasedStateMachine):
         renewed=st.booleans(),
     )
     def time_passes(self, seconds: float, step: float, reconcilers: set[int], renewed: bool) -> None:
-        """`step`: somebody sets the store's clock. In a gentle history nobody does, nor is silent for a lease."""
+        """Passes time; `step` sets the store's clock. A gentle history has neither a step nor silence for a lease."""
         if not self.gentle:
             self.bed.clock.seconds += step
             self.set_back = self.set_back or step < 0
@@ -488,7 +488,7 @@ class Mill(RuleBasedStateMachine):
             self.retry(job_id, chances, pages if what == "retry cut short" else None)
 
     def retry(self, job_id: str, chances: Chances, pages: int | None) -> None:
-        """`pages`: cut short after so many."""
+        """Retries a job; with `pages` it is cut short after so many pages."""
         before = self.see()
         was_closed = before.jobs[job_id].state in CLOSED_JOB_STATES
         try:
@@ -525,7 +525,7 @@ class Mill(RuleBasedStateMachine):
         self.look(self.see())
 
     def ask_the_oracle(self, *, closed: bool) -> None:
-        """Once the clock was set back, the order of times says nothing."""
+        """The order of times says nothing once the clock was set back."""
         found = violations(self.store, closed=closed)
         assert [each for each in found if not (self.set_back and _OF_TIMES.search(each))] == []
         if closed:
@@ -586,7 +586,7 @@ class Mill(RuleBasedStateMachine):
         return [each for each in seen.batches.values() if (each.worker_id, each.worker_generation) == who]
 
     def suspects_run_apart(self, seen: Seen) -> None:
-        """Who holds a suspect holds nothing else, and suspects are in groups that get smaller."""
+        """A worker that holds a suspect holds nothing else, and suspects are in groups that get smaller."""
         for desk in self.desks:
             held = self.held_by(seen, desk)
             assert len(held) <= 1 or not any(each.crashes for each in held), "a suspect does not run apart"

@@ -1,4 +1,4 @@
-"""One key, one job: however often, from wherever and at once it is submitted, and whatever dies on the way."""
+"""One job for each idempotency key: with repeated, concurrent and interrupted submits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def submit(store: Store, submission: Submission) -> Submitted:
 
 
 def counted(store: Store) -> tuple[int, int, int]:
-    """How many jobs, batches and requests there are, in whatever state."""
+    """The numbers of jobs, batches and requests, in any state."""
     return mill.rows(store, "jobs"), mill.rows(store, "batches"), mill.rows(store, "requests")
 
 
@@ -263,7 +263,7 @@ def test_a_cancelled_job_keeps_its_key(store: Store, file: str) -> None:
 
 
 def test_the_loser_alone_deletes_its_rows(store: Store, file: str) -> None:
-    """load_job itself says who won, and leaves the winner and every other loading job as they are."""
+    """load_job itself names the winner, and leaves it and every other loading job as they are."""
     loading = mill.begin(store)
     asked = Submission(file, "echo", idempotency_key="k")
     winner, _ = load_job(asked, store=store, settings=SETTINGS)

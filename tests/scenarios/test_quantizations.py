@@ -92,7 +92,7 @@ def spec(folder: Path, quantization: str) -> ModelSpec:
 
 
 def written(row: str, shape: str) -> str:
-    """What a user writes for this row and this shape."""
+    """The quantization as a user writes it, for this row and this shape."""
     return row.replace("=skip", f"={SKIPPED[shape]}")
 
 
@@ -262,7 +262,7 @@ def test_sizes_that_the_fused_kernel_does_not_take_are_served_without_it(tmp_pat
 
 
 class _Gpu:
-    """What a device is asked here: a GPU of some age, which no CPU can stand in for."""
+    """The questions to a device here: a GPU of some age, which no CPU can stand in for."""
 
     type = "cuda"
 

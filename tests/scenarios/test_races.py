@@ -1,4 +1,4 @@
-"""Two at the same door: what threads that begin at the same moment do to one store, on SQLite and on PostgreSQL.
+"""Races of threads that begin at the same moment on one store, on SQLite and on PostgreSQL.
 
 Every test repeats its race for a few seconds (longer in the slow run): each round begins with nothing open, lets
 everybody go at one barrier, and then looks at what is in the store. Which of them won is left to the database.
@@ -56,7 +56,7 @@ def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
 
 
 def at_once(chance: random.Random, *steps: Callable[[], Any]) -> list[Any]:
-    """Runs every step in a thread of its own, all from one barrier: what they returned. Raises what they raised."""
+    """Runs every step in a thread of its own, all from one barrier. Returns their results, and raises their errors."""
     barrier = threading.Barrier(len(steps))
     done: list[Any] = [None] * len(steps)
     failed: list[BaseException] = []
@@ -92,13 +92,13 @@ def written_by(store: Store, run_id: int) -> set[int]:
 
 
 def outcomes(store: Store, job_id: str) -> Counter[str | None]:
-    """How the runs of a job ended."""
+    """The outcomes of the runs of a job."""
     with store.database.read() as connection:
         return Counter(connection.scalars(select(runs.c.outcome).where(runs.c.job_id == job_id)))
 
 
 def crash_counts(store: Store, job_id: str) -> list[int]:
-    """For every request of a job, in order, how often its process died with it in flight."""
+    """The crashes of every request of a job, in order: deaths of a process that had it in flight."""
     of_batch = select(batches.c.crashes).join_from(requests, batches, requests.c.batch_id == batches.c.id)
     with store.database.read() as connection:
         found = of_batch.where(requests.c.job_id == job_id).order_by(requests.c.index)
@@ -111,7 +111,7 @@ def crashed_runs(store: Store) -> set[int]:
 
 
 def retried(store: Store, job_id: str) -> int:
-    """Retries a job: how many requests moved, none of one that is open again."""
+    """Retries a job and returns the number of reopened requests, 0 for a job that is open again."""
     try:
         return store.retries.retry(job_id).moved
     except JobStateError:
@@ -119,7 +119,7 @@ def retried(store: Store, job_id: str) -> int:
 
 
 def open_under(store: Store, key: str) -> tuple[str, bool]:
-    """Loads a job of its own and opens it under a key: the job that has the key now, and whether it is this one."""
+    """Loads a job and opens it under a key. Returns the job that has the key now, and True where it is this one."""
     job_id = mill.begin(store)
     store.creation.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=mill.LEASE_SECONDS)
     try:
@@ -276,7 +276,7 @@ class TestReaping:
     def test_a_dead_process_taken_back_twice_at_once_is_blamed_once(
         self, store: Store, clock: mill.Clock, rounds: Rounds
     ) -> None:
-        """What a reconciler took back first has expired, which blames nobody."""
+        """Batches that a reconciler took back first have expired, which blames nobody."""
         dead, alive = mill.session(store, name="dead"), mill.session(store, name="alive")
         for chance in rounds:
             job_id = mill.load(store, 8, batch_size=2)

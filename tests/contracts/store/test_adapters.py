@@ -57,7 +57,7 @@ def gathered(store: Store, job_id: str) -> list[tuple[str, list[int]]]:
 
 
 def claimed_by(store: Store, who: WorkerSession, *, wanted: int = 1) -> list[str | None]:
-    """What a worker gets, all that it may, each batch answered at once."""
+    """The adapters of all batches that a worker can claim; each batch is answered at once."""
     got: list[str | None] = []
     while claimed := mill.claim(store, who, wanted=wanted):
         got += [each.adapter for each in claimed]

@@ -1,4 +1,4 @@
-"""Who is blamed for a crash: suspects run apart, in groups of 16, 4, 1 and 1; innocents are let go."""
+"""Blame for a crash: suspects run apart, in groups of 16, 4, 1 and 1; innocents are let go."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def indexes(claimed: Claimed) -> list[int]:
 
 
 def suspects(store: Store) -> dict[int, int]:
-    """How many pending batches have so many crashes."""
+    """The number of pending batches by their number of crashes."""
     with store.database.read() as connection:
         found = connection.scalars(select(batches.c.crashes).where(batches.c.state == "pending")).all()
     return {crashes: found.count(crashes) for crashes in set(found)}

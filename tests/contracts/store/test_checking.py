@@ -26,7 +26,7 @@ def said(store: Store) -> list[str]:
     return [f"{finding.check}: {finding.text}" for finding in checking.findings(checking.job_ids())]
 
 
-#: What is broken in a sound store.
+#: Statements that break a sound store, by the finding that tells it.
 CASES = {
     "rows: requests has rows of job nobody's, which is gone": "UPDATE requests SET job_id = 'nobody''s'"
     ' WHERE batch_id = 5 AND "index" = 9',

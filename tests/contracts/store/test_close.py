@@ -1,4 +1,4 @@
-"""How jobs end and begin again: cancel and retry, on SQLite and on PostgreSQL."""
+"""The end of jobs and their reopening: cancel and retry, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 

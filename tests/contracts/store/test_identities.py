@@ -1,4 +1,4 @@
-"""What a job's model consists of, in the store: settled by its first claim, and no other model answers the rest."""
+"""The identity of a job's model in the store: fixed by the first claim, and no other model answers the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers did of a job, over the time really worked; and the sample by which its end is estimated."""
+"""Workers' use of time for a job, over the time really worked, and the sample by which its end is estimated."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_fish_completes_the_same(environ: dict[str, str], job_id: str, tmp_path:
 
 
 class TestIds:
-    """What is offered where a JOB is meant."""
+    """Completions of a JOB argument."""
 
     @pytest.fixture(autouse=True)
     def the_store_is_the_settings(self, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which earlier job a `run` goes on with or exports: one whose answers are those of the model that lies there now."""
+"""The earlier job that `run` continues or exports: its answers come from the model that is there now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export writes: JSONL, the OpenAI Batch format, CSV, and files that are replaced whole."""
+"""Files that an export writes: JSONL, the OpenAI Batch format, CSV, and files that are replaced whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of prompts that are none: told by their beginning, in one line that says what to do."""
+"""Files that are no prompt files: recognised by their first bytes, and refused in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(path: Path | str, form: str | None = None) -> list[str | None]:
 
 
 def refused(path: Path | str, form: str | None = None) -> str:
-    """What is said of a file that is refused whole, in one line, after its name."""
+    """The message for a file that is refused whole, without the file's name."""
     with pytest.raises(PromptFileError) as caught:
         read(path, form)
     assert caught.value.exit_code == 2

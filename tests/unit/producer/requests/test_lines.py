@@ -65,7 +65,7 @@ def one(tmp_path: Path) -> Callable[..., GenerationRequest]:
 
 @pytest.fixture
 def problem(tmp_path: Path) -> Callable[..., str]:
-    """What is said of a file of one bad line, after `file:1: `."""
+    """The message for a file of one bad line, after `file:1: `."""
 
     def read(line: bytes | dict[str, Any], *, name: str = "prompts.jsonl", **options: Any) -> str:
         data = line if isinstance(line, bytes) else json.dumps(line).encode()

@@ -1,4 +1,4 @@
-"""When a job ends: played again from its timeline, the estimate is near what really was left."""
+"""The estimate of a job's end: replayed from its timeline, it is near the time that was really left."""
 
 from __future__ import annotations
 

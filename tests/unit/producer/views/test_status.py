@@ -1,4 +1,4 @@
-"""What status says: the public JSON, pinned key by key and type by type, and the lines for people."""
+"""The status of a job: the public JSON, pinned key by key and type by type, and the lines for people."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ class Clocked:
 
 
 class TestEnd(Clocked):
-    """When a job ends, which every command says by the same words."""
+    """The estimated end of a job, in the same words in every command."""
 
     @pytest.fixture
     def who(self, store: Store) -> WorkerSession:

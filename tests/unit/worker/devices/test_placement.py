@@ -1,4 +1,4 @@
-"""Where a model goes, as the flags say it: what they mean, and how each mistake is named."""
+"""The placement of a model by flags: their meaning, and the message for each mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engine serves a model, and what becomes of the options that it lacks."""
+"""The choice of the engine for a model, and the options that it does not have."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def request(index: int, prompt_tokens: int, max_tokens: int) -> GenerationReques
 
 
 def alone(model: LoadedModel, asked: GenerationRequest) -> str:
-    """What transformers says."""
+    """The answer of transformers' `generate`."""
     ids = torch.tensor([model.tokenizer.encode(asked.prompt or "")])
     whole = model.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.sampling.max_tokens, do_sample=False,

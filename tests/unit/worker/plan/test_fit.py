@@ -1,4 +1,4 @@
-"""What fits is counted as the engines count, and a model that does not fit is refused before its weights are read."""
+"""The fit of a model is counted as the engines count; a model too large is refused before its weights are read."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_plan_says_what_a_started_worker_says(quantization: str, options: Engi
         started = engine.limits
     model = PlannedModel(ModelSpec(DEMO), DEMO_FOLDER)
     holding = model.holding(Quantization.parse(quantization), CPU)
-    # What is free while an engine starts is what is left beside weights and copies, which are there already.
+    # The free memory while an engine starts is without weights and copies, which are loaded already.
     there = holding.footprint.weights_bytes + (
         0 if options.dequantize is Dequantize.NEVER else holding.footprint.copy_bytes
     )

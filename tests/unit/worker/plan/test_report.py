@@ -49,7 +49,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"},
 }  # fmt: skip
-#: What each family is seen to have besides, for the layers that are not linear: tied weights, and experts in one.
+#: Families whose weights are not all in linear layers of their own: tied embeddings, and experts in one tensor.
 EXTRA = {
     "tied": lambda: LlamaConfig(**_TINY, tie_word_embeddings=True),
     "experts": lambda: MixtralConfig(**_TINY, num_local_experts=4),
@@ -77,7 +77,7 @@ def shape(folder: Path, name: str, **changes: Any) -> PlannedModel:
 
 
 def scales_of(model: torch.nn.Module) -> int:
-    """What quantized weights have beside them in memory, which get_memory_footprint() leaves out."""
+    """The bytes of scales beside quantized weights, which get_memory_footprint() leaves out."""
     found = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)

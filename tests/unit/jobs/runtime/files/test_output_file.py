@@ -1,4 +1,4 @@
-"""What a command is told to write over: refused before any work where it would be lost, by whatever name."""
+"""Output files that would overwrite an input: refused before any work, under every name of the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = '{"prompt": "one"}\n{"prompt": "two"}\n'
 
 
 def batchmill(folder: Path, *words: str | Path, shell: str = 'exec "$@"', code: int = 2, **settings: str) -> str:
-    """What the command says on stderr, in this folder, with a home in it."""
+    """Runs batchmill in this folder, with a home in it, and returns its stderr."""
     environ = os.environ | {"BATCHMILL_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT / "src")} | settings
     line = ["sh", "-c", shell, "sh", sys.executable, "-m", "batchmill", *map(str, words)]
     done = subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Why a job does not move: every finding, its verdict and what it tells the user to do, on both databases."""
+"""Reasons why a job does not move: every finding, its verdict and its advice, on both databases."""
 
 from __future__ import annotations
 

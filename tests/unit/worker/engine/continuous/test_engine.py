@@ -1,4 +1,4 @@
-"""What the continuous engine gives for each option, for models that it cannot serve, and when memory runs out."""
+"""The continuous engine: each option, models that it cannot serve, and memory that runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What response_format lets an answer be: random answers within each grammar are what was asked for."""
+"""Grammars of response_format: random answers within each grammar are valid by its definition."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Desk:
         return self.text(tokens) if matcher.ended else None
 
     def takes(self, matcher: Matcher, text: str) -> bool:
-        """Whether this text, byte by byte, is a whole answer."""
+        """Returns True where this text, byte by byte, is a whole answer."""
         for byte in text.encode():
             token = self.tokenizer.convert_tokens_to_ids(BYTE_TOKENS[byte])
             if matcher.ended or token not in self.allowed(matcher):

@@ -1,4 +1,4 @@
-"""The sampler's state and order: who sits where, in whose company, and what comes back. Distributions: see beside."""
+"""The sampler's batch slots and order. The distributions are tested in `test_sampler_distributions`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.support.processes.holding import file_lock
 from tests.support.servers.hub_machine import MODEL, ROOT, Machine, found
 from tests.support.servers.hub_server import TOKEN, Hub, Repository, commit_of, files_of, serving
 
-#: What the repositories hold beside the model, none of which is to come.
+#: Files of the repositories beside the model, none of which is to be fetched.
 CLUTTER = {
     "README.md": b"# A model",
     ".gitattributes": b"*.bin filter=lfs",
