@@ -44,11 +44,6 @@ def _rounds(seconds: float) -> Rounds:
 
 
 @pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
 def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
     store = Store(store_url, busy_seconds=20, now=clock.expression())
     yield store

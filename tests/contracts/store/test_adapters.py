@@ -28,16 +28,9 @@ ALL = frozenset(RequestState)
 
 
 @pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
-def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
-    store = Store(store_url, busy_seconds=10, now=clock.expression())
-    yield store
-    assert violations(store, closed=False) == []
-    store.close()
+def store(clocked: Store) -> Iterator[Store]:
+    yield clocked
+    assert violations(clocked, closed=False) == []
 
 
 def gathered(store: Store, job_id: str) -> list[tuple[str, list[int]]]:

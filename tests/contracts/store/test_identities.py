@@ -33,16 +33,9 @@ REMEDY = "to finish it, restore the old model and restart a worker; to have the 
 
 
 @pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
-def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
-    store = Store(store_url, busy_seconds=10, now=clock.expression())
-    yield store
-    assert violations(store, closed=False) == []
-    store.close()
+def store(clocked: Store) -> Iterator[Store]:
+    yield clocked
+    assert violations(clocked, closed=False) == []
 
 
 def begun_by(store: Store, who: WorkerSession, count: int = 8) -> str:

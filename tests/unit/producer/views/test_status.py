@@ -267,14 +267,8 @@ class Clocked:
     """A store by a clock that a test sets."""
 
     @pytest.fixture
-    def clock(self) -> mill.Clock:
-        return mill.Clock()
-
-    @pytest.fixture
-    def store(self, store_url: str, clock: mill.Clock) -> Iterator[Store]:
-        store = Store(store_url, busy_seconds=10, now=clock.expression())
-        yield store
-        store.close()
+    def store(self, clocked: Store) -> Store:
+        return clocked
 
 
 class TestEnd(Clocked):

@@ -22,7 +22,6 @@ from batchmill.jobs.runtime.sizes import bytes_of, size
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import runs
 from batchmill.jobs.store.views.speeds import Speed
-from batchmill.migrations import revisions
 from batchmill.worker.cli import plan as cli_plan
 from batchmill.worker.engine.continuous.support import cache_shape
 from batchmill.worker.engine.options import EngineOptions
@@ -350,15 +349,8 @@ def test_a_configuration_is_looked_over_first(changes: dict[str, Any], said: str
     assert len(found.output.strip().splitlines()) == 1
 
 
-@pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-def test_speeds_are_of_this_machine_and_count_overlapping_runs_once(tmp_path: Path, clock: mill.Clock) -> None:
-    url = f"sqlite:///{tmp_path / 'store.db'}"
-    revisions.upgrade(url)
-    store = Store(url, now=clock.expression())
+def test_speeds_are_of_this_machine_and_count_overlapping_runs_once(sqlite_url: str, clock: mill.Clock) -> None:
+    store = Store(sqlite_url, now=clock.expression())
     mill.load(store, count=8, batch_size=4)
     who = mill.session(store)
     claimed = mill.claim(store, who, wanted=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import gethostname
@@ -53,11 +52,8 @@ class Place:
 
 
 @pytest.fixture
-def place(store_url: str) -> Iterator[Place]:
-    clock = mill.Clock()
-    store = Store(store_url, busy_seconds=10, now=clock.expression())
-    yield Place(store, clock)
-    store.close()
+def place(clocked: Store, clock: mill.Clock) -> Place:
+    return Place(clocked, clock)
 
 
 def finding(diagnosis: Diagnosis, code: str) -> Finding:

@@ -30,11 +30,6 @@ class QueueOfOne:
 
 
 @pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
 def store(sqlite_url: str, clock: mill.Clock) -> Iterator[Store]:
     store = Store(sqlite_url, now=clock.expression())
     yield store
