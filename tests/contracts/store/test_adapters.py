@@ -18,9 +18,9 @@ from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, W
 from batchmill.jobs.store.leases.lease import BatchReport, Claimed, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, requests
-from tests.scenarios.test_races import at_once
 from tests.support.store import mill
 from tests.support.store.oracle import violations
+from tests.support.store.races import at_once
 
 A, B = Adapter("a", "/adapters/a"), Adapter("b", "org/b", "main")
 OTHER_A = Adapter("a", "/adapters/newer")

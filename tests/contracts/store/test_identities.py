@@ -22,9 +22,9 @@ from batchmill.producer.views.diagnosis.snapshot import QueueState
 from batchmill.producer.views.diagnosis.verdict import Diagnosis, Verdict, diagnose
 from batchmill.producer.views.reasons import missing_lines
 from batchmill.producer.views.status import JobStatus
-from tests.scenarios.test_races import at_once
 from tests.support.store import mill
 from tests.support.store.oracle import violations
+from tests.support.store.races import at_once
 
 OLD, NEW = "tokenizer=1 weights=1", "tokenizer=1 weights=2"
 A = Adapter("a", "/adapters/a")
