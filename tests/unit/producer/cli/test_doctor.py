@@ -1,16 +1,18 @@
-"""`batchmill doctor` without a job: what it says of a home."""
+"""`batchmill doctor`: the checks of a home, and arguments that it refuses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.runtime.home import use_store
 from batchmill.producer.cli import doctor
 from batchmill.producer.cli.doctor import Check, examine
+from batchmill.producer.cli.main import cli
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +47,13 @@ def test_no_redis_is_waited_for_that_nobody_started(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Broker, "ping", ping)
     found = check(Settings(home=tmp_path), "redis")
     assert found.found.startswith("embedded, not running; server: ")
+
+
+class TestCommand:
+    def test_a_model_goes_without_a_job(self) -> None:
+        done = CliRunner().invoke(cli, ["doctor", "last", "-m", "echo"])
+        assert done.exit_code == 2
+        assert "leave --model out" in done.output
+
+    def test_no_such_job_is_exit_3(self) -> None:
+        assert CliRunner().invoke(cli, ["doctor", "nosuchjob"]).exit_code == 3
