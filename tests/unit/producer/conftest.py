@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
+from batchmill.jobs.requests.request import ErrorCode
+from batchmill.jobs.store.leases.lease import BatchReport
+from batchmill.jobs.store.store import Store
 from tests.support.prompt_files import error, write
+from tests.support.store import mill
 
 
 @pytest.fixture
@@ -26,3 +31,17 @@ def problem(tmp_path: Path) -> Callable[..., str]:
         return text.removeprefix(f"{path}:1: ")
 
     return read
+
+
+@pytest.fixture
+def half_done(store: Store) -> str:
+    """A job of ten requests: two succeeded, two failed, one worker at work."""
+    flags = GenerationOptions(None, SamplingParams(temperature=0.0))
+    job_id = mill.load(store, 10, name="nightly", options=flags)
+    who = mill.session(store)
+    (claimed,) = mill.claim(store, who)
+    mill.save(store, who, [mill.answered(claimed, count=2)])
+    errors = [mill.output(job_id, index, error=ErrorCode.ENGINE_ERROR) for index in (2, 3)]
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=errors)])
+    mill.claim(store, who)
+    return job_id

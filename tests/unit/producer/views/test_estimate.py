@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchmill.producer.views.estimate import Estimate, estimate
+from batchmill.producer.views.estimate import Estimate, estimate, estimated
 from tests.support.paths import ROOT
 from tests.support.timelines.replay import Moment, Timeline, hastened, looks, recorded, simulated
 
@@ -201,3 +201,19 @@ def test_answers_without_a_token_are_answers() -> None:
     found = estimate(counts, paces, sample, rows=half.rows, max_tokens=1)
     assert found is not None
     assert found.low_seconds <= found.seconds <= found.high_seconds
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Estimate(40.0, 30.0, 70.0, False), "about 40 s (30 s to 1 min 10 s)"),
+        (Estimate(40.2, 40.1, 40.3, False), "about 40 s"),
+        (Estimate(5.0, 1.0, 60.0, False), "1 s to 1 min 0 s"),
+        (
+            Estimate(40.0, 30.0, 70.0, True),
+            "about 40 s (30 s to 1 min 10 s); the file looks sorted by length, which makes this unreliable",
+        ),
+    ],
+)
+def test_estimates_for_people(found: Estimate, said: str) -> None:
+    assert estimated(found) == said
