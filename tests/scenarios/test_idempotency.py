@@ -28,6 +28,7 @@ from batchmill.producer.submit import Submission, Submitted, load_job, load_once
 from tests.integration.conftest import TIMERS, Mill, until
 from tests.support.paths import ROOT
 from tests.support.store import mill
+from tests.support.whole_files import counted
 
 SETTINGS = load_settings()  # read before any test changes the environment
 AT_ONCE = 20
@@ -53,11 +54,6 @@ def from_stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 
 def submit(store: Store, submission: Submission) -> Submitted:
     return load_once(submission, store=store, settings=SETTINGS)
-
-
-def counted(store: Store) -> tuple[int, int, int]:
-    """The numbers of jobs, batches and requests, in any state."""
-    return mill.rows(store, "jobs"), mill.rows(store, "batches"), mill.rows(store, "requests")
 
 
 # --- at once ------------------------------------------------------------------------------------------------
