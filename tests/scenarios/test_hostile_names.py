@@ -43,10 +43,10 @@ def test_hostile_names_reach_no_path_and_no_text_of_sql(store: Store, tmp_path: 
     path = folder / "p.jsonl"
     marked = [f"{each[:250]}|{place}|" for place, each in enumerate(HOSTILE)]  # so that each is found if it is there
     path.write_bytes(b"\n".join(prompt(each, custom_id=each) for each in [*HOSTILE, *marked]))
-    asked = Submission(str(path), "echo", name=marked[12], command=marked[13], idempotency_key=marked[14])
-    job_id, _ = load_job(asked, store=store, settings=SETTINGS)
+    submission = Submission(str(path), "echo", name=marked[12], command=marked[13], idempotency_key=marked[14])
+    job_id, _ = load_job(submission, store=store, settings=SETTINGS)
     with pytest.raises(UsageError):
-        load_job(asked, store=store, settings=SETTINGS)
+        load_job(submission, store=store, settings=SETTINGS)
     path.write_bytes(b"\n".join(prompt(each, custom_id=each) for each in [*marked, *marked]))
     with pytest.raises(PromptFileError):
         load(store, path)  # reads by custom_id

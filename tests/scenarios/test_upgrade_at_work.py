@@ -59,9 +59,9 @@ def refusal(settings: Settings) -> str:
 
 
 def own() -> Process:
-    found = Process.own()
-    assert found is not None
-    return found
+    process = Process.own()
+    assert process is not None
+    return process
 
 
 @pytest.mark.parametrize("revision", [FIRST, BEFORE])

@@ -26,8 +26,8 @@ def indexes(claimed: Claimed) -> list[int]:
 def suspects(store: Store) -> dict[int, int]:
     """The number of pending batches by their number of crashes."""
     with store.database.read() as connection:
-        found = connection.scalars(select(batches.c.crashes).where(batches.c.state == "pending")).all()
-    return {crashes: found.count(crashes) for crashes in set(found)}
+        of_batches = connection.scalars(select(batches.c.crashes).where(batches.c.state == "pending")).all()
+    return {crashes: of_batches.count(crashes) for crashes in set(of_batches)}
 
 
 def errors(store: Store, job_id: str) -> dict[int, str | None]:

@@ -149,13 +149,13 @@ class TestAdapters:
         assert store.jobs.job(job_id).adapters == (OLD_A,)
         newer = mill.session(store, name="newer", adapters=[NEW_A])
         assert mill.claim(store, newer) == ()
-        found = diagnosed(store, job_id)
-        assert found.verdict is Verdict.STUCK
-        assert found.findings[0].message == (
+        diagnosis = diagnosed(store, job_id)
+        assert diagnosis.verdict is Verdict.STUCK
+        assert diagnosis.findings[0].message == (
             "1 batch waits for the adapter a, which no live worker holds: /adapters/a has changed since"
             " this job used it, and worker newer on host holds the new version"
         )
-        assert found.findings[0].remedy == f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
+        assert diagnosis.findings[0].remedy == f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
 
     def test_a_job_of_before_takes_what_lies_there_at_its_next_claim(self, store: Store) -> None:
         job_id = mill.load_named(store, "a", "a", batch_size=1)
@@ -209,12 +209,12 @@ class TestDoctor:
         job_id = begun_by(store, mill.session(store, identity=OLD))
         clock.seconds += 5
         mill.session(store, name="newer", identity=NEW)
-        found = diagnosed(store, job_id)
-        assert (found.verdict, found.findings[0].code) == (Verdict.STUCK, "another_model")
+        diagnosis = diagnosed(store, job_id)
+        assert (diagnosis.verdict, diagnosis.findings[0].code) == (Verdict.STUCK, "another_model")
         message = "it was started with another model than worker newer on host holds; changed since then: weights"
         remedy = f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
-        assert (found.findings[0].message, found.findings[0].remedy) == (message, remedy)
-        assert "bound_worker" not in {each.code for each in found.findings}
+        assert (diagnosis.findings[0].message, diagnosis.findings[0].remedy) == (message, remedy)
+        assert "bound_worker" not in {each.code for each in diagnosis.findings}
         lines = job_lines(JobStatus.read(store, job_id))
         assert [line for line in lines if "waiting" in line] == [f"  waiting    {message};", f"  waiting    {remedy}"]
 

@@ -53,8 +53,8 @@ class TestLoading:
         store.creation.add(job_id, prompts=mill.prompts(3), batch_size=4, lease_seconds=60)
         again = [mill.GenerationRequest(3, "request-1", prompt="x"), mill.GenerationRequest(4, "new", prompt="y")]
         again += [mill.GenerationRequest(5, "new", prompt="z")]
-        found = store.creation.add(job_id, prompts=again, batch_size=4, lease_seconds=60)
-        assert [(each.index, each.custom_id, each.first_index) for each in found] == [
+        duplicates = store.creation.add(job_id, prompts=again, batch_size=4, lease_seconds=60)
+        assert [(each.index, each.custom_id, each.first_index) for each in duplicates] == [
             (3, "request-1", 1),
             (5, "new", 4),
         ]

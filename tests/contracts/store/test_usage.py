@@ -103,11 +103,11 @@ class TestPaces:
 class TestSample:
     def test_it_lies_over_the_whole_file_and_over_what_was_begun(self) -> None:
         assert spread(3, begun=2) == [0, 1, 2]
-        found = spread(1_000_000, begun=10_000)
-        assert len(found) <= 2 * SAMPLED
-        assert found == sorted(set(found))
-        assert len([each for each in found if each < 10_000]) >= SAMPLED
-        assert found[-1] >= 1_000_000 * (SAMPLED - 1) // SAMPLED
+        sampled = spread(1_000_000, begun=10_000)
+        assert len(sampled) <= 2 * SAMPLED
+        assert sampled == sorted(set(sampled))
+        assert len([each for each in sampled if each < 10_000]) >= SAMPLED
+        assert sampled[-1] >= 1_000_000 * (SAMPLED - 1) // SAMPLED
 
     def test_it_tells_bytes_states_and_tokens(self, store: Store) -> None:
         job_id = mill.load(store, 4)
@@ -132,8 +132,8 @@ class TestSample:
         store.creation.open(
             job_id, spec=mill.ECHO_SPEC, file_sha256="0" * 64, fingerprint="f", lease_seconds=mill.LEASE_SECONDS
         )
-        found = store.samples.of(job_id, total=5, begun=0, choices=2)
-        assert [each.max_tokens for each in found] == [16, 24, None, None, None]
+        sample = store.samples.of(job_id, total=5, begun=0, choices=2)
+        assert [each.max_tokens for each in sample] == [16, 24, None, None, None]
 
     def test_what_an_estimate_asks_scans_no_requests_and_no_outputs(self, store: Store) -> None:
         """Of a job among many rows: each question about it goes by an index."""

@@ -26,17 +26,17 @@ def check(settings: Settings, name: str) -> Check:
 
 
 def test_a_new_home_needs_no_store_and_gets_none(tmp_path: Path) -> None:
-    found = check(Settings(home=tmp_path), "database")
-    assert (found.ok, found.found) == (True, f"embedded, created at first use in {tmp_path}")
+    checked = check(Settings(home=tmp_path), "database")
+    assert (checked.ok, checked.found) == (True, f"embedded, created at first use in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_is_gone_from_under_those_at_work_on_it_fails(tmp_path: Path) -> None:
     with use_store(tmp_path):
-        found = check(Settings(home=tmp_path), "database")
-    assert not found.ok
-    assert found.found.startswith(f"the store of {tmp_path} is gone, and a worker, `run` or `up` is still at work")
-    assert "put its file back, or end them" in found.found
+        checked = check(Settings(home=tmp_path), "database")
+    assert not checked.ok
+    assert checked.found.startswith(f"the store of {tmp_path} is gone, and a worker, `run` or `up` is still at work")
+    assert "put its file back, or end them" in checked.found
     assert check(Settings(home=tmp_path), "database").ok
 
 
@@ -45,8 +45,8 @@ def test_no_redis_is_waited_for_that_nobody_started(tmp_path: Path, monkeypatch:
         raise AssertionError
 
     monkeypatch.setattr(Broker, "ping", ping)
-    found = check(Settings(home=tmp_path), "redis")
-    assert found.found.startswith("embedded, not running; server: ")
+    checked = check(Settings(home=tmp_path), "redis")
+    assert checked.found.startswith("embedded, not running; server: ")
 
 
 class TestCommand:

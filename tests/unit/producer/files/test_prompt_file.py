@@ -27,9 +27,9 @@ REQUEST = b'{"prompt":"SECRET"}\n'
 
 def read(path: Path | str, form: str | None = None) -> list[str | None]:
     with PromptFile(str(path), form=form) as prompts:
-        found = [line.request.prompt for line in prompts]
+        prompts_read = [line.request.prompt for line in prompts]
         prompts.raise_if_bad()
-        return found
+        return prompts_read
 
 
 def refused(path: Path | str, form: str | None = None) -> str:

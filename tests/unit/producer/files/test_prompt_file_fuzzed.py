@@ -65,9 +65,9 @@ def read_bytes(data: bytes, name: str) -> list[GenerationRequest] | None:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         prompts = PromptFile("-", form="text" if name.endswith(".txt") else None)
         try:
-            found = [line.request for line in prompts]
+            prompts_read = [line.request for line in prompts]
             prompts.raise_if_bad()
-            return found
+            return prompts_read
         except PromptFileError:
             return None
 
@@ -112,8 +112,8 @@ def test_texts_come_back_exactly(texts: list[str], ascii_only: bool, end: str) -
     lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]
     lines += [{"messages": [{"role": "user", "content": text}]} for text in texts]
     data = end.join(json.dumps(line, ensure_ascii=ascii_only) for line in lines).encode()
-    found = read_bytes(data, "a.jsonl")
-    assert found is not None
-    assert [each.prompt for each in found[: len(texts)]] == texts
-    assert [each.messages[0]["content"] for each in found[len(texts) :] if each.messages] == texts
-    assert_storable(found)
+    prompts = read_bytes(data, "a.jsonl")
+    assert prompts is not None
+    assert [each.prompt for each in prompts[: len(texts)]] == texts
+    assert [each.messages[0]["content"] for each in prompts[len(texts) :] if each.messages] == texts
+    assert_storable(prompts)

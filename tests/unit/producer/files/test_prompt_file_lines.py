@@ -25,8 +25,8 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_fine(tmp_path: Path
 
 
 def test_a_byte_order_mark_is_one_at_byte_0_alone(tmp_path: Path) -> None:
-    found = requests(write(tmp_path, b"ab\n\xef\xbb\xbfc", "p.txt"))
-    assert [each.prompt for each in found] == ["ab", "\ufeffc"]
+    prompts = requests(write(tmp_path, b"ab\n\xef\xbb\xbfc", "p.txt"))
+    assert [each.prompt for each in prompts] == ["ab", "\ufeffc"]
 
 
 @pytest.mark.parametrize("splitter", ["\u2028", "\u2029", "\x85", "\x7f"])
@@ -45,10 +45,10 @@ def test_a_byte_offset_counts_from_the_files_first_byte(tmp_path: Path) -> None:
 
 def test_a_txt_file_has_one_prompt_per_line_used_as_it_is(tmp_path: Path) -> None:
     data = 'one\r\n\n \u3000 \n {"prompt": "two"} \nthr\ree\u2028\x1b\n\nlast'.encode()
-    found = requests(write(tmp_path, data, "Prompts.TXT"))
-    assert [each.prompt for each in found] == ["one", ' {"prompt": "two"} ', "thr\ree\u2028\x1b", "last"]
-    assert [each.custom_id for each in found] == [f"request-{index}" for index in range(4)]
-    assert found[0] == GenerationRequest(0, "request-0", "one")
+    prompts = requests(write(tmp_path, data, "Prompts.TXT"))
+    assert [each.prompt for each in prompts] == ["one", ' {"prompt": "two"} ', "thr\ree\u2028\x1b", "last"]
+    assert [each.custom_id for each in prompts] == [f"request-{index}" for index in range(4)]
+    assert prompts[0] == GenerationRequest(0, "request-0", "one")
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_a_bad_line_of_text_is_refused(problem: Callable[..., str], data: bytes,
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
 def test_a_line_may_have_16_mebibytes_and_no_byte_more(tmp_path: Path, begin: bytes, end: bytes) -> None:
     most = b"a" * MAX_LINE_BYTES
-    found = requests(write(tmp_path, begin + most + b"\r\n" + most + b"\nlast" + end, "p.txt"))
-    assert [len(each.prompt or "") for each in found] == [MAX_LINE_BYTES, MAX_LINE_BYTES, 4]
+    prompts = requests(write(tmp_path, begin + most + b"\r\n" + most + b"\nlast" + end, "p.txt"))
+    assert [len(each.prompt or "") for each in prompts] == [MAX_LINE_BYTES, MAX_LINE_BYTES, 4]
     assert len(requests(write(tmp_path, begin + most + end, "p.txt"))) == 1
     for more in (1, 2, 3, 4, 7, 100):
         caught = error(write(tmp_path, begin + most + b"a" * more + end + b"\n\nlast", "p.txt"))

@@ -55,8 +55,8 @@ def test_a_file_that_is_no_prompt_file_is_refused(tmp_path: Path, name: str, dat
 
 
 def test_text_that_begins_like_an_archive_is_text(tmp_path: Path) -> None:
-    found = requests(write(tmp_path, b"BZhang\nPKZIP", "p.txt"))
-    assert [each.prompt for each in found] == ["BZhang", "PKZIP"]
+    prompts = requests(write(tmp_path, b"BZhang\nPKZIP", "p.txt"))
+    assert [each.prompt for each in prompts] == ["BZhang", "PKZIP"]
 
 
 def test_what_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> None:

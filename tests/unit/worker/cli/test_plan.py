@@ -16,9 +16,9 @@ GIB = 1024**3
 
 
 def plan(*arguments: str) -> str:
-    found = CliRunner().invoke(cli_plan.main, arguments, catch_exceptions=False)
-    assert found.exit_code == 0, found.output
-    return found.stdout
+    done = CliRunner().invoke(cli_plan.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def test_the_command_shows_a_table_and_ends_with_what_to_take(home: Path) -> Non
 
 
 def test_the_command_answers_in_json(home: Path) -> None:
-    found = json.loads(plan(DEMO, "--gpu-memory", "24GiB", "--rows", "8", "--json"))
-    assert (found["model"], found["rows"], found["row_tokens"]) == (DEMO, 8, 512)
-    (device,) = found["devices"]
+    shown = json.loads(plan(DEMO, "--gpu-memory", "24GiB", "--rows", "8", "--json"))
+    assert (shown["model"], shown["rows"], shown["row_tokens"]) == (DEMO, 8, 512)
+    (device,) = shown["devices"]
     assert (device["pretended"], device["total_bytes"], device["bytes_per_second"]) == (True, 24 * GIB, None)
     plain = device["quantizations"][0]
     assert (plain["quantization"], plain["rows"], plain["fits"]) == ("none", 8, True)
@@ -50,8 +50,8 @@ def test_the_command_answers_in_json(home: Path) -> None:
         plain["total_bytes"] == plain["weights_bytes"] + plain["buffers_bytes"] + 8 * 512 * plain["cache_token_bytes"]
     )
     assert plain["recorded_tokens_per_second"] is None
-    assert found["take"] == {"device": "a GPU of 24.0 GiB", "quantization": "none", "command": found["take"]["command"]}
-    assert found["take"]["command"] == "batchmill worker -m demo -q none"
+    assert shown["take"] == {"device": "a GPU of 24.0 GiB", "quantization": "none", "command": shown["take"]["command"]}
+    assert shown["take"]["command"] == "batchmill worker -m demo -q none"
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_the_command_answers_in_json(home: Path) -> None:
     ],
 )
 def test_what_cannot_be_planned_is_one_line(arguments: list[str], said: str, home: Path) -> None:
-    found = CliRunner().invoke(cli_plan.main, arguments)
-    assert (found.exit_code, "Traceback" in found.output) == (2, False)
-    assert said in found.output
+    done = CliRunner().invoke(cli_plan.main, arguments)
+    assert (done.exit_code, "Traceback" in done.output) == (2, False)
+    assert said in done.output
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_configuration_is_looked_over_first(changes: dict[str, Any], said: str
     written = json.loads((DEMO_FOLDER / "config.json").read_text()) | changes
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(written))
-    found = CliRunner().invoke(cli_plan.main, [str(tmp_path / "model"), "--gpu-memory", "1GiB"])
-    assert found.exit_code == 1
-    assert said in found.output
-    assert len(found.output.strip().splitlines()) == 1
+    done = CliRunner().invoke(cli_plan.main, [str(tmp_path / "model"), "--gpu-memory", "1GiB"])
+    assert done.exit_code == 1
+    assert said in done.output
+    assert len(done.output.strip().splitlines()) == 1

@@ -184,10 +184,10 @@ def demo(kind: Kind) -> LoadedModel:
 
 def chats(names: Sequence[str | None]) -> list[GenerationRequest]:
     """Every question to every adapter, in turn."""
-    asked = SamplingParams(temperature=0.0, max_tokens=24)
+    sampling = SamplingParams(temperature=0.0, max_tokens=24)
     return [
         GenerationRequest(
-            index, str(index), messages=({"role": "user", "content": question},), sampling=asked, adapter=name
+            index, str(index), messages=({"role": "user", "content": question},), sampling=sampling, adapter=name
         )
         for index, (question, name) in enumerate((question, name) for question in QUESTIONS for name in names)
     ]

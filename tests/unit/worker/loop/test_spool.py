@@ -50,9 +50,9 @@ FORM_2 = (
 
 
 def own() -> Process:
-    found = Process.own()
-    assert found is not None
-    return found
+    process = Process.own()
+    assert process is not None
+    return process
 
 
 @pytest.fixture

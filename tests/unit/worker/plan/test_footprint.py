@@ -70,9 +70,9 @@ def test_every_byte_of_a_loaded_model_is_planned(family: str, tmp_path: Path) ->
     model = PlannedModel(ModelSpec(str(folder)), folder)
     for quantization in QUANTIZATIONS:
         held = loaded_without_forward(folder, quantization)
-        found = model.holding(Quantization.parse(quantization), CPU).footprint
-        assert found.footprint_bytes == held.get_memory_footprint(), quantization
-        assert found.scales_bytes == scales_of(held), quantization
+        footprint = model.holding(Quantization.parse(quantization), CPU).footprint
+        assert footprint.footprint_bytes == held.get_memory_footprint(), quantization
+        assert footprint.scales_bytes == scales_of(held), quantization
         assert model.vocabulary == held.get_input_embeddings().num_embeddings
 
 
@@ -80,9 +80,9 @@ def test_every_byte_of_a_loaded_model_is_planned(family: str, tmp_path: Path) ->
 def test_every_byte_of_a_larger_model_is_planned(quantization: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = checkpoint(tmp_path_factory.getbasetemp(), "45m")
     held = loaded_without_forward(folder, quantization)
-    found = PlannedModel(ModelSpec(str(folder)), folder).holding(Quantization.parse(quantization), CPU).footprint
-    assert found.footprint_bytes == held.get_memory_footprint()
-    assert found.scales_bytes == scales_of(held)
+    footprint = PlannedModel(ModelSpec(str(folder)), folder).holding(Quantization.parse(quantization), CPU).footprint
+    assert footprint.footprint_bytes == held.get_memory_footprint()
+    assert footprint.scales_bytes == scales_of(held)
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "gemma2", "mistral"])
@@ -117,8 +117,8 @@ def test_a_model_that_the_generate_engine_serves_is_measured_as_that_does(tmp_pa
     ],
 )
 def test_known_sizes(name: str, quantization: str, least: float, most: float, tmp_path: Path) -> None:
-    found = shape(tmp_path, name).holding(Quantization.parse(quantization), GPU).footprint
-    assert least <= found.weights_bytes / GB <= most
+    footprint = shape(tmp_path, name).holding(Quantization.parse(quantization), GPU).footprint
+    assert least <= footprint.weights_bytes / GB <= most
 
 
 def test_double_quantization_saves_0_37_bit_a_parameter(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_checkpoint_that_is_quantized_already_is_planned_as_it_is_stored(quant
     loaded_without_forward(folder, quantization).save_pretrained(tmp_path / "quantized")
     model = PlannedModel(ModelSpec(str(tmp_path / "quantized")), tmp_path / "quantized")
     held = loaded_without_forward(tmp_path / "quantized", "checkpoint")
-    found = model.holding(Quantization.parse("checkpoint"), CPU).footprint
-    assert found.footprint_bytes == pytest.approx(held.get_memory_footprint(), rel=0.02)
-    assert found.weights_bytes == pytest.approx(held.get_memory_footprint() + scales_of(held), rel=0.02)
+    footprint = model.holding(Quantization.parse("checkpoint"), CPU).footprint
+    assert footprint.footprint_bytes == pytest.approx(held.get_memory_footprint(), rel=0.02)
+    assert footprint.weights_bytes == pytest.approx(held.get_memory_footprint() + scales_of(held), rel=0.02)
     lines = report(model, [pretended_gpu(GIB)], EngineOptions()).devices[0][1]
     assert [str(each.quantization) for each in lines] == ["checkpoint"]
 

@@ -26,8 +26,8 @@ def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_table_in_a_narrow_terminal_has_fewer_columns(tmp_path: Path) -> None:
-    found = report(shape(tmp_path, "7b"), [pretended_gpu(24 * GIB)], EngineOptions())
-    rows = [each for each in to_lines(found, context_asked=False, width=40) if each.startswith("  ")]
+    planned = report(shape(tmp_path, "7b"), [pretended_gpu(24 * GIB)], EngineOptions())
+    rows = [each for each in to_lines(planned, context_asked=False, width=40) if each.startswith("  ")]
     assert rows[0].split() == ["quantization", "weights", "fits"]
     assert max(map(len, rows)) <= 40
 
@@ -58,7 +58,7 @@ def test_what_was_recorded_stands_beside_the_floor(tmp_path: Path) -> None:
         Speed(Quantization.parse("nf4"), "cpu", 3, 1000, 10.0),
         Speed(Quantization.parse("none"), "NVIDIA H200", 1, 7, 1.0),
     ]
-    found = report(PlannedModel(ModelSpec(DEMO), DEMO_FOLDER), [this_cpu(measured=False)], EngineOptions(), recorded)
-    said = [line for line in to_lines(found, context_asked=False) if line.split()[:1] in (["nf4"], ["none"])]
+    planned = report(PlannedModel(ModelSpec(DEMO), DEMO_FOLDER), [this_cpu(measured=False)], EngineOptions(), recorded)
+    said = [line for line in to_lines(planned, context_asked=False) if line.split()[:1] in (["nf4"], ["none"])]
     assert [line.split()[-1] for line in said] == ["-", "100"]
     assert [line.split()[-2] for line in said] == ["-", "-"], "of a device whose rates are not known there is no floor"

@@ -49,9 +49,9 @@ def foreign(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 def server_of(home: Path) -> Process:
     """The Redis that listens in this home."""
     with redis.Redis(unix_socket_path=str(home / "redis.sock")) as client:
-        found = Process.of(client.info("server")["process_id"])
-    assert found is not None
-    return found
+        process = Process.of(client.info("server")["process_id"])
+    assert process is not None
+    return process
 
 
 def start(home: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -29,10 +29,10 @@ class TestAdapters:
         mill.claim(place.store, mill.session(place.store, name="other", adapters=[Adapter("x", "/x")]))
         place.store.workers.enter(2, WorkerState.STOPPED)
         place.store.recovery.take_back(2, generation=1, outcome=RunOutcome.RELEASED)
-        found = finding(place.diagnose(job_id), "adapter_missing")
-        assert found.message == "2 batches wait for the adapter sql, which no live worker holds"
-        assert found.remedy == f"start a worker that holds it: {START} --adapter sql=PATH_OR_ID"
-        assert not found.stuck  # a worker is there for the third batch
+        reason = finding(place.diagnose(job_id), "adapter_missing")
+        assert reason.message == "2 batches wait for the adapter sql, which no live worker holds"
+        assert reason.remedy == f"start a worker that holds it: {START} --adapter sql=PATH_OR_ID"
+        assert not reason.stuck  # a worker is there for the third batch
         mill.work_off(place.store, mill.session(place.store, name="third", adapters=[Adapter("x", "/x")]))
         expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
         mill.session(place.store, name="fourth", ready=False, adapters=[Adapter("sql", "org/sql")])
@@ -44,9 +44,9 @@ class TestAdapters:
         mill.save(place.store, first, [mill.answered(mill.claim(place.store, first)[0])])
         place.later(30)
         mill.session(place.store, name="newer", adapters=[Adapter("sql", "/b")])
-        found = expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
-        assert found.message.endswith(": this job means org/sql@v1, and worker newer on host holds /b under that name")
-        assert found.remedy.endswith("--adapter sql=org/sql@v1")
+        reason = expect(place.diagnose(job_id), Verdict.STUCK, "adapter_missing")
+        assert reason.message.endswith(": this job means org/sql@v1, and worker newer on host holds /b under that name")
+        assert reason.remedy.endswith("--adapter sql=org/sql@v1")
 
     def test_idle_workers_without_the_adapter_are_not_said_to_be_late(self, place: Place) -> None:
         job_id = mill.load_named(place.store, "sql", "x", batch_size=1)
