@@ -1,4 +1,4 @@
-"""What tests share: an environment without settings of the user's, and one store per test on each database."""
+"""Fixtures of all tests: an environment without the user's settings, and a store per test on each database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a prompt file to a queued job: what is stored, what is refused, and what others see meanwhile."""
+"""From a prompt file to a queued job: stored rows, refused files, and the view of others meanwhile."""
 
 from __future__ import annotations
 

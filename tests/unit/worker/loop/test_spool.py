@@ -1,4 +1,4 @@
-"""Outputs that wait on disk while the store is away: what is written, what a crash leaves, who saves it."""
+"""Outputs that wait on disk while the store is away: their lines, a crash, and the worker that saves them."""
 
 from __future__ import annotations
 

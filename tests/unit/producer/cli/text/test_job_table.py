@@ -1,4 +1,4 @@
-"""The table of `batchmill jobs`: what each column says, and that they stand below one another."""
+"""The table of `batchmill jobs`: the text of each column, and their alignment."""
 
 from __future__ import annotations
 

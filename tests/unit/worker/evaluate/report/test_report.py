@@ -1,4 +1,4 @@
-"""Agreement, accuracy, which specs are compared, and what is said of the figures: by cases made by hand."""
+"""Agreement, accuracy, the specs that are compared, and the advice on the figures, by cases made by hand."""
 
 from __future__ import annotations
 

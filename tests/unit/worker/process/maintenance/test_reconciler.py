@@ -1,4 +1,4 @@
-"""The reconciler's pass: who is reaped and when, what is closed, deleted and sent."""
+"""The reconciler's pass: leases that it reaps, jobs that it closes or deletes, and wake-ups that it sends."""
 
 from __future__ import annotations
 
