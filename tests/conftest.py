@@ -1,4 +1,4 @@
-"""What tests share: an environment without settings of the user's, and one store per test on each database."""
+"""Fixtures of all tests: an environment without the user's settings, and a store per test on each database."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from batchmill.jobs.store.store import Store
 from batchmill.migrations import revisions
+from tests.support.store import mill
 
 # A busy machine makes no example wrong.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -113,5 +114,19 @@ def store_url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def store(store_url: str) -> Iterator[Store]:
     store = Store(store_url, busy_seconds=10)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def clock() -> mill.Clock:
+    """The clock of `clocked`."""
+    return mill.Clock()
+
+
+@pytest.fixture
+def clocked(store_url: str, clock: mill.Clock) -> Iterator[Store]:
+    """A store that takes its time from `clock`, which a test sets."""
+    store = Store(store_url, busy_seconds=10, now=clock.expression())
     yield store
     store.close()

@@ -1,4 +1,4 @@
-"""What every engine promises, on every engine."""
+"""The contract of engines, checked on each of them."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_every_request_comes_back_exactly_once(make: Make) -> None:
 
 
 def test_the_order_of_admission_loses_no_request(make: Make) -> None:
-    asked = [request(index, prompt=PROMPT[index:]) for index in range(4)]
-    assert sorted(make().admission_order(asked), key=lambda each: each.index) == asked
+    requests = [request(index, prompt=PROMPT[index:]) for index in range(4)]
+    assert sorted(make().admission_order(requests), key=lambda each: each.index) == requests
 
 
 def chat(index: int, text: str, tool: str, *, adapter: str | None = None) -> GenerationRequest:
@@ -92,8 +92,8 @@ def chat(index: int, text: str, tool: str, *, adapter: str | None = None) -> Gen
 
 def test_the_continuous_engine_admits_requests_with_a_common_beginning_beside_each_other() -> None:
     prompts = ["b, one", "a, one", "b, two", "a, two"]
-    asked = [request(index, prompt=each) for index, each in enumerate(prompts)]
-    assert [each.index for each in ContinuousEngine.admission_order(asked)] == [1, 3, 0, 2]
+    requests = [request(index, prompt=each) for index, each in enumerate(prompts)]
+    assert [each.index for each in ContinuousEngine.admission_order(requests)] == [1, 3, 0, 2]
     # Tools stand before all messages, and rows of two adapters have no beginning in common.
     chats = [
         chat(0, "a", "later"),

@@ -53,11 +53,11 @@ def family(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 def generated(loaded: LoadedModel, prompt: str, tokens: int) -> list[int]:
-    """What transformers' own `generate` answers; no end token ends it."""
-    found = loaded.model.generate(
+    """The answer of transformers' own `generate`; no end token ends it."""
+    generated_tokens = loaded.model.generate(
         torch.tensor([loaded.tokenizer.encode(prompt)]), max_new_tokens=tokens, do_sample=False, pad_token_id=2
     )
-    answer: list[int] = found[0, -tokens:].tolist()
+    answer: list[int] = generated_tokens[0, -tokens:].tolist()
     return answer
 
 
@@ -132,12 +132,12 @@ def test_the_demo_model_gives_the_answers_of_generate_in_every_quantization(kind
 
 def answer_of_generate(loaded: LoadedModel, prompt: Sequence[int]) -> list[int]:
     """Up to 24 tokens and the end token."""
-    found = loaded.model.generate(
+    generated_tokens = loaded.model.generate(
         torch.tensor([prompt]),
         max_new_tokens=24,
         do_sample=False,
         pad_token_id=loaded.pad_token_id,
         eos_token_id=list(loaded.end_token_ids),
     )
-    answer: list[int] = found[0, len(prompt) :].tolist()
+    answer: list[int] = generated_tokens[0, len(prompt) :].tolist()
     return answer

@@ -1,4 +1,4 @@
-"""Logits that are no numbers: never an answer, an error of the one request, and no harm to those beside it."""
+"""Logits that are NaN: an error of the one request, never an answer, and no harm to the rest of the batch."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-#: What each room may import of the others. `migrations` opens stores for the entry points of both sides.
+#: The other rooms that each room may import. `migrations` opens stores for the entry points of both sides.
 ALLOWED = {
     "jobs": set(),
     "migrations": {"jobs"},

@@ -1,4 +1,4 @@
-"""What `pip install` brings is enough: the wheel, in an empty environment, with each extra alone."""
+"""The wheel works in an empty environment, with no extra and with each extra alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_echo(installation: Installation, path: str = "") -> None:
 
 
 def check(installation: Installation, path: str) -> None:
-    """What holds whatever the extras are."""
+    """Checks that hold with any extras."""
     assert installation.batchmill("--version") == f"batchmill, version {VERSION}\n"
     assert "submit" in installation.batchmill("--help")
     installation.batchmill("doctor", path=path)

@@ -1,4 +1,4 @@
-"""One key, one job: however often, from wherever and at once it is submitted, and whatever dies on the way."""
+"""One job for each idempotency key: with repeated, concurrent and interrupted submits."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from batchmill.producer.submit import Submitted, load_job, load_once
 from tests.integration.conftest import TIMERS, Mill, until
 from tests.support.paths import ROOT
 from tests.support.store import mill
+from tests.support.whole_files import counted
 
 SETTINGS = load_settings()  # read before any test changes the environment
 AT_ONCE = 20
@@ -56,11 +57,6 @@ def submit(store: Store, submission: Submission) -> Submitted:
     return load_once(submission, store=store, settings=SETTINGS)
 
 
-def counted(store: Store) -> tuple[int, int, int]:
-    """How many jobs, batches and requests there are, in whatever state."""
-    return mill.rows(store, "jobs"), mill.rows(store, "batches"), mill.rows(store, "requests")
-
-
 # --- at once ------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +66,7 @@ def test_twenty_submits_at_once_make_one_job(
     store: Store, store_url: str, file: str, from_stdin: Callable[[bytes], None], source: str, key: dict[str, Any]
 ) -> None:
     from_stdin(LINES)
-    asked = Submission(file if source == "file" else "-", "echo", batch_size=2, **key)
+    submission = Submission(file if source == "file" else "-", "echo", batch_size=2, **key)
     together = threading.Barrier(AT_ONCE)
 
     def one(_: int) -> Submitted:
@@ -83,17 +79,17 @@ def test_twenty_submits_at_once_make_one_job(
 
         own.creation.open = open_together  # type: ignore[method-assign]
         try:
-            return submit(own, asked)
+            return submit(own, submission)
         finally:
             own.close()
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(one, range(AT_ONCE)))
-    assert len({each.job_id for each in found}) == 1
-    assert sum(each.is_new for each in found) == 1
-    assert {each.spec for each in found} == {mill.ECHO_SPEC}
+        submitted = list(pool.map(one, range(AT_ONCE)))
+    assert len({each.job_id for each in submitted}) == 1
+    assert sum(each.is_new for each in submitted) == 1
+    assert {each.spec for each in submitted} == {mill.ECHO_SPEC}
     assert counted(store) == (1, 3, 5)
-    assert store.jobs.job(found[0].job_id).state is JobState.QUEUED
+    assert store.jobs.job(submitted[0].job_id).state is JobState.QUEUED
 
 
 @pytest.mark.slow
@@ -149,14 +145,14 @@ def test_who_waits_for_a_submit_that_fails_in_the_end_wins(store: Store, store_u
 def test_a_second_submit_of_a_file_finds_the_job_and_writes_nothing(
     store: Store, file: str, monkeypatch: pytest.MonkeyPatch, key: dict[str, Any]
 ) -> None:
-    asked = Submission(file, "echo", **key)
-    first = submit(store, asked)
+    submission = Submission(file, "echo", **key)
+    first = submit(store, submission)
 
     def begin(**_: object) -> str:
         raise AssertionError("it was stored again")
 
     monkeypatch.setattr(store.creation, "begin", begin)
-    again = submit(store, replace(asked, name="other", batch_size=1, command="other"))
+    again = submit(store, replace(submission, name="other", batch_size=1, command="other"))
     assert (first.is_new, again.is_new) == (True, False)
     assert again[:2] == first[:2]
 
@@ -180,12 +176,12 @@ def test_the_model_that_the_file_names_is_the_model_of_the_flag(store: Store, tm
 def test_the_same_key_with_other_content_is_refused(
     store: Store, file: str, tmp_path: Path, from_stdin: Callable[[bytes], None], source: str
 ) -> None:
-    asked = Submission(file, "echo", idempotency_key="nightly")
-    first = submit(store, asked)
+    submission = Submission(file, "echo", idempotency_key="nightly")
+    first = submit(store, submission)
     if source == "stdin":
-        asked = replace(asked, path="-")
-    other_options = replace(asked, options=GenerationOptions(None, SamplingParams(max_tokens=5)))
-    other_model = replace(asked, model="demo")
+        submission = replace(submission, path="-")
+    other_options = replace(submission, options=GenerationOptions(None, SamplingParams(max_tokens=5)))
+    other_model = replace(submission, model="demo")
     from_stdin(LINES)
     for other in (other_options, other_model):
         with pytest.raises(KeyTaken, match=rf"job {first.job_id} .*'nightly' with another.*choose another key"):
@@ -193,7 +189,7 @@ def test_the_same_key_with_other_content_is_refused(
     from_stdin(LINES + LINES)
     Path(file).write_bytes(LINES + LINES)
     with pytest.raises(UsageError) as refused:
-        submit(store, asked)
+        submit(store, submission)
     assert refused.value.exit_code == 2
     assert counted(store) == (1, 1, 5)
 
@@ -201,31 +197,31 @@ def test_the_same_key_with_other_content_is_refused(
 def test_once_tells_jobs_apart_by_what_they_ask(store: Store, file: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(LINES)
-    asked = Submission(file, "echo", once=True)
+    submission = Submission(file, "echo", once=True)
     different = [
-        asked,
-        replace(asked, model="demo"),
-        replace(asked, model="demo", quantization="int8"),
-        replace(asked, options=GenerationOptions("be brief")),
-        replace(asked, options=GenerationOptions(None, SamplingParams(seed=1))),
-        replace(asked, form="text"),  # the same bytes, and other prompts
+        submission,
+        replace(submission, model="demo"),
+        replace(submission, model="demo", quantization="int8"),
+        replace(submission, options=GenerationOptions("be brief")),
+        replace(submission, options=GenerationOptions(None, SamplingParams(seed=1))),
+        replace(submission, form="text"),  # the same bytes, and other prompts
     ]
-    found = [submit(store, each) for each in different]
-    assert all(each.is_new for each in found)
-    assert len({each.job_id for each in found}) == len(different)
-    assert submit(store, replace(asked, path=str(copy))) == (*found[0][:2], False)
+    submitted = [submit(store, each) for each in different]
+    assert all(each.is_new for each in submitted)
+    assert len({each.job_id for each in submitted}) == len(different)
+    assert submit(store, replace(submission, path=str(copy))) == (*submitted[0][:2], False)
 
 
 def test_jobs_without_a_key_are_as_many_as_were_submitted(store: Store, file: str) -> None:
-    asked = Submission(file, "echo")
-    assert len({submit(store, each).job_id for each in (asked, asked, replace(asked, once=True))}) == 3
+    submission = Submission(file, "echo")
+    assert len({submit(store, each).job_id for each in (submission, submission, replace(submission, once=True))}) == 3
 
 
 def test_a_key_is_kept_apart_from_every_other_spelling(store: Store, file: str) -> None:
     keys = ["a", "A", "a ", " a", "\xe9", "e\u0301", "'; DROP TABLE jobs; --", "%", "\U0001f600" * 256]
-    found = [submit(store, Submission(file, "echo", idempotency_key=key)) for key in keys]
-    assert all(each.is_new for each in found)
-    for key, first in zip(keys, found, strict=True):
+    submitted = [submit(store, Submission(file, "echo", idempotency_key=key)) for key in keys]
+    assert all(each.is_new for each in submitted)
+    for key, first in zip(keys, submitted, strict=True):
         assert submit(store, Submission(file, "echo", idempotency_key=key)).job_id == first.job_id
 
 
@@ -246,30 +242,30 @@ def test_once_and_a_key_exclude_each_other() -> None:
 def test_a_submit_that_failed_leaves_its_key_free(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(LINES + b"bad\n")
-    asked = Submission(str(path), "echo", idempotency_key="k")
+    submission = Submission(str(path), "echo", idempotency_key="k")
     with pytest.raises(PromptFileError):
-        submit(store, asked)
+        submit(store, submission)
     assert counted(store) == (0, 0, 0)
     path.write_bytes(LINES)
-    assert submit(store, asked).is_new
+    assert submit(store, submission).is_new
 
 
 def test_a_cancelled_job_keeps_its_key(store: Store, file: str) -> None:
-    asked = Submission(file, "echo", once=True)
-    first = submit(store, asked)
+    submission = Submission(file, "echo", once=True)
+    first = submit(store, submission)
     store.closing.cancel(first.job_id)
-    again = submit(store, asked)
+    again = submit(store, submission)
     assert again == (*first[:2], False)
     assert store.jobs.job(again.job_id).state is JobState.CANCELLED
 
 
 def test_the_loser_alone_deletes_its_rows(store: Store, file: str) -> None:
-    """load_job itself says who won, and leaves the winner and every other loading job as they are."""
+    """load_job itself names the winner, and leaves it and every other loading job as they are."""
     loading = mill.begin(store)
-    asked = Submission(file, "echo", idempotency_key="k")
-    winner, _ = load_job(asked, store=store, settings=SETTINGS)
+    submission = Submission(file, "echo", idempotency_key="k")
+    winner, _ = load_job(submission, store=store, settings=SETTINGS)
     with pytest.raises(KeyTaken) as taken:
-        load_job(asked, store=store, settings=SETTINGS)
+        load_job(submission, store=store, settings=SETTINGS)
     assert (taken.value.job_id, taken.value.is_same) == (winner, True)
     assert counted(store) == (2, 1, 5)
     store.creation.discard(winner)  # opened, so out of reach

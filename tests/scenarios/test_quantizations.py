@@ -92,7 +92,7 @@ def spec(folder: Path, quantization: str) -> ModelSpec:
 
 
 def written(row: str, shape: str) -> str:
-    """What a user writes for this row and this shape."""
+    """The quantization as a user writes it, for this row and this shape."""
     return row.replace("=skip", f"={SKIPPED[shape]}")
 
 
@@ -162,11 +162,11 @@ def test_footprint_and_logits_are_those_of_transformers_with_the_same_config(
 ) -> None:
     of = spec(folder_for(row, folders[shape], tmp_path), written(row, shape))
     with loading(of):
-        found = read_model(of, Path(of.model), CPU)
+        model = read_model(of, Path(of.model), CPU)
     expected = by_transformers(folders[shape], row, shape)
-    assert found.get_memory_footprint() == expected.get_memory_footprint()
-    assert {type(each).__name__ for each in found.modules()} == {type(each).__name__ for each in expected.modules()}
-    assert torch.equal(logits(found), logits(expected))
+    assert model.get_memory_footprint() == expected.get_memory_footprint()
+    assert {type(each).__name__ for each in model.modules()} == {type(each).__name__ for each in expected.modules()}
+    assert torch.equal(logits(model), logits(expected))
 
 
 @pytest.mark.parametrize(("row", "shape"), PAIRS)
@@ -262,7 +262,7 @@ def test_sizes_that_the_fused_kernel_does_not_take_are_served_without_it(tmp_pat
 
 
 class _Gpu:
-    """What a device is asked here: a GPU of some age, which no CPU can stand in for."""
+    """The questions to a device here: a GPU of some age, which no CPU can stand in for."""
 
     type = "cuda"
 

@@ -1,4 +1,4 @@
-"""Two at the same door: what threads that begin at the same moment do to one store, on SQLite and on PostgreSQL.
+"""Races of threads that begin at the same moment on one store, on SQLite and on PostgreSQL.
 
 Every test repeats its race for a few seconds (longer in the slow run): each round begins with nothing open, lets
 everybody go at one barrier, and then looks at what is in the store. Which of them won is left to the database.
@@ -7,45 +7,39 @@ everybody go at one barrier, and then looks at what is in the store. Which of th
 from __future__ import annotations
 
 import random
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from time import monotonic, sleep
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import select
 
-from batchmill.jobs.errors import JobStateError, KeyTaken
 from batchmill.jobs.requests.states import JobState, RunOutcome
 from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.tables import batches, jobs, outputs, requests, runs
+from batchmill.jobs.store.tables import batches, jobs
 from tests.support.store import mill
 from tests.support.store.oracle import violations
+from tests.support.store.races import (
+    Rounds,
+    at_once,
+    crash_counts,
+    crashed_runs,
+    finish_off,
+    open_under,
+    outcomes,
+    retried,
+    rounds_for,
+    state_of,
+    written_by,
+)
 
-#: Some begin up to this much later than others, so that every order of their statements comes up.
-_HESITATION_SECONDS = 0.002
 _LEASE_OVER = mill.LEASE_SECONDS + 1
-
-Rounds = Iterator[random.Random]
 
 
 @pytest.fixture(params=[pytest.param(1.0, id="short"), pytest.param(8.0, id="long", marks=pytest.mark.slow)])
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     """Rounds until the time is up; each gets the same stream of chance."""
-    return _rounds(request.param)
-
-
-def _rounds(seconds: float) -> Rounds:
-    chance, end = random.Random(20), monotonic() + seconds
-    while monotonic() < end:
-        yield chance
-
-
-@pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
+    return rounds_for(request.param)
 
 
 @pytest.fixture
@@ -53,95 +47,6 @@ def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
     store = Store(store_url, busy_seconds=20, now=clock.expression())
     yield store
     store.close()
-
-
-def at_once(chance: random.Random, *steps: Callable[[], Any]) -> list[Any]:
-    """Runs every step in a thread of its own, all from one barrier: what they returned. Raises what they raised."""
-    barrier = threading.Barrier(len(steps))
-    done: list[Any] = [None] * len(steps)
-    failed: list[BaseException] = []
-    hesitations = [chance.uniform(0, _HESITATION_SECONDS) if chance.random() < 0.5 else 0.0 for _ in steps]
-
-    def run(place: int, step: Callable[[], Any]) -> None:
-        try:
-            barrier.wait()
-            if hesitations[place]:
-                sleep(hesitations[place])
-            done[place] = step()
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=(place, step)) for place, step in enumerate(steps)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-    return done
-
-
-def state_of(store: Store, job_id: str) -> JobState:
-    return store.jobs.job(job_id).state
-
-
-def written_by(store: Store, run_id: int) -> set[int]:
-    """The indexes of the outputs that one run wrote."""
-    with store.database.read() as connection:
-        return set(connection.scalars(select(outputs.c.index).where(outputs.c.run_id == run_id)))
-
-
-def outcomes(store: Store, job_id: str) -> Counter[str | None]:
-    """How the runs of a job ended."""
-    with store.database.read() as connection:
-        return Counter(connection.scalars(select(runs.c.outcome).where(runs.c.job_id == job_id)))
-
-
-def crash_counts(store: Store, job_id: str) -> list[int]:
-    """For every request of a job, in order, how often its process died with it in flight."""
-    of_batch = select(batches.c.crashes).join_from(requests, batches, requests.c.batch_id == batches.c.id)
-    with store.database.read() as connection:
-        found = of_batch.where(requests.c.job_id == job_id).order_by(requests.c.index)
-        return list(connection.scalars(found))
-
-
-def crashed_runs(store: Store) -> set[int]:
-    with store.database.read() as connection:
-        return set(connection.scalars(select(runs.c.id).where(runs.c.outcome == RunOutcome.CRASHED)))
-
-
-def retried(store: Store, job_id: str) -> int:
-    """Retries a job: how many requests moved, none of one that is open again."""
-    try:
-        return store.retries.retry(job_id).moved
-    except JobStateError:
-        return 0
-
-
-def open_under(store: Store, key: str) -> tuple[str, bool]:
-    """Loads a job of its own and opens it under a key: the job that has the key now, and whether it is this one."""
-    job_id = mill.begin(store)
-    store.creation.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=mill.LEASE_SECONDS)
-    try:
-        store.creation.open(
-            job_id,
-            spec=mill.ECHO_SPEC,
-            file_sha256="0" * 64,
-            fingerprint="fingerprint",
-            lease_seconds=mill.LEASE_SECONDS,
-            idempotency_key=key,
-        )
-    except KeyTaken as taken:
-        store.creation.discard(job_id)
-        return taken.job_id, False
-    return job_id, True
-
-
-def finish_off(store: Store, who: WorkerSession, job_id: str) -> None:
-    """Works off what is left of a job, which then has to be closed, without a fault."""
-    mill.work_off(store, who)
-    assert state_of(store, job_id) is JobState.COMPLETED
-    assert violations(store) == []
 
 
 class TestFinishing:
@@ -276,7 +181,7 @@ class TestReaping:
     def test_a_dead_process_taken_back_twice_at_once_is_blamed_once(
         self, store: Store, clock: mill.Clock, rounds: Rounds
     ) -> None:
-        """What a reconciler took back first has expired, which blames nobody."""
+        """Batches that a reconciler took back first have expired, which blames nobody."""
         dead, alive = mill.session(store, name="dead"), mill.session(store, name="alive")
         for chance in rounds:
             job_id = mill.load(store, 8, batch_size=2)

@@ -55,8 +55,8 @@ def settings(store_url: str) -> Settings:
 def submit(store: Store, settings: Settings, *lines: object, options: GenerationOptions | None = None) -> str:
     path = Path("p.jsonl")
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
-    asked = Submission(str(path), "echo", options=options or GenerationOptions(), batch_size=2)
-    return load_job(asked, store=store, settings=settings)[0]
+    submission = Submission(str(path), "echo", options=options or GenerationOptions(), batch_size=2)
+    return load_job(submission, store=store, settings=settings)[0]
 
 
 def counting(store: Store, *, name: str = "counts", ready: bool = True) -> WorkerSession:

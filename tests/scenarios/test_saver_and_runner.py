@@ -26,7 +26,7 @@ from tests.support.store.oracle import violations
 
 
 class Desk:
-    """One child's saver, engine and runner, with what it asked of the outside."""
+    """One child's saver, engine and runner, and its calls to the outside."""
 
     def __init__(self, store: Store, folder: Path, *, rows: int = 8, save_seconds: float = 0.05) -> None:
         self.session = mill.session(store)

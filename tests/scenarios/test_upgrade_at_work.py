@@ -1,4 +1,4 @@
-"""An upgrade of a store that is at work: who stands in its way, what it rewrites, and what was answered meanwhile."""
+"""An upgrade of a store at work: processes that block it, rows that it rewrites, and answers given meanwhile."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def refusal(settings: Settings) -> str:
 
 
 def own() -> Process:
-    found = Process.own()
-    assert found is not None
-    return found
+    process = Process.own()
+    assert process is not None
+    return process
 
 
 @pytest.mark.parametrize("revision", [FIRST, BEFORE])

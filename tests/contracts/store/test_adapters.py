@@ -18,9 +18,9 @@ from batchmill.jobs.requests.states import JobState, RequestState, RunOutcome, W
 from batchmill.jobs.store.leases.lease import BatchReport, Claimed, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import batches, requests
-from tests.scenarios.test_races import at_once
 from tests.support.store import mill
 from tests.support.store.oracle import violations
+from tests.support.store.races import at_once
 
 A, B = Adapter("a", "/adapters/a"), Adapter("b", "org/b", "main")
 OTHER_A = Adapter("a", "/adapters/newer")
@@ -28,16 +28,9 @@ ALL = frozenset(RequestState)
 
 
 @pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
-def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
-    store = Store(store_url, busy_seconds=10, now=clock.expression())
-    yield store
-    assert violations(store, closed=False) == []
-    store.close()
+def store(clocked: Store) -> Iterator[Store]:
+    yield clocked
+    assert violations(clocked, closed=False) == []
 
 
 def gathered(store: Store, job_id: str) -> list[tuple[str, list[int]]]:
@@ -57,7 +50,7 @@ def gathered(store: Store, job_id: str) -> list[tuple[str, list[int]]]:
 
 
 def claimed_by(store: Store, who: WorkerSession, *, wanted: int = 1) -> list[str | None]:
-    """What a worker gets, all that it may, each batch answered at once."""
+    """The adapters of all batches that a worker can claim; each batch is answered at once."""
     got: list[str | None] = []
     while claimed := mill.claim(store, who, wanted=wanted):
         got += [each.adapter for each in claimed]

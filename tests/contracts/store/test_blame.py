@@ -1,4 +1,4 @@
-"""Who is blamed for a crash: suspects run apart, in groups of 16, 4, 1 and 1; innocents are let go."""
+"""Blame for a crash: suspects run apart, in groups of 16, 4, 1 and 1; innocents are let go."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def indexes(claimed: Claimed) -> list[int]:
 
 
 def suspects(store: Store) -> dict[int, int]:
-    """How many pending batches have so many crashes."""
+    """The number of pending batches by their number of crashes."""
     with store.database.read() as connection:
-        found = connection.scalars(select(batches.c.crashes).where(batches.c.state == "pending")).all()
-    return {crashes: found.count(crashes) for crashes in set(found)}
+        of_batches = connection.scalars(select(batches.c.crashes).where(batches.c.state == "pending")).all()
+    return {crashes: of_batches.count(crashes) for crashes in set(of_batches)}
 
 
 def errors(store: Store, job_id: str) -> dict[int, str | None]:
@@ -128,37 +128,31 @@ def test_a_retry_gives_poison_another_five_lives(store: Store) -> None:
     assert violations(store) == []
 
 
-def test_a_release_and_an_expired_lease_are_no_crashes(store_url: str) -> None:
-    clock = mill.Clock()
-    store = Store(store_url, now=clock.expression())
-    job_id = mill.load(store, 20, batch_size=20)
-    who = mill.session(store)
-    mill.claim(store, who)
-    store.recovery.take_back(who.worker_id, generation=who.generation, outcome=RunOutcome.RELEASED)
-    assert suspects(store) == {0: 1}
+def test_a_release_and_an_expired_lease_are_no_crashes(clocked: Store, clock: mill.Clock) -> None:
+    job_id = mill.load(clocked, 20, batch_size=20)
+    who = mill.session(clocked)
+    mill.claim(clocked, who)
+    clocked.recovery.take_back(who.worker_id, generation=who.generation, outcome=RunOutcome.RELEASED)
+    assert suspects(clocked) == {0: 1}
     for _ in range(len(SUSPECT_GROUPS) + 2):  # a laptop that sleeps for longer than a lease, night after night
-        mill.claim(store, who)
+        mill.claim(clocked, who)
         clock.seconds += mill.LEASE_SECONDS + 1
-        assert store.recovery.reap(store.recovery.expired(lease_seconds=mill.LEASE_SECONDS)) == 1
-        assert suspects(store) == {0: 1}
-    assert mill.work_off(store, who) == 20
-    assert errors(store, job_id) == {}
-    assert violations(store) == []
-    store.close()
+        assert clocked.recovery.reap(clocked.recovery.expired(lease_seconds=mill.LEASE_SECONDS)) == 1
+        assert suspects(clocked) == {0: 1}
+    assert mill.work_off(clocked, who) == 20
+    assert errors(clocked, job_id) == {}
+    assert violations(clocked) == []
 
 
-def test_a_suspect_whose_lease_expires_stays_one(store_url: str) -> None:
-    clock = mill.Clock()
-    store = Store(store_url, now=clock.expression())
-    mill.load(store, 1)
-    who = mill.session(store)
-    mill.claim(store, who)
-    crash(store, who)
-    mill.claim(store, who)
+def test_a_suspect_whose_lease_expires_stays_one(clocked: Store, clock: mill.Clock) -> None:
+    mill.load(clocked, 1)
+    who = mill.session(clocked)
+    mill.claim(clocked, who)
+    crash(clocked, who)
+    mill.claim(clocked, who)
     clock.seconds += mill.LEASE_SECONDS + 1
-    store.recovery.reap(store.recovery.expired(lease_seconds=mill.LEASE_SECONDS))
-    assert suspects(store) == {1: 1}
-    store.close()
+    clocked.recovery.reap(clocked.recovery.expired(lease_seconds=mill.LEASE_SECONDS))
+    assert suspects(clocked) == {1: 1}
 
 
 def test_suspects_of_a_cancelled_job_are_cancelled(store: Store) -> None:

@@ -26,7 +26,7 @@ def said(store: Store) -> list[str]:
     return [f"{finding.check}: {finding.text}" for finding in checking.findings(checking.job_ids())]
 
 
-#: What is broken in a sound store.
+#: Statements that break a sound store, by the finding that tells it.
 CASES = {
     "rows: requests has rows of job nobody's, which is gone": "UPDATE requests SET job_id = 'nobody''s'"
     ' WHERE batch_id = 5 AND "index" = 9',
@@ -70,9 +70,9 @@ def test_each_harm_is_named(store: Store) -> None:
 def test_more_of_a_kind_are_told_of_together(store: Store) -> None:
     load(store, 40, batch_size=2)
     with without_constraints(store) as harmed, harmed("UPDATE batches SET total = 3"):
-        found = said(store)
-    assert len(found) == MOST_OF_A_KIND + 1
-    assert found[-1] == "counts: and more like the last"
+        findings = said(store)
+    assert len(findings) == MOST_OF_A_KIND + 1
+    assert findings[-1] == "counts: and more like the last"
 
 
 def test_nothing_is_wrong_with_jobs_in_every_state(tmp_path: Path) -> None:

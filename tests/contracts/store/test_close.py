@@ -1,4 +1,4 @@
-"""How jobs end and begin again: cancel and retry, on SQLite and on PostgreSQL."""
+"""The end of jobs and their reopening: cancel and retry, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -135,11 +135,8 @@ def test_a_retry_cut_short_is_finished_by_the_same_command(store: Store, monkeyp
     assert RequestState.FAILED.value not in output_states(store)
 
 
-def test_a_retry_after_the_clock_was_set_back_leaves_nothing_out(store_url: str) -> None:
-    clock = mill.Clock()
-    store = Store(store_url, now=clock.expression())
-    job_id = mill.load(store, 8)
-    mill.work_off(store, mill.session(store), error=ErrorCode.OUT_OF_MEMORY)
+def test_a_retry_after_the_clock_was_set_back_leaves_nothing_out(clocked: Store, clock: mill.Clock) -> None:
+    job_id = mill.load(clocked, 8)
+    mill.work_off(clocked, mill.session(clocked), error=ErrorCode.OUT_OF_MEMORY)
     clock.seconds -= 100
-    assert store.retries.retry(job_id).moved == 8
-    store.close()
+    assert clocked.retries.retry(job_id).moved == 8

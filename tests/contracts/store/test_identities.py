@@ -1,4 +1,4 @@
-"""What a job's model consists of, in the store: settled by its first claim, and no other model answers the rest."""
+"""The identity of a job's model in the store: fixed by the first claim, and no other model answers the rest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from batchmill.producer.views.diagnosis.snapshot import QueueState
 from batchmill.producer.views.diagnosis.verdict import Diagnosis, Verdict, diagnose
 from batchmill.producer.views.reasons import missing_lines
 from batchmill.producer.views.status import JobStatus
-from tests.scenarios.test_races import at_once
 from tests.support.store import mill
 from tests.support.store.oracle import violations
+from tests.support.store.races import at_once
 
 OLD, NEW = "tokenizer=1 weights=1", "tokenizer=1 weights=2"
 A = Adapter("a", "/adapters/a")
@@ -33,16 +33,9 @@ REMEDY = "to finish it, restore the old model and restart a worker; to have the 
 
 
 @pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
-def store(store_url: str, clock: mill.Clock) -> Iterator[Store]:
-    store = Store(store_url, busy_seconds=10, now=clock.expression())
-    yield store
-    assert violations(store, closed=False) == []
-    store.close()
+def store(clocked: Store) -> Iterator[Store]:
+    yield clocked
+    assert violations(clocked, closed=False) == []
 
 
 def begun_by(store: Store, who: WorkerSession, count: int = 8) -> str:
@@ -156,13 +149,13 @@ class TestAdapters:
         assert store.jobs.job(job_id).adapters == (OLD_A,)
         newer = mill.session(store, name="newer", adapters=[NEW_A])
         assert mill.claim(store, newer) == ()
-        found = diagnosed(store, job_id)
-        assert found.verdict is Verdict.STUCK
-        assert found.findings[0].message == (
+        diagnosis = diagnosed(store, job_id)
+        assert diagnosis.verdict is Verdict.STUCK
+        assert diagnosis.findings[0].message == (
             "1 batch waits for the adapter a, which no live worker holds: /adapters/a has changed since"
             " this job used it, and worker newer on host holds the new version"
         )
-        assert found.findings[0].remedy == f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
+        assert diagnosis.findings[0].remedy == f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
 
     def test_a_job_of_before_takes_what_lies_there_at_its_next_claim(self, store: Store) -> None:
         job_id = mill.load_named(store, "a", "a", batch_size=1)
@@ -216,12 +209,12 @@ class TestDoctor:
         job_id = begun_by(store, mill.session(store, identity=OLD))
         clock.seconds += 5
         mill.session(store, name="newer", identity=NEW)
-        found = diagnosed(store, job_id)
-        assert (found.verdict, found.findings[0].code) == (Verdict.STUCK, "another_model")
+        diagnosis = diagnosed(store, job_id)
+        assert (diagnosis.verdict, diagnosis.findings[0].code) == (Verdict.STUCK, "another_model")
         message = "it was started with another model than worker newer on host holds; changed since then: weights"
         remedy = f"{REMEDY}`batchmill cancel {job_id}` and submit the file again"
-        assert (found.findings[0].message, found.findings[0].remedy) == (message, remedy)
-        assert "bound_worker" not in {each.code for each in found.findings}
+        assert (diagnosis.findings[0].message, diagnosis.findings[0].remedy) == (message, remedy)
+        assert "bound_worker" not in {each.code for each in diagnosis.findings}
         lines = job_lines(JobStatus.read(store, job_id))
         assert [line for line in lines if "waiting" in line] == [f"  waiting    {message};", f"  waiting    {remedy}"]
 

@@ -53,47 +53,43 @@ class TestLoading:
         store.creation.add(job_id, prompts=mill.prompts(3), batch_size=4, lease_seconds=60)
         again = [mill.GenerationRequest(3, "request-1", prompt="x"), mill.GenerationRequest(4, "new", prompt="y")]
         again += [mill.GenerationRequest(5, "new", prompt="z")]
-        found = store.creation.add(job_id, prompts=again, batch_size=4, lease_seconds=60)
-        assert [(each.index, each.custom_id, each.first_index) for each in found] == [
+        duplicates = store.creation.add(job_id, prompts=again, batch_size=4, lease_seconds=60)
+        assert [(each.index, each.custom_id, each.first_index) for each in duplicates] == [
             (3, "request-1", 1),
             (5, "new", 4),
         ]
         assert mill.rows(store, "requests") == 4
 
-    def test_a_lost_lease_stops_the_load(self, store_url: str) -> None:
-        clock = mill.Clock()
-        store = Store(store_url, now=clock.expression())
-        job_id = mill.begin(store)
+    def test_a_lost_lease_stops_the_load(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.begin(clocked)
         clock.seconds += 61
-        store.creation.renew(job_id, lease_seconds=60)  # a laptop slept meanwhile, and nobody has taken it
+        clocked.creation.renew(job_id, lease_seconds=60)  # a laptop slept meanwhile, and nobody has taken it
         clock.seconds += 61
-        expired = store.creation.expired(lease_seconds=60)
-        with patch.object(store.creation, "_delete"):  # who deletes it is in the middle of that
-            assert store.creation.discard_expired(expired) == [job_id]
+        expired = clocked.creation.expired(lease_seconds=60)
+        with patch.object(clocked.creation, "_delete"):  # who deletes it is in the middle of that
+            assert clocked.creation.discard_expired(expired) == [job_id]
         for step in (
-            lambda: store.creation.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=60),
-            lambda: store.creation.renew(job_id, lease_seconds=60),
-            lambda: store.creation.open(job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60),
+            lambda: clocked.creation.add(job_id, prompts=mill.prompts(1), batch_size=4, lease_seconds=60),
+            lambda: clocked.creation.renew(job_id, lease_seconds=60),
+            lambda: clocked.creation.open(
+                job_id, spec=mill.ECHO_SPEC, file_sha256="", fingerprint="", lease_seconds=60
+            ),
         ):
             with pytest.raises(LoadingLost):
                 step()
-        store.close()
 
-    def test_only_expired_loads_are_deleted_by_others(self, store_url: str) -> None:
-        clock = mill.Clock()
-        store = Store(store_url, now=clock.expression())
-        dead, alive = mill.begin(store), mill.begin(store)
+    def test_only_expired_loads_are_deleted_by_others(self, clocked: Store, clock: mill.Clock) -> None:
+        dead, alive = mill.begin(clocked), mill.begin(clocked)
         for job_id in (dead, alive):
-            store.creation.add(job_id, prompts=mill.prompts(9), batch_size=4, lease_seconds=60)
+            clocked.creation.add(job_id, prompts=mill.prompts(9), batch_size=4, lease_seconds=60)
         clock.seconds += 50
-        store.creation.renew(alive, lease_seconds=60)
+        clocked.creation.renew(alive, lease_seconds=60)
         clock.seconds += 20
-        expired = store.creation.expired(lease_seconds=60)
+        expired = clocked.creation.expired(lease_seconds=60)
         assert set(expired) == {dead}
-        assert store.creation.discard_expired(expired | {alive: 0.5}) == [dead]
-        assert mill.rows(store, "requests") == 9
-        assert mill.rows(store, "jobs") == 1
-        store.close()
+        assert clocked.creation.discard_expired(expired | {alive: 0.5}) == [dead]
+        assert mill.rows(clocked, "requests") == 9
+        assert mill.rows(clocked, "jobs") == 1
 
     def test_discard_leaves_nothing_and_touches_no_open_job(self, store: Store) -> None:
         open_job = mill.load(store, 3)
@@ -268,41 +264,35 @@ def draining() -> WorkerState:
 
 
 class TestRecovery:
-    def test_a_renewed_lease_is_not_reaped(self, store_url: str) -> None:
-        clock = mill.Clock()
-        store = Store(store_url, now=clock.expression())
-        mill.load(store, 4)
-        who = mill.session(store)
-        (claimed,) = mill.claim(store, who)
+    def test_a_renewed_lease_is_not_reaped(self, clocked: Store, clock: mill.Clock) -> None:
+        mill.load(clocked, 4)
+        who = mill.session(clocked)
+        (claimed,) = mill.claim(clocked, who)
         clock.seconds += 61
-        expired = store.recovery.expired(lease_seconds=mill.LEASE_SECONDS)
+        expired = clocked.recovery.expired(lease_seconds=mill.LEASE_SECONDS)
         assert set(expired) == {claimed.lease.batch_id}
-        mill.save(store, who, [BatchReport(claimed.lease)])
-        assert store.recovery.reap(expired) == 0
+        mill.save(clocked, who, [BatchReport(claimed.lease)])
+        assert clocked.recovery.reap(expired) == 0
         clock.seconds += 61
-        assert store.recovery.expired(lease_seconds=mill.LEASE_SECONDS, for_seconds=30) == {}
-        assert store.recovery.reap(store.recovery.expired(lease_seconds=mill.LEASE_SECONDS)) == 1
-        assert mill.save(store, who, [BatchReport(claimed.lease)]).lost == {claimed.lease.batch_id}
-        store.close()
+        assert clocked.recovery.expired(lease_seconds=mill.LEASE_SECONDS, for_seconds=30) == {}
+        assert clocked.recovery.reap(clocked.recovery.expired(lease_seconds=mill.LEASE_SECONDS)) == 1
+        assert mill.save(clocked, who, [BatchReport(claimed.lease)]).lost == {claimed.lease.batch_id}
 
-    def test_a_lease_further_ahead_than_any_can_be_is_over(self, store_url: str) -> None:
+    def test_a_lease_further_ahead_than_any_can_be_is_over(self, clocked: Store, clock: mill.Clock) -> None:
         """The database's clock was an hour fast, and is set right."""
-        clock = mill.Clock()
-        store = Store(store_url, now=clock.expression())
-        mill.load(store, 8)
-        loading, who, other = mill.begin(store), mill.session(store), mill.session(store, name="other")
-        (claimed,) = mill.claim(store, who)
-        assert store.recovery.expired(lease_seconds=60) == store.creation.expired(lease_seconds=60) == {}
+        mill.load(clocked, 8)
+        loading, who, other = mill.begin(clocked), mill.session(clocked), mill.session(clocked, name="other")
+        (claimed,) = mill.claim(clocked, who)
+        assert clocked.recovery.expired(lease_seconds=60) == clocked.creation.expired(lease_seconds=60) == {}
         clock.seconds -= 3_600
-        assert store.workers.rows() == []
-        assert set(store.recovery.expired(lease_seconds=60)) == {claimed.lease.batch_id}
-        assert set(store.creation.expired(lease_seconds=60)) == {loading}
-        store.registration.heartbeat(other.worker_id, beat=5.0)  # who lives says so by the new time
-        assert [row.name for row in store.workers.rows()] == ["other"]
-        mill.save(store, who, [BatchReport(claimed.lease)])
-        store.creation.renew(loading, lease_seconds=60)
-        assert store.recovery.expired(lease_seconds=60) == store.creation.expired(lease_seconds=60) == {}
-        store.close()
+        assert clocked.workers.rows() == []
+        assert set(clocked.recovery.expired(lease_seconds=60)) == {claimed.lease.batch_id}
+        assert set(clocked.creation.expired(lease_seconds=60)) == {loading}
+        clocked.registration.heartbeat(other.worker_id, beat=5.0)  # who lives says so by the new time
+        assert [row.name for row in clocked.workers.rows()] == ["other"]
+        mill.save(clocked, who, [BatchReport(claimed.lease)])
+        clocked.creation.renew(loading, lease_seconds=60)
+        assert clocked.recovery.expired(lease_seconds=60) == clocked.creation.expired(lease_seconds=60) == {}
 
     def test_pending_batches_by_spec_are_bounded(self, store: Store) -> None:
         mill.load(store, 40)
@@ -331,28 +321,25 @@ class TestReading:
         store.closing.cancel(job_id)
         assert store.jobs.resumable("same") == []
 
-    def test_running_seconds_are_the_union_of_the_runs(self, store_url: str) -> None:
-        clock = mill.Clock()
-        store = Store(store_url, now=clock.expression())
-        job_id = mill.load(store, 12)
-        assert store.usage.of(job_id).queued_seconds == 0.0
+    def test_running_seconds_are_the_union_of_the_runs(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(clocked, 12)
+        assert clocked.usage.of(job_id).queued_seconds == 0.0
         clock.seconds += 10
-        assert store.usage.of(job_id).queued_seconds == 10.0
-        sessions = [mill.session(store, name=name) for name in "ab"]
-        (first,) = mill.claim(store, sessions[0])  # open for 100 s
+        assert clocked.usage.of(job_id).queued_seconds == 10.0
+        sessions = [mill.session(clocked, name=name) for name in "ab"]
+        (first,) = mill.claim(clocked, sessions[0])  # open for 100 s
         clock.seconds += 40
-        (second,) = mill.claim(store, sessions[1])  # open for 20 s within the first
+        (second,) = mill.claim(clocked, sessions[1])  # open for 20 s within the first
         clock.seconds += 20
-        mill.save(store, sessions[1], [mill.answered(second)])
+        mill.save(clocked, sessions[1], [mill.answered(second)])
         clock.seconds += 40
-        mill.save(store, sessions[0], [mill.answered(first)])
+        mill.save(clocked, sessions[0], [mill.answered(first)])
         clock.seconds += 1000  # nobody works
-        (third,) = mill.claim(store, sessions[0])
+        (third,) = mill.claim(clocked, sessions[0])
         clock.seconds += 5
-        store.registration.heartbeat(sessions[0].worker_id, beat=5.0)
-        effort = store.usage.of(job_id)
+        clocked.registration.heartbeat(sessions[0].worker_id, beat=5.0)
+        effort = clocked.usage.of(job_id)
         assert (effort.queued_seconds, effort.running_seconds) == (10.0, 105.0)
         assert effort.recent_requests_per_second == 0.0
-        mill.save(store, sessions[0], [mill.answered(third, count=3)])
-        assert store.usage.of(job_id).recent_requests_per_second == pytest.approx(3 / 5)
-        store.close()
+        mill.save(clocked, sessions[0], [mill.answered(third, count=3)])
+        assert clocked.usage.of(job_id).recent_requests_per_second == pytest.approx(3 / 5)

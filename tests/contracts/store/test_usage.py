@@ -1,8 +1,7 @@
-"""What workers did of a job, over the time really worked; and the sample by which its end is estimated."""
+"""Workers' use of time for a job, over the time really worked, and the sample by which its end is estimated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,108 +18,96 @@ from batchmill.jobs.store.views.usage import Pace
 from tests.support.store import mill
 
 
-@pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
-
-
-@pytest.fixture
-def timed(store_url: str, clock: mill.Clock) -> Iterator[Store]:
-    store = Store(store_url, busy_seconds=10, now=clock.expression())
-    yield store
-    store.close()
-
-
 class TestPaces:
-    def test_each_worker_has_its_own_seconds_and_tokens(self, timed: Store, clock: mill.Clock) -> None:
-        job_id = mill.load(timed, 12)
-        sessions = [mill.session(timed, name=name) for name in "ab"]
-        (first,), (second,) = (mill.claim(timed, session) for session in sessions)
+    def test_each_worker_has_its_own_seconds_and_tokens(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(clocked, 12)
+        sessions = [mill.session(clocked, name=name) for name in "ab"]
+        (first,), (second,) = (mill.claim(clocked, session) for session in sessions)
         clock.seconds += 2
-        mill.save(timed, sessions[0], [mill.answered(first, count=3)])
+        mill.save(clocked, sessions[0], [mill.answered(first, count=3)])
         clock.seconds += 2
-        mill.save(timed, sessions[1], [replace(mill.answered(second, count=1), in_flight_tokens=5)])
-        a, b = timed.usage.of(job_id).paces
+        mill.save(clocked, sessions[1], [replace(mill.answered(second, count=1), in_flight_tokens=5)])
+        a, b = clocked.usage.of(job_id).paces
         assert a == Pace(sessions[0].worker_id, 4.0, 3, 6, 9, 0, 4.0, 9.0)
         assert b == Pace(sessions[1].worker_id, 4.0, 1, 2, 3, 5, 4.0, 8.0)
-        assert timed.usage.of(job_id).running_seconds == 4.0
+        assert clocked.usage.of(job_id).running_seconds == 4.0
 
-    def test_the_last_minute_is_told_apart(self, timed: Store, clock: mill.Clock) -> None:
-        job_id = mill.load(timed, 8)
-        who = mill.session(timed)
+    def test_the_last_minute_is_told_apart(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(clocked, 8)
+        who = mill.session(clocked)
         for seconds, minutes_later in ((40.0, 10), (20.0, 0)):
-            (claimed,) = mill.claim(timed, who)
+            (claimed,) = mill.claim(clocked, who)
             clock.seconds += seconds
-            mill.save(timed, who, [mill.answered(claimed)])
+            mill.save(clocked, who, [mill.answered(claimed)])
             clock.seconds += 60 * minutes_later
-        (pace,) = timed.usage.of(job_id).paces
+        (pace,) = clocked.usage.of(job_id).paces
         assert (pace.seconds, pace.completion_tokens) == (60.0, 24)
         assert (pace.late_seconds, pace.late_tokens) == (20.0, pytest.approx(12.0))
 
-    def test_refused_prompts_are_no_throughput(self, timed: Store, clock: mill.Clock) -> None:
-        job_id = mill.load(timed, 4)
-        who = mill.session(timed)
-        (claimed,) = mill.claim(timed, who)
+    def test_refused_prompts_are_no_throughput(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(clocked, 4)
+        who = mill.session(clocked)
+        (claimed,) = mill.claim(clocked, who)
         clock.seconds += 2
         refused = [mill.output(job_id, index, error=ErrorCode.CONTEXT_LENGTH_EXCEEDED) for index in (0, 1)]
-        mill.save(timed, who, [BatchReport(claimed.lease, outputs=refused, in_flight=(2, 3))])
-        effort = timed.usage.of(job_id)
+        mill.save(clocked, who, [BatchReport(claimed.lease, outputs=refused, in_flight=(2, 3))])
+        effort = clocked.usage.of(job_id)
         assert (effort.recent_requests_per_second, effort.paces[0].prompt_tokens) == (0.0, 0)
-        assert timed.jobs.job(job_id).counts.prompt_tokens == 4
+        assert clocked.jobs.job(job_id).counts.prompt_tokens == 4
 
-    def test_a_job_that_was_cancelled_in_the_queue_waits_no_longer(self, timed: Store, clock: mill.Clock) -> None:
-        job_id = mill.load(timed, 4)
+    def test_a_job_that_was_cancelled_in_the_queue_waits_no_longer(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(clocked, 4)
         clock.seconds += 5
-        assert timed.usage.of(job_id).queued_seconds == pytest.approx(5.0)
-        timed.closing.cancel(job_id)
+        assert clocked.usage.of(job_id).queued_seconds == pytest.approx(5.0)
+        clocked.closing.cancel(job_id)
         clock.seconds += 60
-        assert timed.usage.of(job_id).queued_seconds == pytest.approx(5.0)
+        assert clocked.usage.of(job_id).queued_seconds == pytest.approx(5.0)
 
-    def test_tokens_in_flight_are_gone_once_the_run_has_ended(self, timed: Store) -> None:
-        job_id = mill.load(timed, 4)
-        who = mill.session(timed)
-        (claimed,) = mill.claim(timed, who)
-        mill.save(timed, who, [BatchReport(claimed.lease, in_flight=(0, 1), in_flight_tokens=7)])
-        assert timed.usage.of(job_id).paces[0].in_flight_tokens == 7
-        timed.recovery.take_back(who.worker_id, generation=who.generation)
-        assert timed.usage.of(job_id).paces[0].in_flight_tokens == 0
+    def test_tokens_in_flight_are_gone_once_the_run_has_ended(self, clocked: Store) -> None:
+        job_id = mill.load(clocked, 4)
+        who = mill.session(clocked)
+        (claimed,) = mill.claim(clocked, who)
+        mill.save(clocked, who, [BatchReport(claimed.lease, in_flight=(0, 1), in_flight_tokens=7)])
+        assert clocked.usage.of(job_id).paces[0].in_flight_tokens == 7
+        clocked.recovery.take_back(who.worker_id, generation=who.generation)
+        assert clocked.usage.of(job_id).paces[0].in_flight_tokens == 0
 
-    def test_hours_in_which_nobody_lived_are_no_work(self, timed: Store, clock: mill.Clock) -> None:
+    def test_hours_in_which_nobody_lived_are_no_work(self, clocked: Store, clock: mill.Clock) -> None:
         """The mill was killed, and what its worker held is taken back hours later."""
-        job_id = mill.load(timed, 8)
-        who = mill.session(timed)
-        (claimed,) = mill.claim(timed, who)
+        job_id = mill.load(clocked, 8)
+        who = mill.session(clocked)
+        (claimed,) = mill.claim(clocked, who)
         for _ in range(4):
             clock.seconds += 5
-            timed.registration.heartbeat(who.worker_id, beat=5.0)
-        mill.save(timed, who, [mill.answered(claimed, count=2)])
+            clocked.registration.heartbeat(who.worker_id, beat=5.0)
+        mill.save(clocked, who, [mill.answered(claimed, count=2)])
         clock.seconds += 3 * 3_600
-        assert timed.usage.of(job_id).running_seconds == 25.0, "until the next heartbeat was due"
-        timed.recovery.take_back(who.worker_id, generation=who.generation)
-        assert timed.usage.of(job_id).running_seconds == 25.0
-        other = mill.session(timed, name="other")
-        mill.work_off(timed, other)
+        assert clocked.usage.of(job_id).running_seconds == 25.0, "until the next heartbeat was due"
+        clocked.recovery.take_back(who.worker_id, generation=who.generation)
+        assert clocked.usage.of(job_id).running_seconds == 25.0
+        other = mill.session(clocked, name="other")
+        mill.work_off(clocked, other)
         clock.seconds += 3_600
-        assert timed.usage.of(job_id).running_seconds == 25.0
+        assert clocked.usage.of(job_id).running_seconds == 25.0
 
-    def test_of_a_run_that_a_worker_ended_itself_every_second_counts(self, timed: Store, clock: mill.Clock) -> None:
-        job_id = mill.load(timed, 4)
-        who = mill.session(timed)
-        (claimed,) = mill.claim(timed, who)
+    def test_of_a_run_that_a_worker_ended_itself_every_second_counts(self, clocked: Store, clock: mill.Clock) -> None:
+        job_id = mill.load(clocked, 4)
+        who = mill.session(clocked)
+        (claimed,) = mill.claim(clocked, who)
         clock.seconds += 12  # no heartbeat came in between
-        mill.save(timed, who, [mill.answered(claimed)])
+        mill.save(clocked, who, [mill.answered(claimed)])
         clock.seconds += 3_600
-        assert timed.usage.of(job_id).running_seconds == 12.0
+        assert clocked.usage.of(job_id).running_seconds == 12.0
 
 
 class TestSample:
     def test_it_lies_over_the_whole_file_and_over_what_was_begun(self) -> None:
         assert spread(3, begun=2) == [0, 1, 2]
-        found = spread(1_000_000, begun=10_000)
-        assert len(found) <= 2 * SAMPLED
-        assert found == sorted(set(found))
-        assert len([each for each in found if each < 10_000]) >= SAMPLED
-        assert found[-1] >= 1_000_000 * (SAMPLED - 1) // SAMPLED
+        sampled = spread(1_000_000, begun=10_000)
+        assert len(sampled) <= 2 * SAMPLED
+        assert sampled == sorted(set(sampled))
+        assert len([each for each in sampled if each < 10_000]) >= SAMPLED
+        assert sampled[-1] >= 1_000_000 * (SAMPLED - 1) // SAMPLED
 
     def test_it_tells_bytes_states_and_tokens(self, store: Store) -> None:
         job_id = mill.load(store, 4)
@@ -145,8 +132,8 @@ class TestSample:
         store.creation.open(
             job_id, spec=mill.ECHO_SPEC, file_sha256="0" * 64, fingerprint="f", lease_seconds=mill.LEASE_SECONDS
         )
-        found = store.samples.of(job_id, total=5, begun=0, choices=2)
-        assert [each.max_tokens for each in found] == [16, 24, None, None, None]
+        sample = store.samples.of(job_id, total=5, begun=0, choices=2)
+        assert [each.max_tokens for each in sample] == [16, 24, None, None, None]
 
     def test_what_an_estimate_asks_scans_no_requests_and_no_outputs(self, store: Store) -> None:
         """Of a job among many rows: each question about it goes by an index."""

@@ -147,7 +147,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "if False:",
             ),
         ),
-        ("tests/unit/worker/engine/grammar/test_grammars.py",),
+        ("tests/unit/worker/engine/grammar/test_grammars_refused.py",),
     ),
     Mutant("the fence in a turn", (_NO_FENCE,), (_STORE, _HISTORIES)),
     Mutant("the fence in a turn (races)", (_NO_FENCE,), (_RACES,)),

@@ -1,4 +1,4 @@
-"""From a prompt file to a queued job: what is stored, what is refused, and what others see meanwhile."""
+"""From a prompt file to a queued job: stored rows, refused files, and the view of others meanwhile."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def write(path: Path, *lines: object) -> str:
 def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "x"}, {"prompt": "y"})
     options = GenerationOptions("be brief", SamplingParams(max_tokens=5))
-    asked = Submission(path, "echo", name="n", options=options, batch_size=1, command="batchmill submit p.jsonl")
-    job_id, spec = load_job(asked, store=store, settings=SETTINGS)
+    submission = Submission(path, "echo", name="n", options=options, batch_size=1, command="batchmill submit p.jsonl")
+    job_id, spec = load_job(submission, store=store, settings=SETTINGS)
     job = store.jobs.job(job_id)
     assert job.state is JobState.QUEUED
     assert (job.name, job.file_name, job.command) == ("n", "p.jsonl", "batchmill submit p.jsonl")
@@ -54,7 +54,7 @@ def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) ->
     assert job.options == {"system": "be brief", "max_tokens": 5}
     assert job.counts.total == 2
     assert mill.rows(store, "batches") == 2
-    assert store.jobs.resumable(asked.fingerprint(spec, job.file_sha256)) == [job]
+    assert store.jobs.resumable(submission.fingerprint(spec, job.file_sha256)) == [job]
 
 
 def test_declared_adapters_are_part_of_the_job(
@@ -62,8 +62,8 @@ def test_declared_adapters_are_part_of_the_job(
 ) -> None:
     configure_logs(level=SETTINGS.log_level, form=SETTINGS.log_format)
     path = write(tmp_path / "p.jsonl", {"prompt": "x", "adapter": "sql"}, {"prompt": "y"})
-    asked = Submission(path, "echo", options=GenerationOptions(adapters=("sql", "unused")))
-    job_id, spec = load_job(asked, store=store, settings=SETTINGS)
+    submission = Submission(path, "echo", options=GenerationOptions(adapters=("sql", "unused")))
+    job_id, spec = load_job(submission, store=store, settings=SETTINGS)
     job = store.jobs.job(job_id)
     assert (job.options, job.adapters) == ({"adapters": ["sql", "unused"]}, ())
     assert mill.rows(store, "batches") == 2
@@ -72,7 +72,7 @@ def test_declared_adapters_are_part_of_the_job(
     assert "sql" not in said
     plain = Submission(path, "echo", options=GenerationOptions(adapters=("sql",)))
     meant = replace(plain, adapters=(Adapter("sql", "/a"),))
-    prints = {each.fingerprint(spec, "0") for each in (asked, plain, meant, replace(meant, adapters=(B,)))}
+    prints = {each.fingerprint(spec, "0") for each in (submission, plain, meant, replace(meant, adapters=(B,)))}
     assert len(prints) == 4
 
 
@@ -162,12 +162,14 @@ def test_messages_for_a_folder_without_a_chat_template_are_refused(sqlite_store:
     plain = write(tmp_path / "plain.jsonl", {"prompt": "x"})
     with pytest.raises(UsageError, match=r"line 2 has messages.*chat_template"):
         load_job(Submission(chat, str(model)), store=sqlite_store, settings=SETTINGS)
-    asked = Submission(plain, str(model), options=GenerationOptions("be brief"))
+    submission = Submission(plain, str(model), options=GenerationOptions("be brief"))
     with pytest.raises(UsageError, match="--system"):
-        load_job(asked, store=sqlite_store, settings=SETTINGS)
-    asked = Submission(plain, str(model), options=GenerationOptions(chat_template_kwargs={"enable_thinking": False}))
+        load_job(submission, store=sqlite_store, settings=SETTINGS)
+    submission = Submission(
+        plain, str(model), options=GenerationOptions(chat_template_kwargs={"enable_thinking": False})
+    )
     with pytest.raises(UsageError, match="--chat-template-kwargs is for a chat template"):
-        load_job(asked, store=sqlite_store, settings=SETTINGS)
+        load_job(submission, store=sqlite_store, settings=SETTINGS)
     load_job(Submission(plain, str(model)), store=sqlite_store, settings=SETTINGS)
     for name, text in (("chat_template.jinja", "x"), ("tokenizer_config.json", '{"chat_template": "x"}')):
         before = (model / name).read_text() if (model / name).exists() else None

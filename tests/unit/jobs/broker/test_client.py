@@ -1,4 +1,4 @@
-"""The Redis of the settings: what its URL may say, and whom it trusts under TLS."""
+"""The Redis of the settings: valid URLs, and the certificates that it trusts under TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a queue's messages a worker gets to see: one task, one id, and nothing else that anybody wrote."""
+"""The filter of a queue's messages: a worker sees one task and one id, and nothing else that anybody wrote."""
 
 from __future__ import annotations
 

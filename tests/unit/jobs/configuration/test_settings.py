@@ -1,4 +1,4 @@
-"""Where settings come from, which wins, and what is refused."""
+"""Settings: their sources, the order of precedence, and refused values."""
 
 from __future__ import annotations
 

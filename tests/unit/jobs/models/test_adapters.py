@@ -1,4 +1,4 @@
-"""What an adapter may be called, and what `--adapter` makes of what a user wrote."""
+"""Names of adapters, and the values that `--adapter` reads."""
 
 from __future__ import annotations
 

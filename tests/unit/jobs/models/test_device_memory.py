@@ -94,10 +94,10 @@ def run_with(store: Store, memory: Memory, *, more: Memory | None = None) -> str
 def test_a_run_keeps_each_device_and_its_energy_in_the_store(store: Store) -> None:
     first = Memory.of([gpu(1), gpu(2)], energy_joules=2.0)
     job_id = run_with(store, first, more=first.and_then(Memory.of([gpu(1, peak=80)], energy_joules=1.5)))
-    found = store.usage.of(job_id).memory
-    assert found.devices == (gpu(1, peak=80), gpu(2))
-    assert found.energy_joules == 3.5
-    assert found.weights_bytes == 20
+    memory = store.usage.of(job_id).memory
+    assert memory.devices == (gpu(1, peak=80), gpu(2))
+    assert memory.energy_joules == 3.5
+    assert memory.weights_bytes == 20
 
 
 def test_what_a_crash_left_takes_nothing_back(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""What a model's folder consists of: which files count, and that each is hashed once in a home until it changes."""
+"""The identity of a model's folder: the files that count, each hashed once in a home until it changes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read(folder: Path, home: Path | None = None) -> str:
 
 
 def _vocabulary_files() -> Iterator[str]:
-    """What transformers' tokenizers call their files; the modules are read, since some need libraries of their own."""
+    """The file names of transformers' tokenizers, read from their modules, some of which cannot be imported here."""
     (models,) = transformers.models.__path__
     for file in Path(models).glob("*/tokenization_*.py"):
         for node in ast.parse(file.read_text()).body:

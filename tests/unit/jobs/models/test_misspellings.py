@@ -1,4 +1,4 @@
-"""Names of models that are likely slips: what is asked about, and what never is."""
+"""Names of models that are likely misspelt: those that are asked about, and those that never are."""
 
 from __future__ import annotations
 

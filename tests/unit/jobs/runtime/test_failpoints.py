@@ -1,4 +1,4 @@
-"""Failpoints: free when unset, fired once in a home, refused when misspelt, and all of them in the code."""
+"""Failpoints: free when unset, fired once in a home, refused when misspelt, and each used in the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's log file: what is kept of it, by several processes and over rotation, and what `batchmill logs` shows."""
+"""A worker's log file: written by several processes, rotated, and shown by `batchmill logs`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def shown_by(show: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> li
 
 
 def test_a_line_is_in_the_file_once_it_is_logged(folder: Path) -> None:
-    """Whoever is killed then leaves it there, and the next one adds to it."""
+    """A process that is killed right after leaves the line there, and the next process appends to it."""
     path = folder / "a.log"
     for word in ("first", "second"):
         line = [sys.executable, "-c", KILLED, path, word]

@@ -1,4 +1,4 @@
-"""What other libraries log and warn of comes out in one form, and a lost connection without a stack."""
+"""Logs and warnings of other libraries come out in one form, and a lost connection without a stack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchmill.jobs.runtime.logs import FILE_ONLY, configure_logs, get_logger
 
 @pytest.fixture(params=["console", "json"])
 def logs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What is logged."""
+    """The stderr to which logs are written."""
     root = logging.getLogger()
     before = (root.handlers, root.level)
     stderr = io.StringIO()

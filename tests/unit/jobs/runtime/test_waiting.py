@@ -1,4 +1,4 @@
-"""A wait is told of once it takes long: what for, since when, and who holds it; a short one is not."""
+"""A long wait is reported, with its reason, its begin and the holder; a short one is not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no other system
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Queue[str]:
-    """What is told, of waits that are long after a moment."""
+    """The lines that waits report, where a moment counts as long."""
     lines: Queue[str] = Queue()
     monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.2)
     monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.02)

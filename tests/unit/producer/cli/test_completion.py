@@ -100,21 +100,21 @@ def test_fish_completes_the_same(environ: dict[str, str], job_id: str, tmp_path:
 
 
 class TestIds:
-    """What is offered where a JOB is meant."""
+    """Completions of a JOB argument."""
 
     @pytest.fixture(autouse=True)
     def the_store_is_the_settings(self, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BATCHMILL_DATABASE_URL", store_url)
 
     def offered(self, incomplete: str = "") -> dict[str, str]:
-        found = complete_job(click.Context(cli), click.Argument(["job"]), incomplete)
-        return {each.value: str(each.help) for each in found}
+        completions = complete_job(click.Context(cli), click.Argument(["job"]), incomplete)
+        return {each.value: str(each.help) for each in completions}
 
     def test_last_is_first_and_the_others_have_state_and_name(self, store: Store) -> None:
         old, new = (mill.load(store, 1, name=name) for name in ("old", "new"))
-        found = self.offered()
-        assert next(iter(found)) == "last"
-        assert found == {"last": "the newest job", old: "queued echo (none) old", new: "queued echo (none) new"}
+        offered = self.offered()
+        assert next(iter(offered)) == "last"
+        assert offered == {"last": "the newest job", old: "queued echo (none) old", new: "queued echo (none) new"}
 
     def test_only_what_begins_so(self, store: Store) -> None:
         job_id = mill.load(store, 1)

@@ -1,16 +1,18 @@
-"""`batchmill doctor` without a job: what it says of a home."""
+"""`batchmill doctor`: the checks of a home, and arguments that it refuses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from batchmill.jobs.broker.client import Broker
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.runtime.home import use_store
 from batchmill.producer.cli import doctor
 from batchmill.producer.cli.doctor import Check, examine
+from batchmill.producer.cli.main import cli
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +26,17 @@ def check(settings: Settings, name: str) -> Check:
 
 
 def test_a_new_home_needs_no_store_and_gets_none(tmp_path: Path) -> None:
-    found = check(Settings(home=tmp_path), "database")
-    assert (found.ok, found.found) == (True, f"embedded, created at first use in {tmp_path}")
+    checked = check(Settings(home=tmp_path), "database")
+    assert (checked.ok, checked.found) == (True, f"embedded, created at first use in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_is_gone_from_under_those_at_work_on_it_fails(tmp_path: Path) -> None:
     with use_store(tmp_path):
-        found = check(Settings(home=tmp_path), "database")
-    assert not found.ok
-    assert found.found.startswith(f"the store of {tmp_path} is gone, and a worker, `run` or `up` is still at work")
-    assert "put its file back, or end them" in found.found
+        checked = check(Settings(home=tmp_path), "database")
+    assert not checked.ok
+    assert checked.found.startswith(f"the store of {tmp_path} is gone, and a worker, `run` or `up` is still at work")
+    assert "put its file back, or end them" in checked.found
     assert check(Settings(home=tmp_path), "database").ok
 
 
@@ -43,5 +45,15 @@ def test_no_redis_is_waited_for_that_nobody_started(tmp_path: Path, monkeypatch:
         raise AssertionError
 
     monkeypatch.setattr(Broker, "ping", ping)
-    found = check(Settings(home=tmp_path), "redis")
-    assert found.found.startswith("embedded, not running; server: ")
+    checked = check(Settings(home=tmp_path), "redis")
+    assert checked.found.startswith("embedded, not running; server: ")
+
+
+class TestCommand:
+    def test_a_model_goes_without_a_job(self) -> None:
+        done = CliRunner().invoke(cli, ["doctor", "last", "-m", "echo"])
+        assert done.exit_code == 2
+        assert "leave --model out" in done.output
+
+    def test_no_such_job_is_exit_3(self) -> None:
+        assert CliRunner().invoke(cli, ["doctor", "nosuchjob"]).exit_code == 3

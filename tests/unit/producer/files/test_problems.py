@@ -1,4 +1,4 @@
-"""The bad lines of one file: which are named, and that the rest are counted, every one of them."""
+"""The bad lines of one file: some are named, and every other one is counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of prompts that are none: told by their beginning, in one line that says what to do."""
+"""Files that are no prompt files: recognised by their first bytes, and refused in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ REQUEST = b'{"prompt":"SECRET"}\n'
 
 def read(path: Path | str, form: str | None = None) -> list[str | None]:
     with PromptFile(str(path), form=form) as prompts:
-        found = [line.request.prompt for line in prompts]
+        prompts_read = [line.request.prompt for line in prompts]
         prompts.raise_if_bad()
-        return found
+        return prompts_read
 
 
 def refused(path: Path | str, form: str | None = None) -> str:
-    """What is said of a file that is refused whole, in one line, after its name."""
+    """The message for a file that is refused whole, without the file's name."""
     with pytest.raises(PromptFileError) as caught:
         read(path, form)
     assert caught.value.exit_code == 2

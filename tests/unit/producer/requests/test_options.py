@@ -1,4 +1,4 @@
-"""What a line and a job's flags may ask of the sampler: every option, its limits, and where it arrives."""
+"""Sampling options on lines and as flags of a job: every option, its limits, and the field that keeps it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def forms(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 # --- what is taken ------------------------------------------------------------------------------------------
 
-#: What a line of any form says, and what is kept of it.
+#: Options of a line of any form, and the sampling parameters that are kept.
 GOOD: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"min_tokens": 0}, {"min_tokens": 0}),
     ({"min_tokens": 5, "max_tokens": 5}, {"min_tokens": 5, "max_tokens": 5}),
@@ -323,7 +323,7 @@ def test_a_lines_template_variables_win_over_the_jobs() -> None:
 
 
 def submission(*flags: str) -> Submission:
-    """What `submit` makes of its command line."""
+    """The submission that `submit` parses from its command line."""
     context = submit.make_context("submit", ["p.jsonl", "-m", "echo", *flags])
     return _submission(context.params, Settings())
 

@@ -1,4 +1,4 @@
-"""How answers ended: counted as they are saved, and said in every summary of a job."""
+"""Finish reasons of answers: counted as they are saved, and shown in every summary of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which errors another try can end otherwise: the table, and what a retry moves and leaves."""
+"""Errors that a retry can resolve: the table, and the requests that a retry reopens or leaves."""
 
 from __future__ import annotations
 

@@ -108,9 +108,9 @@ def test_the_demo_model_keeps_its_answers_in_every_quantization(tmp_path: Path) 
     words = ["demo", "-q", "nf4,fp4,int8:threshold=0", "-q", "none", "--data", "held-out.jsonl", "--device", "cpu"]
     done = evaluate(*words, "--json", "-o", "chart.png", "--max-tokens", "24", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    jsonschema.validate(found, SCHEMA)
-    rows = {each["quantization"]: each for each in found["results"]}
+    shown = json.loads(done.stdout)
+    jsonschema.validate(shown, SCHEMA)
+    rows = {each["quantization"]: each for each in shown["results"]}
     assert list(rows) == ["nf4", "fp4", "int8:threshold=0", "none"]
     for each in rows.values():
         assert each["error"] is None
@@ -121,8 +121,8 @@ def test_the_demo_model_keeps_its_answers_in_every_quantization(tmp_path: Path) 
     assert rows["nf4"]["weights_bytes"] < rows["int8:threshold=0"]["weights_bytes"] < rows["none"]["weights_bytes"]
     assert 0 < rows["nf4"]["divergence"]["mean"] < 0.1
     assert rows["nf4"]["agreement"]["share"] > 0.9
-    assert found["advice"].startswith("Take ")
-    assert found["method"]["tokens"] == sum(len(each.answer) for each in examples)
+    assert shown["advice"].startswith("Take ")
+    assert shown["method"]["tokens"] == sum(len(each.answer) for each in examples)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert "Traceback" not in done.stderr
     assert not any(each.question in done.stderr for each in examples)
@@ -137,8 +137,8 @@ def test_the_demo_model_keeps_its_answers_in_every_quantization(tmp_path: Path) 
     assert kept.baseline == ModelSpec.parse("demo", quantization="none")
     assert kept.measured["perplexity"] == rows["nf4"]["perplexity"]
     assert kept.measured["baseline_perplexity"] == rows["none"]["perplexity"]
-    assert kept.measured["method"] == found["method"]
-    assert kept.data.sha256 == found["data"]["sha256"]
+    assert kept.measured["method"] == shown["method"]
+    assert kept.data.sha256 == shown["data"]["sha256"]
 
 
 def test_what_is_wrong_with_data_or_chart_is_one_line_before_the_work(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_one_model_is_in_memory_at_a_time_and_the_baseline_comes_first(model: st
 
 
 def test_all_specs_are_measured_on_the_same_tokens(model: str, data: Path) -> None:
-    found = evaluation(model, "none,none:dtype=float32", data, window_tokens=64, stride_tokens=16)
-    [baseline, same] = found.run()
+    comparison = evaluation(model, "none,none:dtype=float32", data, window_tokens=64, stride_tokens=16)
+    [baseline, same] = comparison.run()
     assert isinstance(baseline, Measurement)
     assert isinstance(same, Measurement)
-    assert found.method == Method(64, 16, 400, 23, 50, 3, 4, "exact")
+    assert comparison.method == Method(64, 16, 400, 23, 50, 3, 4, "exact")
     assert same.perplexity == baseline.perplexity
     assert same.divergence is not None
     assert (same.divergence.mean, same.divergence.places, same.divergence.standard_error) == (0.0, 50, 0.0)

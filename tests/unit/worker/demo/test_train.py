@@ -49,7 +49,7 @@ def tokenizer() -> Tokenizer:
 
 
 def answers(model: Model, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
-    """What the model says to prompts that are complete already, greedily, without special tokens."""
+    """The model's greedy answers to rendered prompts, without special tokens."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     with torch.inference_mode():
         tokens = model.generate(**batch, max_new_tokens=56)

@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Pynvml:
-    """What this project uses of the module pynvml: two GPUs, whose use and energy a test sets."""
+    """The part of the module pynvml that this project uses: two GPUs, whose use and energy a test sets."""
 
     class NVMLError(Exception):
         pass

@@ -1,4 +1,4 @@
-"""Where a model goes, as the flags say it: what they mean, and how each mistake is named."""
+"""The placement of a model by flags: their meaning, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_what_the_cpu_may_take_beside_a_gpu_lets_weights_wait_there() -> None:
 
 @pytest.mark.parametrize("workers", [["0"], ["cpu"], ["0+1", "2+3"], ["cuda:0", "GPU-aa+GPU-bb"]])
 def test_devices_of_several_workers(workers: list[str]) -> None:
-    found = each_worker(",".join(workers))
-    assert [each.replace("cuda:", "") for each in found] == [each.replace("cuda:", "") for each in workers]
+    placements = each_worker(",".join(workers))
+    assert [each.replace("cuda:", "") for each in placements] == [each.replace("cuda:", "") for each in workers]
 
 
 @pytest.mark.parametrize("written", ["0,0", "0+1,1+2", "0,", "", "0+", "0,cuda:0"])

@@ -1,4 +1,4 @@
-"""How much goes on a device at once: halved when memory runs out, and slowly grown again."""
+"""The capacity of a device: halved when memory runs out, and slowly grown again."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ PROMPTS = [
     SHARED,
 ]
 ANSWER_TOKENS = [1, 20, 7, 30, 12, 25, 25, 25]
-#: Whose answer each of them is.
+#: The adapter that answers each of them.
 NAMES = ["wide", None, "narrow", "wide", None, "wide", None, "narrow"]
 #: Different in rank, scale and layers; the layer that `narrow` leaves alone is the first.
 WIDE: dict[str, Any] = {"r": 8, "lora_alpha": 100, "seed": 1}
@@ -113,7 +113,7 @@ def folders(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def wanted(family: str, folders: dict[str, Path]) -> list[list[int]]:
-    """What each adapter answers alone under peft."""
+    """The answers of each adapter alone under peft."""
     found = {}
     for name in (None, *folders):
         base = random_model(family)
@@ -184,10 +184,10 @@ def demo(kind: Kind) -> LoadedModel:
 
 def chats(names: Sequence[str | None]) -> list[GenerationRequest]:
     """Every question to every adapter, in turn."""
-    asked = SamplingParams(temperature=0.0, max_tokens=24)
+    sampling = SamplingParams(temperature=0.0, max_tokens=24)
     return [
         GenerationRequest(
-            index, str(index), messages=({"role": "user", "content": question},), sampling=asked, adapter=name
+            index, str(index), messages=({"role": "user", "content": question},), sampling=sampling, adapter=name
         )
         for index, (question, name) in enumerate((question, name) for question in QUESTIONS for name in names)
     ]

@@ -1,4 +1,4 @@
-"""Which engine serves a model, and what becomes of the options that it lacks."""
+"""The choice of the engine for a model, and the options that it does not have."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def chosen(loaded: LoadedModel, *, known_capacity: int | None = None, **asked: A
 
 @pytest.mark.parametrize("kind", [EngineChoice.AUTO, EngineChoice.CONTINUOUS])
 def test_a_model_that_allows_it_gets_the_continuous_engine(loaded: LoadedModel, kind: EngineChoice) -> None:
-    found = chosen(loaded, kind=kind, max_rows=3, context_tokens=50)
-    assert type(found).__name__ == "ContinuousEngine"
-    limits = found.limits
+    engine = chosen(loaded, kind=kind, max_rows=3, context_tokens=50)
+    assert type(engine).__name__ == "ContinuousEngine"
+    limits = engine.limits
     assert (limits.kind, limits.rows, limits.context_tokens) == ("continuous", 3, 50)
     assert limits.cache_tokens is not None
     assert limits.cache_tokens >= 50
@@ -64,9 +64,9 @@ def test_a_model_that_allows_it_gets_the_continuous_engine(loaded: LoadedModel, 
 def test_another_model_gets_generate_and_one_line_says_why(
     loaded: LoadedModel, said: list[MutableMapping[str, Any]]
 ) -> None:
-    found = chosen(loaded, max_rows=3)
-    assert isinstance(found, GenerateEngine)
-    limits = found.limits
+    engine = chosen(loaded, max_rows=3)
+    assert isinstance(engine, GenerateEngine)
+    limits = engine.limits
     assert (limits.kind, limits.rows, limits.context_tokens) == ("generate", 3, CONTEXT_TOKENS)
     assert [line["because"] for line in said] == [REASON]
 
@@ -78,9 +78,9 @@ def test_a_model_that_cannot_have_the_engine_it_shall_have_is_refused(loaded: Lo
 
 
 def test_generate_is_taken_where_it_is_asked_for(loaded: LoadedModel, said: list[MutableMapping[str, Any]]) -> None:
-    found = chosen(loaded, kind=EngineChoice.GENERATE, known_capacity=1_000)
-    assert isinstance(found, GenerateEngine)
-    assert (found.limits.rows, found.limits.cache_tokens) == (GENERATE_ROWS, 1_000)
+    engine = chosen(loaded, kind=EngineChoice.GENERATE, known_capacity=1_000)
+    assert isinstance(engine, GenerateEngine)
+    assert (engine.limits.rows, engine.limits.cache_tokens) == (GENERATE_ROWS, 1_000)
     assert said == []
 
 

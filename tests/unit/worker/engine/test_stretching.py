@@ -52,7 +52,7 @@ def request(index: int, prompt_tokens: int, max_tokens: int) -> GenerationReques
 
 
 def alone(model: LoadedModel, asked: GenerationRequest) -> str:
-    """What transformers says."""
+    """The answer of transformers' `generate`."""
     ids = torch.tensor([model.tokenizer.encode(asked.prompt or "")])
     whole = model.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked.sampling.max_tokens, do_sample=False,
@@ -72,17 +72,17 @@ def answers(engine: GenerateEngine, *requests: GenerationRequest) -> list[Output
 
 
 def test_an_answer_does_not_depend_on_how_long_its_neighbours_are(model: LoadedModel) -> None:
-    asked = [request(index, *lengths) for index, lengths in enumerate(LENGTHS)]
-    outputs = answers(GenerateEngine(model, options=EngineOptions(max_rows=16)), *asked)
+    requests = [request(index, *lengths) for index, lengths in enumerate(LENGTHS)]
+    outputs = answers(GenerateEngine(model, options=EngineOptions(max_rows=16)), *requests)
     assert [each.prompt_tokens for each in outputs] == [prompt_tokens for prompt_tokens, _ in LENGTHS]
-    assert [each.payload[0].text for each in outputs] == [alone(model, each) for each in asked]
+    assert [each.payload[0].text for each in outputs] == [alone(model, each) for each in requests]
 
 
 def test_rows_that_turn_the_same_run_together(model: LoadedModel) -> None:
     engine = GenerateEngine(model, options=EngineOptions(max_rows=16))
     for index in range(8):
-        asked = request(index, 20, 10) if index % 2 else request(index, 100, 10)
-        engine.add(RequestKey("job", index), asked)
+        long_or_short = request(index, 20, 10) if index % 2 else request(index, 100, 10)
+        engine.add(RequestKey("job", index), long_or_short)
     steps = 0
     while engine.waiting:
         engine.step()

@@ -37,7 +37,7 @@ def fits(_spec: ModelSpec, _folder: Path, _device: torch.device) -> None:
 
 
 def opening(spec: ModelSpec, **given: Any) -> Opening:
-    asked = Opening(
+    order = Opening(
         spec,
         Placement(("cpu",)),
         ["cpu"],
@@ -48,7 +48,7 @@ def opening(spec: ModelSpec, **given: Any) -> Opening:
         progress=lambda: False,
         known_capacity=None,
     )
-    return replace(asked, **given)
+    return replace(order, **given)
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_the_model_decides_the_kind_and_echo_is_one(settings: Settings, tiny: Mo
 
 def test_echo_holds_adapters_by_name_and_begins_with_what_its_device_held(settings: Settings) -> None:
     held = Adapter("a", "/adapters/a")
-    asked = opening(ModelSpec.parse(ECHO), adapters=[held], known_capacity=3)
-    opened = kind_of(asked.spec, settings).open(asked)
+    order = opening(ModelSpec.parse(ECHO), adapters=[held], known_capacity=3)
+    opened = kind_of(order.spec, settings).open(order)
     assert opened.facts.limits == EngineLimits(ECHO, ECHO_ROWS)
     assert (opened.facts.identity, opened.facts.adapters) == (of_echo().identity, (held,))
     assert opened.engine.capacity.limit == 3

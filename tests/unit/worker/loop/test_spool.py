@@ -1,4 +1,4 @@
-"""Outputs that wait on disk while the store is away: what is written, what a crash leaves, who saves it."""
+"""Outputs that wait on disk while the store is away: their lines, a crash, and the worker that saves them."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ FORM_2 = (
 
 
 def own() -> Process:
-    found = Process.own()
-    assert found is not None
-    return found
+    process = Process.own()
+    assert process is not None
+    return process
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A model laid out over a CPU that is too small for it, and its disk: what goes where, and that it still answers."""
+"""A model laid out over a CPU that is too small for it, and its disk: the place of each layer, and its answers."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def content(tmp_path: Path) -> Content:
 
 
 @pytest.mark.parametrize(
-    # What surrounds 4-bit weights is cast to bfloat16, so read whole, where the CPU computes in that.
+    # Weights beside the 4-bit ones are cast to bfloat16, so read whole, where the CPU computes in that.
     ("quantization", "reads_on"),
     [("none", True), ("nf4", not has_avx512bf16())],
 )

@@ -1,4 +1,4 @@
-"""What fits is counted as the engines count, and a model that does not fit is refused before its weights are read."""
+"""The fit of a model is counted as the engines count; a model too large is refused before its weights are read."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_a_plan_says_what_a_started_worker_says(quantization: str, options: Engi
         started = engine.limits
     model = PlannedModel(ModelSpec(DEMO), DEMO_FOLDER)
     holding = model.holding(Quantization.parse(quantization), CPU)
-    # What is free while an engine starts is what is left beside weights and copies, which are there already.
+    # The free memory while an engine starts is without weights and copies, which are loaded already.
     there = holding.footprint.weights_bytes + (
         0 if options.dequantize is Dequantize.NEVER else holding.footprint.copy_bytes
     )
-    found = fit_of(model, holding, cpu(64 * 1024**2 + there), options, row_tokens=50)
-    assert found.limits == started
+    fitted = fit_of(model, holding, cpu(64 * 1024**2 + there), options, row_tokens=50)
+    assert fitted.limits == started
     assert loaded.weights_bytes == pytest.approx(holding.footprint.weights_bytes, rel=0.01)
 
 
@@ -95,45 +95,45 @@ def test_a_plan_says_what_the_generate_engine_says(pretend: Any) -> None:
     loaded = load(ModelSpec(DEMO, quantization=Quantization.parse("none")), "cpu")
     engine = GenerateEngine(loaded)
     asked = Load(1000, 0, loaded.cache_token_bytes, 512, 320)
-    found = fit(asked, cpu(10 * 1024**2 + 1000), EngineOptions(), is_continuous=False, row_tokens=100)
-    assert found.limits == engine.limits
-    assert found.limits.cache_tokens == engine.capacity.limit
-    assert found.rows == engine.capacity.limit // 100
+    fitted = fit(asked, cpu(10 * 1024**2 + 1000), EngineOptions(), is_continuous=False, row_tokens=100)
+    assert fitted.limits == engine.limits
+    assert fitted.limits.cache_tokens == engine.capacity.limit
+    assert fitted.rows == engine.capacity.limit // 100
 
 
 def test_a_gpu_has_what_its_fraction_leaves_beside_weights_and_buffers() -> None:
     gpu = Hardware("cuda:0", "a GPU", True, 24 * GIB, 23 * GIB, None)
     asked = Load(14 * GIB, 0, 128 * 1024, 8192, 128_256)
-    found = fit(asked, gpu, EngineOptions(), is_continuous=True, row_tokens=4096)
+    fitted = fit(asked, gpu, EngineOptions(), is_continuous=True, row_tokens=4096)
     left = 23 * GIB - 14 * GIB - 14 * GIB // sizing.BUFFERS_PART - 24 * GIB // 10
-    assert found.rows == left // (128 * 1024 * 4096) == 10
-    assert found.fits
-    assert found.total_bytes == 14 * GIB + 14 * GIB // 10 + 4096 * 128 * 1024
+    assert fitted.rows == left // (128 * 1024 * 4096) == 10
+    assert fitted.fits
+    assert fitted.total_bytes == 14 * GIB + 14 * GIB // 10 + 4096 * 128 * 1024
     assert not fit(asked, gpu, EngineOptions(max_rows=11), is_continuous=True, row_tokens=4096).fits
     more = EngineOptions(max_rows=11, memory_fraction=1.0)
     assert fit(asked, gpu, more, is_continuous=True, row_tokens=4096).fits
 
 
 def test_a_large_vocabulary_runs_in_fewer_rows_on_a_cpu() -> None:
-    found = [
+    fitted = [
         fit(Load(GIB, 0, 1024, 4096, vocabulary), cpu(24 * GIB), EngineOptions(), is_continuous=True, row_tokens=64)
         for vocabulary in (32_000, 128_256, 262_144)
     ]
-    assert [each.limits.rows for each in found] == [256, 130, 64]
+    assert [each.limits.rows for each in fitted] == [256, 130, 64]
 
 
 def test_weights_larger_than_a_device_fit_no_row() -> None:
     asked = Load(30 * GIB, 0, 1024, None, 32_000)
-    found = fit(asked, pretended_gpu(24 * GIB), EngineOptions(), is_continuous=True, row_tokens=64)
-    assert (found.rows, found.fits) == (0, False)
+    fitted = fit(asked, pretended_gpu(24 * GIB), EngineOptions(), is_continuous=True, row_tokens=64)
+    assert (fitted.rows, fitted.fits) == (0, False)
 
 
 def test_a_model_over_two_gpus_has_their_memory_together() -> None:
     two = joined([Hardware(f"cuda:{index}", "one", True, 24 * GIB, 22 * GIB, None) for index in range(2)])
     assert (two.device, two.name, two.total_bytes, two.free_bytes) == ("cuda:0+cuda:1", "2 x one", 48 * GIB, 44 * GIB)
-    found = fit(Load(30 * GIB, 0, 1024, None, 32_000), two, EngineOptions(), is_continuous=True, row_tokens=64)
-    assert found.fits
-    assert found.limits.kind == "generate", "no other engine takes layers that are spread"
+    fitted = fit(Load(30 * GIB, 0, 1024, None, 32_000), two, EngineOptions(), is_continuous=True, row_tokens=64)
+    assert fitted.fits
+    assert fitted.limits.kind == "generate", "no other engine takes layers that are spread"
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -188,9 +188,9 @@ def test_what_a_refusal_names_is_loaded(folder: Path, pretend: Any) -> None:
 @pytest.mark.usefixtures("computes_in_bfloat16")
 def test_a_context_that_is_too_long_is_refused_with_the_longest_that_fits(folder: Path, pretend: Any) -> None:
     pretend(60 * 1024**2)
-    asked = EngineOptions(context_tokens=2048)
-    assert "cache of one row of 2,048 tokens 22.5 MiB" in refused(spec(folder, "nf4"), asked)
-    assert "what would fit: --context 1024" in refused(spec(folder, "nf4"), asked)
+    options = EngineOptions(context_tokens=2048)
+    assert "cache of one row of 2,048 tokens 22.5 MiB" in refused(spec(folder, "nf4"), options)
+    assert "what would fit: --context 1024" in refused(spec(folder, "nf4"), options)
     refuse_too_large(spec(folder, "nf4"), folder, CPU, EngineOptions(context_tokens=1024))
     refused(spec(folder, "nf4"), EngineOptions(context_tokens=1280))
 

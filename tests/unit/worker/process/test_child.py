@@ -1,4 +1,4 @@
-"""The process that holds the model: how it begins, and how it ends when it cannot go on."""
+"""The process that holds the model: its start, and its end when it cannot go on."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_store_that_refuses_is_not_waited_for() -> None:
 
 
 class TestBeginning:
-    """What a child does that cannot hold its device or its model: it says why, ends its parent and waits."""
+    """A child that cannot open its device or its model says why, ends its parent and waits."""
 
     @pytest.fixture
     def worker_id(self, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, int]]:

@@ -59,11 +59,11 @@ def test_an_order_of_before_it_said_its_form_is_read(monkeypatch: pytest.MonkeyP
 
 
 def test_an_order_that_lacks_what_is_needed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = refused(monkeypatch, OLDEST)
-    assert (found.worker_id, found.parent_pid) == (7, os.getppid())
+    refusal = refused(monkeypatch, OLDEST)
+    assert (refusal.worker_id, refusal.parent_pid) == (7, os.getppid())
 
 
 @pytest.mark.parametrize("newer", [{"form": 3}, {"room": "upstairs"}])
 def test_an_order_of_a_newer_batchmill_is_refused(monkeypatch: pytest.MonkeyPatch, newer: dict[str, object]) -> None:
-    found = refused(monkeypatch, json.dumps(json.loads(ORDER.to_environment()) | newer))
-    assert (found.worker_id, found.parent_pid) == (7, 12)
+    refusal = refused(monkeypatch, json.dumps(json.loads(ORDER.to_environment()) | newer))
+    assert (refusal.worker_id, refusal.parent_pid) == (7, 12)

@@ -1,4 +1,4 @@
-"""What a suffix means: how answers are written, and how prompts are read."""
+"""Suffixes of files: the format in which answers are written and prompts are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds a lock: told by the system, of real processes that hold it."""
+"""The holder of a lock, as the system tells it, for real processes that hold one."""
 
 from __future__ import annotations
 

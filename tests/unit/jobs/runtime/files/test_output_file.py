@@ -1,4 +1,4 @@
-"""What a command is told to write over: refused before any work where it would be lost, by whatever name."""
+"""Output files: replaced whole, and refused before any work where they would overwrite an input, by any name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = '{"prompt": "one"}\n{"prompt": "two"}\n'
 
 
 def batchmill(folder: Path, *words: str | Path, shell: str = 'exec "$@"', code: int = 2, **settings: str) -> str:
-    """What the command says on stderr, in this folder, with a home in it."""
+    """Runs batchmill in this folder, with a home in it, and returns its stderr."""
     environ = os.environ | {"BATCHMILL_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT / "src")} | settings
     line = ["sh", "-c", shell, "sh", sys.executable, "-m", "batchmill", *map(str, words)]
     done = subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
@@ -257,3 +257,28 @@ def test_a_folder_that_goes_away_meanwhile_costs_no_answer(sqlite_url: str, tmp_
     for out in (tmp_path / "gone" / "x.jsonl", Path("/dev/full")):
         with pytest.raises(BatchmillError, match=again):
             export(store, store.jobs.job(job_id), out=out, form="jsonl", only="all")
+
+
+def test_a_failed_export_leaves_the_old_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replaced(out) as file:
+        file.write("half of the new one, then what cannot be written: \ud800")
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_new_one_is_readable(tmp_path: Path) -> None:
+    kept, new = tmp_path / "kept", tmp_path / "new"
+    kept.touch(mode=0o640)
+    kept.chmod(0o640)
+    for out in (kept, new):
+        with replaced(out) as file:
+            file.write("x")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o640
+    assert stat.S_IMODE(new.stat().st_mode) & 0o044
+
+
+def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(BatchmillError, match="cannot write"), replaced(tmp_path / "none" / "out"):
+        pass

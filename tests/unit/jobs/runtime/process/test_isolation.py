@@ -1,4 +1,4 @@
-"""What a command takes out of its environment and its import path before it imports anything."""
+"""The variables and import paths that a command removes before it imports anything."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.paths import ROOT
 
 LIBRARIES = Path(click.__file__).parent.parent
 URL = "redis://mill.invalid:6379/0"
-#: How Celery, kombu and billiard read a variable whose name is written out.
+#: Reads of a variable in Celery, kombu and billiard, where its name is written out.
 READ = re.compile(r"""environ(?:\.get|\.pop|\.setdefault)?[(\[]\s*['"](\w+)['"]|getenv\(\s*['"](\w+)['"]""")
 #: Parts that batchmill's processes never import: Celery's own command line, and ways to other brokers.
 NOT_USED = re.compile(r"celery/(bin|contrib)/|kombu/transport/(?!base|virtual|redis|__init__)")
-#: What others than these three read too, and what is only written.
+#: Variables that other programs read too, or that are only written.
 HARMLESS = {"TERM", "ITERM_PROFILE", "NUMBER_OF_PROCESSORS", "celery_dummy_proxy"}
 
 

@@ -17,7 +17,7 @@ from batchmill.jobs.broker.embedded import EmbeddedRedis
 from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.process.process import Lives, Process
 
-#: What a file may say of a process whose pid another one has had since, by what it names it by.
+#: Contents of a pid file that no longer name the live process, by their kind.
 STALE: dict[str, Callable[[Process], object]] = {
     "its pid alone": lambda live: live.pid,
     "an earlier start": lambda live: replace(live, start_ticks=live.start_ticks - 1),
@@ -49,9 +49,9 @@ def foreign(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 def server_of(home: Path) -> Process:
     """The Redis that listens in this home."""
     with redis.Redis(unix_socket_path=str(home / "redis.sock")) as client:
-        found = Process.of(client.info("server")["process_id"])
-    assert found is not None
-    return found
+        process = Process.of(client.info("server")["process_id"])
+    assert process is not None
+    return process
 
 
 def start(home: Path, *words: str) -> subprocess.Popen[bytes]:

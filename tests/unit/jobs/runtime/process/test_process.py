@@ -1,4 +1,4 @@
-"""Which process is meant, and whether it lives: a pid that was given out again is another process."""
+"""Identity and life of a process: a pid that the system reused is another process."""
 
 from __future__ import annotations
 

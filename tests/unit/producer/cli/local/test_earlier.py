@@ -1,4 +1,4 @@
-"""The earlier job that a `run` continues or exports: one whose answers are those of the model that lies there now."""
+"""The earlier job that `run` continues or exports: its answers come from the model that is there now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of `batchmill jobs`: what each column says, and that they stand below one another."""
+"""The table of `batchmill jobs`: the text of each column, and their alignment."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def cells(job: Job, *, now: float) -> list[str]:
 
 
 def test_a_job_that_waits_has_an_age_and_no_duration(job: Job) -> None:
-    found = [each.strip() for each in cells(job, now=job.queued_at + 200)]
-    assert found == [job.id, "queued", "3 min 20 s", "-", "0/4", "0", "echo (none)", "nightly"]
+    row = [each.strip() for each in cells(job, now=job.queued_at + 200)]
+    assert row == [job.id, "queued", "3 min 20 s", "-", "0/4", "0", "echo (none)", "nightly"]
 
 
 def test_a_job_that_runs_has_run_since_its_first_batch(job: Job) -> None:
@@ -50,8 +50,8 @@ def test_a_job_that_has_ended_took_what_it_took(job: Job) -> None:
         finished_at=job.queued_at + 8,
         name=None,
     )
-    found = [each.strip() for each in cells(ended, now=job.queued_at + 400_000)]
-    assert found == [job.id, "completed", "4 d 15 h", "7 s", "3,990/4,000", "10", "echo (none)", "prompts.jsonl"]
+    row = [each.strip() for each in cells(ended, now=job.queued_at + 400_000)]
+    assert row == [job.id, "completed", "4 d 15 h", "7 s", "3,990/4,000", "10", "echo (none)", "prompts.jsonl"]
 
 
 def test_a_clock_that_was_set_back_makes_no_negative_time(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""The line that moves while a job is waited for: what a narrow terminal leaves out of it, and what it never does."""
+"""The line that moves while a job is waited for: the parts that a narrow terminal leaves out, and those that stay."""
 
 from __future__ import annotations
 

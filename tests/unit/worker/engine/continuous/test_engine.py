@@ -1,78 +1,25 @@
-"""What the continuous engine gives for each option, for models that it cannot serve, and when memory runs out."""
+"""The continuous engine: every option, formats, cancelled rows, timings and deterministic answers."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, Lfm2Config, Llama4TextConfig, LlamaConfig, MambaConfig, PreTrainedConfig
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import DEMO, ModelSpec
-from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
-from batchmill.jobs.requests.request import Output, RequestKey
+from batchmill.jobs.requests.generation import GenerationRequest
+from batchmill.jobs.requests.request import Output
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.support import Unsupported
-from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.grammar.grammars import Grammars, Matcher
 from batchmill.worker.engine.options import EngineOptions
-from batchmill.worker.engine.sampling.penalties import Penalties
-from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
-from tests.support.models.families import CONTEXT_TOKENS, VOCABULARY, load_alphabet, load_family, loaded
-
-GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
-Make = Callable[..., ContinuousEngine]
-
-
-@pytest.fixture(scope="module")
-def alphabet() -> LoadedModel:
-    return load_alphabet()
-
-
-@pytest.fixture(scope="module")
-def llama() -> LoadedModel:
-    return load_family("llama-grouped")
-
-
-@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
-def make(request: pytest.FixtureRequest) -> Make:
-    """Makes engines, which are closed at the end; they wait for each step's tokens, or launch the next one before."""
-
-    def make_engine(
-        model: LoadedModel, *, rows: int = 8, deterministic: bool = False, **given: Any
-    ) -> ContinuousEngine:
-        options = EngineOptions(max_rows=rows, deterministic=deterministic)
-        engine = ContinuousEngine(model, options=options, ahead=request.param, **given)
-        request.addfinalizer(engine.close)
-        return engine
-
-    return make_engine
-
-
-def key(index: int) -> RequestKey:
-    return RequestKey("job", index)
-
-
-def prompt(index: int, text: str, **sampling: Any) -> GenerationRequest:
-    return GenerationRequest(index, str(index), prompt=text, sampling=replace(GREEDY, **sampling))
-
-
-def answers(engine: ContinuousEngine, *requests: GenerationRequest, until: int = sys.maxsize) -> list[Output]:
-    """The outputs of these requests, and of those that are there, in their order; or the first of them alone."""
-    for request in requests:
-        engine.add(key(request.index), request)
-    outputs: list[Output] = []
-    while (engine.waiting or engine.active) and len(outputs) < until:
-        outputs += engine.step()
-    return sorted(outputs, key=lambda output: output.key.index)
+from tests.support.models.continuous import Make, answers, error, key, prompt, said
+from tests.support.models.families import CONTEXT_TOKENS, VOCABULARY
 
 
 def test_unfinished_answers_are_counted_with_all_their_choices(make: Make, llama: LoadedModel) -> None:
@@ -86,15 +33,6 @@ def test_unfinished_answers_are_counted_with_all_their_choices(make: Make, llama
     assert two == 2 * one
     assert len(answers(engine)) == 2
     assert engine.tokens_so_far() == {}
-
-
-def error(output: Output) -> tuple[str, str]:
-    assert output.error is not None
-    return output.error.code, output.error.message
-
-
-def said(outputs: list[Output]) -> list[tuple[str, str, int]]:
-    return [(each.payload[0].text, each.payload[0].finish_reason, each.completion_tokens) for each in outputs]
 
 
 def token(model: LoadedModel, text: str) -> int:
@@ -275,137 +213,6 @@ def test_timings_add_up_to_the_time_that_a_request_took(llama: LoadedModel, make
     assert max(each.queued_seconds for each in spent if each) >= min(each.decode_seconds for each in spent if each)
 
 
-class Small:
-    """A device that holds forwards of at most `tokens` tokens."""
-
-    def __init__(self, engine: ContinuousEngine, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        decoder = engine._decoder
-        logits = decoder.logits
-
-        def refusing(pieces: Any) -> torch.Tensor:
-            if sum(piece.end - piece.begin for piece in pieces) > tokens:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return logits(pieces)
-
-        monkeypatch.setattr(decoder, "logits", refusing)
-
-
-def test_a_step_that_does_not_fit_is_tried_again_in_half(
-    llama: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = [prompt(index, f"prompt {index}" * 3, ignore_eos=True) for index in range(6)]
-    wanted = said(answers(make(llama), *requests))
-    engine = make(llama, step_tokens=64)
-    Small(engine, 10, monkeypatch)
-    assert said(answers(engine, *requests)) == wanted
-    assert engine.capacity.found is not None
-    assert engine.capacity.found <= 10
-
-
-def test_a_request_that_does_not_fit_alone_is_an_error_and_the_next_one_is_answered(
-    llama: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make(llama)
-    with monkeypatch.context() as full:
-        Small(engine, 0, full)
-        [failed] = answers(engine, prompt(0, "x"))
-    assert error(failed)[0] == "out_of_memory"
-    assert answers(engine, prompt(1, "x"))[0].error is None
-
-
-def test_a_request_for_whose_sampling_is_no_memory_is_an_error_beside_others_that_go_on(
-    llama: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has two rows, which enter in the same step as the others; the engine serves its like again later."""
-    others = [prompt(index, f"prompt {index}" * 3) for index in range(3)]
-    greedy = prompt(3, "greedy", n=2, presence_penalty=0.5)
-    engine = make(llama)
-    wanted = said(answers(make(llama), *others, greedy))
-    with monkeypatch.context() as full:
-        full.setattr(Penalties, "_make_room", no_memory)
-        *fine, failed = answers(engine, *others, greedy)
-    assert error(failed)[0] == "out_of_memory"
-    assert said(fine) == wanted[:3]
-    assert said(answers(engine, *others, greedy)) == wanted
-
-
-def no_memory(*_: Any) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_all_rows_can_have_the_whole_context_at_once(llama: LoadedModel, make: Make) -> None:
-    engine = make(llama, rows=4, step_tokens=1_024)
-    for index in range(4):
-        engine.add(key(index), prompt(index, "abcd"[index] * 199, max_tokens=CONTEXT_TOKENS - 200, ignore_eos=True))
-    outputs = []
-    while engine.active or not outputs:
-        outputs += engine.step()
-        assert engine.waiting == 0
-    assert [each.completion_tokens for each in outputs] == [CONTEXT_TOKENS - 200] * 4
-
-
-def test_a_broken_device_is_no_lack_of_memory(llama: LoadedModel, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Any) -> torch.Tensor:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
-    engine = make(llama)
-    monkeypatch.setattr(engine._decoder, "logits", broken)
-    with pytest.raises(RuntimeError, match="device-side"):
-        answers(engine, prompt(0, "x"))
-
-
-_SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64}
-UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
-    "state space": (
-        lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
-        "0 of its 2 layers",
-    ),
-    "attention of its own": (
-        lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-        "0 of its",
-    ),
-    "convolutions": (
-        lambda: Lfm2Config(**_SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
-        "1 of its 2 layers",
-    ),
-    "chunked attention": (
-        lambda: Llama4TextConfig(
-            **_SIZES,
-            num_key_value_heads=2,
-            head_dim=8,
-            intermediate_size=32,
-            intermediate_size_mlp=32,
-            num_local_experts=2,
-        ),
-        "chunked_attention",
-    ),
-    "stretched positions": (
-        lambda: LlamaConfig(
-            **_SIZES, intermediate_size=32, max_position_embeddings=CONTEXT_TOKENS, rope_parameters=_ROPE
-        ),
-        "longest row",
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=UNSUPPORTED)
-def unsupported(request: pytest.FixtureRequest) -> tuple[LoadedModel, str]:
-    config, reason = UNSUPPORTED[request.param]
-    return loaded(config()), reason
-
-
-def test_a_model_that_it_cannot_serve_is_served_by_generate(unsupported: tuple[LoadedModel, str]) -> None:
-    model, reason = unsupported
-    with pytest.raises(Unsupported, match=reason):
-        ContinuousEngine(model, options=EngineOptions())
-    engine = serve(model, options=EngineOptions())
-    assert isinstance(engine, GenerateEngine)
-    engine.add(key(0), prompt(0, "x", max_tokens=3, ignore_eos=True))
-    [output] = engine.step()
-    assert output.completion_tokens == 3
-
-
 @pytest.mark.parametrize("quantization", [Quantization(Kind.NF4), Quantization(Kind.FP4), Quantization(Kind.NONE)])
 def test_deterministic_answers_are_the_same_alone_and_in_company_bit_for_bit(quantization: Quantization) -> None:
     model = load(ModelSpec(DEMO, quantization=quantization), "cpu")
@@ -422,9 +229,3 @@ def test_deterministic_answers_are_the_same_alone_and_in_company_bit_for_bit(qua
 
     together = run(*requests)
     assert [each.payload for each in together] == [run(request)[0].payload for request in requests]
-
-
-def test_int8_is_refused_where_answers_have_to_be_deterministic() -> None:
-    model = load(ModelSpec(DEMO, quantization=Quantization(Kind.INT8)), "cpu")
-    with pytest.raises(Unsupported, match="outlier"):
-        ContinuousEngine(model, options=EngineOptions(deterministic=True))

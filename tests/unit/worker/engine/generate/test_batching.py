@@ -1,4 +1,4 @@
-"""Which waiting requests run together."""
+"""The choice of waiting requests that run together."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def prompt(*tokens: int, end: int = 1, **sampling: Any) -> Prompt:
 
 
 def next_tokens(rows: RowSampler, scores: torch.Tensor) -> list[int]:
-    """What `generate` takes; the tokens so far, padded on the left, are of no account."""
+    """The tokens that `generate` takes; the tokens so far, padded on the left, do not matter."""
     return rows(torch.zeros(len(scores), 5, dtype=torch.long), scores.clone()).argmax(dim=-1).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Which tokens top_k, top_p and min_p leave, whichever way the smallest kept probability is found."""
+"""The tokens that top_k, top_p and min_p leave, by both ways to find the smallest kept probability."""
 
 from __future__ import annotations
 

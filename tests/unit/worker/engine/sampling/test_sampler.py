@@ -1,4 +1,4 @@
-"""The sampler's state and order: who sits where, in whose company, and what comes back. Distributions: see beside."""
+"""The sampler's batch slots and order. The distributions are tested in `test_sampler_distributions`."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def test_a_row_gets_the_same_whatever_the_company(
         some = data.draw(st.lists(st.sampled_from(range(len(sequences))), unique=True, min_size=1))
         masks = [None if batch_slot % 2 else forbidden for batch_slot in some]
         allowed = packed(masks, vocabulary) if any(masks) else None
-        found = together.sample(some, logits(*some, vocabulary=vocabulary), allowed=allowed)
+        sampled = together.sample(some, logits(*some, vocabulary=vocabulary), allowed=allowed)
         for place, batch_slot in enumerate(some):
             own = packed([masks[place]], vocabulary) if masks[place] else None
             wanted = alone[batch_slot].sample([0], logits(batch_slot, vocabulary=vocabulary), allowed=own)
-            assert_same(found, place, wanted)
+            assert_same(sampled, place, wanted)
 
 
 def assert_same(found: Sampled, place: int, wanted: Sampled) -> None:

@@ -1,4 +1,4 @@
-"""What the sampler draws, option by option and all together, against the distributions of transformers' processors."""
+"""The sampler's draws, option by option and all together, against the distributions of transformers' processors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of tools within answers: which texts hold some, and what both kinds of lines say of them."""
+"""Calls of tools within answers: texts that hold some, and their form in both kinds of lines."""
 
 from __future__ import annotations
 

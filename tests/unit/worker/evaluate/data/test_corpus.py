@@ -1,4 +1,4 @@
-"""The data of an evaluation: what is read of a file, what of it is scored and asked, and how bad data is refused."""
+"""The data of an evaluation: texts that are scored, questions that are asked, and bad data that is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreement, accuracy, which specs are compared, and what is said of the figures: by cases made by hand."""
+"""Agreement, accuracy, the specs that are compared, and the advice on the figures, by cases made by hand."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_an_answer_is_right_if_it_is_equal_or_found() -> None:
 
 def test_answers_are_compared_with_the_baselines_one_by_one() -> None:
     answers = ["1", "1", "1", "1", None]
-    found = accuracy(["1", "0", "0", "1", "x"], answers, Match.EXACT, baseline=["1", "1", "1", "0", "y"])
-    assert found == Accuracy(2, 4, lost=2, gained=1)
+    measured = accuracy(["1", "0", "0", "1", "x"], answers, Match.EXACT, baseline=["1", "1", "1", "0", "y"])
+    assert measured == Accuracy(2, 4, lost=2, gained=1)
 
 
 def test_the_smallest_that_loses_little_is_taken() -> None:

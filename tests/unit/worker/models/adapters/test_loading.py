@@ -1,4 +1,4 @@
-"""Which adapters are served: each as peft computes it, or refused in one line that says what to do."""
+"""Loading of adapters: each is served as peft computes it, or refused in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 def answer(base: LoadedModel, folder: Path) -> list[int]:
-    """What the continuous engine says with this adapter beside the same prompt without, which is read together."""
+    """The continuous engine's answer with this adapter, in one batch with the same prompt without it."""
     held = with_adapters(base, [Adapter("a", str(folder))])
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     with closing(ContinuousEngine(held, options=EngineOptions(max_rows=4))) as engine:

@@ -1,70 +1,21 @@
-"""Models of the Hugging Face Hub: what is fetched, what is not, and what is said where it cannot be.
+"""Models fetched from the Hugging Face Hub: each file once, whole, and found again offline.
 
 The client is the real one, in processes of their own, against a server on this machine.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.models.tiny import save_tiny_model
 from tests.support.processes.holding import file_lock
+from tests.support.servers.hub_files import NEEDED
 from tests.support.servers.hub_machine import MODEL, ROOT, Machine, found
-from tests.support.servers.hub_server import TOKEN, Hub, Repository, commit_of, files_of, serving
-
-#: What the repositories hold beside the model, none of which is to come.
-CLUTTER = {
-    "README.md": b"# A model",
-    ".gitattributes": b"*.bin filter=lfs",
-    "own.py": b"raise SystemExit",
-    "pytorch_model.bin": b"a pickle",
-    "pytorch_model.bin.index.json": b"{}",
-    "training_args.bin": b"a pickle",
-    "model.Q4_K_M.gguf": b"GGUF",
-    "consolidated.safetensors": b"the same in another form",
-    "onnx/model.onnx": b"the same in another form",
-    "onnx/config.json": b"{}",
-    "original/params.json": b"{}",
-    "original/model.safetensors": b"the same in another form",
-    "custom_generate/generate.py": b"raise SystemExit",
-}
-NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return files_of(save_tiny_model(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def hub(files: dict[str, bytes]) -> Iterator[Hub]:
-    with serving(Hub({MODEL: Repository.of(files | CLUTTER)})) as served:
-        yield served
-
-
-@pytest.fixture
-def machine(tmp_path: Path, hub: Hub) -> Machine:
-    return Machine(tmp_path, hub.url)
-
-
-def test_only_what_is_needed_is_fetched(machine: Machine, hub: Hub) -> None:
-    pulled = machine.pull()
-    assert sorted(hub.fetched()) == sorted([*NEEDED, "model.safetensors"])
-    assert sorted(pulled["files"]) == sorted(hub.fetched())
-    assert (pulled["model"], pulled["revision"], pulled["commit"]) == (MODEL, None, commit_of(1))
-    folder = Path(pulled["folder"])
-    assert folder == machine.cache / "models--some-org--some-model" / "snapshots" / commit_of(1)
-    assert sorted(each.name for each in folder.iterdir()) == sorted(pulled["files"])
-    assert pulled["bytes"] == pulled["fetched_bytes"] == sum(each.stat().st_size for each in folder.iterdir())
+from tests.support.servers.hub_server import Hub, commit_of
 
 
 def test_a_second_pull_fetches_nothing(machine: Machine, hub: Hub) -> None:
@@ -94,25 +45,6 @@ def test_who_else_fetches_a_file_is_named(machine: Machine) -> None:
     pulling.communicate()
     assert pulling.returncode == 0
     assert link.exists()
-
-
-def test_of_an_index_the_named_shards_come_and_nothing_else(
-    machine: Machine, hub: Hub, files: dict[str, bytes]
-) -> None:
-    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    index = json.dumps({"weight_map": {"a": names[0], "b": names[1]}}).encode()
-    weights = files["model.safetensors"]
-    rest = {name: content for name, content in files.items() if name != "model.safetensors"}
-    shards = {names[0]: weights, names[1]: weights + b" ", "model-00001-of-00003.safetensors": b"of another form"}
-    hub.repositories[MODEL] = Repository.of(rest | shards | CLUTTER | {"model.safetensors.index.json": index})
-    machine.pull()
-    assert sorted(hub.fetched()) == sorted([*NEEDED, "model.safetensors.index.json", *names])
-    hub.repositories[MODEL].commits[commit_of(2)] = {
-        name: content for name, content in hub.repositories[MODEL].commits[commit_of(1)].items() if name != names[1]
-    }
-    assert f"it has no {names[1]}, which its model.safetensors.index.json names" in machine.refusal(
-        MODEL, "--revision", commit_of(2)
-    )
 
 
 @pytest.mark.parametrize("kind", ["branch", "tag", "commit"])
@@ -193,151 +125,6 @@ def test_downloads_of_dead_processes_are_removed(machine: Machine) -> None:
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_gated_model_without_a_token_says_what_to_do(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL].gated = True
-    said = machine.refusal()
-    assert "it is gated; accept its terms at" in said
-    assert f"{hub.url}/{MODEL}" in said
-    assert "`export HF_TOKEN=...`" in said
-    assert f"batchmill models pull {MODEL}" in said
-    assert "it is gated" in found(machine)
-
-
-def test_a_gated_model_comes_with_a_token_that_is_nowhere_told(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL].gated = True
-    done = machine.models("pull", MODEL, HF_TOKEN=TOKEN, HF_DEBUG="1")
-    assert done.returncode == 0
-    assert TOKEN not in done.stdout + done.stderr
-    assert all(each.with_token == (not each.path.startswith("/cdn/")) for each in hub.asked)
-    assert found(machine).endswith(commit_of(1)), "from the cache it starts without a token"
-
-
-def test_a_saved_login_is_used(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL].private = True
-    (machine.home / "hf").mkdir()
-    (machine.home / "hf" / "token").write_text(TOKEN)
-    assert machine.pull()["commit"] == commit_of(1)
-
-
-def test_a_token_without_access_says_so(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL].gated = True
-    hub.granted.clear()
-    assert "the token of this machine gives no access to it" in machine.refusal(HF_TOKEN=TOKEN)
-
-
-def test_a_token_that_nobody_knows_says_so(machine: Machine, hub: Hub) -> None:
-    hub.known.clear()
-    assert "the Hub does not know the token of this machine (HF_TOKEN, or the saved login)" in machine.refusal(
-        HF_TOKEN=TOKEN
-    )
-
-
-@pytest.mark.parametrize("token", [f"{TOKEN}é", f"{TOKEN}\0"])
-def test_a_token_that_cannot_be_sent_says_so(machine: Machine, token: str) -> None:
-    (machine.home / "hf").mkdir()
-    (machine.home / "hf" / "token").write_text(token)
-    assert "holds characters that no token has" in machine.refusal()
-
-
-@pytest.mark.parametrize("private", [False, True])
-def test_an_unknown_or_private_repository_says_so(machine: Machine, hub: Hub, private: bool) -> None:
-    hub.repositories = {MODEL: Repository.of({}, private=True)} if private else {}
-    said = machine.refusal()
-    assert "has no such repository, or it is a private one" in said
-    assert "export HF_TOKEN=..." in said
-    hub.granted.clear()
-    assert "log in as one who may read it" in machine.refusal(HF_TOKEN=TOKEN)
-
-
-def test_an_unknown_revision_says_so(machine: Machine) -> None:
-    assert f"cannot fetch {MODEL}@v9: it has no such revision" in machine.refusal(MODEL, "--revision", "v9")
-
-
-def test_a_hub_that_is_away_is_no_matter_for_a_cached_model(machine: Machine, hub: Hub) -> None:
-    pulled = machine.pull()
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        away = f"http://someone:secret@127.0.0.1:{closed.getsockname()[1]}"
-        assert found(machine, HF_ENDPOINT=away) == pulled["folder"]
-        assert machine.pull(HF_ENDPOINT=away)["asked"] is False
-        said = machine.refusal("some-org/other", HF_ENDPOINT=away)
-    assert "the Hugging Face Hub cannot be reached at http://127.0.0.1" in said
-    assert "secret" not in said
-    assert "run `batchmill models pull some-org/other` when there is a network, or on a machine that has one" in said
-
-
-def test_a_hub_that_hangs_is_given_up(machine: Machine, hub: Hub) -> None:
-    pulled = machine.pull()
-    hub.hangs = True
-    hub.asked.clear()
-    assert found(machine) == pulled["folder"]
-    assert hub.asked == [], "a model that is here whole asks nobody"
-    began = time.monotonic()
-    assert "cannot be reached" in machine.refusal("some-org/other", HF_HUB_ETAG_TIMEOUT="1")
-    assert time.monotonic() - began < 15
-
-
-def test_a_hub_that_fails_says_so(machine: Machine, hub: Hub) -> None:
-    machine.pull()
-    hub.status = 503
-    assert machine.pull()["asked"] is False
-    assert "the Hub answered with an error (503); wait" in machine.refusal("some-org/other")
-    hub.status = 429
-    assert "takes no more requests for now (429); log in with HF_TOKEN" in machine.refusal()
-
-
-def test_an_address_that_is_no_hub_says_so(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL] = Repository.of({"x": b""})
-    hub.status = 200
-    assert "is not a Hugging Face Hub; check HF_ENDPOINT, the proxy settings" in machine.refusal()
-
-
-@pytest.mark.parametrize(
-    ("held", "reason"),
-    [
-        ({"pytorch_model.bin": b"x" * 1000}, "its pickled ones are never fetched, since a pickle can run code"),
-        ({"model.Q4_0.gguf": b"x" * 1000}, "it holds GGUF files alone"),
-        ({"consolidated.safetensors": b"x" * 1000}, "it holds neither model.safetensors nor"),
-        ({"original/model.safetensors": b"x" * 1000}, "it holds neither model.safetensors nor"),
-        ({"model.safetensors": b"", "adapter_config.json": b"{}"}, "which of the two is meant nobody can tell"),
-    ],
-)
-def test_what_cannot_be_loaded_is_refused_before_it_is_fetched(
-    machine: Machine, hub: Hub, held: dict[str, bytes], reason: str
-) -> None:
-    hub.repositories[MODEL] = Repository.of({"config.json": b"{}"} | held)
-    assert reason in machine.refusal()
-    assert hub.fetched() == []
-
-
-def test_a_repository_without_a_configuration_is_refused(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL] = Repository.of({"model.safetensors": b"x"})
-    assert "it holds no config.json" in machine.refusal()
-    assert hub.fetched() == []
-
-
-def test_too_small_a_disk_is_told_before_anything_is_fetched(
-    hub: Hub, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = (
-        "import shutil, sys\n"
-        "shutil.disk_usage = lambda _: type('Usage', (), {'free': 1000})\n"
-        "from batchmill.worker.cli.models import main\n"
-        f"sys.argv = ['models', 'pull', {MODEL!r}]\n"
-        "main()\n"
-    )
-    done = machine.run("-c", code)
-    assert done.returncode == 1
-    assert "are to come, and" in done.stderr
-    assert "free some, or set HF_HOME to a folder on a larger disk" in done.stderr
-    assert hub.fetched() == []
-
-
-def test_a_cache_that_cannot_be_written_says_so(machine: Machine) -> None:
-    (machine.home / "hf").write_text("a file is in the way")
-    assert f"in the cache {machine.cache}" in machine.refusal()
-
-
 def test_a_worker_fetches_what_is_not_here(machine: Machine, hub: Hub) -> None:
     assert found(machine).endswith(commit_of(1))
     assert sorted(hub.fetched()) == sorted([*NEEDED, "model.safetensors"])
@@ -351,46 +138,6 @@ def test_a_cache_that_lacks_the_tokenizer_is_filled(machine: Machine, hub: Hub) 
     hub.asked.clear()
     assert found(machine).endswith(commit_of(1))
     assert sorted(hub.fetched()) == ["tokenizer.json", "tokenizer_config.json"]
-
-
-ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 1000}
-
-
-def test_an_adapter_is_fetched_alone(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL] = Repository.of(ADAPTER | CLUTTER | {"tokenizer.json": b"{}", "optimizer.pt": b"x"})
-    assert sorted(machine.pull()["files"]) == sorted(ADAPTER)
-    assert sorted(hub.fetched()) == sorted(ADAPTER)
-    hub.asked.clear()
-    assert found(machine, revision="main", what="adapter", HF_HUB_OFFLINE="1").endswith(commit_of(1))
-    assert hub.asked == []
-    assert f"--adapter NAME={MODEL}" in found(machine)
-
-
-def test_a_repository_without_safetensors_is_no_adapter(machine: Machine, hub: Hub) -> None:
-    hub.repositories[MODEL] = Repository.of({"adapter_config.json": b"{}", "adapter_model.bin": b"a pickle"})
-    assert "it has no adapter_model.safetensors; save it with peft" in found(machine, what="adapter")
-    assert hub.fetched() == []
-
-
-def test_headers_are_read_without_the_weights(machine: Machine, hub: Hub, files: dict[str, bytes]) -> None:
-    code = (
-        "import json\n"
-        "from batchmill.worker.models.hub.repository import fetch_configuration, fetch_headers\n"
-        f"headers = fetch_headers({MODEL!r}, None)\n"
-        "found = {name: [each.dtype, each.shape, each.bytes] for name, each in headers.items()}\n"
-        f"print(json.dumps([sorted(file.name for file in fetch_configuration({MODEL!r}, None).iterdir()), found]))\n"
-    )
-    done = machine.run("-c", code)
-    names, tensors = json.loads(done.stdout)
-    assert names == ["config.json"]
-    assert tensors["lm_head.weight"] == ["F32", [260, 64], 260 * 64 * 4]
-    assert sum(each[2] for each in tensors.values()) < len(files["model.safetensors"])
-    ranges = [each.range for each in hub.asked if each.path.startswith("/cdn/")]
-    assert ranges == ["bytes=0-100000"]
-    machine.pull()
-    hub.asked.clear()
-    assert json.loads(machine.run("-c", code, HF_HUB_OFFLINE="1").stdout)[1] == tensors
-    assert hub.asked == []
 
 
 def test_doctor_says_whether_workers_can_start_offline(machine: Machine) -> None:

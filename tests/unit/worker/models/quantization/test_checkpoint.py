@@ -326,8 +326,8 @@ def test_a_bitsandbytes_that_ignores_compute_dtype_is_found_out(folder: Path, mo
 def test_checkpoints_of_gptqmodel_load_where_it_is_installed(folder: Path, tmp_path: Path, method: str) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    asked = QuantizeConfig(bits=4, group_size=32, quant_method=method, format="gemm" if method == "awq" else "gptq")
-    model = GPTQModel.load(str(folder), asked)
+    config = QuantizeConfig(bits=4, group_size=32, quant_method=method, format="gemm" if method == "awq" else "gptq")
+    model = GPTQModel.load(str(folder), config)
     model.quantize(["one two three four five six seven eight"] * 32)
     model.save(str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == method

@@ -1,4 +1,4 @@
-"""The keeper's look after its child, without any process: what it says of one that died."""
+"""The keeper's care of its child, without any process: its log of a child that died."""
 
 from __future__ import annotations
 

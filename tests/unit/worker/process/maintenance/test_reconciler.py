@@ -1,4 +1,4 @@
-"""The reconciler's pass: who is reaped and when, what is closed, deleted and sent."""
+"""The reconciler's pass: leases that it reaps, jobs that it closes or deletes, and wake-ups that it sends."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ class QueueOfOne:
             raise BrokerUnavailable("away")
         self.sent[queue] = batch_ids
         return len(batch_ids)
-
-
-@pytest.fixture
-def clock() -> mill.Clock:
-    return mill.Clock()
 
 
 @pytest.fixture

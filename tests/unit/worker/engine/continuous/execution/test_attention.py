@@ -45,7 +45,7 @@ class Known(NamedTuple):
         return cls(torch.randn(piece.end, HEADS, SIZE), torch.randn(piece.end, HEADS, VALUE_SIZE))
 
     def seen(self, query: torch.Tensor, place: int, *, window: int | None, softcap: float | None) -> torch.Tensor:
-        """What the query (heads, size) of this place gets, by the formula."""
+        """Attention of the query (heads, size) at this position, by the formula."""
         first = max(0, place + 1 - window) if window else 0
         shared = len(query) // HEADS
         keys, values = (each[first : place + 1].repeat_interleave(shared, dim=1) for each in self)

@@ -1,4 +1,4 @@
-"""Attention over pages: what is asked of the kernel for each step, answered here by the kernel's definition."""
+"""Attention over pages: the calls of the kernel for each step, answered here by the kernel's definition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchmill.worker.engine.continuous.scheduling.step import Piece, Row
 
 CPU = torch.device("cpu")
 KV_HEADS = 2
-#: What each row computes in each step: prompts, one token each, and one token each beside a piece of a prompt.
+#: The positions of each row in each step: prompts, then one token each, then one token each beside a chunk.
 STEPS = [[(0, 300), (0, 5), (0, 256), (0, 700)], [(300, 301), (5, 6), (256, 257)], [(301, 302), (6, 7), (700, 709)]]
 ROWS = [[0, 1, 2, 3], [0, 1, 2], [0, 1, 3]]
 

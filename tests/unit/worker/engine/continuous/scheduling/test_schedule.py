@@ -1,4 +1,4 @@
-"""The scheduler alone: no tensors. What it plans is carried out on a list of what each place of the cache holds."""
+"""The scheduler alone, without tensors. Its steps are carried out on a list of the contents of each cache place."""
 
 from __future__ import annotations
 

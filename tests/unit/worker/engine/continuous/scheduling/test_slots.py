@@ -1,4 +1,4 @@
-"""The arena of slots alone: what is taken and given back, in any order."""
+"""The arena of slots alone: slots that are taken and given back, in any order."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def asking(*messages: dict[str, Any], **more: Any) -> GenerationRequest:
 
 
 def tokens(template: str, *messages: dict[str, Any]) -> int:
-    """How many tokens the prompt has, one for each byte."""
+    """The number of tokens of the prompt, one for each byte."""
     tokenizer = build_tokenizer(chat_template=template)
     held = Tokenization(tokenizer, vocabulary=260, context_tokens=None, end_token_ids=[1])
     return len(held.prompt(asking(*messages)).tokens)
