@@ -80,16 +80,8 @@ def load_job(
     if given is not None:
         _refuse_no_model(given)
         vet(given)
-    prompts = PromptFile(
-        submission.path,
-        form=submission.form,
-        models=() if given is None else (str(submission.model), given.model),
-        adapters=submission.options.adapters,
-        ignore_line_model=submission.ignore_line_model,
-        max_line_bytes=settings.max_line_bytes,
-    )
     lease_seconds = settings.loading_lease_seconds
-    with prompts:
+    with _prompt_file(submission, given, settings) as prompts:
         job_id = store.creation.begin(
             name=submission.name,
             options=submission.options,
@@ -105,21 +97,7 @@ def load_job(
                 prompts.raise_if_bad()
             for name in prompts.unnamed_adapters:
                 log.warning("an adapter was declared, and no line of the file names it", adapter=name)
-            spec = given or submission.spec(_model_of(prompts))
-            if given is None:
-                _refuse_no_model(spec)
-                vet(spec)
-            fingerprint = submission.fingerprint(spec, prompts.sha256)
-            assert prompts.kind is not None  # a file without a request is bad
-            store.creation.open(
-                job_id,
-                spec=spec,
-                file_sha256=prompts.sha256,
-                fingerprint=fingerprint,
-                lease_seconds=lease_seconds,
-                idempotency_key=submission.key(fingerprint),
-                kind=prompts.kind,
-            )
+            spec = _opened(submission, given, prompts, job_id, store=store, lease_seconds=lease_seconds, vet=vet)
         except BaseException as error:
             _discard(store, job_id)
             if isinstance(error, OSError):
@@ -127,6 +105,46 @@ def load_job(
             raise
     failpoint("submit.opened")
     return job_id, spec
+
+
+def _prompt_file(submission: Submission, given: ModelSpec | None, settings: Settings) -> PromptFile:
+    return PromptFile(
+        submission.path,
+        form=submission.form,
+        models=() if given is None else (str(submission.model), given.model),
+        adapters=submission.options.adapters,
+        ignore_line_model=submission.ignore_line_model,
+        max_line_bytes=settings.max_line_bytes,
+    )
+
+
+def _opened(
+    submission: Submission,
+    given: ModelSpec | None,
+    prompts: PromptFile,
+    job_id: str,
+    *,
+    store: Store,
+    lease_seconds: float,
+    vet: Callable[[ModelSpec], None],
+) -> ModelSpec:
+    """Queues the job of a file that is good to its end. Returns its model, which `vet` may refuse."""
+    spec = given or submission.spec(_model_of(prompts))
+    if given is None:
+        _refuse_no_model(spec)
+        vet(spec)
+    fingerprint = submission.fingerprint(spec, prompts.sha256)
+    assert prompts.kind is not None  # a file without a request is bad
+    store.creation.open(
+        job_id,
+        spec=spec,
+        file_sha256=prompts.sha256,
+        fingerprint=fingerprint,
+        lease_seconds=lease_seconds,
+        idempotency_key=submission.key(fingerprint),
+        kind=prompts.kind,
+    )
+    return spec
 
 
 def send_wakeups(spec: ModelSpec, *, store: Store, broker: Broker) -> None:

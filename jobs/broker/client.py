@@ -50,6 +50,35 @@ _TLS = "rediss"
 _SOCKET = "redis+socket"
 
 
+#: JSON only, early acknowledgement, no results.
+_TASKS = {
+    "task_serializer": "json",
+    "accept_content": ["json"],
+    "result_backend": None,
+    "task_ignore_result": True,
+    "task_create_missing_queues": False,
+    "task_queues": [],
+    "task_acks_late": False,
+    "task_reject_on_worker_lost": False,
+    "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
+}
+#: One spawned process that keeps its model; no remote control, no events.
+_WORKER = {
+    "worker_pool": "prefork",
+    "worker_concurrency": 1,
+    "worker_pool_start_method": "spawn",
+    "worker_prefetch_multiplier": 1,
+    "worker_disable_prefetch": True,
+    # Concerns late acknowledgement alone, which is off; unset, Celery warns at each lost connection.
+    "worker_cancel_long_running_tasks_on_connection_loss": True,
+    "worker_enable_remote_control": False,
+    "worker_send_task_events": False,
+    "worker_hijack_root_logger": False,
+    "worker_redirect_stdouts": False,
+    "worker_max_tasks_per_child": None,
+}
+
+
 def make_app(
     url: str, *, socket_seconds: float = _SOCKET_SECONDS, ca_file: Path | None = None, insecure: bool = False
 ) -> Celery:
@@ -63,21 +92,9 @@ def make_app(
     # transport.
     TRANSPORT_ALIASES.update(redis=TRANSPORT, rediss=TRANSPORT)
     app = Celery("batchmill", broker=url, loader=Loader, fixups=(), set_as_current=False)
+    app.conf.update(_TASKS)
+    app.conf.update(_WORKER)
     app.conf.update(
-        task_serializer="json",
-        accept_content=["json"],
-        result_backend=None,
-        task_ignore_result=True,
-        task_create_missing_queues=False,
-        task_queues=[],
-        task_acks_late=False,
-        task_reject_on_worker_lost=False,
-        task_publish_retry_policy={
-            "max_retries": 2,
-            "interval_start": 0,
-            "interval_step": 0.2,
-            "interval_max": 1,
-        },
         broker_use_ssl=_verification(scheme, ca_file, insecure),
         broker_connection_timeout=_CONNECT_SECONDS,
         broker_connection_max_retries=None,
@@ -89,18 +106,6 @@ def make_app(
             "socket_keepalive": scheme != _SOCKET,
             "health_check_interval": 25,
         },
-        worker_pool="prefork",
-        worker_concurrency=1,
-        worker_pool_start_method="spawn",
-        worker_prefetch_multiplier=1,
-        worker_disable_prefetch=True,
-        # Concerns late acknowledgement alone, which is off; unset, Celery warns at each lost connection.
-        worker_cancel_long_running_tasks_on_connection_loss=True,
-        worker_enable_remote_control=False,
-        worker_send_task_events=False,
-        worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False,
-        worker_max_tasks_per_child=None,
     )
     _forget_builtin_tasks(app)
     return app

@@ -163,7 +163,7 @@ class _WaitDisplay:
             return f"worker {first.name} is {loading_line(first)}"
         if status.estimate is None:
             return status.ends_in
-        recent = status.effort.recent_requests_per_second
+        recent = status.usage.recent_requests_per_second
         speed = f"{recent:,.1f} requests/s now, " if recent else ""
         return f"{speed}ends in {status.ends_in}"
 

@@ -8,66 +8,76 @@ from typing import Any
 from batchmill.jobs.models.adapters import Adapter
 from batchmill.jobs.models.device_memory import devices_json
 from batchmill.jobs.store.views.jobs import Job
+from batchmill.jobs.store.views.seen_workers import SeenWorker
 from batchmill.jobs.store.views.workers import WorkerRow
 from batchmill.producer.views.estimate import Estimate
 from batchmill.producer.views.status import JobStatus
 
 
 def status_json(status: JobStatus) -> dict[str, Any]:
-    """A job's whole status, as `batchmill status --json` prints it."""
-    job, effort, counts = status.job, status.effort, status.job.counts
+    """Returns a job's whole status, as `batchmill status --json` prints it."""
+    job, usage, counts = status.job, status.usage, status.job.counts
     return _head(job) | {
         "tokens": {"prompt": counts.prompt_tokens, "completion": counts.completion_tokens},
-        "throughput": {
-            "requests_per_second": status.rate,
-            "prompt_tokens_per_second": status.prompt_tokens_per_second,
-            "completion_tokens_per_second": status.per_second(counts.completion_tokens),
-            "recent_requests_per_second": effort.recent_requests_per_second,
-        },
-        "vram": {
-            "weights_bytes": effort.memory.weights_bytes,
-            "peak_allocated_bytes": effort.memory.peak_allocated_bytes,
-            "peak_reserved_bytes": effort.memory.peak_reserved_bytes,
-            "device_total_bytes": effort.memory.device_total_bytes,
-        },
-        "devices": devices_json(effort.memory.devices),
-        "energy_joules": effort.memory.energy_joules,
-        "seconds": {
-            "queued": effort.queued_seconds,
-            "running": effort.running_seconds,
-            "model_load": effort.model_load_seconds,
-            "queued_for_torch": effort.torch_wait_seconds,
-            "queued_for_model": effort.model_wait_seconds,
-        },
+        **_usage_json(status),
         **_eta_json(status.estimate),
         "workers": [worker_json(each) for each in status.workers],
         "unserved_seconds": status.missing_seconds,
         "identity": job.identity,
         "adapters": dict.fromkeys(job.options.get("adapters", ())) | adapters_json(job.adapters),
         "missing_adapters": [each.name for each in status.lacks],
-        "given_up": [
-            {
-                "name": each.name,
-                "host": each.host,
-                "device": each.device,
-                "state": each.state.value,
-                "error": each.error,
-            }
-            for each in status.given_up
-        ],
+        "given_up": [_given_up_json(each) for each in status.given_up],
         "options": dict(job.options),
         "sampling": None if job.sampling is None else dict(job.sampling),
         "kind": job.kind,
         "batch_size": job.batch_size,
-        "runs": effort.runs,
+        "runs": usage.runs,
         "file": {"name": job.file_name, "sha256": job.file_sha256},
         "command": job.command,
         "versions": dict(job.versions),
-        "model_commits": list(effort.model_commits),
+        "model_commits": list(usage.model_commits),
         "evaluation": None if status.evaluation is None else status.evaluation.to_json(),
         "queued_at": job.queued_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
+    }
+
+
+def _usage_json(status: JobStatus) -> dict[str, Any]:
+    """Speed, memory, energy and time."""
+    usage, memory = status.usage, status.usage.memory
+    return {
+        "throughput": {
+            "requests_per_second": status.rate,
+            "prompt_tokens_per_second": status.prompt_tokens_per_second,
+            "completion_tokens_per_second": status.per_second(status.job.counts.completion_tokens),
+            "recent_requests_per_second": usage.recent_requests_per_second,
+        },
+        "vram": {
+            "weights_bytes": memory.weights_bytes,
+            "peak_allocated_bytes": memory.peak_allocated_bytes,
+            "peak_reserved_bytes": memory.peak_reserved_bytes,
+            "device_total_bytes": memory.device_total_bytes,
+        },
+        "devices": devices_json(memory.devices),
+        "energy_joules": memory.energy_joules,
+        "seconds": {
+            "queued": usage.queued_seconds,
+            "running": usage.running_seconds,
+            "model_load": usage.model_load_seconds,
+            "queued_for_torch": usage.torch_wait_seconds,
+            "queued_for_model": usage.model_wait_seconds,
+        },
+    }
+
+
+def _given_up_json(worker: SeenWorker) -> dict[str, Any]:
+    return {
+        "name": worker.name,
+        "host": worker.host,
+        "device": worker.device,
+        "state": worker.state.value,
+        "error": worker.error,
     }
 
 

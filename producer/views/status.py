@@ -31,13 +31,13 @@ _SILENT_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One job, the effort that it took, the workers at it, and those that could take it.
+    """One job, the usage that it took, the workers at it, and those that could take it.
 
     A job is served while a live worker holds its model, and that worker is not bound to another job.
     """
 
     job: Job
-    effort: Usage
+    usage: Usage
     #: The live workers that hold batches of it.
     workers: tuple[WorkerRow, ...]
     #: The time for which nobody has served it; None while somebody does, and once it is closed.
@@ -83,8 +83,8 @@ class JobStatus:
         lacks = store.blockers.lacks(job.id) if job.options.get("adapters") and not job.closed else ()
         evaluation = store.evaluations.latest(job.spec, identity=job.identity)
         others = () if job.closed or any(job.is_of(each.identity) for each in serving) else tuple(serving)
-        effort = store.usage.of(job.id)
-        ends = _estimate(store, job, effort, at_work)
+        usage = store.usage.of(job.id)
+        ends = _estimate(store, job, usage, at_work)
         mine = settings or load_settings()
         meant = None if missing is None else meant_instead(job.spec, served=store.workers.models())
         loading = () if job.closed or not all(each.is_loading for each in serving) else tuple(serving)
@@ -93,7 +93,7 @@ class JobStatus:
         restarting = _restarting(last, mine) if silent is None else None
         return cls(
             job,
-            effort,
+            usage,
             tuple(at_work),
             missing,
             given_up,
@@ -124,11 +124,11 @@ class JobStatus:
     @property
     def prompt_tokens_per_second(self) -> float:
         """Prompt tokens per second of work; refused prompts took none, and do not count."""
-        return self.per_second(sum(each.prompt_tokens for each in self.effort.paces))
+        return self.per_second(sum(each.prompt_tokens for each in self.usage.paces))
 
     def per_second(self, count: int) -> float:
         """A count over the seconds in which at least one run was worked on."""
-        return count / self.effort.running_seconds if self.effort.running_seconds else 0.0
+        return count / self.usage.running_seconds if self.usage.running_seconds else 0.0
 
     @property
     def ends_in(self) -> str:
@@ -158,7 +158,7 @@ def _restarting(last: WorkerRow | None, settings: Settings) -> WorkerRow | None:
     return last if is_recent and mill_lives(settings.home) else None
 
 
-def _estimate(store: Store, job: Job, effort: Usage, at_work: Sequence[WorkerRow]) -> Estimate | None:
+def _estimate(store: Store, job: Job, usage: Usage, at_work: Sequence[WorkerRow]) -> Estimate | None:
     """Estimates a job's end by a sample of its requests and its workers' pace; each choice takes a row."""
     if job.state is not JobState.RUNNING or not at_work:
         return None
@@ -167,4 +167,4 @@ def _estimate(store: Store, job: Job, effort: Usage, at_work: Sequence[WorkerRow
     rows = {each.id: max(1, (each.engine_rows or 1) // choices) for each in at_work}
     begun = min(job.counts.total, job.counts.total - job.counts.pending + sum(rows.values()))
     sample = store.samples.of(job.id, total=job.counts.total, begun=begun, choices=choices)
-    return estimate(job.counts, effort.paces, sample, rows=rows, max_tokens=choices * (sampling.get("max_tokens") or 1))
+    return estimate(job.counts, usage.paces, sample, rows=rows, max_tokens=choices * (sampling.get("max_tokens") or 1))

@@ -205,7 +205,7 @@ def _deliver(job_id: str, store: Store, out: Path | None, settings: Settings) ->
 
 
 def _report(status: JobStatus) -> list[str]:
-    counts, memory = status.job.counts, status.effort.memory
+    counts, memory = status.job.counts, status.usage.memory
     return [
         f"requests   {counts.succeeded:,} succeeded, {counts.failed:,} failed, {counts.cancelled:,} cancelled",
         *([f"finished   {finished}"] if (finished := finish_line(status.job)) else []),

@@ -20,7 +20,7 @@ from batchmill.producer.views.status import JobStatus
 
 def job_lines(status: JobStatus) -> list[str]:
     """The lines of `batchmill status` about a job, a fact each."""
-    job, effort, counts = status.job, status.effort, status.job.counts
+    job, usage, counts = status.job, status.usage, status.job.counts
     title = f"job {job.id}" + (f" ({job.name})" if job.name else "")
     lines = [
         f"{title}: {job.state.value}" + (f", {answered_line(job)}" if job.state is JobState.CANCELLED else ""),
@@ -29,7 +29,7 @@ def job_lines(status: JobStatus) -> list[str]:
         f"  requests   {counts.total:,} = {counts.succeeded:,} succeeded + {counts.failed:,} failed"
         f" + {counts.cancelled:,} cancelled + {counts.pending:,} pending",
         *([f"  finished   {finished}"] if (finished := finish_line(job)) else []),
-        *(_work_lines(status) if effort.runs else [f"  seconds    {effort.queued_seconds:.1f} queued"]),
+        *(_work_lines(status) if usage.runs else [f"  seconds    {usage.queued_seconds:.1f} queued"]),
     ]
     if job.sampling:
         lines.append(f"  sampling   {_pairs(job.sampling)}")
@@ -44,15 +44,15 @@ def job_lines(status: JobStatus) -> list[str]:
 
 def seconds_line(status: JobStatus) -> str:
     """The seconds of a job: `4.5 queued, of which 3.9 importing torch, 0.1 loading the model; 0.5 running`."""
-    effort = status.effort
-    waits = ((effort.torch_wait_seconds, "importing torch"), (effort.model_wait_seconds, "loading the model"))
+    usage = status.usage
+    waits = ((usage.torch_wait_seconds, "importing torch"), (usage.model_wait_seconds, "loading the model"))
     waited = ", ".join(f"{seconds:.1f} {what}" for seconds, what in waits if round(seconds, 1))
-    queued = f"{effort.queued_seconds:.1f} queued" + (f", of which {waited}" if waited else "")
-    return f"{queued}; {effort.running_seconds:.1f} running"
+    queued = f"{usage.queued_seconds:.1f} queued" + (f", of which {waited}" if waited else "")
+    return f"{queued}; {usage.running_seconds:.1f} running"
 
 
 def _work_lines(status: JobStatus) -> list[str]:
-    counts, memory = status.job.counts, status.effort.memory
+    counts, memory = status.job.counts, status.usage.memory
     return [
         f"  tokens     {counts.prompt_tokens:,} prompt, {counts.completion_tokens:,} completion",
         *([_speed_line(status)] if counts.succeeded else []),
@@ -89,7 +89,7 @@ def _present(status: JobStatus) -> list[str]:
 
 
 def _speed_now(status: JobStatus) -> str:
-    recent = status.effort.recent_requests_per_second
+    recent = status.usage.recent_requests_per_second
     return f" ({recent:,.1f} in the last minute)" if status.job.state is JobState.RUNNING and recent else ""
 
 
