@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -34,6 +35,34 @@ FLOORS = {
 #: Modules that belong to no floor.
 APART = {"worker": {"__main__", "demo"}}
 MOST_ENTRIES = 14
+#: The sub-rooms that modules outside of their parent room may import from; all others are for their parent alone.
+PUBLIC = {
+    "jobs.broker",
+    "jobs.configuration",
+    "jobs.models",
+    "jobs.requests",
+    "jobs.runtime",
+    "jobs.runtime.files",
+    "jobs.runtime.process",
+    "jobs.store",
+    "jobs.store.database",
+    "jobs.store.jobs",
+    "jobs.store.leases",
+    "jobs.store.views",
+    "jobs.store.workers",
+    "producer.views.diagnosis",
+    "worker.engine.continuous",
+    "worker.engine.continuous.weights",
+    "worker.engine.generate",
+    "worker.engine.text",
+    "worker.evaluate.data",
+    "worker.evaluate.measures",
+    "worker.evaluate.report",
+    "worker.models.adapters",
+    "worker.models.hub",
+    "worker.models.loaded",
+    "worker.models.quantization",
+}
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
@@ -94,6 +123,20 @@ def _prefix(room: str) -> str:
     return f"batchmill.{room.replace('/', '.')}."
 
 
+def entered(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The sub-rooms, and the private modules, that are imported from outside of their parent room, with who does so."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, others in graph.items():
+        for other in others:
+            parts = other.split(".")
+            for depth in range(3, len(parts) + 1):
+                parent, room = ".".join(parts[: depth - 1]), ".".join(parts[1:depth])
+                is_room = depth < len(parts) or parts[-1].startswith("_")
+                if is_room and not f"{name}.".startswith(f"{parent}."):
+                    found[room].add(name)
+    return found
+
+
 def entries(folder: Path) -> int:
     return sum(each.name not in ("__init__.py", "__pycache__") for each in folder.iterdir())
 
@@ -120,6 +163,12 @@ def test_no_folder_has_more_entries_than_one_looks_over() -> None:
     assert not {str(each): entries(each) for each in folders if entries(each) > MOST_ENTRIES}
 
 
+def test_private_rooms_and_files_are_imported_by_their_parent_alone() -> None:
+    used = entered(arrows(modules()))
+    assert {room: sorted(who) for room, who in used.items() if room not in PUBLIC} == {}
+    assert PUBLIC - used.keys() == set(), "listed, and used by nobody"
+
+
 @pytest.mark.parametrize(
     "late",
     [
@@ -135,3 +184,19 @@ def test_an_offender_is_found(tmp_path: Path, late: str) -> None:
     graph = arrows(modules(tmp_path))
     assert set(cycle(graph)) == {"batchmill.worker.devices.a", "batchmill.worker.loop.a"}
     assert climbs(graph) == ["batchmill.worker.devices.a imports batchmill.worker.loop.a"]
+
+
+def test_an_intruder_is_found(tmp_path: Path) -> None:
+    for file, code in (
+        ("producer/cli/a.py", "from batchmill.worker.loop.inner import b\nfrom batchmill.worker.loop import _own"),
+        ("worker/loop/inner/b.py", ""),
+        ("worker/loop/_own.py", "from batchmill.worker.loop.inner import b"),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(code)
+    intruder = {"batchmill.producer.cli.a"}
+    assert entered(arrows(modules(tmp_path))) == {
+        "worker.loop": intruder,
+        "worker.loop.inner": intruder,
+        "worker.loop._own": intruder,
+    }
