@@ -340,7 +340,7 @@ def test_a_run_that_fails_shows_its_own_lines_and_keeps_those_of_the_one_before(
 
 
 def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(home: Home, tmp_path: Path) -> None:
-    """Whoever sets PYTHONPATH is trusted, and may be wrong."""
+    """The user who sets PYTHONPATH is trusted, and may be wrong."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n"
         "    print('no luck today', file=sys.stderr, flush=True)\n    os._exit(3)\n"

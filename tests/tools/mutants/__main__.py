@@ -27,7 +27,7 @@ _RED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a mutant: the test that went red, or why it lives."""
+    """The fate of a mutant: the test that went red, or why it lives."""
 
     guard: str
     caught_by: str | None
