@@ -17,7 +17,8 @@ from pathlib import Path
 from time import monotonic
 
 from tests.support.paths import ROOT
-from tests.tools.mutants.guards import MUTANTS, Edit, Mutant
+from tests.tools.mutants.guards import MUTANTS
+from tests.tools.mutants.mutant import Edit, Mutant
 
 _PARTS = ("jobs", "producer", "worker", "migrations", "src", "tests", "pyproject.toml")
 #: For each of the tests, on a busy machine; a mutant that hangs is told of as such.
