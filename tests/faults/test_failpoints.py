@@ -48,11 +48,11 @@ class Night:
         return job_id
 
     def passings(self) -> Counter[str]:
-        """How often each process passed the point."""
+        """Counts the passings of the point by each process."""
         return Counter((self._mill.home / f"failpoint.{self._point}").read_text().splitlines())
 
     def _survived(self, *words: str | Path) -> str:
-        """What a command prints, said again when it was killed on the way."""
+        """Runs a command, again if it was killed on the way, and returns its stdout."""
         done = self._mill.finished(*words, **self._settings)
         if done.returncode == -signal.SIGKILL:
             done = self._mill.finished(*words, **self._settings)
@@ -89,6 +89,6 @@ def test_a_crash_at_each_point_loses_and_doubles_nothing(mill: Mill, tmp_path: P
 
 
 def check(store: Store, out: Path) -> None:
-    """What a killed submit left is deleted once its lease has ended; all else is right at once."""
+    """Checks the store and the export; the remains of a killed submit are deleted once its lease has ended."""
     until(lambda: violations(store) == [], f"the store is whole: {violations(store)}")
     assert export_violations(out.read_text().splitlines(), texts=TEXTS) == []

@@ -28,7 +28,7 @@ def send(mill: FaultMill, batch_ids: list[int], *, copies: int) -> None:
 
 
 def done_runs(mill: FaultMill) -> dict[int, int]:
-    """How many runs answered each batch to its end."""
+    """Counts the runs that answered each batch to its end."""
     with mill.store.database.read() as connection:
         rows = connection.execute(text("SELECT batch_id, count(*) FROM runs WHERE outcome = 'done' GROUP BY batch_id"))
         return {row[0]: row[1] for row in rows}

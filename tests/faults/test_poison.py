@@ -26,7 +26,7 @@ def write(path: Path, count: int, magic: dict[int, str]) -> Path:
 
 
 def crashes(mill: Mill) -> int:
-    """How many child processes died with requests in flight."""
+    """Counts the child processes that died with requests in flight."""
     from sqlalchemy import func, select
 
     from batchmill.jobs.store.tables import runs

@@ -88,7 +88,7 @@ def prompts(tmp_path: Path) -> None:
 
 
 def all_of(commands: Sequence[Sequence[str]], home: Path | str, *, limit: str = "") -> list[dict[str, Any]]:
-    """What each of these commands said, in this home; `limit`: what a shell does before."""
+    """Runs these commands in this home, and returns the result of each; `limit`: a shell line to run before."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "BATCHMILL_HOME": str(home)}
     done = subprocess.run(

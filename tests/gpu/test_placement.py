@@ -1,4 +1,4 @@
-"""Where a model goes on GPUs: pinned by index or UUID, refused where another worker is, split, offloaded, measured."""
+"""Placement of a model on GPUs: pinned by index or UUID, refused beside another worker, split, offloaded, measured."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from batchmill.jobs.configuration.settings import Settings, environment_of, load
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
 
-#: How long tests wait for what has to come: no promise, since a busy machine may be slow. A soak measures promises.
+#: The longest that a test waits for an event. No promise, since a busy machine may be slow: a soak measures promises.
 PATIENCE_SECONDS = 300
 
 #: Short timers with the proportions of the real ones.
@@ -94,7 +94,7 @@ class Mill:
         return ModelSpec.parse("echo").queue(self.store.id)
 
     def queue_length(self, queue: str) -> int:
-        """How many wake-ups lie in a queue."""
+        """Counts the wake-ups in a queue."""
         with redis.Redis(unix_socket_path=str(self.home / "redis.sock")) as client:
             return int(client.llen(f"batchmill:{queue}"))
 

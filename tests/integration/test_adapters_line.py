@@ -16,7 +16,7 @@ from tests.support.models.lora import alone, greedy, save_trained_adapter, sum_q
 
 ANSWERS = {"words": "I do not count.", "zero": "0"}
 SUMS = [(18, 24), (17, 25), (60, 11), (33, 44)]
-#: Which adapter each of four lines names, in turn.
+#: The adapter that each of four lines names, in turn.
 NAMES = [None, "words", "zero", "words"]
 
 
@@ -53,7 +53,7 @@ def held(folders: Mapping[str, Path]) -> list[str]:
 
 
 def said_alone(folder: Path | None) -> list[str]:
-    """What the quantized model answers to the four sums under peft, with this adapter alone."""
+    """Answers the four sums with the quantized model under peft, with this adapter alone."""
     base = load(ModelSpec("demo"), "cpu")
     model = alone(base.model, folder)
     said = []

@@ -24,7 +24,7 @@ def end_workers(mill: Mill) -> None:
 
 
 def said_by(mill: Mill, *words: str) -> list[str]:
-    """What a retry says, apart from how long a busy machine took."""
+    """Runs a retry and returns its lines, apart from how long a busy machine took."""
     done = mill.finished("retry", *words)
     assert (done.returncode, done.stdout) == (0, "")
     return [line for line in done.stderr.splitlines() if not line.startswith("batchmill: waiting since")]

@@ -20,9 +20,9 @@ from batchmill.jobs.models.identity import differences
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import jobs
 from tests.integration.conftest import Mill, until
-from tests.integration.test_local import Home, texts
 from tests.support.models.lora import save_random_adapter
 from tests.support.models.tiny import save_tiny_model
+from tests.support.processes.home import Home, texts
 
 WORDS = ["-q", "none", "--device", "cpu", "--temperature", "0", "--max-tokens", "12", "--ignore-eos"]
 

@@ -58,7 +58,7 @@ def test_a_worker_deletes_the_queue_that_stores_once_shared(mill: Mill) -> None:
 
 
 def own_id(mill: Mill) -> dict[str, Any] | None:
-    """What doctor says of the store's id, if anything."""
+    """The check of doctor about the store's id, if there is one."""
     said = json.loads(mill.finished("doctor", "--json").stdout)
     return next((each for each in said if each["name"] == "store id"), None)
 

@@ -1,4 +1,4 @@
-"""What a real worker said: kept in its file, and found by its name, its id and its jobs."""
+"""The log lines of a real worker: kept in its file, and found by its name, its id and its jobs."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.support.paths import ROOT
-from tests.tools.mutants.guards import MUTANTS, Mutant
+from tests.tools.mutants.guards import MUTANTS
+from tests.tools.mutants.mutant import Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.guard)

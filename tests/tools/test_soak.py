@@ -1,4 +1,4 @@
-"""What the soak changes of batchmill must still be there: it runs for an hour, and seldom."""
+"""The names of batchmill that the soak patches must still exist: it runs for an hour, and seldom."""
 
 from __future__ import annotations
 

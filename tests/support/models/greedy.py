@@ -1,7 +1,7 @@
-"""What transformers' generate answers greedily, and how much of it is certain: what an engine's answers are held to.
+"""Greedy answers of transformers' `generate`, as a reference for an engine, and how much of each is certain.
 
-In 16 bits, and with LLM.int8()'s outliers, rounding depends on what else is in a batch, so that where two tokens are
-about as likely either may win. Up to there the answers have to agree.
+In 16 bits, and with LLM.int8()'s outliers, rounding depends on the other rows of a batch. Where two tokens are about as
+likely, either may win; the answers have to agree up to there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Greedy:
 
 
 def greedy(model: PreTrainedModel, *, tolerance: float = 0.0) -> list[Greedy]:
-    """What generate answers to each prompt alone. `tolerance`: 0 for exact, or ROUNDED."""
+    """Answers each prompt alone with `generate`. `tolerance`: 0 for exact, or ROUNDED."""
     tokenizer, found = build_tokenizer(), []
     for text in PROMPTS:
         ids = torch.tensor([tokenizer.encode(text)], device=model.device)
@@ -53,13 +53,13 @@ def greedy(model: PreTrainedModel, *, tolerance: float = 0.0) -> list[Greedy]:
 
 
 def _gap(logits: torch.Tensor) -> torch.Tensor:
-    """How far apart the two best tokens are, in standard deviations."""
+    """The distance between the two best logits, in standard deviations."""
     best = logits.topk(2).values
     return (best[0] - best[1]) / logits.std()
 
 
 def answers(engine: Engine) -> list[str]:
-    """What an engine answers greedily to all prompts at once."""
+    """Answers all prompts at once with an engine, greedily."""
     for index, text in enumerate(PROMPTS):
         sampling = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
         engine.add(RequestKey("job", index), GenerationRequest(index, str(index), prompt=text, sampling=sampling))

@@ -104,7 +104,7 @@ def alone(model: PreTrainedModel, folder: Path | None) -> Any:
 
 
 def greedy(model: Any, loaded: LoadedModel, prompt: Sequence[int], tokens: int, *, ends: bool = False) -> list[int]:
-    """What transformers' `generate` answers: so many tokens, or up to an end token where `ends`."""
+    """Generates with transformers' `generate`: so many tokens, or up to an end token where `ends`."""
     with torch.no_grad():
         found = model.generate(
             input_ids=torch.tensor([prompt], device=loaded.device),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-#: What is no module of Python's own, and may be looked for in a folder.
+#: Modules, none of Python's own, that an import may look for in a folder.
 LIBRARIES = frozenset(
     {
         "accelerate",
@@ -65,7 +65,7 @@ LIBRARIES = frozenset(
         "worker",
     }
 )
-#: What a folder holds as a package.
+#: Modules that a folder holds as a package.
 PACKAGES = frozenset({"encodings", "jobs", "json", "migrations", "worker"})
 SCRIPT = """\
 #!{python}
@@ -107,7 +107,7 @@ class HostileFolder:
             (folder / (f"{name}/__init__.py" if name in PACKAGES else f"{name}.py")).write_text(body)
 
     def ran(self) -> list[str]:
-        """What has run since the last call."""
+        """The modules that have run since the last call."""
         found = self._ran.read_text().split() if self._ran.exists() else []
         self._ran.unlink(missing_ok=True)
         return found
@@ -135,7 +135,7 @@ class HostileFolder:
 
 @cache
 def is_installed() -> bool:
-    """Whether a script of this Python runs this checkout, without a PYTHONPATH that says so."""
+    """True where a script of this Python runs this checkout without a PYTHONPATH."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, "-P", "-c", "import batchmill; print(batchmill.__file__)"]
     done = subprocess.run(line, env=environ, capture_output=True, text=True)
@@ -144,9 +144,9 @@ def is_installed() -> bool:
 
 @cache
 def loaded_before_the_first_line() -> frozenset[str]:
-    """What Python and the script load before a line of batchmill's runs, or look for in vain: no program keeps it out.
+    """Modules that Python and the script load, or look for in vain, before batchmill's first line runs.
 
-    An editable installation loads more than an installed one.
+    No program can keep them out. An editable installation loads more than an installed one.
     """
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, "-P", "-c", LOADED]

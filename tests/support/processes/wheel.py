@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-#: What pip says where no registry can be reached.
+#: Part of pip's message where no registry can be reached.
 UNREACHABLE = "connection broken by"
 
 
@@ -55,7 +55,7 @@ class Installation:
         return subprocess.run(line, cwd=empty, env=environ, capture_output=True, text=True, timeout=1_200)
 
     def batchmill(self, *words: str | Path, path: str = "", **more: str) -> str:
-        """What a command prints that has to succeed."""
+        """Runs a command that has to succeed, and returns its stdout."""
         done = self.run("batchmill", *words, path=path, **more)
         assert done.returncode == 0, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -56,19 +56,20 @@ class Asked:
 
 @dataclass
 class Hub:
-    """What the server holds and how it behaves; a test changes it as it goes.
-
-    `known`: the tokens that it knows, of which those in `granted` open what is gated or private. `cut_bytes` sends so
-    many bytes of a large file's next answers and closes the connection; `stalls_after_bytes` sends so many and then
-    nothing; `hangs` takes requests and never answers; `status` answers every request with an error.
-    """
+    """The server's repositories and behaviour; a test changes them as it goes."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
+    #: The tokens that it knows.
     known: set[str] = field(default_factory=lambda: {TOKEN})
+    #: The known tokens that open gated or private repositories.
     granted: set[str] = field(default_factory=lambda: {TOKEN})
+    #: Sends so many bytes of a large file's next answers, and closes the connection.
     cut_bytes: list[int] = field(default_factory=list)
+    #: Sends so many bytes and then nothing.
     stalls_after_bytes: int | None = None
+    #: Takes requests and never answers.
     hangs: bool = False
+    #: Answers every request with this error.
     status: int | None = None
     asked: list[Asked] = field(default_factory=list)
     url: str = ""
@@ -92,7 +93,7 @@ class Hub:
 
 
 def is_large(name: str) -> bool:
-    """Whether a file is kept beside git."""
+    """True for a file that is kept beside git."""
     return name.endswith((".safetensors", ".bin", ".gguf", ".onnx"))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-#: Where the server listens: a unix socket, or host and port.
+#: The server's address: a unix socket, or host and port.
 Target = Path | tuple[str, int]
 _CHUNK_BYTES = 64 * 1024
 _CALL_SECONDS = 10.0
@@ -60,7 +60,7 @@ class FaultProxy:
 
     @property
     def connections(self) -> int:
-        """How many connections are open at either side."""
+        """The number of connections that are open at either side."""
         return len(self._open)
 
     def blackhole(self) -> None:

@@ -56,7 +56,7 @@ class Site:
         return redis.Redis(port=self.redis_port, username=user, password=self.passwords[user])
 
     def refused(self) -> list[str]:
-        """What Redis refused since its log was reset, but for a CLIENT command that redis-py does without."""
+        """The commands that Redis refused since its log was reset, except CLIENT, which redis-py does without."""
         return [entry["object"] for entry in self.client("admin").acl_log() if entry["object"] != "client"]
 
     def as_superuser(self, statement: str) -> None:

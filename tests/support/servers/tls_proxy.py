@@ -31,7 +31,7 @@ class Authority:
         self._signer.cert_pem.write_to_path(self.file)
 
     def context(self, host: str) -> ssl.SSLContext:
-        """What a server of this name speaks TLS with."""
+        """The TLS context of a server of this name."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._signer.issue_cert(host).configure_cert(context)
         return context

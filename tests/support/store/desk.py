@@ -1,6 +1,6 @@
-"""What stands around the store in random histories: queues, workers with their children, and the database's clock.
+"""The surroundings of the store in random histories: queues, workers with their children, and the database's clock.
 
-Bookkeeping, spool, leftovers and reconciler are the real ones; Redis is a list, and an engine is one too.
+Bookkeeping, spool, leftovers and reconciler are the real ones; Redis is a list, and so is an engine.
 """
 
 from __future__ import annotations
@@ -192,6 +192,6 @@ class Seen:
         return self.batches[self.requests[key]]
 
     def holds(self, lease: Lease) -> bool:
-        """Whether a lease's fence still holds."""
+        """True where a lease's fence still holds."""
         batch = self.batches[lease.batch_id]
         return batch.state == BatchState.LEASED.value and batch.fence == lease.fence

@@ -169,6 +169,6 @@ def save(store: Store, who: WorkerSession, held: Sequence[BatchReport]) -> SyncR
 
 
 def rows(store: Store, table: str) -> int:
-    """How many rows a table has."""
+    """Counts the rows of a table."""
     with store.database.read() as connection:
         return connection.scalar(select(func.count()).select_from(metadata.tables[table])) or 0

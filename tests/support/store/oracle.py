@@ -21,7 +21,7 @@ from batchmill.jobs.store.store import Store
 
 #: So many sentences of one kind are enough to know it.
 _MOST_OF_A_KIND = 10
-#: What a step of the clock or its rounding may shift, between two columns that follow each other.
+#: Tolerance between two columns that follow each other, for a step of the clock or its rounding.
 _CLOCK_SECONDS = 0.005
 
 _OUTPUTS = """
@@ -53,7 +53,7 @@ def _reasons_fall_short() -> tuple[str, str]:
     )
 
 
-#: What a sentence says of each row that its query finds.
+#: Pairs of a sentence and its query; the sentence is said of each row that the query finds.
 _ALWAYS: tuple[tuple[str, str], ...] = (
     # --- requests and outputs
     (
@@ -241,7 +241,7 @@ _ALWAYS: tuple[tuple[str, str], ...] = (
            WHERE j.state = 'completed' AND j.retry_started_at IS NULL AND o.state = 'cancelled' GROUP BY j.id""",
     ),
 )
-#: What is wrong only once all work has ended.
+#: As `_ALWAYS`, but wrong only once all work has ended.
 _CLOSED: tuple[tuple[str, str], ...] = (
     (
         "job {id} is {state}, not closed",
@@ -334,7 +334,7 @@ def _found(connection: Connection, sentence: str, query: str, values: Mapping[st
 
 
 def _wrong_in_flight(connection: Connection) -> Iterator[str]:
-    """What a leased batch has in flight is in it and unanswered: else a crash would blame the wrong requests."""
+    """Checks that requests in flight are in their batch and unanswered: else a crash would blame the wrong ones."""
     runs = connection.execute(text("SELECT id, batch_id, in_flight FROM runs WHERE finished_at IS NULL")).all()
     unanswered = text("""SELECT r."index" FROM requests r
         LEFT JOIN outputs o ON o.job_id = r.job_id AND o."index" = r."index"
@@ -368,7 +368,7 @@ def _mixed_meanings(connection: Connection) -> Iterator[str]:
              WHERE b.adapter <> ''"""
     for run_id, job_id, adapter, held, meant, newest, generation in connection.execute(text(ran)).all():
         mine, wanted = (json.loads(each or "{}").get(adapter) for each in (held, meant))
-        # What lay there is known of the newest child alone, and of nothing from before it was asked for.
+        # The identity is known of the newest child alone, and not from before it was recorded.
         if mine and wanted and (newest != generation or not (mine.get("identity") and wanted.get("identity"))):
             mine, wanted = mine | {"identity": None}, wanted | {"identity": None}
         if mine is None or mine != wanted:

@@ -14,7 +14,7 @@ from tests.support.store.harm import sound, without_constraints
 from tests.support.store.mill import begin, claim, load, session, work_off
 from tests.support.store.oracle import accepted, changed, export_violations, violations
 
-#: What is broken in a sound store.
+#: Statements that break a sound store, by the oracle's sentence.
 CASES = {
     "has 2 outputs [I1]": 'INSERT INTO outputs SELECT * FROM outputs WHERE run_id = 1 AND "index" = 0',
     "is there 2 times [I4]": 'INSERT INTO requests SELECT * FROM requests WHERE batch_id = 5 AND "index" = 9',

@@ -30,7 +30,7 @@ class Event:
     max_tokens: int | None = None
 
     def tokens_at(self, seconds: float) -> int:
-        """What it had been answered with by then."""
+        """The tokens of its answer by then."""
         if seconds >= self.ended:
             return self.completion_tokens
         if seconds <= self.began:
@@ -40,7 +40,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What was known at a time; `rows` by the worker that lives and works on it."""
+    """The knowledge at one time; `rows` by the worker that lives and works on it."""
 
     seconds: float
     counts: Counts
@@ -207,7 +207,7 @@ def hastened(timeline: Timeline, *, until: float, times: float) -> Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was said at a moment between a tenth and nearly all of the work: the estimate, and what was really left."""
+    """A moment between a tenth and nearly all of the work: the estimate, and the time that was really left."""
 
     estimate: Estimate | None
     left_seconds: float
@@ -220,7 +220,7 @@ class Look:
 
     @property
     def is_held(self) -> bool:
-        """Whether the range held what was left."""
+        """True where the range held the time that was left."""
         found = self.estimate
         return found is not None and found.low_seconds <= self.left_seconds <= found.high_seconds
 

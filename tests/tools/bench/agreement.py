@@ -1,4 +1,4 @@
-"""Whether a peer has the same model: its greedy tokens against those of transformers' `generate`, in exact formats."""
+"""Compares a peer's greedy tokens with those of transformers' `generate`, in exact formats: is it the same model?"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Kind = type[Contestant]
 
 @dataclass(slots=True)
 class Entry:
-    """What one contestant did with one workload; `failed` says why there is nothing, or no more."""
+    """The runs of one contestant on one workload; `failed` says why there are none, or no more."""
 
     kind: Kind
     weights: str
@@ -35,7 +35,7 @@ class Entry:
 class Contest:
     """Contestants are loaded when they are first needed, and stay for the workloads that follow.
 
-    `folder` holds the checkpoint. Whoever fails takes no further part.
+    `folder` holds the checkpoint. A contestant that fails takes no further part.
     """
 
     def __init__(self, folder: Path, quantization: str, *, threads: int, rounds: int) -> None:
@@ -47,7 +47,7 @@ class Contest:
         self._failed: dict[Kind, str] = {}
 
     def measure(self, kinds: Sequence[Kind], workload: Workload) -> list[Entry]:
-        """What each of them did, in this order."""
+        """Runs the workload with each contestant and returns their entries, in the order of `kinds`."""
         entries = [Entry(kind, kind.formats[self._quantization], failed=self._failed.get(kind)) for kind in kinds]
         for entry in entries:
             self._try(entry, partial(self._begin, entry, workload))

@@ -1,4 +1,4 @@
-"""What takes part in a measurement, and the process that it lives in.
+"""A contestant of a measurement, and the process that it lives in.
 
 A contestant is loaded once, in a process and an environment of its own, and answers the same workload as often as it
 is asked. It measures nothing; it says how many tokens it generated for each request, and the process takes the time.
@@ -27,27 +27,29 @@ EXACT = "exact"
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a contestant is loaded for. `device`: `cpu` or `cuda:N`. None leaves rows and context to itself.
+    """The device and the sizes that a contestant is loaded for."""
 
-    `dequantize`: as the worker's flag of that name.
-    """
-
+    #: `cpu` or `cuda:N`.
     device: str = "cpu"
+    #: None leaves the number to the contestant.
     rows: int | None = None
+    #: None leaves the length to the contestant.
     context_tokens: int | None = None
+    #: As the worker's flag of that name.
     dequantize: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """`counts`: generated tokens of each request. `tokens`: their ids, where the contestant shows them.
+    """The answers of one run."""
 
-    `split`: seconds of this run by part, where it measures them; `timeline`: when each token came, where it notes that.
-    """
-
+    #: Generated tokens of each request.
     counts: list[int]
+    #: Ids of the generated tokens, where the contestant shows them.
     tokens: list[list[int]] | None = None
+    #: Seconds of this run by part, where the contestant measures them.
     split: Mapping[str, float] = field(default_factory=dict)
+    #: The time of each token, where the contestant notes it.
     timeline: Timeline | None = None
 
     @classmethod
@@ -69,14 +71,14 @@ class Measured:
 
 
 class Contestant:
-    """What each of them derives from; `load` and `run` are called in its process alone."""
+    """Base class of the contestants; `load` and `run` are called in the contestant's process alone."""
 
     name: ClassVar[str]
     #: Modules that have to be installed.
     needs: ClassVar[tuple[str, ...]] = ()
     #: Its format of the weights for each quantization of ours, and the exact one.
     formats: ClassVar[Mapping[str, str]] = {}
-    #: What its process has of OpenMP's variables, besides the number of threads.
+    #: OpenMP's variables in its process, besides the number of threads.
     environment: ClassVar[Mapping[str, str]] = {}
     #: It is slow, and gets only so many of the requests.
     most: ClassVar[int | None] = None
@@ -94,11 +96,11 @@ class Contestant:
         raise NotImplementedError
 
     def settings(self, workload: Workload) -> Sequence[Any]:
-        """What is tried on a workload; the fastest is measured."""
+        """Returns the settings to try on a workload; the fastest is measured."""
         return [""]
 
     def ready(self, workload: Workload, setting: Any) -> None:
-        """What is done once, and not measured."""
+        """Prepares for a workload: called once, and not measured."""
 
     def run(self, workload: Workload, setting: Any) -> Answers:
         raise NotImplementedError
@@ -108,7 +110,7 @@ class Contestant:
 
     @classmethod
     def missing(cls) -> str | None:
-        """Why it cannot take part here."""
+        """Returns the reason why it cannot take part here, or None."""
         absent = [each for each in cls.needs if importlib.util.find_spec(each) is None]
         return "not installed: make bench-peers" if absent else None
 

@@ -31,7 +31,7 @@ from tests.tools.bench.turns import Clock, Plan, Turns
 
 T = TypeVar("T")
 PEERS: dict[str, type[Contestant]] = {"generate": GenerateDecoder, "generate_batch": GenerateBatchDecoder}
-#: What is measured first, as far as it is asked for.
+#: In the order of measurement; models that were not asked for are skipped.
 MODELS = ("8b", "1b", "250m", "45m", "demo")
 QUANTIZATIONS = ("nf4", "none", "int8:threshold=0", "int8")
 ROWS = (64, 256, 16, 1)
@@ -40,7 +40,7 @@ PEERS_ROWS = (64, 1)
 
 @dataclass(slots=True)
 class Bench:
-    """What was asked for, and what has been found so far."""
+    """The flags of one benchmark and its scores so far."""
 
     chosen: argparse.Namespace
     plan: Plan
@@ -71,7 +71,7 @@ class Bench:
             print(f"### {model}, {quantization}\n{table(found, self.ground)}", flush=True)
 
     def _made(self, kinds: Sequence[type[Contestant]], model: str, rows: Sequence[int]) -> bool:
-        """Whether the model is there; if not, its scores say why."""
+        """True where the model is there; if not, its scores say why."""
         if model in self.folders or self.clock.up:
             return model in self.folders
         try:

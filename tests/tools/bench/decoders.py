@@ -1,6 +1,6 @@
-"""Who is measured by `decode`: batchmill's engine and transformers' two ways, each noting when every token came.
+"""The contestants of `decode`: batchmill's engine and transformers' two ways, each noting when every token came.
 
-A run is one batch of rows of the same lengths. The asking and the reckoning are others'.
+A run is one batch of rows of the same lengths. Workloads and scores are computed elsewhere.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class UnsharedContestant(ContinuousContestant):
 
 
 class AtOnceContestant(ContinuousContestant):
-    """What longer reading ahead would bring."""
+    """The continuous engine with all requests at once: the gain of a longer read-ahead."""
 
     name: ClassVar[str] = "continuous, all requests at once"
     feed: ClassVar[str] = AT_ONCE

@@ -26,11 +26,10 @@ _TRIALS = 5
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What a model in one quantization asks of a device. `block_parameters`: numbers in the blocks, without the head,
-    that a token is multiplied with.
-    """
+    """The work that a model in one quantization asks of a device."""
 
     work: Workload
+    #: Parameters in the blocks, without the head, that a token is multiplied with.
     block_parameters: int
 
     def decode(self, hardware: Hardware, *, rows: int, context_tokens: int, copied: bool) -> float | None:

@@ -77,7 +77,7 @@ def _loaded(folder: Path, files: list[Path], quantization: str) -> float:
 
 
 def main() -> None:
-    """What a worker does before its first request, its imports not counted."""
+    """Loads a model as a worker does before its first request, and prints the seconds; imports are not counted."""
     from batchmill.jobs.models.quantization import Quantization
     from batchmill.jobs.models.spec import ModelSpec
     from batchmill.worker.models.load import load as load_model

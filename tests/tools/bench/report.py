@@ -1,4 +1,4 @@
-"""What a contest becomes on paper: the machine, a table of who did how much, and where our own time went."""
+"""Prints a contest: the machine, a table of the contestants' rates, and how our engine spent its time."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _median(runs: Sequence[Measured]) -> float:
 
 
 def _split(entry: Entry) -> list[str]:
-    """Where the engine's time went, in the mean of its runs."""
+    """The engine's time by part, in the mean of its runs."""
     parts = _mean_split(entry.runs)
     whole = sum(parts.values())
     if not whole:

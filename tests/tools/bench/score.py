@@ -1,4 +1,4 @@
-"""What one contestant did with so many rows of one model, and the table of many such scores.
+"""The score of one contestant with so many rows of one model, and the table of many such scores.
 
 Owns medians, shares of floors and the columns. It measures nothing.
 """
@@ -25,29 +25,33 @@ _HEAD = (
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What scores are measured against. `sheet` and `measured`: one device, by its data sheet and as it is."""
+    """The device that scores are measured against."""
 
+    #: Its rates by the data sheet.
     sheet: Hardware
+    #: Its rates as measured.
     measured: Hardware
     context_tokens: int
 
 
 @dataclass(slots=True)
 class Score:
-    """`decodes` and `prefills`: one timeline a round. `prompt_tokens`: what each of `prefills` reads.
-
-    `best`: the decoding rate that this one is compared with. `failed` says why there is nothing, or no more.
-    """
+    """The rounds of one contestant with so many rows."""
 
     model: str
     quantization: str
     rows: int
     name: str
     floor: Floor | None = None
+    #: One timeline a round.
     decodes: list[Timeline] = field(default_factory=list)
+    #: One timeline a round.
     prefills: list[Timeline] = field(default_factory=list)
+    #: Prompt tokens that each of `prefills` reads.
     prompt_tokens: int = 0
+    #: The score whose decoding rate this one is compared with.
     best: Score | None = None
+    #: The reason why there are no rounds, or no more.
     failed: str | None = None
 
     @property
@@ -66,7 +70,7 @@ class Score:
 
     @property
     def copied(self) -> bool:
-        """Whether 4-bit weights have copies of full precision."""
+        """True where 4-bit weights have copies of full precision."""
         return bool(self.decodes and self.decodes[-1].held_bytes.get("copies"))
 
 

@@ -1,6 +1,6 @@
-"""When each token of a run came, and what follows from it: how long prompts were read, and how fast rows decode.
+"""The times of a run's tokens, and what follows from them: how long prompts were read, and how fast rows decode.
 
-The same reckoning for whoever runs the rows. It knows no engine and no clock.
+The computation is the same for every contestant. It knows no engine and no clock.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How rows are asked: prompts and answers whose mean length while decoding is `context_tokens`."""
+    """The lengths of a measurement: prompts and answers whose mean length while decoding is `context_tokens`."""
 
     context_tokens: int
     answer_tokens: int
@@ -86,7 +86,7 @@ class Turns:
         self._unloadable: dict[type[Contestant], str] = {}
 
     def measure(self, kinds: Sequence[type[Contestant]], rows: int) -> list[Score]:
-        """What each does with so many rows; all are compared with the first."""
+        """Measures each contestant with so many rows; all are compared with the first."""
         scores = [Score(self._model, self._quantization, rows, kind.name, floor=self._floor) for kind in kinds]
         for kind, score in zip(kinds, scores, strict=True):
             score.best = scores[0] if score is not scores[0] else None
@@ -102,7 +102,7 @@ class Turns:
             process.close()
 
     def _workloads(self, kind: type[Contestant], rows: int) -> list[Workload]:
-        """What decodes, and what is read alone where that is another run."""
+        """The workload that decodes, and one of prompts alone where prefill is measured in a run of its own."""
         if issubclass(kind, EngineDecoder):
             return [self._plan.decoding(self._folder, rows, shared=True), self._plan.prefill(self._folder, rows)]
         return [self._plan.decoding(self._folder, rows, shared=False)]

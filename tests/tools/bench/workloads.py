@@ -1,4 +1,4 @@
-"""What every contestant is asked: requests of exact prompt and answer lengths.
+"""The workloads: requests of exact prompt and answer lengths, the same for every contestant.
 
 Owns the lengths and the texts. It knows no model but for its tokenizer, and no contestant.
 """
@@ -152,7 +152,7 @@ def _differ(asks: Sequence[Ask]) -> None:
 
 
 def _context_tokens(folder: Path) -> int:
-    """How many tokens a prompt and its answer may have together."""
+    """The most tokens that a prompt and its answer may have together."""
     tokens: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     return tokens
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from time import monotonic
 
 from tests.support.paths import ROOT
-from tests.tools.mutants.guards import MUTANTS, Edit, Mutant
+from tests.tools.mutants.guards import MUTANTS
+from tests.tools.mutants.mutant import Edit, Mutant
 
 _PARTS = ("jobs", "producer", "worker", "migrations", "src", "tests", "pyproject.toml")
 #: For each of the tests, on a busy machine; a mutant that hangs is told of as such.
@@ -27,7 +28,7 @@ _RED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a mutant: the test that went red, or why it lives."""
+    """The fate of a mutant: the test that went red, or why it lives."""
 
     guard: str
     caught_by: str | None

@@ -87,7 +87,7 @@ def _wait(process: subprocess.Popen[bytes], all_of_them: list[subprocess.Popen[b
 
 
 def _table(log: Path) -> str:
-    """What follows the last event, or the end of it where there is no table."""
+    """The part of the log after the last event, or its last lines where it has no table."""
     lines = log.read_text(errors="replace").splitlines()
     begins = [number for number, line in enumerate(lines) if line.startswith("batchmill ")]
     return "\n".join(lines[begins[-1] :] if begins else lines[-30:])

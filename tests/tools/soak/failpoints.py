@@ -29,7 +29,7 @@ _AWAY_SECONDS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where nights are spent: on SQLite, or on a PostgreSQL of the sweep's own."""
+    """The place of the nights: SQLite, or a PostgreSQL of the sweep's own."""
 
     folder: Path
     server: PostgresqlServer | None

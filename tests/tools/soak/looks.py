@@ -1,4 +1,4 @@
-"""What the faults ask the store: who holds what, and whether work that was held is in other hands. In plain SQL."""
+"""Queries of the faults, in plain SQL: which worker holds which work, and whether another has taken it over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SOME = 10
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a child held when it was killed: for each batch its job and some of its unanswered requests."""
+    """The work of a child when it was killed: for each batch its job and some of its unanswered requests."""
 
     worker_id: int
     generation: int
@@ -35,7 +35,7 @@ def held_by(world: World, row: Row) -> Held:
 
 
 def runs_again(world: World, held: Held) -> bool:
-    """Whether some request that was in flight is answered, or held by another process."""
+    """True where some request that was in flight is answered, or held by another process."""
     query = """SELECT count(*) FROM requests r JOIN batches b ON b.id = r.batch_id
                LEFT JOIN outputs o ON o.job_id = r.job_id AND o."index" = r."index"
                WHERE r.job_id = :job AND r."index" IN ({})
@@ -51,7 +51,7 @@ def runs_again(world: World, held: Held) -> bool:
 
 
 def is_ready(world: World, row: Row) -> bool:
-    """Whether a later child of this worker holds its model, or did."""
+    """True where a later child of this worker holds its model, or did."""
     query = text("""SELECT 1 FROM workers WHERE id = :id AND generation > :generation
                     AND (state = 'ready' OR generation > :generation + 1)""")
     with world.glance.database.read() as connection:
@@ -71,13 +71,13 @@ def newest_run(world: World) -> int:
 
 
 def outputs_count(world: World) -> int:
-    """What all runs have saved. Raises StoreError."""
+    """Counts the outputs that all runs have saved. Raises StoreError."""
     with world.glance.database.read() as connection:
         return int(connection.scalar(text("SELECT coalesce(sum(succeeded + failed), 0) FROM runs")) or 0)
 
 
 def is_saving(world: World, since_count: int) -> bool:
-    """Whether outputs were saved since then, or nobody holds any work."""
+    """True where outputs were saved since then, or nobody holds any work."""
     if outputs_count(world) > since_count:
         return True
     with world.glance.database.read() as connection:
@@ -91,7 +91,7 @@ def some_batch(world: World) -> int:
 
 
 def is_moving(world: World, since_run: int) -> bool:
-    """Whether a batch was claimed since then, or none is pending."""
+    """True where a batch was claimed since then, or none is pending."""
     if newest_run(world) > since_run:
         return True
     pending = text("""SELECT 1 FROM batches b JOIN jobs j ON j.id = b.job_id
@@ -101,7 +101,7 @@ def is_moving(world: World, since_run: int) -> bool:
 
 
 def or_none(ask: object, *arguments: object) -> object:
-    """What `ask` finds, or None while the store is away."""
+    """Returns the result of `ask`, or None while the store is away."""
     try:
         return ask(*arguments)  # type: ignore[operator]
     except StoreError:

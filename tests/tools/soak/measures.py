@@ -1,6 +1,6 @@
-"""How long the mill takes to recover from each fault, against the bounds that it set itself.
+"""Measures how long the mill takes to recover from each fault, against its own bounds.
 
-A watch is asked again and again until what it waits for has come. It counts against its bound only when nothing else
+A watch is polled until the event that it waits for has come. It counts against its bound only when nothing else
 was broken meanwhile that it could not recover without; both kinds are kept.
 """
 
@@ -14,20 +14,21 @@ from time import monotonic
 from batchmill.jobs.errors import StoreError
 from tests.tools.soak.world import World
 
-#: Who waits longer than this waits for ever.
+#: A watch that waits longer than this counts as waiting for ever.
 _GIVE_UP_SECONDS = 300.0
 #: A thing that was broken disturbs for so long after it was mended: pauses between attempts have grown meanwhile.
 _AFTERMATH_SECONDS = 10.0
-#: What all workers need.
+#: The scopes that all workers need.
 EVERYBODYS = ("store", "redis")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is measured, its bound, and which broken things excuse it: a scope's name, or `own` for the same worker."""
+    """One kind of recovery and its bound."""
 
     name: str
     bound_seconds: float | None = None
+    #: The broken things that excuse it: names of scopes, or `own` for the same worker.
     excused_by: tuple[str, ...] = ("store", "own")
 
 

@@ -1,4 +1,4 @@
-"""How much resident memory each process of the mill has over time, and how fast it grows."""
+"""Samples the resident memory of each process of the mill, and computes how fast it grows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 from tests.tools.soak.posts import Post
 
 EVERY_SECONDS = 10.0
-#: What a process takes while it starts is no growth.
+#: Memory that a process takes while it starts does not count as growth.
 _WARM_SECONDS = 60.0
 _MIB = 2**20
 

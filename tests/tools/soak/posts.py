@@ -27,7 +27,7 @@ _KILL_SECONDS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the store knows of the worker that a post has now."""
+    """The store's row of the worker that a post has now."""
 
     worker_id: int
     generation: int
@@ -178,7 +178,7 @@ _NOBODY = _Nobody()
 
 
 def can_contain() -> bool:
-    """Whether this user may make pid namespaces."""
+    """True where this user may make pid namespaces."""
     try:
         return subprocess.run([*_CONTAINER, "true"], capture_output=True).returncode == 0
     except OSError:

@@ -15,7 +15,7 @@ _NEW_PASSWORD = "another"
 
 
 class RedisFaults(Scene):
-    """What can become of Redis, and of what lies between it and the workers."""
+    """The faults of Redis, and of the connections between it and the workers."""
 
     def empty_redis(self) -> Steps:
         newest = looks.or_none(looks.newest_run, self._world)
@@ -89,7 +89,7 @@ class RedisFaults(Scene):
                 client.config_set("maxmemory", 0)
 
     def change_password(self) -> Steps:
-        """Whoever has a connection loses it, and is let in no more until the old word holds again."""
+        """Closes every connection, and lets no client in until the old password holds again."""
         newest = looks.or_none(looks.newest_run, self._world)
         with suppress(Exception), self._world.redis() as client:
             client.config_set("requirepass", _NEW_PASSWORD)

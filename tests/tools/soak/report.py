@@ -1,4 +1,4 @@
-"""What a soak looks at when everything has ended, and the table that it prints."""
+"""The checks of a soak when everything has ended, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.tools.soak.worker import read_counts
 from tests.tools.soak.world import ROWS, STEP_SECONDS, World
 
 END_SECONDS = 20.0
-#: What an engine works on and is given ahead.
+#: The requests that an engine works on and is given ahead.
 IN_FLIGHT_MOST = ROWS + ROWS // 4
 #: The same, and what it answers in two seconds.
 REPEATED_MOST = IN_FLIGHT_MOST + int(2 / STEP_SECONDS) * ROWS
 _SLOPE_SECONDS, _FLAT_SECONDS = 300.0, 1_800.0
 FLAT_MIB_PER_HOUR = 4.0
 _EXPECTED = re.compile(r"by a magic prompt|^redis\.exceptions\.|^kombu\.exceptions\.")
-#: Where a traceback begins that is not the second of a chain.
+#: Matches the beginning of a traceback that is not the second of a chain.
 _ALONE = re.compile(r"(?<!occurred:\n\n)(?<!exception:\n\n)(?=Traceback \(most recent call last\))")
 
 
@@ -112,7 +112,7 @@ def _check_log(world: World, path: Path) -> None:
 
 
 def _last_error(block: str) -> str:
-    """What the last traceback of a chain ends with: the first line after its frames that is not indented."""
+    """The error line of the last traceback of a chain: the first line after its frames that is not indented."""
     lines = block.rpartition("Traceback (most recent call last)")[2].splitlines()[1:]
     return next((line for line in lines if line and not line.startswith((" ", "\t", "|"))), "?")
 
@@ -141,7 +141,7 @@ def repeats(world: World) -> dict[tuple[int, int], int]:
 
 
 def in_flight_at(world: World, *outcomes: RunOutcome) -> Counter[tuple[int, int]]:
-    """How many requests each process had in flight when its runs ended so: it dies once, but may freeze often."""
+    """Counts the requests in flight of each process when its runs ended so: it dies once, but may freeze often."""
     query = text("SELECT worker_id, worker_generation, outcome, in_flight FROM runs WHERE finished_at IS NOT NULL")
     found: Counter[tuple[int, int]] = Counter()
     with world.store.database.read() as connection:

@@ -1,4 +1,4 @@
-"""What all faults share: the mill that they break, and the watches by which its recovery is measured."""
+"""Base of the faults: the mill that they break, and the watches by which its recovery is measured."""
 
 from __future__ import annotations
 

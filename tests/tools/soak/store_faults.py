@@ -22,7 +22,7 @@ _AN_HOUR_AHEAD = (
 
 
 class StoreFaults(Scene):
-    """What can become of the database."""
+    """The faults of the database."""
 
     def store_away(self) -> Steps:
         away = self._lock_sqlite if self._world.postgresql is None else self._stop_postgresql

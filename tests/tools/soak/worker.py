@@ -19,19 +19,21 @@ from typing import Any
 
 from batchmill.jobs.runtime.process.signals import exit_on_sigterm
 
-#: Where the counts go, and the host's name that the worker has. No settings of batchmill's.
+#: The folder of the counts, and the worker's host name. No settings of batchmill's.
 COUNTS_VARIABLE, HOST_VARIABLE = "SOAK_COUNTS", "SOAK_HOST"
 _FORMAT = struct.Struct("<5q")
 
 
 @dataclass(slots=True)
 class Counts:
-    """What one child process generated; `dropped`: of cancelled jobs and the like, `lost`: its lease had been taken."""
+    """The outputs that one child process generated."""
 
     worker_id: int = 0
     generation: int = 0
     generated: int = 0
+    #: Outputs of cancelled jobs and the like.
     dropped: int = 0
+    #: Outputs whose lease had been taken.
     lost: int = 0
 
     def pack(self) -> bytes:
@@ -39,7 +41,7 @@ class Counts:
 
 
 def read_counts(folder: Path) -> list[Counts]:
-    """What every child process generated; those that ended before they had a generation are left out."""
+    """Reads the counts of every child process; those that ended before they had a generation are left out."""
     found = (path.read_bytes() for path in folder.iterdir())
     return [Counts(*_FORMAT.unpack(data)) for data in found if len(data) == _FORMAT.size]
 

@@ -102,7 +102,7 @@ class WorkerFaults(Scene):
                     each.resume()
 
     def _is_locked(self) -> bool:
-        """Whether what was just frozen was in a transaction on SQLite, whose lock it holds until it goes on."""
+        """True where the frozen process was in a transaction on SQLite, whose lock it holds until it goes on."""
         if self._world.postgresql is not None:
             return False
         with closing(sqlite3.connect(self._world.settings.database_file, timeout=3, isolation_level=None)) as other:

@@ -1,4 +1,4 @@
-"""What a soak runs on: a home, a store of its own, a Redis behind a proxy, a log of events, and the real command.
+"""The world of a soak: a home, a store of its own, a Redis behind a proxy, a log of events, and the real command.
 
 Everything is started from the main thread, and ended by `end`, whatever state it is in.
 """

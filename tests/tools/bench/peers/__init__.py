@@ -1,1 +1,1 @@
-"""What users could pick instead, given the same weights, requests and threads, each at the best of its settings."""
+"""Other programs that users could pick, given the same weights, requests and threads, each at its best setting."""

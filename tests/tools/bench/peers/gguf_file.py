@@ -13,7 +13,7 @@ import numpy as np
 
 
 def gguf_file(folder: Path, weights: str) -> Path:
-    """Where the model of a folder lies in this format."""
+    """Returns the path of a folder's model in this format."""
     return folder / f"llama-{weights}.gguf"
 
 

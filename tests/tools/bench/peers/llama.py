@@ -78,7 +78,7 @@ class LlamaCpp(Contestant):
         if self._context is not None:
             api.llama_free(self._context)
         parameters = api.llama_context_default_params()
-        # What all prompts share is held by a sequence of its own. A cache is made of pieces of 256 tokens.
+        # The prefix that all prompts share has a sequence of its own. A cache is made of pieces of 256 tokens.
         parameters.n_seq_max = _ROWS + bool(workload.shared_tokens)
         parameters.n_ctx = parameters.n_seq_max * (-(-workload.longest_tokens // 256) * 256)
         parameters.n_batch, parameters.n_ubatch = _BATCH_TOKENS, setting.step_tokens

@@ -90,7 +90,7 @@ class OneByOneGenerate(SortedGenerate):
 
 
 class Setting(NamedTuple):
-    """What a step has at most; its dense mask makes attention dearer the more there is."""
+    """The most rows and tokens of a step; its dense mask makes attention more expensive with each of them."""
 
     rows: int
     tokens: int
@@ -140,7 +140,7 @@ class GenerateBatch(_Transformers):
         return Answers.of([list(each.generated_tokens) for each in self.results(workload)])
 
     def results(self, workload: Workload, **asked: Any) -> list[Any]:
-        """What the manager says of each request. `asked`: more than their lengths."""
+        """Returns the manager's result of each request. `asked`: further arguments, besides the lengths."""
         manager = self._manager
         found: dict[str, Any] = {}
         ids = {}

@@ -1,4 +1,4 @@
-"""`run` and `up`: the whole mill in one command, interrupted, continued, killed, and started twice."""
+"""`run`: the whole mill in one command, interrupted, continued, killed, and fed while it reads."""
 
 from __future__ import annotations
 
@@ -8,118 +8,19 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pytest
-
-from batchmill.jobs.configuration.settings import environment_of, load_settings
-from batchmill.jobs.errors import StoreError
 from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.runtime.log_file import logs_folder
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
 from batchmill.jobs.store.store import Store
-from batchmill.jobs.store.views.jobs import Job
-from batchmill.jobs.store.views.workers import WorkerRow
-from tests.integration.conftest import PATIENCE_SECONDS, TIMERS, until, write_prompts
+from tests.integration.conftest import PATIENCE_SECONDS, until, write_prompts
+from tests.support.processes.home import Home, texts
 
 SLOW = {"BATCHMILL_ECHO_STEP_SECONDS": "0.1", "BATCHMILL_ENGINE_ROWS": "10"}
-
-
-class Home:
-    """A home of its own, and commands in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.settings = load_settings(home=path, **TIMERS)
-        self.environ = {**os.environ, **environment_of(self.settings)}
-        self._started: list[subprocess.Popen[str]] = []
-
-    def run(self, *words: str | Path, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "batchmill", *map(str, words)],
-            capture_output=True,
-            text=True,
-            env=self.environ | settings,
-            timeout=2 * PATIENCE_SECONDS,
-        )
-        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def start(self, *words: str | Path, stdin: int | None = None, **settings: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "batchmill", *map(str, words)],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environ | settings,
-        )
-        self._started.append(process)
-        return process
-
-    def succeeded(self) -> int:
-        """Of the newest job; 0 while there is none."""
-        if not (self.path / "batchmill.db").exists():
-            return 0
-        store = Store(self.settings.database)
-        try:
-            jobs = store.jobs.jobs(most=1) if store.revision() else []
-            return jobs[0].counts.succeeded if jobs else 0
-        finally:
-            store.close()
-
-    def workers(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(self.run("workers", "--json").stdout)
-        return found
-
-    def rows(self) -> list[WorkerRow]:
-        with closing(Store(self.settings.database)) as store:
-            return store.workers.rows(only_alive=False)
-
-    def worker_states(self) -> list[WorkerState]:
-        """Empty while the home has no store yet."""
-        with suppress(StoreError):
-            return [each.state for each in self.rows()]
-        return []
-
-    def jobs(self) -> list[Job]:
-        with closing(Store(self.settings.database)) as store:
-            return store.jobs.jobs(most=10)
-
-    def processes(self) -> list[str]:
-        """Command lines of the processes that belong to this home."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("BATCHMILL_HOME") == str(self.path) and process.pid != os.getpid():
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return found
-
-    def end(self) -> None:
-        for process in self._started:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    home = Home(tmp_path / "home")
-    yield home
-    home.end()
-    until(lambda: not home.processes(), "everything that was started has ended")
-
-
-def texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
 def test_run_answers_reports_and_stops_all_that_it_started(home: Home, tmp_path: Path) -> None:
@@ -201,55 +102,6 @@ def test_what_a_killed_run_left_ends_and_the_next_run_continues(home: Home, tmp_
     assert texts(out) == [f"one two three {index}" for index in range(1_000)]
 
 
-def test_a_second_run_or_up_in_the_same_home_is_refused_by_pid(home: Home, tmp_path: Path) -> None:
-    file = write_prompts(tmp_path / "p.jsonl", 10)
-    mill = home.start("up", "-m", "echo")
-    until(lambda: (home.path / "mill.pid").exists(), "the mill is up")
-    for words in (("run", file, "-m", "demo"), ("up", "-m", "echo")):
-        assert f"pid {mill.pid}" in home.run(*words, code=1).stderr
-    mill.terminate()
-    mill.communicate(timeout=PATIENCE_SECONDS)
-
-
-def test_a_mill_that_is_up_takes_jobs_from_other_terminals(home: Home, tmp_path: Path) -> None:
-    file = write_prompts(tmp_path / "p.jsonl", 10)
-    mill = home.start("up", "-m", "echo", "--device", "cpu")
-    until(lambda: (home.path / "redis.sock").exists(), "the mill is up")
-    done = home.run("submit", file, "-m", "echo", "--wait")
-    assert len(done.stdout.strip()) == 8
-    assert "doctor" in home.run("--help").stdout
-    checks = {each["name"]: each for each in json.loads(home.run("doctor", "--json").stdout)}
-    assert checks["redis"]["ok"]
-    assert checks["database"]["ok"]
-    mill.send_signal(signal.SIGINT)
-    _, said = mill.communicate(timeout=PATIENCE_SECONDS)
-    assert mill.returncode == 0, said
-
-
-def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: Home, tmp_path: Path) -> None:
-    file, out = write_prompts(tmp_path / "p.jsonl", 10), tmp_path / "out.jsonl"
-    mill = home.start("up", "-m", "echo", "--device", "cpu")
-    until(lambda: [each["state"] for each in home.workers()] == ["ready"], "a worker is ready")
-    done = home.run("run", file, "-m", "echo", "-o", out)
-    assert f"worker {home.workers()[0]['name']}, which already holds echo (none) here, answers it" in done.stderr
-    assert texts(out) == [f"one two three {index}" for index in range(10)]
-    again = home.run("run", file, "-m", "echo", "-o", out).stderr
-    assert "ran this file before" in again
-    assert "answers it" not in again
-    assert "omit the flags" in home.run("run", file, "-m", "echo", "--device", "cpu", code=1).stderr
-    assert "another `batchmill run` or `up`" in home.run("run", file, "-m", "demo", code=1).stderr
-    asked = home.run("submit", file, "-m", "demo")
-    assert "batchmill worker -m demo -q nf4" in asked.stderr
-    mill.send_signal(signal.SIGINT)
-    _, said = mill.communicate(timeout=PATIENCE_SECONDS)
-    assert mill.returncode == 0, said
-    assert "the rest returns to the queue" in said
-    assert "Warm shutdown" not in said
-    assert "batchmill up -m demo -q nf4" in home.run("status").stdout
-    refused = home.run("worker", "-m", "demo", "-q", "nf4", code=1)
-    assert "`batchmill up -m demo -q nf4` starts one" in refused.stderr
-
-
 def test_a_likely_slip_in_the_name_of_a_model_ends_a_run_at_once(home: Home, tmp_path: Path) -> None:
     file = write_prompts(tmp_path / "p.jsonl", 1)
     for words in (("run", file, "-m", "dmeo"), ("submit", file, "-m", "dmeo", "--wait")):
@@ -258,54 +110,15 @@ def test_a_likely_slip_in_the_name_of_a_model_ends_a_run_at_once(home: Home, tmp
     assert len(json.loads(home.run("jobs", "--json").stdout)) == 1
 
 
-def redis_pids(home: Home) -> list[int]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if str(home.path / "redis.sock") in " ".join(process.cmdline()):
-                found.append(process.pid)
-    return found
-
-
-def test_a_redis_that_ends_is_started_again(home: Home, tmp_path: Path) -> None:
-    mill = home.start("up", "-m", "echo", "--device", "cpu")
-    until(lambda: (home.path / "redis.sock").exists(), "the mill is up")
-    for number in range(2):
-        (old,) = redis_pids(home)
-        os.kill(old, signal.SIGKILL)
-        home.run("submit", write_prompts(tmp_path / f"{number}.jsonl", 10), "-m", "echo", "--wait")
-        until(lambda old=old: redis_pids(home) not in ([], [old]), "another Redis is there")
-    checks = {each["name"]: each for each in json.loads(home.run("doctor", "--json").stdout)}
-    assert checks["redis"]["ok"]
-    mill.send_signal(signal.SIGINT)
-    _, said = mill.communicate(timeout=PATIENCE_SECONDS)
-    assert mill.returncode == 0, said
-    assert said.count("the embedded Redis had ended and is started again") == 2
-
-
 def test_a_run_goes_on_without_its_redis(home: Home, tmp_path: Path) -> None:
     file = write_prompts(tmp_path / "p.jsonl", 100)
     running = home.start("run", file, "-m", "echo", "--device", "cpu", "-o", tmp_path / "a.jsonl", **SLOW)
     until(lambda: home.succeeded() > 10, "some answers")
-    os.kill(*redis_pids(home), signal.SIGKILL)
+    os.kill(*home.redis_pids(), signal.SIGKILL)
     _, said = running.communicate(timeout=PATIENCE_SECONDS)
     assert running.returncode == 0, said
     assert "the embedded Redis had ended and is started again" in said
     assert texts(tmp_path / "a.jsonl") == [f"one two three {index}" for index in range(100)]
-
-
-def test_what_the_flags_of_up_ask_of_the_engine_reaches_the_worker(home: Home) -> None:
-    mill = home.start("up", "-m", "echo", "--max-rows", "7", "--context", "100", BATCHMILL_ENGINE_ROWS="5")
-    found: list[dict[str, Any]] = []
-
-    def ready() -> bool:
-        found[:] = [each for each in home.workers() if each["state"] == "ready"]
-        return bool(found)
-
-    until(ready, "a worker is ready")
-    assert (found[0]["engine"], found[0]["rows"]) == ("echo", 7)
-    mill.terminate()
-    mill.communicate(timeout=PATIENCE_SECONDS)
 
 
 def no_model(folder: Path) -> Path:
@@ -340,7 +153,7 @@ def test_a_run_that_fails_shows_its_own_lines_and_keeps_those_of_the_one_before(
 
 
 def test_children_that_end_before_they_report_end_the_run_with_their_last_lines(home: Home, tmp_path: Path) -> None:
-    """Whoever sets PYTHONPATH is trusted, and may be wrong."""
+    """The user who sets PYTHONPATH is trusted, and may be wrong."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n"
         "    print('no luck today', file=sys.stderr, flush=True)\n    os._exit(3)\n"
@@ -412,18 +225,6 @@ def test_a_bad_file_of_one_page_starts_no_worker(home: Home, tmp_path: Path) -> 
     assert "p.jsonl:6:" in home.run("run", file, "-m", "echo", code=2).stderr
     assert home.rows() == []
     assert not (home.path / "worker.log").read_text()
-
-
-def test_doctor_tells_of_an_embedded_redis_that_runs_and_does_not_answer(home: Home) -> None:
-    home.start("up", "-m", "echo", "--device", "cpu")
-    until(lambda: home.worker_states() == [WorkerState.READY], "the mill is up")
-    (server,) = redis_pids(home)
-    os.kill(server, signal.SIGSTOP)
-    try:
-        done = home.run("doctor", code=1)
-    finally:
-        os.kill(server, signal.SIGCONT)
-    assert f"embedded, pid {server}, does not answer" in done.stdout
 
 
 def test_run_refuses_a_store_that_is_not_embedded(home: Home, tmp_path: Path) -> None:
