@@ -18,8 +18,6 @@ class Edit:
 class Mutant:
     """A mill without one guard."""
 
-    #: Its place among the mutants of all rooms, which run in this order; a new one takes the next number.
-    number: int
     guard: str
     edits: tuple[Edit, ...]
     #: Arguments of pytest, each run until one of them is red.

@@ -17,4 +17,4 @@ from tests.tools.mutants.guards.worker import WORKER
 from tests.tools.mutants.mutant import Mutant
 
 _ROOMS = (DATABASE, LEASES, STORE, JOBS, WORKER, PRODUCER, MIGRATIONS, SRC)
-MUTANTS: tuple[Mutant, ...] = tuple(sorted((each for room in _ROOMS for each in room), key=lambda each: each.number))
+MUTANTS: tuple[Mutant, ...] = tuple(each for room in _ROOMS for each in room)

@@ -7,25 +7,21 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 DATABASE: tuple[Mutant, ...] = (
     Mutant(
-        1,
         "whoever opens a SQLite store makes no file",
         (Edit("jobs/store/database/database.py", "else 'rw'}\"", "else 'rwc'}\""),),
         ("tests/unit/jobs/store/database/test_database.py",),
     ),
     Mutant(
-        2,
         "a look at a SQLite store cannot write",
         (Edit("jobs/store/database/database.py", "{'ro' if self._read_only else 'rw'}", "rw"),),
         ("tests/contracts/store/test_checking.py::test_a_read_only_store_writes_nothing",),
     ),
     Mutant(
-        3,
         "a look at a PostgreSQL store cannot write",
         (Edit("jobs/store/database/postgresql.py", "{_READ_ONLY if read_only else ''}", ""),),
         ("tests/contracts/store/test_checking.py::test_a_read_only_store_writes_nothing",),
     ),
     Mutant(
-        5,
         "the victim of a deadlock begins again",
         (
             Edit(
@@ -37,31 +33,26 @@ DATABASE: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_conflicts.py",),
     ),
     Mutant(
-        8,
         "who waits keeps no connection to PostgreSQL",
         (Edit("jobs/store/database/postgresql.py", "_KEPT_SECONDS = 0.25\n", "_KEPT_SECONDS = 3_600.0\n"),),
         ("tests/faults/test_connections.py::test_a_store_that_is_not_used_keeps_no_connection",),
     ),
     Mutant(
-        9,
         "PostgreSQL is asked for READ COMMITTED by name",
         (Edit("jobs/store/database/postgresql.py", "BEGIN ISOLATION LEVEL READ COMMITTED;", "BEGIN;"),),
         ("tests/contracts/store/test_postgresql.py",),
     ),
     Mutant(
-        11,
         "a writer of SQLite waits for those who came before",
         (Edit("jobs/store/database/database.py", "            with line.head():\n", "            if True:\n"),),
         ("tests/unit/jobs/store/database/test_line.py",),
     ),
     Mutant(
-        20,
         "BEGIN IMMEDIATE",
         (Edit("jobs/store/database/database.py", 'exec_driver_sql("BEGIN IMMEDIATE")', 'exec_driver_sql("BEGIN")'),),
         (suites.RACES,),
     ),
     Mutant(
-        25,
         "a lease further ahead than any can be is over",
         (
             Edit(
@@ -73,7 +64,6 @@ DATABASE: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_store.py::TestRecovery::test_a_lease_further_ahead_than_any_can_be_is_over",),
     ),
     Mutant(
-        53,
         "an adapter's name means one thing to all live workers",
         (Edit("jobs/store/database/database.py", "if not self.is_sqlite:", "if False:"),),
         (suites.ADAPTERS,),

@@ -21,7 +21,6 @@ _LAST_OUTPUT_WINS = Edit(
 
 LEASES: tuple[Mutant, ...] = (
     Mutant(
-        6,
         "a look after orphans reads leased batches alone",
         (
             Edit(
@@ -33,7 +32,6 @@ LEASES: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_query_plans.py",),
     ),
     Mutant(
-        7,
         "a crash reads the runs that crashed alone",
         (
             Edit(
@@ -44,17 +42,15 @@ LEASES: tuple[Mutant, ...] = (
         ),
         ("tests/contracts/store/test_query_plans.py",),
     ),
-    Mutant(14, "the fence in a turn", (_NO_FENCE,), (suites.STORE, suites.HISTORIES)),
-    Mutant(15, "the fence in a turn (races)", (_NO_FENCE,), (suites.RACES,)),
-    Mutant(16, "an output is inserted once", (_LAST_OUTPUT_WINS,), (suites.STORE,)),
+    Mutant("the fence in a turn", (_NO_FENCE,), (suites.STORE, suites.HISTORIES)),
+    Mutant("the fence in a turn (races)", (_NO_FENCE,), (suites.RACES,)),
+    Mutant("an output is inserted once", (_LAST_OUTPUT_WINS,), (suites.STORE,)),
     Mutant(
-        17,
         "fence and insert once together",
         (_NO_FENCE, _LAST_OUTPUT_WINS),
         (suites.STORE, suites.HISTORIES),
     ),
     Mutant(
-        18,
         "a turn locks its batches",
         (
             Edit(
@@ -69,7 +65,6 @@ LEASES: tuple[Mutant, ...] = (
         (f"{suites.RACES}::TestReaping",),
     ),
     Mutant(
-        21,
         "a claim locks the batch it takes",
         (
             Edit(
@@ -81,7 +76,6 @@ LEASES: tuple[Mutant, ...] = (
         (f"{suites.RACES}::TestClaiming",),
     ),
     Mutant(
-        22,
         "who takes back locks the batches",
         (
             Edit(
@@ -93,7 +87,6 @@ LEASES: tuple[Mutant, ...] = (
         (f"{suites.RACES}::TestReaping",),
     ),
     Mutant(
-        27,
         "a lease renewed since is not taken back",
         (
             Edit(
@@ -105,19 +98,16 @@ LEASES: tuple[Mutant, ...] = (
         (f"{suites.RACES}::TestReaping", suites.STORE),
     ),
     Mutant(
-        33,
         "only dead children lose their leases",
         (Edit("jobs/store/leases/recovery.py", "batches.c.worker_generation <= generation)", "True)"),),
         (suites.HISTORIES,),
     ),
     Mutant(
-        34,
         "what an unanswered turn brought is handed back",
         (Edit("jobs/store/leases/sync.py", "            if resumed:\n", "            if False:\n"),),
         (suites.HISTORIES,),
     ),
     Mutant(
-        39,
         "an expired lease is no crash",
         (
             Edit(
@@ -129,25 +119,21 @@ LEASES: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_blame.py::test_a_release_and_an_expired_lease_are_no_crashes",),
     ),
     Mutant(
-        41,
         "crashes are counted",
         (Edit("jobs/store/leases/blame.py", "            crashes=batch.crashes + 1,\n", "            crashes=1,\n"),),
         (suites.HISTORIES,),
     ),
     Mutant(
-        44,
         "suspects are told from the rest",
         (Edit("jobs/store/leases/blame.py", "if index in in_flight}", "}"),),
         ("tests/contracts/store/test_blame.py",),
     ),
     Mutant(
-        45,
         "suspects are claimed by who holds nothing",
         (Edit("jobs/store/leases/claim.py", "if best is None or (best.crashes and not alone):", "if best is None:"),),
         (suites.HISTORIES,),
     ),
     Mutant(
-        46,
         "nothing is claimed beside suspects",
         (
             Edit(
@@ -159,7 +145,6 @@ LEASES: tuple[Mutant, ...] = (
         (suites.HISTORIES,),
     ),
     Mutant(
-        47,
         "suspects are in ever smaller groups",
         (
             Edit(
@@ -171,7 +156,6 @@ LEASES: tuple[Mutant, ...] = (
         (suites.HISTORIES,),
     ),
     Mutant(
-        48,
         "a job of which the last request is poison is closed",
         (
             Edit(
@@ -183,7 +167,6 @@ LEASES: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_blame.py",),
     ),
     Mutant(
-        50,
         "a worker gets what it holds alone",
         (
             Edit(
@@ -195,7 +178,6 @@ LEASES: tuple[Mutant, ...] = (
         (suites.ADAPTERS,),
     ),
     Mutant(
-        52,
         "an adapter's name means one thing to a job",
         (
             Edit(
@@ -207,25 +189,21 @@ LEASES: tuple[Mutant, ...] = (
         (suites.ADAPTERS,),
     ),
     Mutant(
-        68,
         "a claim passes over jobs of another model",
         (Edit("jobs/store/leases/queue.py", "    if among.identities is not None:", "    if False:"),),
         ("tests/contracts/store/test_identities.py",),
     ),
     Mutant(
-        69,
         "a job keeps the model that began it",
         (Edit("jobs/store/leases/claim.py", "elif row.identity != session.identity:", "elif False:"),),
         ("tests/contracts/store/test_identities.py::TestClaiming",),
     ),
     Mutant(
-        70,
         "a model whose files have changed begins no job",
         (Edit("jobs/store/leases/queue.py", "settled if among.begun else", "settled if False else"),),
         ("tests/contracts/store/test_identities.py::TestClaiming",),
     ),
     Mutant(
-        74,
         "a worker takes the kinds of requests that its engine serves",
         (Edit("jobs/store/leases/queue.py", "    chosen = chosen.where(jobs.c.kind.in_(sorted(among.kinds)))\n", ""),),
         ("tests/scenarios/test_request_kinds.py::TestToyKind",),

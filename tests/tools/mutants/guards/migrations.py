@@ -7,7 +7,6 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 MIGRATIONS: tuple[Mutant, ...] = (
     Mutant(
-        49,
         "one job for an idempotency key",
         (
             Edit(
@@ -19,7 +18,6 @@ MIGRATIONS: tuple[Mutant, ...] = (
         (f"{suites.RACES}::TestOpening",),
     ),
     Mutant(
-        76,
         "an embedded store at work is not upgraded",
         (Edit("migrations/revisions.py", "        _refuse_at_work(settings, store)\n", ""),),
         ("tests/scenarios/test_upgrade_at_work.py",),

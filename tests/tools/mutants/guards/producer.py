@@ -6,7 +6,6 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 PRODUCER: tuple[Mutant, ...] = (
     Mutant(
-        71,
         "a run compares the model before it exports a finished job",
         (Edit("producer/cli/local/earlier.py", "elif self.model.identity != identity:", "elif False:"),),
         ("tests/unit/producer/cli/local/test_earlier.py",),

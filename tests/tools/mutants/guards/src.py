@@ -6,7 +6,6 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 SRC: tuple[Mutant, ...] = (
     Mutant(
-        66,
         "the current folder leaves the import path",
         (Edit("src/batchmill/__main__.py", "not in relative - kept]", "not in kept - kept]"),),
         ("tests/unit/jobs/runtime/process/test_isolation.py",),

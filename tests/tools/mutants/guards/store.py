@@ -7,13 +7,11 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 STORE: tuple[Mutant, ...] = (
     Mutant(
-        4,
         "a count that its outputs do not add up to is told of",
         (Edit("jobs/store/checking.py", "batches.c[name] != summed", "batches.c[name] < summed"),),
         ("tests/contracts/store/test_checking.py::test_each_harm_is_named",),
     ),
     Mutant(
-        10,
         "a worker that gave up stays so beside a new child",
         (
             Edit(
@@ -25,7 +23,6 @@ STORE: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_health.py",),
     ),
     Mutant(
-        19,
         "the job's row is locked before it is closed",
         (
             Edit(
@@ -37,7 +34,6 @@ STORE: tuple[Mutant, ...] = (
         (f"{suites.RACES}::TestFinishing",),
     ),
     Mutant(
-        26,
         "a submit that renewed its lease is not deleted",
         (
             Edit(
@@ -49,13 +45,11 @@ STORE: tuple[Mutant, ...] = (
         ("tests/contracts/store/test_store.py::TestLoading::test_only_expired_loads_are_deleted_by_others",),
     ),
     Mutant(
-        42,
         "a batch closes at its bytes",
         (Edit("jobs/store/bounds.py", "count >= most or total + size > PAGE_BYTES", "count >= most"),),
         ("tests/contracts/store/test_bounds.py",),
     ),
     Mutant(
-        51,
         "requests that move stay with their adapter",
         (
             Edit("jobs/store/jobs/retry.py", "adapter=adapter)", 'adapter="")'),
@@ -64,13 +58,11 @@ STORE: tuple[Mutant, ...] = (
         (suites.ADAPTERS,),
     ),
     Mutant(
-        62,
         "a job that has an answer keeps its model",
         (Edit("jobs/store/jobs/retry.py", " and not self._is_answered(connection, job_id)", ""),),
         ("tests/unit/producer/views/test_retries.py",),
     ),
     Mutant(
-        75,
         "nothing is kept for an idle worker that serves less",
         (Edit("jobs/store/workers/idle.py", "if not kinds.issubset(json.loads(row.kinds)):", "if False:"),),
         ("tests/scenarios/test_request_kinds.py::TestToyKind",),

@@ -7,7 +7,6 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 WORKER: tuple[Mutant, ...] = (
     Mutant(
-        12,
         "every mark of a conversation is in its prompt",
         (
             Edit(
@@ -19,7 +18,6 @@ WORKER: tuple[Mutant, ...] = (
         ("tests/unit/worker/engine/text/chat/test_chat_template.py",),
     ),
     Mutant(
-        13,
         "a schema is refused where it would be broken",
         (
             Edit(
@@ -31,7 +29,6 @@ WORKER: tuple[Mutant, ...] = (
         ("tests/unit/worker/engine/grammar/test_grammars_refused.py",),
     ),
     Mutant(
-        23,
         "the reconciler takes expired leases back",
         (
             Edit(
@@ -43,19 +40,16 @@ WORKER: tuple[Mutant, ...] = (
         (suites.HISTORIES,),
     ),
     Mutant(
-        24,
         "two sightings before a lease is taken back",
         (Edit("worker/process/maintenance/reconciler.py", " if now - since >= self._apart_seconds}", "}"),),
         ("tests/unit/worker/process/maintenance/test_reconciler.py",),
     ),
     Mutant(
-        31,
         "spools are named by the store's own id",
         (Edit("worker/loop/spool.py", 'f"{self._store_id}-{worker_id}', 'f"{self._older}-{worker_id}'),),
         ("tests/unit/worker/loop/test_spool.py",),
     ),
     Mutant(
-        35,
         "the parent takes back what its child held",
         (
             Edit(
@@ -67,13 +61,11 @@ WORKER: tuple[Mutant, ...] = (
         ("tests/faults/test_poison.py::test_a_prompt_that_hangs_is_found_by_the_watchdog",),
     ),
     Mutant(
-        36,
         "a child that is stopped is not silent",
         (Edit("worker/process/maintenance/watchdog.py", "elif not _is_paused(beat.pid):", "else:"),),
         ("tests/unit/worker/process/maintenance/test_watchdog.py::test_a_process_that_was_stopped_is_not_ended",),
     ),
     Mutant(
-        37,
         "a pause of the parent is no silence of its child",
         (
             Edit(
@@ -87,7 +79,6 @@ WORKER: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
-        40,
         "the spool is saved before leases are taken back",
         (
             Edit(
@@ -99,13 +90,11 @@ WORKER: tuple[Mutant, ...] = (
         ("tests/unit/worker/loop/test_spool.py",),
     ),
     Mutant(
-        54,
         "logits that are no numbers are no answer (continuous)",
         (Edit("worker/engine/continuous/execution/executor.py", ".masked_fill(~sampled.sound, _NO_TOKEN)", ""),),
         (suites.NUMBERS,),
     ),
     Mutant(
-        55,
         "logits that are no numbers are no answer (generate)",
         (
             Edit(
@@ -117,13 +106,11 @@ WORKER: tuple[Mutant, ...] = (
         (suites.NUMBERS,),
     ),
     Mutant(
-        56,
         "a longrope model's rows run with their like alone",
         (Edit("worker/engine/generate/engine.py", "if self._company(self._waiting[key]) == company", "if True"),),
         ("tests/unit/worker/engine/test_stretching.py",),
     ),
     Mutant(
-        57,
         "code of a model that transformers does not know is refused",
         (
             Edit(
@@ -135,7 +122,6 @@ WORKER: tuple[Mutant, ...] = (
         ("tests/unit/worker/models/test_vetting.py",),
     ),
     Mutant(
-        58,
         "a place of the cache is clean for the next row",
         (
             Edit(
@@ -145,25 +131,21 @@ WORKER: tuple[Mutant, ...] = (
         (suites.NUMBERS,),
     ),
     Mutant(
-        59,
         "a beginning is copied from a row that was answered by numbers alone",
         (Edit("worker/engine/continuous/scheduling/schedule.py", " or not donor.proven", ""),),
         (suites.NUMBERS,),
     ),
     Mutant(
-        60,
         "one worker on a GPU",
         (Edit("worker/devices/lock.py", 'acquire(self._lock, f"the device {self._uuid}")', "pass"),),
         ("tests/unit/worker/devices/test_lock.py",),
     ),
     Mutant(
-        72,
         "what changes while it is loaded is refused",
         (Edit("worker/models/load.py", "    refuse_changed(content)\n", ""),),
         ("tests/unit/worker/models/test_load.py::test_a_file_that_is_written_while_it_is_loaded_is_refused",),
     ),
     Mutant(
-        73,
         "what a model computes whose files were written is not saved",
         (Edit("worker/loop/runner.py", "if outputs and not self._is_whole():", "if False:"),),
         ("tests/scenarios/test_saver_and_runner.py::test_what_a_model_that_is_no_more_the_same_computed_is_not_saved",),
