@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -43,30 +44,47 @@ def test_imports_point_one_way(room: str) -> None:
         assert not forbidden, f"{path} imports {forbidden}"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "batchmill.producer.cli.main",
-        "batchmill.producer.cli.local.run",
-        "batchmill.producer.cli.local.up",
-        "batchmill.producer.submit",
-        "batchmill.producer.files.export",
-        "batchmill.producer.views.diagnosis.verdict",
-        "batchmill.jobs.store",
-        "batchmill.jobs.broker.client",
-        "batchmill.jobs.broker.embedded",
-        "batchmill.migrations",
-        "batchmill.worker.cli.worker",
-        "batchmill.worker.process.parent",
-        "batchmill.worker.process.maintenance.keeper",
-        "batchmill.worker.process.app",
-        "batchmill.worker.process.supervisor",
-    ],
+#: They start in every process of batchmill but the one that holds the model.
+LIGHT = (
+    "batchmill.producer.cli.main",
+    "batchmill.producer.cli.local.run",
+    "batchmill.producer.cli.local.up",
+    "batchmill.producer.submit",
+    "batchmill.producer.files.export",
+    "batchmill.producer.views.diagnosis.verdict",
+    "batchmill.jobs.store",
+    "batchmill.jobs.broker.client",
+    "batchmill.jobs.broker.embedded",
+    "batchmill.migrations",
+    "batchmill.worker.cli.worker",
+    "batchmill.worker.process.parent",
+    "batchmill.worker.process.maintenance.keeper",
+    "batchmill.worker.process.app",
+    "batchmill.worker.process.supervisor",
 )
-def test_these_load_no_torch(module: str) -> None:
-    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+
+
+@pytest.fixture(scope="module")
+def heavy_imports() -> dict[str, list[str]]:
+    """The heavy packages that each of LIGHT was the first to import, in one process."""
+    code = (
+        "import importlib, json, sys\n"
+        "found, seen = {}, set()\n"
+        f"for module in {LIGHT!r}:\n"
+        "    importlib.import_module(module)\n"
+        f"    found[module] = [name for name in {HEAVY!r} if name in sys.modules and name not in seen]\n"
+        "    seen.update(found[module])\n"
+        "print(json.dumps(found))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == ""
+    heavy: dict[str, list[str]] = json.loads(done.stdout)
+    return heavy
+
+
+@pytest.mark.xdist_group("light modules")
+@pytest.mark.parametrize("module", LIGHT)
+def test_these_load_no_torch(module: str, heavy_imports: dict[str, list[str]]) -> None:
+    assert heavy_imports[module] == []
 
 
 def bare_names(code: str) -> list[str]:
