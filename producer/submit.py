@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from batchmill.jobs import VERSION
 from batchmill.jobs.broker.client import MAX_WAKEUPS, Broker
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BatchmillError, KeyTaken, LoadingLost, StoreError, UsageError
 from batchmill.jobs.models.folder import no_model
@@ -149,7 +150,7 @@ def _opened(
 
 def send_wakeups(spec: ModelSpec, *, store: Store, broker: Broker) -> None:
     """Sends wake-ups for pending batches of a model. Raises BrokerUnavailable."""
-    broker.send_wakeups(spec.queue(store.id), store.recovery.pending_of(spec, most=MAX_WAKEUPS))
+    broker.send_wakeups(queue_name(spec, store.id), store.recovery.pending_of(spec, most=MAX_WAKEUPS))
 
 
 def _refuse_submitted(submission: Submission, store: Store) -> None:

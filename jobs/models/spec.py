@@ -5,7 +5,6 @@ Queue names, store rows, logs and the loader's arguments all follow from it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from batchmill.jobs.models.quantization import NF4, Kind, Quantization
 DEMO, ECHO = "demo", "echo"
 #: The folder of the bundled model.
 DEMO_FOLDER = Path(__file__).parents[2] / "worker" / "demo" / "model"
-QUEUE_NAME_LENGTH = 24
 _LONGEST_NAME = 2_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -70,20 +68,6 @@ class ModelSpec:
         if self.revision is not None:
             options["revision"] = self.revision
         return f"{quote(self.model, safe='/')}?{urlencode(options)}"
-
-    def queue(self, store_id: str) -> str:
-        """The Redis queue of this spec in one store: characters that are safe in Redis keys and patterns alone."""
-        return self._queue(f"{store_id} {self.canonical}")
-
-    @property
-    def old_queue(self) -> str:
-        """The queue of this spec before each store had its own."""
-        return self._queue(self.canonical)
-
-    def _queue(self, what: str) -> str:
-        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
-        name = re.sub(r"[^a-z0-9]+", "-", self.model.rsplit("/", 1)[-1].lower()).strip("-")
-        return f"bm-{name[:QUEUE_NAME_LENGTH].strip('-') or 'model'}-{digest}"
 
     @property
     def folder(self) -> Path | None:

@@ -27,8 +27,8 @@ from batchmill.jobs.store.tables import REVISION, metadata
 from batchmill.jobs.store.views.blockers import Blockers
 from batchmill.jobs.store.views.evaluations import Evaluations
 from batchmill.jobs.store.views.jobs import JobView
+from batchmill.jobs.store.views.measured_speeds import SpeedView
 from batchmill.jobs.store.views.sample import SampleView
-from batchmill.jobs.store.views.speeds import SpeedView
 from batchmill.jobs.store.views.usage import UsageView
 from batchmill.jobs.store.views.workers import WorkerView
 from batchmill.jobs.store.workers.registration import Registration

@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
@@ -91,7 +92,7 @@ class Mill:
 
     @property
     def echo_queue(self) -> str:
-        return ModelSpec.parse("echo").queue(self.store.id)
+        return queue_name(ModelSpec.parse("echo"), self.store.id)
 
     def queue_length(self, queue: str) -> int:
         """Counts the wake-ups in a queue."""

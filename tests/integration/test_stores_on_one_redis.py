@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 
+from batchmill.jobs.broker.queue_name import old_queue_name
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.states import JobState, WorkerState
@@ -52,9 +53,9 @@ def test_the_job_of_one_store_is_not_kept_waiting_by_the_wake_ups_of_another(
 
 def test_a_worker_deletes_the_queue_that_stores_once_shared(mill: Mill) -> None:
     with redis.Redis(unix_socket_path=str(mill.settings.redis_socket)) as client:
-        client.lpush(f"batchmill:{ECHO.old_queue}", b"{}")
+        client.lpush(f"batchmill:{old_queue_name(ECHO)}", b"{}")
         mill.start("worker", "-m", "echo")
-        until(lambda: not client.exists(f"batchmill:{ECHO.old_queue}"), "the old queue is deleted")
+        until(lambda: not client.exists(f"batchmill:{old_queue_name(ECHO)}"), "the old queue is deleted")
 
 
 def own_id(mill: Mill) -> dict[str, Any] | None:

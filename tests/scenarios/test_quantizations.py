@@ -37,14 +37,14 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
 from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import load, loading, read_model
-from batchmill.worker.models.quantization.precision import precision
+from batchmill.worker.models.quantization.quantization_config import pretrained_arguments
 from tests.support.models.checkpoints import SHAPES, save_bitsandbytes, save_shape
 from tests.support.models.greedy import ANSWER_TOKENS, PROMPTS, ROUNDED, agree, answers, greedy
 from tests.support.models.tiny import build_tokenizer
 
 CPU = torch.device("cpu")
 #: The module, whose function has the same name.
-PRECISION = import_module("batchmill.worker.models.quantization.precision")
+PRECISION = import_module("batchmill.worker.models.quantization.quantization_config")
 #: In what 4-bit weights are multiplied here where nobody asks for anything.
 BEST = torch.bfloat16 if has_avx512bf16() else torch.float32
 #: The rows of the table: what transformers alone is asked for. `skip` stands for a layer of each shape.
@@ -288,7 +288,7 @@ def test_a_gpu_gets_the_dtype_that_it_can_compute_in(
     monkeypatch.setattr(PRECISION, "_has_bfloat16", lambda device: has_bfloat16)
     config = AutoConfig.from_pretrained(folders["llama"])
     config.dtype = torch.bfloat16
-    asked = precision(spec(folders["llama"], quantization), config, folders["llama"], _Gpu())  # type: ignore[arg-type]
+    asked = pretrained_arguments(spec(folders["llama"], quantization), config, folders["llama"], _Gpu())  # type: ignore[arg-type]
     assert asked["dtype"] == dtype
     if "nf4" in quantization:
         assert asked["quantization_config"].bnb_4bit_compute_dtype == dtype
@@ -298,4 +298,4 @@ def test_bfloat16_is_refused_by_a_gpu_without_it(folders: dict[str, Path], monke
     monkeypatch.setattr(PRECISION, "_has_bfloat16", lambda device: False)
     config = AutoConfig.from_pretrained(folders["llama"])
     with pytest.raises(Exception, match="this GPU has no bfloat16; use -q none:dtype=float16"):
-        precision(spec(folders["llama"], "none:dtype=bfloat16"), config, folders["llama"], _Gpu())  # type: ignore[arg-type]
+        pretrained_arguments(spec(folders["llama"], "none:dtype=bfloat16"), config, folders["llama"], _Gpu())  # type: ignore[arg-type]

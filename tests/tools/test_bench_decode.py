@@ -73,7 +73,7 @@ def test_what_is_left_of_a_run_is_not_shared_with_the_next() -> None:
 
 
 def test_the_floor_of_a_prompt_counts_the_blocks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    precision = import_module("batchmill.worker.models.quantization.precision")
+    precision = import_module("batchmill.worker.models.quantization.quantization_config")
     monkeypatch.setattr(precision, "has_avx512bf16", lambda: True)  # on whatever CPU
     shape = SHAPES["8b"]
     assert shape is not None

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.models import spec
 from batchmill.jobs.models.spec import ModelSpec
 from tests.tools.soak.measures import CONTAINER, Measures
@@ -19,7 +20,7 @@ def test_echo_has_a_second_queue_in_the_soak(monkeypatch: pytest.MonkeyPatch) ->
     let_echo_have_twins()
     parsed = [ModelSpec.parse("echo", quantization=each) for each in (None, "nf4")]
     assert [str(each.quantization) for each in parsed] == ["none", "nf4"]
-    assert parsed[0].queue("a") != parsed[1].queue("a")
+    assert queue_name(parsed[0], "a") != queue_name(parsed[1], "a")
 
 
 @pytest.mark.parametrize(("scope", "is_late"), [("clock", False), ("redis", True)])

@@ -19,7 +19,7 @@ from batchmill.jobs.runtime.fitted import fitted, terminal_width
 from batchmill.jobs.runtime.sizes import bytes_of
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.tables import REVISION
-from batchmill.jobs.store.views.speeds import Speed
+from batchmill.jobs.store.views.measured_speeds import Speed
 from batchmill.worker.cli.commands import WorkerCommand, takes_model
 from batchmill.worker.devices.placement import TOGETHER, each_worker
 from batchmill.worker.devices.selection import CPU, use_all_cores

@@ -40,7 +40,7 @@ from batchmill.worker.models.loaded.weights import bytes_by_device
 from batchmill.worker.models.offload_folder import own_folder
 from batchmill.worker.models.quantization.checkpoint import announce
 from batchmill.worker.models.quantization.layers import finish, refuse_ignored, refuse_missing
-from batchmill.worker.models.quantization.precision import precision
+from batchmill.worker.models.quantization.quantization_config import pretrained_arguments
 from batchmill.worker.models.reasons import reason
 from batchmill.worker.models.source import find
 from batchmill.worker.models.vetting import Refusal, vet
@@ -189,7 +189,7 @@ def read_model(
     source = str(folder)
     config = read_configuration(folder)
     placement = placement or Placement((str(device),))
-    arguments = precision(spec, config, folder, device, offloads=placement.offloads)
+    arguments = pretrained_arguments(spec, config, folder, device, offloads=placement.offloads)
     announce(config)
     model, loading_info = AutoModelForCausalLM.from_pretrained(
         source,

@@ -21,7 +21,7 @@ from batchmill.jobs.models.spec import ModelSpec
 from batchmill.worker.models.configuration import read_configuration
 from batchmill.worker.models.hub.client import TensorHeader
 from batchmill.worker.models.quantization.checkpoint import Checkpoint
-from batchmill.worker.models.quantization.precision import precision
+from batchmill.worker.models.quantization.quantization_config import pretrained_arguments
 from batchmill.worker.models.source import headers
 from batchmill.worker.plan.footprint import Footprint, footprint
 from batchmill.worker.plan.shape import TokenCost, skeleton, token_cost
@@ -80,7 +80,7 @@ class PlannedModel:
         """
         config = deepcopy(self.config)
         spec = ModelSpec(self.spec.model, self.spec.revision, quantization)
-        arguments = precision(spec, config, self.folder, device)
+        arguments = pretrained_arguments(spec, config, self.folder, device)
         dtype = self._dtype(arguments)
         context = min(filter(None, (context_tokens, self.context_tokens)), default=None)
         return QuantizedModel(

@@ -12,7 +12,7 @@ import torch
 
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-from batchmill.jobs.store.views.speeds import Speed
+from batchmill.jobs.store.views.measured_speeds import Speed
 from batchmill.worker.engine.continuous.sizing import CONTEXT_TOKENS, MEMORY_FRACTION
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.engine.sizing import Load

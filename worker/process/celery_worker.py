@@ -30,7 +30,7 @@ from redis.exceptions import ResponseError
 from batchmill.jobs.broker.client import make_app
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.runtime.logs import FILE_ONLY, get_logger
-from batchmill.worker.process.semaphore_tracker import outlast_trackers
+from batchmill.worker.process.maintenance.semaphore_tracker import outlast_trackers
 
 log = get_logger(__name__)
 #: Celery gives a child this much longer than the watchdog to load its model.

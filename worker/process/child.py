@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable
-from types import FrameType
 
 from batchmill.jobs.runtime.failpoints import failpoint
 from batchmill.jobs.runtime.logs import get_logger
@@ -16,8 +14,6 @@ from batchmill.worker.loop.runner import Runner
 from batchmill.worker.models.sources import Sources
 
 log = get_logger(__name__)
-#: The signal by which a parent tells its child to hand everything back.
-DRAIN_SIGNAL = signal.SIGUSR2
 
 
 class Child:
@@ -72,21 +68,4 @@ class Child:
         changed = self._sources.changed()
         if changed is not None:
             log.warning("the model's files have changed; this process ends, and the next one loads them", what=changed)
-            os._exit(0)
-
-
-class DrainSwitch:
-    """The effect of the drain signal: it ends a process that is still loading, and stops one that works."""
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-        self._loaded = False
-        signal.signal(DRAIN_SIGNAL, self._on_signal)
-
-    def loaded(self) -> None:
-        self._loaded = True
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked.set()
-        if not self._loaded:
             os._exit(0)

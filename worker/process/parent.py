@@ -19,6 +19,7 @@ from celery.signals import worker_shutting_down
 
 from batchmill.jobs.advice import start_words
 from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings, environment_of
 from batchmill.jobs.errors import BatchmillError, ModelError, StoreBusy
 from batchmill.jobs.models.adapters import to_json
@@ -34,7 +35,7 @@ from batchmill.worker.devices.placement import TOGETHER, Placement
 from batchmill.worker.devices.selection import CPU, visible_devices
 from batchmill.worker.loop.outage import outlast
 from batchmill.worker.process.celery_worker import make_celery_worker
-from batchmill.worker.process.child import DRAIN_SIGNAL
+from batchmill.worker.process.drain import DRAIN_SIGNAL
 from batchmill.worker.process.maintenance.keeper import Keeper
 from batchmill.worker.process.maintenance.namesakes import Namesakes
 from batchmill.worker.process.maintenance.pool import Pool
@@ -77,7 +78,7 @@ def _run(options: WorkerOptions, placement: Placement, *, name: str, settings: S
     broker = Broker.of(settings)
     if settings.embedded_broker:
         _check_embedded(broker, options.spec, settings, adapters=[str(each) for each in options.adapters])
-    celery_worker = make_celery_worker(settings, queue=options.spec.queue(outlast(lambda: store.id)), name=name)
+    celery_worker = make_celery_worker(settings, queue=queue_name(options.spec, outlast(lambda: store.id)), name=name)
     process = Process.own()
     worker_id = outlast(
         lambda: store.registration.register(

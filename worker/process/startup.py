@@ -44,7 +44,8 @@ from batchmill.worker.loop.saver import Saver
 from batchmill.worker.loop.spool import Spool, Spools
 from batchmill.worker.models.sources import Sources
 from batchmill.worker.process.announcement import loaded_of, say_ready, session_of, uuid_of
-from batchmill.worker.process.child import Child, DrainSwitch
+from batchmill.worker.process.child import Child
+from batchmill.worker.process.drain import DrainSwitch
 from batchmill.worker.process.maintenance.reconciler import Reconciler
 from batchmill.worker.process.maintenance.waker import Waker
 from batchmill.worker.process.maintenance.watchdog import tell_stacks_when_asked

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.store.store import Store
@@ -71,7 +72,7 @@ def examine_job(settings: Settings, written: str) -> Diagnosis:
     try:
         job = store.jobs.job(store.jobs.find(written))
         # Redis first: where it is away that takes seconds, and the store's answer should be the newest.
-        queue = QueueState() if job.closed else queue_state(settings, job.spec.queue(store.id))
+        queue = QueueState() if job.closed else queue_state(settings, queue_name(job.spec, store.id))
         return diagnose(JobStatus.read(store, job.id, settings), store, queue, settings)
     finally:
         store.close()

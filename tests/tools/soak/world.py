@@ -18,6 +18,7 @@ from typing import Any
 
 from redis import Redis
 
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
@@ -57,7 +58,7 @@ class World:
         self.settings = self._settings()
         upgrade(self.settings.database)
         self.store = Store(self.settings.database)
-        self.echo_queue = ModelSpec.parse("echo").queue(self.store.id)
+        self.echo_queue = queue_name(ModelSpec.parse("echo"), self.store.id)
         #: For looks that rather fail than wait.
         self.glance = Store(self.settings.database, busy_seconds=_GLANCE_SECONDS)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.broker.queue_name import old_queue_name
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
@@ -21,7 +22,7 @@ from batchmill.jobs.runtime.logs import get_logger
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.workers.liveness import GIVEN_UP
 from batchmill.jobs.store.workers.registration import Heartbeat
-from batchmill.worker.process.child import DRAIN_SIGNAL
+from batchmill.worker.process.drain import DRAIN_SIGNAL
 from batchmill.worker.process.maintenance.early_deaths import EarlyDeaths
 from batchmill.worker.process.maintenance.leftovers import Leftovers
 from batchmill.worker.process.maintenance.namesakes import Namesakes
@@ -84,7 +85,7 @@ class Keeper:
         self._namesakes = namesakes
         self._waker = Waker(self._wake)
         #: The queue from before each store had its own, until it is deleted.
-        self._old_queue: str | None = options.spec.old_queue
+        self._old_queue: str | None = old_queue_name(options.spec)
         self._heartbeat_due = _Due(settings.heartbeat_seconds)
         self._reconcile_due = _Due(settings.reconcile_seconds)
         self._last = Heartbeat(WorkerState.STARTING, 0, None, None, 0)

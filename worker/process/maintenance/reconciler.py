@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from batchmill.jobs.broker.client import MAX_WAKEUPS, Broker
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.models.spec import ModelSpec
@@ -71,7 +72,7 @@ class Reconciler:
         """Sends what the queues lack: pending batches of each ModelSpec minus the length of its queue."""
         for spec, batch_ids in self._store.recovery.pending(most=MAX_WAKEUPS).items():
             try:
-                self._broker.send_wakeups(ModelSpec.from_canonical(spec).queue(self._store.id), batch_ids)
+                self._broker.send_wakeups(queue_name(ModelSpec.from_canonical(spec), self._store.id), batch_ids)
             except BrokerUnavailable as error:
                 log.warning("no wake-ups sent; they follow when Redis is back", error=str(error))
                 return

@@ -22,8 +22,8 @@ JOBS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "each store has queues of its own",
-        (Edit("jobs/models/spec.py", 'f"{store_id} {self.canonical}"', "self.canonical"),),
-        ("tests/unit/jobs/models/test_spec.py",),
+        (Edit("jobs/broker/queue_name.py", 'f"{store_id} {spec.canonical}"', "spec.canonical"),),
+        ("tests/unit/jobs/broker/test_queue_name.py",),
     ),
     Mutant(
         "a child whose parent was gone before it asked to end with it",

@@ -1,56 +1,21 @@
-"""ModelSpec: one canonical spelling, queue names that are safe, folders and names that are refused."""
+"""ModelSpec: one canonical spelling, folders and names that are refused."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-
-
-def quantization_of(kind: Kind) -> st.SearchStrategy[Quantization]:
-    written = {
-        "compute_dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
-        "double_quant": st.sampled_from(["true", "false"]),
-        "skip_modules": st.lists(st.sampled_from(["lm_head", "a.b", "layers.0"]), min_size=1).map("+".join),
-        "threshold": st.floats(0, 1e6).map(str),
-        "fp32_cpu_offload": st.sampled_from(["true", "false"]),
-        "dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
-    }
-    options = Quantization(kind).options
-    pairs = st.fixed_dictionaries({}, optional={name: written[name] for name in options})
-    text = pairs.flatmap(lambda each: st.permutations([f"{name}={value}" for name, value in each.items()]))
-    return text.map(lambda each: Quantization.parse(f"{kind}:{','.join(each)}" if each else kind.value))
-
-
-quantizations = st.sampled_from(Kind).flatmap(quantization_of)
-specs = st.builds(ModelSpec, texts, st.none() | texts, quantizations)
+from tests.support.model_specs import specs
 
 
 @given(specs)
 def test_a_spec_survives_its_canonical_spelling(spec: ModelSpec) -> None:
     assert ModelSpec.from_canonical(spec.canonical) == spec
-
-
-@given(specs, specs)
-def test_equal_specs_share_a_queue_and_different_ones_do_not(one: ModelSpec, other: ModelSpec) -> None:
-    assert (one == other) == (one.queue("a") == other.queue("a"))
-    assert one.queue("a") != other.queue("b")
-
-
-@given(specs)
-def test_queue_names_are_safe_in_redis(spec: ModelSpec) -> None:
-    assert re.fullmatch(r"bm-[a-z0-9-]{1,24}-[0-9a-f]{12}", spec.queue(uuid4().hex))
-    assert re.fullmatch(r"bm-[a-z0-9-]{1,24}-[0-9a-f]{12}", spec.old_queue)
 
 
 def test_a_folder_is_known_by_its_real_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """4-bit weights are multiplied in bfloat16, whichever CPU this is; on some it is float32, of twice the bytes."""
-    monkeypatch.setattr(import_module("batchmill.worker.models.quantization.precision"), "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(
+        import_module("batchmill.worker.models.quantization.quantization_config"), "has_avx512bf16", lambda: True
+    )
 
 
 def spec(folder: Path, quantization: str) -> ModelSpec:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.jobs.models.spec import DEMO, DEMO_FOLDER, ModelSpec
-from batchmill.jobs.store.views.speeds import Speed
+from batchmill.jobs.store.views.measured_speeds import Speed
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.plan.advice import advice
 from batchmill.worker.plan.hardware import Hardware, pretended_gpu, this_cpu

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.errors import BrokerUnavailable
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.leases.lease import BatchReport
@@ -61,7 +62,7 @@ def test_a_lease_is_reaped_once_it_was_seen_expired_half_a_lease_apart(
     own_clock.seconds += 1
     reconciler.repair()
     reconciler.send_wakeups()
-    assert list(queue.sent) == [mill.ECHO_SPEC.queue(store.id)]
+    assert list(queue.sent) == [queue_name(mill.ECHO_SPEC, store.id)]
     assert store.jobs.job(job_id).counts.pending == 4
 
 
@@ -160,4 +161,4 @@ def test_a_broker_that_is_away_stops_nothing_else(store: Store) -> None:
     reconciler.send_wakeups()
     queue.away = False
     Reconciler(store, queue, lease_seconds=60, loading_lease_seconds=60).send_wakeups()  # type: ignore[arg-type]
-    assert list(queue.sent) == [mill.ECHO_SPEC.queue(store.id)]
+    assert list(queue.sent) == [queue_name(mill.ECHO_SPEC, store.id)]

@@ -19,7 +19,7 @@ from batchmill.worker.models.quantization.layers import kept
 from batchmill.worker.models.vetting import Refusal
 
 
-def precision(
+def pretrained_arguments(
     spec: ModelSpec, config: Any, folder: Path, device: torch.device, *, offloads: bool = False
 ) -> dict[str, Any]:
     """Returns the arguments of from_pretrained for a folder's weights as the spec asks for them.
