@@ -111,14 +111,14 @@ def test_a_likely_slip_in_the_name_of_a_model_ends_a_run_at_once(home: Home, tmp
 
 
 def test_a_run_goes_on_without_its_redis(home: Home, tmp_path: Path) -> None:
-    file = write_prompts(tmp_path / "p.jsonl", 100)
+    file = write_prompts(tmp_path / "p.jsonl", 500)
     running = home.start("run", file, "-m", "echo", "--device", "cpu", "-o", tmp_path / "a.jsonl", **SLOW)
     until(lambda: home.succeeded() > 10, "some answers")
     os.kill(*home.redis_pids(), signal.SIGKILL)
     _, said = running.communicate(timeout=PATIENCE_SECONDS)
     assert running.returncode == 0, said
     assert "the embedded Redis had ended and is started again" in said
-    assert texts(tmp_path / "a.jsonl") == [f"one two three {index}" for index in range(100)]
+    assert texts(tmp_path / "a.jsonl") == [f"one two three {index}" for index in range(500)]
 
 
 def no_model(folder: Path) -> Path:
