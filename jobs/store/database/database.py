@@ -157,9 +157,8 @@ class Database:
             )
 
     def _sqlite(self, busy_seconds: float) -> Engine:
-        engine = create_engine(
-            self.url, pool_reset_on_return=None, hide_parameters=True, connect_args={"timeout": busy_seconds}
-        )
+        # The pool rolls back what it gets back: nothing else ends a transaction whose commit failed.
+        engine = create_engine(self.url, hide_parameters=True, connect_args={"timeout": busy_seconds})
 
         @event.listens_for(engine, "do_connect")
         def open_existing(_dialect: object, _record: object, args: list[Any], options: dict[str, Any]) -> None:

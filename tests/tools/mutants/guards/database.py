@@ -7,6 +7,17 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 DATABASE: tuple[Mutant, ...] = (
     Mutant(
+        "a transaction whose commit failed ends",
+        (
+            Edit(
+                "jobs/store/database/database.py",
+                "engine = create_engine(self.url, hide_parameters=True,",
+                "engine = create_engine(self.url, pool_reset_on_return=None, hide_parameters=True,",
+            ),
+        ),
+        ("tests/unit/jobs/store/database/test_database_ends.py",),
+    ),
+    Mutant(
         "whoever opens a SQLite store makes no file",
         (Edit("jobs/store/database/database.py", "else 'rw'}\"", "else 'rwc'}\""),),
         ("tests/unit/jobs/store/database/test_database.py",),
