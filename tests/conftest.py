@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import structlog
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a worker sets it, before anything imports torch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -35,6 +37,21 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BATCHMILL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def own_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Loggers and handlers that a test configures end with it."""
+    configure, root = structlog.configure, logging.getLogger()
+    before = (root.handlers, root.level)
+    # A logger that is cached would keep its first configuration.
+    monkeypatch.setattr(
+        structlog, "configure", lambda **given: configure(**given | {"cache_logger_on_first_use": False})
+    )
+    yield
+    structlog.reset_defaults()
+    root.handlers, root.level = before
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,12 @@ from batchmill.jobs.runtime.logs import FILE_ONLY, configure_logs, get_logger
 
 
 @pytest.fixture(params=["console", "json"])
-def logs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def logs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """The stderr to which logs are written."""
-    root = logging.getLogger()
-    before = (root.handlers, root.level)
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     configure_logs(level="info", form=request.param)
-    yield stderr
-    root.handlers, root.level = before
-    logging.captureWarnings(False)
+    return stderr
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("refused by 7"), BrokenPipeError(32, "refused by 7")])
@@ -64,21 +59,15 @@ def test_a_warning_is_a_line_of_the_log(logs: io.StringIO) -> None:
 
 
 def test_the_file_is_told_what_stderr_is_told_and_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = logging.getLogger()
-    before = (root.handlers, root.level)
     stderr, path = io.StringIO(), tmp_path / "a.log"
     monkeypatch.setattr(sys, "stderr", stderr)
+    configure_logs(level="info", form="console", file=path)
+    get_logger("a").info("said to both", job="abcdefgh")
     try:
-        configure_logs(level="info", form="console", file=path)
-        get_logger("a").info("said to both", job="abcdefgh")
-        try:
-            raise ValueError("a bug")
-        except ValueError:
-            get_logger("a").exception("failed")
-        assert path.read_text() == stderr.getvalue() != ""
-        get_logger(FILE_ONLY).error("said to the file", reason="as the user knows")
-        assert "said to the file" not in stderr.getvalue()
-        assert "as the user knows" in path.read_text()
-    finally:
-        root.handlers, root.level = before
-        logging.captureWarnings(False)
+        raise ValueError("a bug")
+    except ValueError:
+        get_logger("a").exception("failed")
+    assert path.read_text() == stderr.getvalue() != ""
+    get_logger(FILE_ONLY).error("said to the file", reason="as the user knows")
+    assert "said to the file" not in stderr.getvalue()
+    assert "as the user knows" in path.read_text()
