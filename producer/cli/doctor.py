@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -159,10 +160,10 @@ def _database(settings: Settings) -> Check:
         check_unused(settings.home)
         return Check("database", True, f"embedded, created at first use in {settings.home}")
     try:
-        store = Store(settings.database, busy_seconds=settings.busy_seconds)
-        store.database.check_encoding()
-        revision = store.revision()
-        store.database.check_writable()
+        with closing(Store(settings.database, busy_seconds=settings.busy_seconds)) as store:
+            store.database.check_encoding()
+            revision = store.revision()
+            store.database.check_writable()
         if revision == REVISION:
             tidy(settings)
     except BatchmillError as error:
