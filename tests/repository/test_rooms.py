@@ -37,31 +37,31 @@ APART = {"worker": {"__main__", "demo"}}
 MOST_ENTRIES = 14
 #: The sub-rooms that modules outside of their parent room may import from; all others are for their parent alone.
 PUBLIC = {
-    "jobs.broker",
-    "jobs.configuration",
-    "jobs.models",
-    "jobs.requests",
-    "jobs.runtime",
-    "jobs.runtime.files",
-    "jobs.runtime.process",
-    "jobs.store",
-    "jobs.store.database",
-    "jobs.store.jobs",
-    "jobs.store.leases",
-    "jobs.store.views",
-    "jobs.store.workers",
-    "producer.views.diagnosis",
-    "worker.engine.continuous",
-    "worker.engine.continuous.weights",
-    "worker.engine.generate",
-    "worker.engine.text",
-    "worker.evaluate.data",
-    "worker.evaluate.measures",
-    "worker.evaluate.report",
-    "worker.models.adapters",
-    "worker.models.hub",
-    "worker.models.loaded",
-    "worker.models.quantization",
+    "jobs/broker",
+    "jobs/configuration",
+    "jobs/models",
+    "jobs/requests",
+    "jobs/runtime",
+    "jobs/runtime/files",
+    "jobs/runtime/process",
+    "jobs/store",
+    "jobs/store/database",
+    "jobs/store/jobs",
+    "jobs/store/leases",
+    "jobs/store/views",
+    "jobs/store/workers",
+    "producer/views/diagnosis",
+    "worker/engine/continuous",
+    "worker/engine/continuous/weights",
+    "worker/engine/generate",
+    "worker/engine/text",
+    "worker/evaluate/data",
+    "worker/evaluate/measures",
+    "worker/evaluate/report",
+    "worker/models/adapters",
+    "worker/models/hub",
+    "worker/models/loaded",
+    "worker/models/quantization",
 }
 
 
@@ -130,7 +130,7 @@ def entered(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
         for other in others:
             parts = other.split(".")
             for depth in range(3, len(parts) + 1):
-                parent, room = ".".join(parts[: depth - 1]), ".".join(parts[1:depth])
+                parent, room = ".".join(parts[: depth - 1]), "/".join(parts[1:depth])
                 is_room = depth < len(parts) or parts[-1].startswith("_")
                 if is_room and not f"{name}.".startswith(f"{parent}."):
                     found[room].add(name)
@@ -196,7 +196,7 @@ def test_an_intruder_is_found(tmp_path: Path) -> None:
         (tmp_path / file).write_text(code)
     intruder = {"batchmill.producer.cli.a"}
     assert entered(arrows(modules(tmp_path))) == {
-        "worker.loop": intruder,
-        "worker.loop.inner": intruder,
-        "worker.loop._own": intruder,
+        "worker/loop": intruder,
+        "worker/loop/inner": intruder,
+        "worker/loop/_own": intruder,
     }

@@ -42,7 +42,7 @@ def statements() -> Iterator[list[str]]:
 
 
 def synced(store: Store) -> list[str]:
-    """What a worker's syncs execute: claims with and without adapters, saves, renewals, ends, strays and a cancel."""
+    """Executes a worker's syncs: claims, saves, renewals, ends, strays and a cancel. Returns the statements."""
     adapter = Adapter("a", "sha256:1")
     first, named, last = mill.load(store, 6, batch_size=3), mill.load_named(store, "a", None), mill.load(store, 2)
     who, other = mill.session(store, adapters=[adapter]), mill.session(store, name="other")

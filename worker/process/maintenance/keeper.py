@@ -19,6 +19,7 @@ from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import BrokerUnavailable, StoreCrowded, StoreError
 from batchmill.jobs.requests.states import RunOutcome, WorkerState
 from batchmill.jobs.runtime.logs import get_logger
+from batchmill.jobs.runtime.process.process import end_of
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.workers.liveness import GIVEN_UP
 from batchmill.jobs.store.workers.registration import Heartbeat
@@ -232,13 +233,16 @@ class Keeper:
     def _tell_death(self) -> None:
         """Logs the end of the last child, and its jobs."""
         child = self._last
+        ended_by = self._pool.ended_by(child.child_pid)
+        if self._draining.is_set() and ended_by == end_of(0):
+            return  # it was told to end just as it became ready, and Celery has replaced it
         held = self._store.recovery.held_by(self._worker_id, generation=child.generation)
         log.warning(
             "the child died",
             worker=self._worker_id,
             pid=child.child_pid,
             state=child.state.value,
-            ended_by=self._pool.ended_by(child.child_pid),
+            ended_by=ended_by,
             jobs=list(held),
         )
 
