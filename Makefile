@@ -26,8 +26,10 @@ demo: $(VENV)/run.stamp  ## run the main job: 4-bit demo model, examples/prompts
 		-o $(DEMO_HOME)/answers.jsonl --new
 	@echo "the first answers:"; head -n 5 $(DEMO_HOME)/answers.jsonl
 
-check: lint  ## lint, types, unit tests and contracts on SQLite, in seconds (no PostgreSQL, no torch, no processes)
-	$(PYTEST) -m "not slow" -k "not postgresql" --ignore=tests/unit/worker tests/unit tests/contracts/store
+# Left out: the worker's tests, which import torch, and files that start a command for each case.
+LEFT_OUT := tests/unit/worker tests/unit/jobs/runtime/files/test_output_file.py tests/contracts/store/test_encoding.py
+check: lint  ## lint, types, unit tests outside of worker/, and the store's contract on SQLite: for every few edits
+	$(PYTEST) -m "not slow" -k "not postgresql" $(LEFT_OUT:%=--ignore=%) tests/unit tests/contracts/store
 
 test: lint docs  ## lint, types, the site and the test suite, with the slowest tests
 	$(PYTEST) -m "not slow"
