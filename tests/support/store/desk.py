@@ -71,7 +71,7 @@ class Child:
         self.pacing = Pacing(self.rows, self.holdings)
 
     def room(self) -> tuple[int, int]:
-        """The number of requests that the next turn claims, and of those that it may record as in flight."""
+        """The number of requests that the next sync claims, and of those that it may record as in flight."""
         self.pacing.engine_waiting = max(0, len(self.engine) - self.rows)
         return self.pacing.wanted(draining=self.draining), self.pacing.room(draining=self.draining)
 

@@ -1,4 +1,4 @@
-"""A small mill for tests of the store: loads jobs, sessions workers and answers requests, without any process."""
+"""A small mill for tests of the store: loads jobs, opens worker sessions and answers requests, without processes."""
 
 from __future__ import annotations
 
