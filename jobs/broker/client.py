@@ -33,6 +33,8 @@ MAX_WAKEUPS = 1_000
 _KEY_PREFIX = "batchmill:"
 _SOCKET_SECONDS = 10
 _CONNECT_SECONDS = 5
+#: between the two attempts to reach Redis: kombu alone would wait for 2 s.
+_RETRY_SECONDS = 0.2
 #: The remedies for some errors, by words of their texts; the first match is told.
 _REMEDIES = {
     "mismatch, certificate is not valid": "; name the host as its certificate does",
@@ -191,7 +193,7 @@ class Broker:
     def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer."""
         with self._translated(), self._app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, timeout=_CONNECT_SECONDS)
+            connection.ensure_connection(max_retries=1, interval_start=_RETRY_SECONDS, timeout=_CONNECT_SECONDS)
 
     def close(self) -> None:
         self._app.close()
@@ -200,7 +202,7 @@ class Broker:
         return int(self._connected(connection).llen(queue))
 
     def _connected(self, connection: Any) -> Any:
-        connection.ensure_connection(max_retries=1, timeout=_CONNECT_SECONDS)
+        connection.ensure_connection(max_retries=1, interval_start=_RETRY_SECONDS, timeout=_CONNECT_SECONDS)
         return connection.default_channel.client
 
     @contextmanager

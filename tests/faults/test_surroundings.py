@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.processes import forked
+from tests.support.processes.forked import request
 
 COMMANDS = [
     "status",
@@ -87,20 +89,34 @@ def prompts(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt": "x"}\n')
 
 
+def environ_of(home: Path | str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "BATCHMILL_HOME": str(home)}
+
+
+def computed(words: Sequence[str], home: Path | str) -> dict[str, Any]:
+    """Runs a command that uses torch in this home."""
+    done = forked.finished(words, env=environ_of(home), folder=Path.cwd(), computes=True)
+    return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+
+
 def all_of(commands: Sequence[Sequence[str]], home: Path | str, *, limit: str = "") -> list[dict[str, Any]]:
     """Runs these commands in this home, and returns the result of each; `limit`: a shell line to run before."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "BATCHMILL_HOME": str(home)}
     done = subprocess.run(
         ["bash", "-c", f"{limit}\n exec {sys.executable} -m tests.support.processes.forked"],
-        input=json.dumps(commands),
+        input="".join(map(forked_line, commands)),
         capture_output=True,
         text=True,
-        env=environ,
+        env=environ_of(home),
     )
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def forked_line(words: Sequence[str]) -> str:
+    """Asks for one command; `worker` would become another process."""
+    worker = words[0] == "worker"
+    return f"{request(words[1:], module='batchmill.worker') if worker else request(words)}\n"
 
 
 def check_words(words: str, found: dict[str, Any], said: str) -> None:
@@ -218,7 +234,7 @@ def test_what_needs_no_store_does_without(tmp_path: Path) -> None:
     (tmp_path / "batchmill.db").write_bytes(b"no database " * 1_000)
     commands = [["plan", "demo", "--devices", "cpu"], ["models", "quantize", "demo", "copy", "-q", "nf4"]]
     for home, told in ((tmp_path, "is no SQLite database"), (tmp_path / "x.jsonl", "")):
-        plan, quantize = all_of(commands, home)
+        plan, quantize = (computed(words, home) for words in commands)
         assert (plan["code"], quantize["code"]) == (0, 0), (plan["err"], quantize["err"])
         assert "nf4" in plan["out"]
         assert told in plan["err"]
@@ -232,14 +248,14 @@ def test_an_evaluation_looks_at_its_store_before_it_loads_a_model(
     make: Callable[[Path, Path], str], tmp_path: Path, sqlite_template: Path
 ) -> None:
     said = make(tmp_path, sqlite_template)
-    found = all_of([["evaluate", "demo", "-q", "nf4", "--data", "x.jsonl"]], tmp_path)
-    check_words("evaluate", found[0], said)
+    found = computed(["evaluate", "demo", "-q", "nf4", "--data", "x.jsonl"], tmp_path)
+    check_words("evaluate", found, said)
 
 
 def test_a_copy_that_does_not_fit_on_the_disk_is_one_line(mounted: Callable[[str], Path]) -> None:
     disk = mounted("size=64k")
-    found = all_of([["models", "quantize", "demo", str(disk / "copy"), "-q", "nf4"]], "unused")
-    check_words("models quantize", found[0], "No space left on device")
+    found = computed(["models", "quantize", "demo", str(disk / "copy"), "-q", "nf4"], "unused")
+    check_words("models quantize", found, "No space left on device")
     assert list(disk.iterdir()) == []
 
 

@@ -21,6 +21,7 @@ from batchmill.jobs.broker.queue_name import queue_name
 from batchmill.jobs.configuration.settings import Settings, environment_of, load_settings
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.store.store import Store
+from tests.support.processes import forked
 
 #: The longest that a test waits for an event. No promise, since a busy machine may be slow: a soak measures promises.
 PATIENCE_SECONDS = 300
@@ -59,14 +60,7 @@ class Mill:
         return done.stdout
 
     def finished(self, *words: str | Path, stdin: str | None = None, **settings: object) -> Done:
-        return subprocess.run(
-            [sys.executable, "-m", "batchmill", *map(str, words)],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            env=self.environ(**settings),
-            timeout=700,
-        )
+        return forked.finished(words, stdin=stdin, env=self.environ(**settings))
 
     def start(self, *words: str | Path, **settings: object) -> subprocess.Popen[str]:
         """Starts a command that goes on; it is ended with the test."""

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,6 +17,7 @@ from batchmill.producer.files import prompt_file as prompts_module
 from batchmill.producer.files.prompt_file import PromptFile
 from batchmill.producer.submission import Submission
 from tests.support.paths import ROOT
+from tests.support.processes import forked
 from tests.support.store import mill
 
 MOST_BYTES = 200_000_000
@@ -28,9 +28,8 @@ def environ(sqlite_url: str) -> dict[str, str]:
     return os.environ | {"BATCHMILL_DATABASE_URL": sqlite_url, "PYTHONPATH": str(ROOT / "src")}
 
 
-def command(environ: dict[str, str], *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "batchmill", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, env=environ, timeout=60, **more)
+def command(environ: dict[str, str], *words: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return forked.finished(words, env=environ, stdin=stdin)
 
 
 def test_the_command_says_a_line_for_each_problem_and_exits_with_2(environ: dict[str, str], tmp_path: Path) -> None:

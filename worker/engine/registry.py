@@ -13,6 +13,9 @@ def kind_of(spec: ModelSpec, settings: Settings) -> EngineKind:
         from batchmill.worker.engine.echo.kind import EchoKind
 
         return EchoKind(step_seconds=settings.echo_step_seconds, chaos=settings.chaos)
+    from batchmill.worker.models.quantization.uncompiled import import_bitsandbytes
+
+    import_bitsandbytes()
     from batchmill.worker.engine.transformers_kind import TransformersKind
 
     return TransformersKind()

@@ -16,6 +16,7 @@ from batchmill.jobs.errors import StoreError
 from batchmill.jobs.requests.states import JobState
 from batchmill.jobs.store.checking import MOST_OF_A_KIND
 from batchmill.jobs.store.store import Store
+from tests.support.processes import forked
 from tests.support.store import old_store
 from tests.support.store.harm import sound, without_constraints
 from tests.support.store.mill import load
@@ -96,7 +97,7 @@ def test_a_read_only_store_writes_nothing(store: Store) -> None:
 
 def command(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environ = {"PATH": os.environ["PATH"], "BATCHMILL_HOME": str(home)}
-    return subprocess.run([sys.executable, "-m", "batchmill", *words], capture_output=True, text=True, env=environ)
+    return forked.finished(words, env=environ)
 
 
 def test_the_command_tells_what_is_wrong_and_changes_no_byte(tmp_path: Path) -> None:

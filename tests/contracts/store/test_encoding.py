@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +16,7 @@ from sqlalchemy.engine import make_url
 from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from tests.support.paths import ROOT
+from tests.support.processes import forked
 from tests.support.store import mill
 
 TEXT = "\u00e9 \u4f60\u597d \U0001f600 \u2028 \x7f \uffff"
@@ -24,8 +24,7 @@ TEXT = "\u00e9 \u4f60\u597d \U0001f600 \u2028 \x7f \uffff"
 
 def command(url: str, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environ = os.environ | {"BATCHMILL_DATABASE_URL": url, "PYTHONPATH": str(ROOT / "src")} | settings
-    line = [sys.executable, "-m", "batchmill", *words]
-    return subprocess.run(line, env=environ, capture_output=True, timeout=60, encoding="utf-8")
+    return forked.finished(words, env=environ)
 
 
 @pytest.fixture(params=["LATIN1", "SQL_ASCII"])

@@ -1,39 +1,106 @@
 """Many commands for the cost of one start: a process that has imported everything forks for each.
 
-`python -m tests.support.processes.forked` reads [["status"], ["doctor", "--json"]] from stdin, runs each
-as the installed script does, in its own folder, environment and limits, and prints a JSON list of
-{"code", "out", "err"}. The words may begin with `worker`, which runs `python -m batchmill.worker` in the same way.
+`finished` runs a command to its end as `subprocess.run` would; nothing but the start of the interpreter and the
+imports is spared. Tests of these, of limits of the shell, and of processes that go on start Python themselves.
+
+`python -m tests.support.processes.forked` reads a line of JSON for each command from stdin, {"words", "env", "folder",
+"stdin", "seconds"}, and answers with one, {"code", "out", "err"}. Words that begin with `worker` may go to
+`python -m batchmill.worker` in the same way, by {"module"}.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-_SECONDS = 60
+from tests.support.paths import ROOT
+
+#: What a command says to stderr waits in the pipe while its stdout is read.
 _PIPE_BYTES = 1024**2
+#: What commands that compute import besides; it takes 4 CPU-seconds, once for each process of pytest.
+_COMPUTING = ["batchmill.worker.engine.transformers_kind", "batchmill.worker.evaluate.lineup"]
+_idle: dict[bool, list[subprocess.Popen[str]]] = {False: [], True: []}
+
+
+def finished(
+    words: Sequence[str | Path],
+    *,
+    env: Mapping[str, str],
+    computes: bool = False,
+    folder: Path | None = None,
+    stdin: str | None = None,
+    seconds: int = 600,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command, and returns its exit code and what it wrote. It is killed by SIGALRM after so many seconds.
+
+    computes: the command is one of `batchmill.worker` that uses torch itself, as `plan` and `evaluate` do.
+    """
+    try:
+        server = _idle[computes].pop()
+    except IndexError:
+        server = _start(_COMPUTING if computes else [])
+    module = "batchmill.worker" if computes else "batchmill"
+    said = answer(server, request(words, env=env, module=module, folder=folder, stdin=stdin, seconds=seconds))
+    _idle[computes].append(server)
+    return subprocess.CompletedProcess(list(words), said["code"], said["out"], said["err"])
+
+
+def request(words: Sequence[str | Path], **more: Any) -> str:
+    """The line that asks for one command."""
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
+    return json.dumps({"words": [*map(str, words)]} | given)
+
+
+def answer(server: subprocess.Popen[str], line: str) -> dict[str, Any]:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(f"{line}\n")
+    server.stdin.flush()
+    said: dict[str, Any] = json.loads(server.stdout.readline())
+    return said
+
+
+def _start(modules: list[str]) -> subprocess.Popen[str]:
+    """A process that ends with this one, whose end closes its stdin."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    line = [sys.executable, "-m", "tests.support.processes.forked", *modules]
+    return subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
+    )
 
 
 def main() -> None:
+    import batchmill.producer.cli.main
     import batchmill.worker.cli.worker  # noqa: F401
 
-    print(json.dumps([_run(words) for words in json.load(sys.stdin)]))  # noqa: T201
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as commands do before they import it
+    for module in sys.argv[1:]:
+        import_module(module)
+    for line in sys.stdin:
+        print(json.dumps(_run(**json.loads(line))), flush=True)  # noqa: T201
 
 
-def _run(words: list[str]) -> dict[str, Any]:
+def _run(words: list[str], *, stdin: str | None = None, **given: Any) -> dict[str, Any]:
     (out, out_end), (err, err_end) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(_file(stdin), 0)
         os.dup2(out_end, 1)
         os.dup2(err_end, 2)
-        os._exit(_code(words))
+        for end in (out, out_end, err, err_end):
+            os.close(end)
+        os._exit(_code(words, **given))
     for end in (out_end, err_end):
         fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         os.close(end)
@@ -44,11 +111,34 @@ def _run(words: list[str]) -> dict[str, Any]:
     return {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])} | said
 
 
-def _code(words: list[str]) -> int:
+def _file(text: str | None) -> int:
+    """A file with this text, to be read from its beginning."""
+    if text is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    file = os.memfd_create("stdin")
+    os.write(file, text.encode())
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
+
+
+def _code(
+    words: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    module: str = "batchmill",
+    folder: str | None = None,
+    seconds: int = 60,
+) -> int:
     """The exit code of a command, with the traceback that the interpreter would print."""
-    signal.alarm(_SECONDS)
-    module = "batchmill.worker" if words[0] == "worker" else "batchmill"
-    sys.argv = [module, *(words[1:] if module == "batchmill.worker" else words)]
+    signal.alarm(seconds)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+        sys.path.remove(str(ROOT))
+    if folder is not None:
+        os.chdir(folder)
+    sys.stdin = os.fdopen(0, closefd=False)  # what is read ahead of the next commands stays with the parent
+    sys.argv = [module, *words]
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=False)

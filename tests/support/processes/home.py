@@ -18,7 +18,8 @@ from batchmill.jobs.requests.states import WorkerState
 from batchmill.jobs.store.store import Store
 from batchmill.jobs.store.views.jobs import Job
 from batchmill.jobs.store.views.workers import WorkerRow
-from tests.integration.conftest import PATIENCE_SECONDS, TIMERS
+from tests.integration.conftest import TIMERS
+from tests.support.processes import forked
 
 
 class Home:
@@ -31,13 +32,7 @@ class Home:
         self._started: list[subprocess.Popen[str]] = []
 
     def run(self, *words: str | Path, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "batchmill", *map(str, words)],
-            capture_output=True,
-            text=True,
-            env=self.environ | settings,
-            timeout=2 * PATIENCE_SECONDS,
-        )
+        done = forked.finished(words, env=self.environ | settings)
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -17,6 +17,7 @@ from batchmill.producer.cli.commands import ENTRIES
 from batchmill.producer.cli.main import cli
 from batchmill.worker.__main__ import MODULES
 from tests.support.paths import ROOT
+from tests.support.processes import forked
 
 READING = ["status", "jobs", "workers", "wait", "doctor", "db current", "db check"]
 
@@ -147,8 +148,7 @@ def test_worker_help_comes_from_the_workers_room() -> None:
 )
 def test_bad_usage_is_exit_2_without_a_traceback(words: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt": "x"}\n')
-    command = [sys.executable, "-m", "batchmill", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ(tmp_path))
+    done = forked.finished(words, folder=tmp_path, env=environ(tmp_path))
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -167,10 +167,7 @@ def test_trouble_with_settings_and_store_is_one_line_without_secrets(
     name: str, value: str, code: int, tmp_path: Path
 ) -> None:
     for words in (["status"], ["doctor"], ["db", "upgrade"]):
-        command = [sys.executable, "-m", "batchmill", *words]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environ(tmp_path) | {name: value}
-        )
+        done = forked.finished(words, folder=tmp_path, env=environ(tmp_path) | {name: value})
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert "hunter2" not in done.stderr + done.stdout

@@ -19,17 +19,21 @@ from batchmill.jobs.runtime.files.output_file import check_target, replaced
 from batchmill.jobs.store.store import Store
 from batchmill.producer.files.export import errors_path, export
 from tests.support.paths import ROOT
+from tests.support.processes import forked
 from tests.support.store import mill
 
 DEMO = ROOT / "worker" / "demo" / "model"
 PROMPTS = '{"prompt": "one"}\n{"prompt": "two"}\n'
 
 
-def batchmill(folder: Path, *words: str | Path, shell: str = 'exec "$@"', code: int = 2, **settings: str) -> str:
+def batchmill(folder: Path, *words: str | Path, shell: str = "", code: int = 2, **settings: str) -> str:
     """Runs batchmill in this folder, with a home in it, and returns its stderr."""
     environ = os.environ | {"BATCHMILL_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT / "src")} | settings
-    line = ["sh", "-c", shell, "sh", sys.executable, "-m", "batchmill", *map(str, words)]
-    done = subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
+    if shell:
+        line = ["sh", "-c", shell, "sh", sys.executable, "-m", "batchmill", *map(str, words)]
+        done = subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
+    else:
+        done = forked.finished(words, folder=folder, env=environ)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stderr
