@@ -98,6 +98,28 @@ def answers(done: str) -> list[str]:
     return [json.loads(line)["text"] for line in done.splitlines()]
 
 
+def test_replaced_files_make_another_model_and_the_old_ones_have_their_answers_back(
+    home: Home, model: Path, file: Path
+) -> None:
+    first = home.run("run", file, "-m", model, *WORDS).stdout
+    (old,) = job_ids(home)
+    kept = {name: (model / name).read_bytes() for name in REPLACED}
+    for _, replace in REPLACED.values():
+        replace(model)
+    done = home.run("run", file, "-m", model, *WORDS)
+    (changed,) = (line for line in done.stderr.splitlines() if "ran this file with another model" in line)
+    for called, _ in REPLACED.values():
+        assert called in changed
+    assert answers(done.stdout) != answers(first)
+    for name, content in kept.items():
+        (model / name).write_bytes(content)
+    again = home.run("run", file, "-m", model, *WORDS)
+    assert again.stdout == first
+    assert f"job {old} ran this file before" in again.stderr
+    assert len(job_ids(home)) == 2
+
+
+@pytest.mark.slow
 def test_each_replaced_file_makes_another_model(home: Home, model: Path, file: Path) -> None:
     first = home.run("run", file, "-m", model, *WORDS).stdout
     (old,) = job_ids(home)

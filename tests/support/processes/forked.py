@@ -72,12 +72,11 @@ def answer(server: subprocess.Popen[str], line: str) -> dict[str, Any]:
 
 
 def _start(modules: list[str]) -> subprocess.Popen[str]:
-    """A process that ends with this one, whose end closes its stdin."""
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    """A process that ends with this one, whose end closes its stdin; it belongs to no home."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("BATCHMILL_")}
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), environ.get("PYTHONPATH")]))
     line = [sys.executable, "-m", "tests.support.processes.forked", *modules]
-    return subprocess.Popen(
-        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
-    )
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environ)
 
 
 def main() -> None:

@@ -7,6 +7,11 @@ from tests.tools.mutants.mutant import Edit, Mutant
 
 WORKER: tuple[Mutant, ...] = (
     Mutant(
+        "requests with a common prefix are admitted beside each other",
+        (Edit("worker/engine/continuous/engine.py", "return by_beginning(requests)", "return requests"),),
+        ("tests/contracts/test_engines.py",),
+    ),
+    Mutant(
         "every mark of a conversation is in its prompt",
         (
             Edit(
