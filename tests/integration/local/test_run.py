@@ -28,6 +28,7 @@ def test_run_answers_reports_and_stops_all_that_it_started(home: Home, tmp_path:
     done = home.run("run", file, "-m", "echo", "-o", out)
     assert texts(out) == [f"one two three {index}" for index in range(100)]
     assert done.stdout == ""
+    assert "finished   100 stop\n" in done.stderr
     for word in ("requests", "tokens/s", "memory", "seconds", "queued", "running"):
         assert word in done.stderr
     assert home.processes() == []

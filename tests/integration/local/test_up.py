@@ -23,6 +23,12 @@ def test_a_second_run_or_up_in_the_same_home_is_refused_by_pid(home: Home, tmp_p
     mill.communicate(timeout=PATIENCE_SECONDS)
 
 
+def test_a_likely_slip_in_the_name_of_a_model_is_told_of(home: Home) -> None:
+    up = home.start("up", "-m", "dmeo")
+    assert up.stderr is not None
+    assert any("did you mean demo?" in line for line in up.stderr)
+
+
 def test_a_mill_that_is_up_takes_jobs_from_other_terminals(home: Home, tmp_path: Path) -> None:
     file = write_prompts(tmp_path / "p.jsonl", 10)
     mill = home.start("up", "-m", "echo", "--device", "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -15,13 +16,18 @@ from queue import Queue
 
 import pytest
 
-from batchmill.jobs.errors import StoreBusy
+from batchmill.jobs.broker import embedded
+from batchmill.jobs.broker.embedded import EmbeddedRedis
+from batchmill.jobs.configuration.settings import load_settings
+from batchmill.jobs.errors import BatchmillError, StoreBusy
 from batchmill.jobs.models.digests import Digests
 from batchmill.jobs.runtime import waiting
 from batchmill.jobs.runtime.home import use_store
+from batchmill.jobs.runtime.process.pid_file import PidFile
 from batchmill.jobs.runtime.waiting import telling
 from batchmill.jobs.store.database.database import WAL_SAFE_SINCE
 from batchmill.jobs.store.store import Store
+from batchmill.producer.cli.local.workers import LocalWorkers
 from batchmill.worker.devices.lock import DeviceLock
 from tests.support.processes.holding import file_lock, reader, transaction
 from tests.support.store import mill
@@ -205,3 +211,39 @@ def test_waits_cost_no_import_of_the_database() -> None:
     code = "import sys, batchmill.jobs.runtime.waiting; print('sqlalchemy' in sys.modules, 'click' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+class TestTheMill:
+    """Stopped processes stand for slow ones."""
+
+    def ends_late(self, stop: Callable[[], None], named: Path, told: Queue[str]) -> str:
+        pid = PidFile(named).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        stopping = in_thread(stop)
+        line = first(told)
+        os.kill(pid, signal.SIGCONT)
+        stopping.join()
+        return line
+
+    def test_redis_starts_and_ends(self, tmp_path: Path, told: Queue[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        redis = EmbeddedRedis(tmp_path)
+        redis.start()
+        assert (
+            self.ends_late(redis.stop, tmp_path / "redis.pid", told)
+            == "waiting since TIME for the embedded Redis to end"
+        )
+        slow = tmp_path / "slow-server"
+        slow.write_text("#!/bin/sh\nsleep 2\nexit 1\n")
+        slow.chmod(0o700)
+        monkeypatch.setattr(embedded, "find_server", lambda: slow)
+        with pytest.raises(BatchmillError):
+            redis.start()
+        assert first(told) == "waiting since TIME for the embedded Redis to start"
+
+    def test_the_worker_ends(self, tmp_path: Path, told: Queue[str]) -> None:
+        with (tmp_path / "worker.log").open("wb") as log:
+            workers = LocalWorkers(
+                mill.ECHO_SPEC, devices=["cpu"], words=[], settings=load_settings(home=tmp_path), log=log
+            )
+        assert self.ends_late(workers.stop, tmp_path / "worker.pid", told) == "waiting since TIME for the worker to end"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import redis
 from click.testing import CliRunner
+from sqlalchemy.engine import make_url
 
 from batchmill.jobs.broker.client import Broker
+from batchmill.jobs.broker.embedded import EmbeddedRedis
 from batchmill.jobs.configuration.settings import Settings
-from batchmill.jobs.runtime.home import use_store
+from batchmill.jobs.runtime.home import socket_path, use_store
 from batchmill.producer.cli import doctor
 from batchmill.producer.cli.doctor import Check, examine
 from batchmill.producer.cli.main import cli
@@ -47,6 +50,37 @@ def test_no_redis_is_waited_for_that_nobody_started(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Broker, "ping", ping)
     checked = check(Settings(home=tmp_path), "redis")
     assert checked.found.startswith("embedded, not running; server: ")
+
+
+def test_a_redis_that_takes_no_writes_fails(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    try:
+        with redis.Redis(unix_socket_path=str(socket_path(tmp_path))) as client:
+            assert check(Settings(home=tmp_path), "redis").ok
+            client.config_set("maxmemory", "1")
+            checked = check(Settings(home=tmp_path), "redis")
+            assert client.keys() == []
+    finally:
+        server.stop()
+    assert not checked.ok
+    assert "refuses writes: " in checked.found
+    assert "maxmemory" in checked.found
+
+
+def test_a_store_that_takes_no_writes_fails(tmp_path: Path, postgresql_url: str) -> None:
+    url = make_url(postgresql_url)
+    settings = {
+        name: Settings(home=tmp_path, database_url=at.render_as_string(hide_password=False))
+        for name, at in (
+            ("writes", url),
+            ("reads", url.update_query_dict({"options": "-c default_transaction_read_only=on"})),
+        )
+    }
+    assert check(settings["writes"], "database").ok
+    checked = check(settings["reads"], "database")
+    assert not checked.ok
+    assert checked.found.endswith("is read-only: name the server that writes")
 
 
 class TestCommand:

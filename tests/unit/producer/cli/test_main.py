@@ -136,6 +136,7 @@ def test_worker_help_comes_from_the_workers_room() -> None:
         (["plan", "demo", "-m", "demo"], "name one model: as MODEL, or by -m"),
         (["plan", "-m", "dmeo"], "did you mean demo?"),
         (["evaluate", "dmeo", "--data", "x.jsonl"], "did you mean demo?"),
+        (["models", "quantize", "dmeo", "copy", "-q", "nf4"], "did you mean demo?"),
         (["run", "x.jsonl", "-m", "echo", "--engine", "fast"], "--engine"),
         (["up", "-m", "echo", "--max-rows", "0"], "--max-rows"),
         (["worker", "-m", "echo", "--gpu-memory-fraction", "1.5"], "--gpu-memory-fraction"),

@@ -136,6 +136,10 @@ def test_it_measures_until_as_many_are_answered_as_are_in_flight() -> None:
     timeline = simulated([100] * 64)
     assert timeline.at(4.9).estimate is None
     assert timeline.at(5.1).estimate is not None
+    one_by_one = simulated([20 * number for number in range(1, 65)], rows=16)
+    early = [each for each in one_by_one.moments() if 3 < each.counts.succeeded < 16]
+    assert early
+    assert all(each.estimate is None for each in early)
     few = simulated([100] * 5)
     assert all(each.estimate is None for each in few.moments())
 
@@ -143,6 +147,21 @@ def test_it_measures_until_as_many_are_answered_as_are_in_flight() -> None:
 def test_it_says_nothing_once_nothing_is_pending() -> None:
     timeline = simulated([100] * 64)
     assert timeline.at(timeline.end).estimate is None
+
+
+def test_it_measures_while_the_mean_length_may_be_far_longer() -> None:
+    """Short answers end first, and say nothing of the long ones that are still in flight."""
+    early = simulated([1_000 if index % 10 == 0 else 2 for index in range(400)]).at(2.5)
+    assert early.counts.succeeded > 100
+    assert early.estimate is None
+
+
+def test_a_worker_that_only_refused_prompts_counts_as_the_others_do() -> None:
+    half = half_way(simulated(lengths(UNIFORM["50 to 150"], 600)))
+    (pace,) = half.paces
+    refusing = replace(pace, worker_id=2, succeeded=0, prompt_tokens=10, completion_tokens=0, in_flight_tokens=0)
+    joined = replace(half, rows={1: 16, 2: 16})
+    assert known(replace(joined, paces=(pace, refusing))).seconds == pytest.approx(known(joined).seconds)
 
 
 def test_those_in_flight_count_as_at_least_what_they_have() -> None:

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from batchmill.jobs.configuration.settings import load_settings
 from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
-from batchmill.jobs.store.leases.lease import WorkerSession
+from batchmill.jobs.requests.request import ErrorCode
+from batchmill.jobs.store.leases.lease import BatchReport, WorkerSession
 from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.jobs import COMMANDS
 from batchmill.producer.cli.text.job_lines import job_lines
@@ -22,6 +23,18 @@ from tests.support.store import mill
 @pytest.fixture
 def store(clocked: Store) -> Store:
     return clocked
+
+
+def test_refused_prompts_are_no_throughput(store: Store, clock: mill.Clock) -> None:
+    job_id = mill.load(store, 4)
+    who = mill.session(store)
+    (claimed,) = mill.claim(store, who)
+    clock.seconds += 2
+    outputs = [mill.output(job_id, index, error=ErrorCode.EMPTY_PROMPT if index else None) for index in range(3)]
+    mill.save(store, who, [BatchReport(claimed.lease, outputs=outputs, in_flight=(3,))])
+    status = JobStatus.read(store, job_id)
+    assert status.job.counts.prompt_tokens == 6
+    assert status.prompt_tokens_per_second == pytest.approx(1.0)
 
 
 class TestEnd:

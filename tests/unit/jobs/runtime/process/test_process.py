@@ -46,6 +46,18 @@ def test_a_process_lives_until_it_has_ended(other: subprocess.Popen[bytes]) -> N
     assert Process.of(other.pid) is None
 
 
+def test_of_a_process_that_proc_hides_nothing_is_concluded(
+    other: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount of /proc with hidepid does not show the processes of other users."""
+    named = of(other.pid)
+    monkeypatch.setattr(process, "_seen", lambda _pid: None)
+    assert named.lives() is Lives.UNKNOWN
+    other.kill()
+    other.wait()
+    assert named.lives() is Lives.NO
+
+
 def test_another_process_of_the_same_pid_is_another(other: subprocess.Popen[bytes]) -> None:
     named = of(other.pid)
     assert replace(named, start_ticks=named.start_ticks - 1).lives() is Lives.NO

@@ -151,6 +151,21 @@ def test_a_look_that_comes_late_counts_no_more_than_two_ticks(monkeypatch: pytes
     assert ended == []
 
 
+def test_a_pause_makes_no_hang_younger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a hanging child that is paused now and then would never be ended."""
+    pulse = Pulse.create()
+    ended: list[int] = []
+    dog = Watchdog(pulse, pids=lambda: [os.getpid()])
+    monkeypatch.setattr(dog, "_end", ended.append)
+    with pulse.watching(10.0):
+        dog._look(6.0)  # it sees the beginning
+        for paused in (False, True, False):
+            monkeypatch.setattr(watchdog, "_is_paused", lambda _pid, paused=paused: paused)
+            assert ended == []
+            dog._look(6.0)
+    assert ended == [os.getpid()]
+
+
 def test_a_hang_is_counted_on_after_a_pause(start: Callable[..., Started]) -> None:
     child = start("print('hangs', flush=True)\nwith pulse.watching(1.0):\n    time.sleep(50)")
     assert child.stdout is not None
