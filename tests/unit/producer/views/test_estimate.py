@@ -136,10 +136,10 @@ def test_it_measures_until_as_many_are_answered_as_are_in_flight() -> None:
     timeline = simulated([100] * 64)
     assert timeline.at(4.9).estimate is None
     assert timeline.at(5.1).estimate is not None
-    one_by_one = simulated([20 * number for number in range(1, 65)], rows=16)
-    early = [each for each in one_by_one.moments() if 3 < each.counts.succeeded < 16]
-    assert early
-    assert all(each.estimate is None for each in early)
+    one_by_one = simulated([100 + number for number in range(64)])
+    assert [one_by_one.at(seconds).counts.succeeded for seconds in (5.01, 5.71)] == [1, 15]
+    assert [one_by_one.at(seconds).estimate for seconds in (5.01, 5.71)] == [None, None]
+    assert one_by_one.at(5.76).estimate is not None
     few = simulated([100] * 5)
     assert all(each.estimate is None for each in few.moments())
 
