@@ -114,7 +114,7 @@ class Schedule(Generic[R]):
     def _plan_alone(self, step: Step[R], budget: int) -> None:
         """Plans a piece of one prompt, or else one token of each row that decodes."""
         self._prefill(step, budget, limit=1)
-        if not step.pieces:
+        if not step.pieces and len(self._running) < budget:  # more would be preempted as soon as all decode
             self._admit(step, budget, limit=1)
         if not step.pieces:
             self._decode(step, budget)

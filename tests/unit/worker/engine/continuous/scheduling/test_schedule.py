@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +134,15 @@ def test_arrivals_cancels_and_a_full_cache_lose_nothing_and_use_nothing_twice(da
     device.drain()
     assert (device.schedule.waiting, device.schedule.running) == (0, 0)
     assert device.slots.free_tokens == device.slots.tokens
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_no_more_rows_enter_than_a_step_decodes(alone: bool) -> None:
+    """As after memory ran out; rows beyond them would be preempted and computed again for each token of the others."""
+    device = Device.of(tokens=16 * LONGEST, batch_slots=4, budget=2, alone=alone)
+    rows = [device.add([number] * 60, 50) for number in range(4)]
+    device.drain()
+    assert device.computed_tokens == sum(row.most_tokens - 1 for row in rows)
 
 
 def test_the_longest_enter_first() -> None:
