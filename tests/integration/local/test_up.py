@@ -70,7 +70,7 @@ def test_a_run_beside_an_up_that_holds_its_model_is_answered_by_that_one(home: H
 
 def test_a_redis_that_ends_is_started_again(home: Home, tmp_path: Path) -> None:
     mill = home.start("up", "-m", "echo", "--device", "cpu")
-    until(lambda: (home.path / "redis.sock").exists(), "the mill is up")
+    until(home.worker_states, "the mill is up")  # a Redis that ends before it answers ends `up`
     for number in range(2):
         (old,) = home.redis_pids()
         os.kill(old, signal.SIGKILL)

@@ -10,6 +10,7 @@ imports is spared. Tests of these, of limits of the shell, and of processes that
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import logging
@@ -30,6 +31,8 @@ from tests.support.paths import ROOT
 _PIPE_BYTES = 1024**2
 #: What commands that compute import besides; it takes 4 CPU-seconds, once for each process of pytest.
 _COMPUTING = ["batchmill.worker.engine.transformers_kind", "batchmill.worker.evaluate.lineup"]
+#: The word that asks for these.
+_COMPUTES = "computes"
 _idle: dict[bool, list[subprocess.Popen[str]]] = {False: [], True: []}
 
 
@@ -49,9 +52,14 @@ def finished(
     try:
         server = _idle[computes].pop()
     except IndexError:
-        server = _start(_COMPUTING if computes else [])
+        server = _start([_COMPUTES] if computes else [])
     module = "batchmill.worker" if computes else "batchmill"
-    said = answer(server, request(words, env=env, module=module, folder=folder, stdin=stdin, seconds=seconds))
+    try:
+        said = answer(server, request(words, env=env, module=module, folder=folder, stdin=stdin, seconds=seconds))
+    except BaseException:  # the test is over, and its command with it
+        server.kill()
+        server.communicate()
+        raise
     _idle[computes].append(server)
     return subprocess.CompletedProcess(list(words), said["code"], said["out"], said["err"])
 
@@ -71,12 +79,18 @@ def answer(server: subprocess.Popen[str], line: str) -> dict[str, Any]:
     return said
 
 
-def _start(modules: list[str]) -> subprocess.Popen[str]:
+def _start(words: list[str]) -> subprocess.Popen[str]:
     """A process that ends with this one, whose end closes its stdin; it belongs to no home."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("BATCHMILL_")}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), environ.get("PYTHONPATH")]))
-    line = [sys.executable, "-m", "tests.support.processes.forked", *modules]
+    line = [sys.executable, "-m", "tests.support.processes.forked", *words]
     return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environ)
+
+
+@atexit.register
+def _end() -> None:
+    for server in (*_idle[False], *_idle[True]):
+        server.communicate()
 
 
 def main() -> None:
@@ -84,7 +98,7 @@ def main() -> None:
     import batchmill.worker.cli.worker  # noqa: F401
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as commands do before they import it
-    for module in sys.argv[1:]:
+    for module in _COMPUTING if _COMPUTES in sys.argv else ():
         import_module(module)
     for line in sys.stdin:
         print(json.dumps(_run(**json.loads(line))), flush=True)  # noqa: T201
