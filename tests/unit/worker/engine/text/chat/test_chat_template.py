@@ -180,6 +180,14 @@ def test_a_conversation_with_tools_is_proven_anew() -> None:
         known.rendered(asking(USER, tools=(TOOL,)))
 
 
+def test_a_request_with_tools_needs_no_name_where_a_template_is_for_them() -> None:
+    templates = {"rag": PLAIN, "tool_use": PLAIN + "{{ tools | tojson }}"}
+    several = ChatTemplate(build_tokenizer(chat_template=templates))  # type: ignore[arg-type]
+    assert "weather" in several.rendered(asking(USER, tools=(TOOL,)))
+    with pytest.raises(Refused, match="the chat templates rag, tool_use, and the request does not say which"):
+        several.rendered(asking(USER))
+
+
 def test_shapes_are_proven_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = build_tokenizer(chat_template=QWEN)
     template, rendered = ChatTemplate(tokenizer), []
