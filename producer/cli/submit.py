@@ -55,7 +55,7 @@ def _type(flag: OptionFlag) -> click.ParamType[Any] | type:
         return str if flag.kind is dict else flag.kind
     if flag.kind is int:
         return click.IntRange(flag.low, flag.high)
-    return click.FloatRange(flag.low, flag.high, min_open=flag.above)
+    return click.FloatRange(flag.low, flag.high)
 
 
 _MODEL = [

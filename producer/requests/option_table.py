@@ -48,7 +48,6 @@ class OptionFlag:
     kind: type  #: of its value: int, float, str, or dict for JSON; bool for a switch, which has none
     low: int | None = None  #: the least value that the command line takes
     high: int | None = None  #: the largest
-    above: bool = False  #: `low` itself is not taken
     repeatable: bool = False
     hint: str = ""  #: the text in parentheses in its help
 
@@ -148,7 +147,7 @@ OPTIONS = (
         "Nucleus sampling: keep the most likely tokens up to this total probability",
         "At 0 only the most likely token is left.",
         default="1, all tokens",
-        flag=OptionFlag(_SAMPLING, float, low=0, high=1, above=True),
+        flag=OptionFlag(_SAMPLING, float, low=0, high=1),
     ),
     SamplingOption(
         "top_k",

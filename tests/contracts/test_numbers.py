@@ -22,7 +22,6 @@ from batchmill.worker.engine import Engine
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.generate.engine import GenerateEngine
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
-from batchmill.worker.engine.sampling.logprobs import LEAST_LOGPROB
 from batchmill.worker.engine.sampling.sampler import Sampler
 from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
@@ -209,7 +208,7 @@ def test_what_is_impossible_has_a_logprob_that_json_can_say(clean: LoadedModel, 
     written = json.loads(output.payload_text(), parse_constant=pytest.fail)
     for each in written[0]["logprobs"]["content"]:
         assert each["logprob"] == 0.0
-        assert [top["logprob"] for top in each["top_logprobs"]] == [0.0, LEAST_LOGPROB, LEAST_LOGPROB]
+        assert [top["logprob"] for top in each["top_logprobs"]] == [0.0, -9999.0, -9999.0]
 
 
 def spoil(folder: Path, name: str, rows: Any) -> ModelSpec:

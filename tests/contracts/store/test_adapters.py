@@ -23,7 +23,7 @@ from tests.support.store.oracle import violations
 from tests.support.store.races import at_once
 
 A, B = Adapter("a", "/adapters/a"), Adapter("b", "org/b", "main")
-OTHER_A = Adapter("a", "/adapters/newer")
+OTHER_A, OTHER_B = Adapter("a", "/adapters/newer"), Adapter("b", "org/b", "newer")
 ALL = frozenset(RequestState)
 
 
@@ -242,6 +242,18 @@ class TestMeanings:
         assert got == [job_id, later]  # of the first job only what needs no adapter
         assert mill.claim(store, newer) == ()
         assert [each.adapters for each in map(store.jobs.job, (job_id, later))] == [(A,), (OTHER_A,)]
+
+    def test_another_meaning_of_a_name_keeps_no_worker_from_the_other_batches(
+        self, store: Store, clock: mill.Clock
+    ) -> None:
+        job_id = mill.load_named(store, "a", "b", batch_size=1)
+        first = mill.session(store, adapters=[B])
+        assert [each.adapter for each in mill.claim(store, first)] == ["b"]
+        clock.seconds += 100
+        store.recovery.take_back(first.worker_id, generation=first.generation, outcome=RunOutcome.RELEASED)
+        newer = mill.session(store, name="newer", adapters=[A, OTHER_B])
+        assert [each.adapter for each in mill.claim(store, newer)] == ["a"]
+        assert set(store.jobs.job(job_id).adapters) == {A, B}
 
     def test_of_two_meanings_that_begin_a_job_at_once_one_runs_it(self, store: Store, clock: mill.Clock) -> None:
         """A worker that was taken for dead comes back beside the one that took its name."""

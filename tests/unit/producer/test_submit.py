@@ -57,6 +57,16 @@ def test_a_job_keeps_its_provenance_and_options(store: Store, tmp_path: Path) ->
     assert store.jobs.resumable(submission.fingerprint(spec, job.file_sha256)) == [job]
 
 
+def test_a_line_may_be_as_long_as_the_setting_says(store: Store, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "x" * 100})
+    short = load_settings(max_line_bytes=100)
+    with pytest.raises(PromptFileError) as caught:
+        load_job(Submission(path, "echo"), store=store, settings=short)
+    said = f"{path}:1: longer than 100 bytes; raise the setting max_line_bytes to allow it"
+    assert caught.value.problems == (said,)
+    assert load_job(Submission(path, "echo"), store=store, settings=SETTINGS)
+
+
 def test_declared_adapters_are_part_of_the_job(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

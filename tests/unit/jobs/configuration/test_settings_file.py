@@ -45,6 +45,12 @@ def test_somebody_elses_file_is_refused(toml: Path, monkeypatch: pytest.MonkeyPa
         load_settings()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of root's")
+def test_a_file_of_root_is_read_by_everybody(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODYS)
+    assert load_settings().drain_seconds == 3
+
+
 def test_somebody_elses_link_to_the_users_own_file_is_refused(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml.rename(toml.with_name("other.toml"))
     toml.symlink_to("other.toml")
@@ -165,6 +171,25 @@ def test_a_file_that_names_places_is_told_of_and_their_values_are_not(
         monkeypatch.setenv(name, value)
     assert load_settings() == settings
     assert capsys.readouterr().err == "", "a process that another started has been told everything"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("home", "'place'"),
+        ("broker_url", "'redis://host/0'"),
+        ("broker_ca_file", "'ca.pem'"),
+        ("broker_insecure", "true"),
+        ("database_url", "'sqlite:////tmp/x.db'"),
+    ],
+)
+def test_each_place_is_told_of(
+    toml: Path, name: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BATCHMILL_HOME")
+    toml.write_text(f"{name} = {value}\n")
+    load_settings()
+    assert capsys.readouterr().err == f"batchmill: {toml.resolve()} is read, which says {name}\n"
 
 
 def test_a_file_that_names_no_place_is_read_in_silence(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,13 @@ def test_the_request_wins_over_the_job_over_the_model_over_the_fallback() -> Non
     assert held == SamplingParams(max_tokens=256, temperature=0.0, top_p=0.9, top_k=5, stop=("a",))
 
 
+def test_the_options_of_a_job_win_over_the_models_defaults() -> None:
+    filled = GenerationOptions.filled({"temperature": 0.5}, None, SamplingParams(temperature=0.9, top_k=5))
+    assert filled.sampling == SamplingParams(max_tokens=256, temperature=0.5, top_k=5)
+    settled = GenerationOptions.filled({"temperature": 0.5}, {"temperature": 0.7}, SamplingParams(temperature=0.9))
+    assert settled.sampling == SamplingParams(temperature=0.7)
+
+
 def test_the_jobs_system_message_goes_where_there_is_none() -> None:
     options = GenerationOptions("be brief", SamplingParams(seed=1))
     own = GenerationRequest(0, "a", messages=({"role": "system", "content": "x"}, {"role": "user", "content": "y"}))

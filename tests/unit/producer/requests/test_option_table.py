@@ -100,6 +100,11 @@ def test_the_words_about_an_integer_are_its_bounds(option: SamplingOption) -> No
         option.values.check(highest + 1)
 
 
+def test_a_flag_takes_a_top_p_of_zero_as_a_line_does() -> None:
+    context = submit.make_context("submit", ["prompts.jsonl", "-m", "echo", "--top-p", "0"])
+    assert context.params["top_p"] == 0.0
+
+
 def test_a_prompt_has_a_check_of_its_own_where_a_row_says_so() -> None:
     differing = {key for key in CHAT_SAMPLING if CHAT_SAMPLING[key] is not PROMPT_SAMPLING[key]}
     assert differing == {each.name for each in OPTIONS if each.beside_prompt is not None} == {"logprobs"}

@@ -78,6 +78,16 @@ def test_an_answer_does_not_depend_on_how_long_its_neighbours_are(model: LoadedM
     assert [each.payload[0].text for each in outputs] == [alone(model, each) for each in requests]
 
 
+@pytest.mark.parametrize("lengths", [((58, 5), (40, 24)), ((60, 4), (55, 9)), ((62, 2), (50, 14))])
+def test_a_shorter_neighbour_that_ends_at_the_original_length_is_not_scaled(
+    model: LoadedModel, lengths: tuple[tuple[int, int], ...]
+) -> None:
+    """Padded to the longer prompt, its answer would go beyond that length."""
+    requests = [request(index, *each) for index, each in enumerate(lengths)]
+    outputs = answers(GenerateEngine(model, options=EngineOptions(max_rows=16)), *requests)
+    assert [each.payload[0].text for each in outputs] == [alone(model, each) for each in requests]
+
+
 def test_rows_that_turn_the_same_run_together(model: LoadedModel) -> None:
     engine = GenerateEngine(model, options=EngineOptions(max_rows=16))
     for index in range(8):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import SupportsIndex
 
 import click
 import pytest
@@ -69,6 +70,18 @@ def test_the_app_imports_plainly_and_nothing_of_django(monkeypatch: pytest.Monke
     assert type(app.loader) is Loader
     with pytest.raises(ModuleNotFoundError):
         app.loader.import_task_module("module_of_the_folder")
+
+
+class WatchedPath(list[str]):
+    """Import paths that refuse another in front."""
+
+    def insert(self, place: SupportsIndex, entry: str, /) -> None:
+        pytest.fail(f"{entry} was put in front of the import paths")
+
+
+def test_the_loader_is_not_looked_up_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", WatchedPath(each for each in sys.path if each != str(tmp_path)))
+    assert type(make_app(URL).loader) is Loader
 
 
 @pytest.mark.parametrize(

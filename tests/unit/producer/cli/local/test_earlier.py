@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,16 @@ class TestAdapters:
         assert chosen(store, spec, written) is not None
         Path(adapter.path, "adapter_model.safetensors").write_text("another")
         assert chosen(store, spec, written) is None
+
+    def test_one_of_the_hub_that_nobody_here_can_tell_is_refused(
+        self, store: Store, spec: ModelSpec, cache: Callable[[str], None]
+    ) -> None:
+        written = Adapter("a", "org/name")
+        ran(store, spec, present(spec), adapter=replace(written, identity=f"commit={COMMIT}"))
+        with pytest.raises(BatchmillError, match=r"^org/name is no longer in this machine's cache"):
+            chosen(store, spec, written)
+        cache(COMMIT)
+        assert chosen(store, spec, written) is not None
 
     def test_one_that_it_did_not_use_is_not(self, store: Store, spec: ModelSpec, adapter: Adapter) -> None:
         ran(store, spec, present(spec))

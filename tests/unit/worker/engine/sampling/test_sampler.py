@@ -202,6 +202,13 @@ def test_greedy_takes_the_largest_logit_whatever_is_asked_of_a_draw() -> None:
     assert one(SamplingParams(seed=3), scores) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_top_p_of_zero_leaves_the_most_likely_token(seed: int) -> None:
+    rows = sampler()
+    rows.enter(0, SamplingParams(temperature=1.0, top_p=0.0, seed=seed), prompt=PROMPT)
+    assert steps(rows, 0, 10) == [int(logits(step).argmax()) for step in range(10)]
+
+
 def test_penalties_and_biases_hold_where_the_choice_is_greedy() -> None:
     scores = [1.0, 3.0, 2.9, -1.0]
     assert one(greedy(repetition_penalty=1.2), scores, prompt=[0, 1]) == 2

@@ -13,6 +13,7 @@ from batchmill.jobs.requests.request import Output, RequestKey
 from batchmill.producer.requests.generation import _completion_logprobs
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
 from batchmill.worker.engine.options import EngineOptions
+from batchmill.worker.engine.text.decoding import Decoding
 from batchmill.worker.models.load import LoadedModel
 from tests.support.models.chains import load_chain, sentencepiece, wordpieces
 from tests.support.models.tiny import build_tokenizer
@@ -104,6 +105,20 @@ def test_a_tokenizer_without_bytes_has_its_spaces_too() -> None:
     model = load_chain(wordpieces(), nexts={"now": ["play"], "play": ["##ing"], "##ing": ["play"]})
     content = content_of(answer(model, "now", max_tokens=3, logprobs=True, top_logprobs=2).payload[0])
     assert [each["token"] for each in content] == [" play", "ing", " play"]
+
+
+def test_a_tokenizer_without_bytes_writes_an_end_that_begins_a_text_as_it_is_decoded() -> None:
+    tokenizer = wordpieces()
+    tokens = tokenizer.convert_tokens_to_ids(["##ing", "play", "##ed"])
+    assert Decoding(tokenizer).parts(tokens, after=[]) == [("##ing", b"##ing"), (" play", b" play"), ("ed", b"ed")]
+
+
+def test_a_text_begins_without_the_space_of_its_first_word_beside_characters_of_several_tokens() -> None:
+    tokenizer = sentencepiece("▁true")
+    tokens = tokenizer.convert_tokens_to_ids(["▁true", *FACE])
+    parts = Decoding(tokenizer).parts(tokens, after=[])
+    assert [part for part, _ in parts] == ["true", "", "", "", "😀"]
+    assert b"".join(known for _, known in parts) == "true😀".encode()
 
 
 def test_a_token_beyond_the_tokenizer_says_nothing_and_has_a_name() -> None:

@@ -1,4 +1,4 @@
-"""Prompts with tokens that the model has no embedding for: an error of their own."""
+"""Prompts without tokens, and with tokens that the model has no embedding for: an error of their own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import pytest
 from batchmill.jobs.models.quantization import Kind, Quantization
 from batchmill.jobs.models.spec import ModelSpec
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
-from batchmill.jobs.requests.request import Output, RequestKey
+from batchmill.jobs.requests.request import ErrorCode, Output, RequestKey
 from batchmill.worker.engine.options import EngineChoice, EngineOptions
+from batchmill.worker.engine.refused import Refused
+from batchmill.worker.engine.text.tokenization import Tokenization
 from batchmill.worker.engine.transformers_kind import serve
 from batchmill.worker.models.load import LoadedModel, load
+from tests.support.models.chains import wordpieces
 from tests.support.models.tiny import build_tokenizer, save_tiny_model
 
 SAMPLING = SamplingParams(max_tokens=2, temperature=0.0)
@@ -37,6 +40,15 @@ def answers(loaded: LoadedModel, kind: EngineChoice, *requests: GenerationReques
     while engine.waiting or engine.active:
         outputs += engine.step()
     return sorted(outputs, key=lambda output: output.key.index)
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    tokenizer = wordpieces()
+    tokenization = Tokenization(tokenizer, vocabulary=len(tokenizer), context_tokens=None, end_token_ids=[1])
+    assert tokenization.prompt(GenerationRequest(0, "0", prompt="now", sampling=SAMPLING)).tokens
+    with pytest.raises(Refused, match="the prompt has no tokens") as caught:
+        tokenization.prompt(GenerationRequest(0, "0", prompt="", sampling=SAMPLING))
+    assert caught.value.code == ErrorCode.EMPTY_PROMPT
 
 
 @pytest.mark.parametrize("kind", [EngineChoice.CONTINUOUS, EngineChoice.GENERATE])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from batchmill.jobs.errors import ModelError
 from batchmill.jobs.models.adapters import Adapter
+from batchmill.jobs.models.digests import Digests
+from batchmill.jobs.models.identity import of_adapter
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import RequestKey
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
@@ -128,6 +130,20 @@ def test_an_adapter_counts_into_the_weights(save: Callable[..., Path]) -> None:
     floats = sum(each.numel() for each in load_file(folder / "adapter_model.safetensors").values())
     assert held.weights_bytes - base.weights_bytes == held.adapters[0].nbytes == 4 * floats
     assert all(not each._forward_hooks for each in base.model.modules()), "the model itself is as it was"
+
+
+def test_an_adapter_is_known_by_the_content_of_its_files(save: Callable[..., Path]) -> None:
+    base, folder = model(), save()
+    file = folder / "adapter_model.safetensors"
+
+    def identity() -> str | None:
+        (held,) = with_adapters(base, [Adapter("a", str(folder))]).adapters
+        assert held.adapter.identity == held.content.identity == of_adapter(folder, Digests()).identity
+        return held.adapter.identity
+
+    before = identity()
+    save_file({key: each + 1 for key, each in load_file(file).items()}, file)
+    assert identity() != before
 
 
 @pytest.mark.parametrize(

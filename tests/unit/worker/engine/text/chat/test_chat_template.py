@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -34,10 +35,16 @@ TOOLS = """\
 {%- for message in messages %}[{{ message.role }}]{{ message.name }}:{{ message.content CONTENT }}
 {%- for call in message.tool_calls %}{{ call.function.name }}({{ call.function.arguments FILTER }}){% endfor %}
 {%- endfor %}"""
+LAST = "{{ messages[-1].role }}{{ messages[-1].content }}"
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+CALLS = PLAIN.replace("{% endfor %}", "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endfor %}")
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": '{"city": "Bonn"}'}}
 CALLING = {"role": "assistant", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+#: A result of no call, and a call without arguments.
+UNASKED = {"role": "tool", "content": "sunny"}
+BARE = {**CALL, "function": {"name": "w", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
@@ -78,10 +85,9 @@ def test_a_message_that_a_template_leaves_out_is_refused_with_its_role_and_place
     said = "the chat template leaves out messages[{}], of role 'function': the model would never see it"
     assert refusal(QWEN, secret, USER) == said.format(0)
     assert refusal(QWEN, USER, secret) == said.format(1)
-    last = "{{ messages[-1].role }}{{ messages[-1].content }}"
-    assert "messages[0], of role 'user'" in refusal(last, USER, USER)
-    assert written(last, USER) == "userhi"
-    assert written(last, {"role": "system", "content": ""}, USER) == "userhi", "there was nothing to leave out"
+    assert "messages[0], of role 'user'" in refusal(LAST, USER, USER)
+    assert written(LAST, USER) == "userhi"
+    assert written(LAST, {"role": "system", "content": ""}, USER) == "userhi", "there was nothing to leave out"
 
 
 def test_a_template_may_want_contents_as_lists_of_parts() -> None:
@@ -129,9 +135,8 @@ def test_arguments_that_are_no_object_stay_as_they_are() -> None:
 
 
 def test_a_call_or_a_tool_that_a_template_leaves_out_is_refused() -> None:
-    plain = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    assert "leaves out messages[1].tool_calls[0], of role 'assistant'" in refusal(plain, USER, CALLING, RESULT)
-    assert "leaves out tools[0]" in refusal(plain, USER, tools=(TOOL,))
+    assert "leaves out messages[1].tool_calls[0], of role 'assistant'" in refusal(PLAIN, USER, CALLING, RESULT)
+    assert "leaves out tools[0]" in refusal(PLAIN, USER, tools=(TOOL,))
     named = (
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endfor %}"
     )
@@ -145,6 +150,42 @@ def test_a_template_keeps_its_own_words_about_what_it_refuses() -> None:
         refusal(short, {"role": "user", "content": "SECRET SECRET"})
         == "the chat template refused the messages: too long"
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "good", "other", "left_out"),
+    [
+        (QWEN, [USER], [{**USER, "role": "function"}], "messages[0], of role 'function'"),
+        (LAST, [{**USER, "content": ""}, USER], [USER, USER], "messages[0], of role 'user'"),
+        (PLAIN, [{**USER, "tool_calls": []}], [{**USER, "tool_calls": [CALL]}], "messages[0].tool_calls[0]"),
+        (CALLS, [{**USER, "tool_calls": [BARE]}], [{**USER, "tool_calls": [CALL]}], "the arguments of messages[0]"),
+        (PLAIN.replace("in messages", "in messages if not m.name"), [USER], [{**USER, "name": "bob"}], "messages[0]"),
+        (PLAIN.replace("in messages", "in messages if not m.tool_call_id"), [UNASKED], [RESULT], "messages[0]"),
+    ],
+    ids=["role", "content", "calls", "arguments", "name", "tool_call_id"],
+)
+def test_a_conversation_that_differs_in_one_part_is_proven_anew(
+    template: str, good: list[dict[str, Any]], other: list[dict[str, Any]], left_out: str
+) -> None:
+    known = ChatTemplate(build_tokenizer(chat_template=template))
+    known.rendered(asking(*good))
+    with pytest.raises(Refused, match=re.escape(f"leaves out {left_out}")):
+        known.rendered(asking(*other))
+
+
+def test_a_conversation_with_tools_is_proven_anew() -> None:
+    known = ChatTemplate(build_tokenizer(chat_template=PLAIN))
+    known.rendered(asking(USER))
+    with pytest.raises(Refused, match=re.escape("leaves out tools[0]")):
+        known.rendered(asking(USER, tools=(TOOL,)))
+
+
+def test_a_request_with_tools_needs_no_name_where_a_template_is_for_them() -> None:
+    templates = {"rag": PLAIN, "tool_use": PLAIN + "{{ tools | tojson }}"}
+    several = ChatTemplate(build_tokenizer(chat_template=templates))  # type: ignore[arg-type]
+    assert "weather" in several.rendered(asking(USER, tools=(TOOL,)))
+    with pytest.raises(Refused, match="the chat templates rag, tool_use, and the request does not say which"):
+        several.rendered(asking(USER))
 
 
 def test_shapes_are_proven_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
