@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from batchmill.jobs.requests.states import JobState
+from batchmill.jobs.store.database.postgresql import postgresql_engine
 from batchmill.jobs.store.store import Store
 from batchmill.migrations import revisions
 from tests.support.store import mill
@@ -60,6 +61,24 @@ def test_a_servers_defaults_do_not_count(postgresql_url: str) -> None:
         assert said == ["read committed", "serializable", "30s", "2min", "1min"]
     store.close()
     _works(postgresql_url)
+
+
+def test_the_limits_of_a_transaction_end_with_it(postgresql_url: str) -> None:
+    """A pooler lends the session to somebody else by then."""
+    limits = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
+    name = make_url(postgresql_url).database
+    _administer(postgresql_url, *(f"ALTER DATABASE {name} SET {each} = '11min'" for each in limits))
+    engine = postgresql_engine(make_url(postgresql_url), busy_seconds=10)
+    with engine.connect() as connection:
+        session = connection.connection.driver_connection
+        assert session is not None
+        for end in ("commit", "rollback"):
+            with connection.begin() as transaction:
+                said = [connection.exec_driver_sql(f"SHOW {each}").scalar() for each in limits]
+                getattr(transaction, end)()
+            assert said == ["30s", "2min", "1min"]
+            assert [session.execute(f"SHOW {each}").fetchone() for each in limits] == [("11min",)] * 3
+    engine.dispose()
 
 
 @pytest.mark.parametrize("by_url", [True, False])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from batchmill.jobs.requests.states import WorkerState
-from batchmill.jobs.runtime.log_file import logs_folder
+from batchmill.jobs.runtime.log_file import FILE_BYTES, logs_folder
 from batchmill.jobs.store.jobs.create import MAX_REQUESTS
 from batchmill.jobs.store.store import Store
 from tests.integration.conftest import PATIENCE_SECONDS, until, write_prompts
@@ -226,6 +226,16 @@ def test_a_bad_file_of_one_page_starts_no_worker(home: Home, tmp_path: Path) -> 
     assert "p.jsonl:6:" in home.run("run", file, "-m", "echo", code=2).stderr
     assert home.rows() == []
     assert not (home.path / "worker.log").read_text()
+
+
+def test_a_worker_log_that_has_grown_large_is_rotated(home: Home, tmp_path: Path) -> None:
+    home.path.mkdir()
+    (home.path / "worker.log").write_bytes(bytes(FILE_BYTES))
+    file = tmp_path / "p.jsonl"
+    file.write_text("{\n")
+    home.run("run", file, "-m", "echo", code=2)
+    sizes = {path.name: path.stat().st_size for path in home.path.glob("worker.log*")}
+    assert sizes == {"worker.log": 0, "worker.log.1": FILE_BYTES}
 
 
 def test_run_refuses_a_store_that_is_not_embedded(home: Home, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from batchmill.jobs.requests.generation import GenerationOptions, SamplingParams
 from batchmill.jobs.requests.request import ErrorCode
+from batchmill.jobs.runtime.process.process import Process
 from batchmill.jobs.store.leases.lease import BatchReport
 from batchmill.jobs.store.store import Store
 from tests.support.prompt_files import error, write
@@ -47,6 +49,14 @@ def half_done(store: Store) -> str:
     mill.save(store, who, [BatchReport(claimed.lease, outputs=errors)])
     mill.claim(store, who)
     return job_id
+
+
+@pytest.fixture
+def ended_process() -> Process:
+    """A process of this machine that has ended."""
+    live = Process.own()
+    assert live is not None
+    return replace(live, start_ticks=live.start_ticks - 1)
 
 
 @pytest.fixture

@@ -55,6 +55,10 @@ def in_thread(call: Callable[[], object]) -> threading.Thread:
     return thread
 
 
+def test_a_wait_of_up_to_two_seconds_is_a_short_one() -> None:
+    assert waiting.FIRST_SECONDS == 2.0
+
+
 def test_a_wait_is_told_of_more_and_more_seldom(told: Queue[str]) -> None:
     with telling("Godot"):
         lines = [told.get(timeout=300) for _ in range(3)]

@@ -15,16 +15,16 @@ from batchmill.jobs.store.store import Store
 from batchmill.producer.cli.text.job_lines import job_lines
 from batchmill.producer.cli.text.worker_line import worker_line
 from batchmill.producer.views.gone_workers import seen_here
+from batchmill.producer.views.retries import chances_of
 from batchmill.producer.views.status import JobStatus
 from tests.support.store import mill
 
 
-def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store: Store) -> None:
+def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store: Store, ended_process: Process) -> None:
     live = Process.own()
-    assert live is not None
-    ended = replace(live, start_ticks=live.start_ticks - 1)
     job_id = mill.load(store, 3)
-    for name, process in (("lives", live), ("contained", replace(ended, namespace=1)), ("ended", ended)):
+    contained = replace(ended_process, namespace=1)
+    for name, process in (("lives", live), ("contained", contained), ("ended", ended_process)):
         mill.session(store, name=name, process=process, host=gethostname())
     rows = {each.name: seen_here(each) for each in store.workers.rows()}
     assert {name: each.alive for name, each in rows.items()} == {"ended": False, "lives": True, "contained": True}
@@ -42,6 +42,24 @@ def test_a_worker_of_this_machine_whose_process_has_ended_is_dead_at_once(store:
     lines = job_lines(JobStatus.read(store, job_id))
     assert "  waiting    worker ended has ended, and the mill here restarts it within a minute;" in lines
     assert "  waiting    if neither `up` nor `run` started it, start it yourself: batchmill worker -m echo" in lines
+
+
+def test_a_worker_whose_process_has_ended_is_not_at_work(store: Store, ended_process: Process) -> None:
+    job_id = mill.load(store, 10)
+    for name, process in (("lives", Process.own()), ("ended", ended_process)):
+        assert mill.claim(store, mill.session(store, name=name, process=process, host=gethostname()))
+    assert len(store.workers.rows(job_id=job_id)) == 2, "the heartbeats of both are fresh"
+    assert [each.name for each in JobStatus.read(store, job_id).workers] == ["lives"]
+
+
+@pytest.mark.parametrize(("is_ended", "context_tokens"), [(False, 128), (True, 0)])
+def test_a_worker_whose_process_has_ended_is_no_chance_of_a_retry(
+    store: Store, ended_process: Process, is_ended: bool, context_tokens: int
+) -> None:
+    job_id = mill.load(store, 3)
+    mill.work_off(store, mill.session(store, process=ended_process if is_ended else Process.own()))
+    chances = chances_of(store.jobs.job(job_id), everything=False, store=store)
+    assert chances.context_tokens == context_tokens
 
 
 class TestUptime:
@@ -70,10 +88,8 @@ class TestUptime:
         clock.seconds += 1_000
         assert self.up(store, who) == 5
 
-    def test_of_a_worker_whose_process_is_gone(self, store: Store, clock: mill.Clock) -> None:
-        live = Process.own()
-        assert live is not None
-        who = mill.session(store, process=replace(live, start_ticks=live.start_ticks - 1))
+    def test_of_a_worker_whose_process_is_gone(self, store: Store, clock: mill.Clock, ended_process: Process) -> None:
+        who = mill.session(store, process=ended_process)
         clock.seconds += 5
         store.registration.heartbeat(who.worker_id, beat=5.0)
         clock.seconds += 3

@@ -128,3 +128,12 @@ def test_it_says_who_holds_it_as_far_as_that_is_known(home: Path) -> None:
     assert shown.pop("its pid alone") == f"pid {live.pid}"
     assert shown.pop("another namespace") == f"pid {live.pid} in another container"
     assert set(shown.values()) == {"pid unknown"}
+
+
+def test_of_a_pid_alone_nothing_is_concluded(home: Path) -> None:
+    file = PidFile(home / "mill.pid")
+    assert file.lives is Lives.NO
+    file.write(os.getpid())
+    assert file.lives is Lives.YES
+    (home / "mill.pid").write_text(f"{os.getpid()}\n")
+    assert file.lives is Lives.UNKNOWN

@@ -82,8 +82,10 @@ def test_it_starts_when_the_kernel_says_whatever_the_clock_says(other: subproces
 def test_it_is_read_as_it_was_written(other: subprocess.Popen[bytes]) -> None:
     named = of(other.pid)
     assert Process.parse(f"{named}\n") == named
-    version, *_ = str(named).split(".")
+    version, *fields = str(named).split(".")
     assert version == "1"
+    for newer in ("2", "10", ""):
+        assert Process.parse(".".join((newer, *fields))) is None
 
 
 @pytest.mark.parametrize(

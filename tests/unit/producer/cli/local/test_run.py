@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
 
@@ -24,11 +23,10 @@ def home_store() -> Store:
     return open_store(load_settings())
 
 
-def test_a_worker_whose_process_has_ended_answers_no_file(home_store: Store, tmp_path: Path) -> None:
-    live = Process.own()
-    assert live is not None
-    ended = replace(live, start_ticks=live.start_ticks - 1)
-    mill.session(home_store, process=ended, host=gethostname())
+def test_a_worker_whose_process_has_ended_answers_no_file(
+    home_store: Store, tmp_path: Path, ended_process: Process
+) -> None:
+    mill.session(home_store, process=ended_process, host=gethostname())
     assert home_store.workers.rows()[0].alive, "its heartbeat is fresh"
     home_store.close()
     file = tmp_path / "p.jsonl"

@@ -20,6 +20,8 @@ from tests.support.processes.terminal import Terminal
 from tests.support.store import mill
 
 BAR = "━"
+#: A code that sets a color, of the foreground or the background.
+COLOR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:[349]|10)[0-9][0-9;]*m")
 ADVICE = ("no live worker has served demo (nf4) for 2 min 20 s; start one:", "batchmill up -m demo -q nf4")
 RUNNING = LiveLine("5ht7666w running", 1_200, 3_200, "12.3 requests/s, ends in about 2 min 39 s")
 WAITING = LiveLine("5ht7666w queued", 0, 3_200, "", ADVICE)
@@ -94,6 +96,7 @@ def test_wait_in_a_real_terminal(columns: int, has_bar: bool, job_id: str) -> No
     assert "0/4,000" in text
     assert "batchmill up -m echo" in text
     assert (BAR in text) == has_bar
+    assert bool(COLOR.search(text)) == has_bar
 
 
 def test_ctrl_c_gives_the_terminal_back_and_no_color_is_kept(job_id: str) -> None:
@@ -106,4 +109,4 @@ def test_ctrl_c_gives_the_terminal_back_and_no_color_is_kept(job_id: str) -> Non
     assert goes_on in terminal.shown
     assert "batchmill: interrupted" in terminal.shown
     assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l"), "the cursor is seen again"
-    assert not re.search(r"\x1b\[[0-9;]*[34][0-9]", terminal.shown), "no color"
+    assert not COLOR.search(terminal.shown), "no color"
