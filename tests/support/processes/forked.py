@@ -27,9 +27,9 @@ from typing import Any
 
 from tests.support.paths import ROOT
 
-#: What a command says to stderr waits in the pipe while its stdout is read.
+#: The room of a pipe, in which stderr waits while stdout is read.
 _PIPE_BYTES = 1024**2
-#: What commands that compute import besides; it takes 4 CPU-seconds, once for each process of pytest.
+#: The modules of commands that compute; they take 4 CPU-seconds to import, once for each process of pytest.
 _COMPUTING = ["batchmill.worker.engine.transformers_kind", "batchmill.worker.evaluate.lineup"]
 #: The word that asks for these.
 _COMPUTES = "computes"
