@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from batchmill.jobs.requests.generation import GenerationRequest, SamplingParams
 from batchmill.jobs.requests.request import Output, RequestKey
+from batchmill.worker.engine.continuous.attention.flash import FlashAttention
 from batchmill.worker.engine.continuous.engine import ContinuousEngine
-from batchmill.worker.engine.continuous.execution.flash import FlashAttention
 from batchmill.worker.engine.options import EngineOptions
 from batchmill.worker.models.load import LoadedModel
 from tests.support.models.families import loaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.worker.engine.continuous.execution.test_flash import KV_HEADS, ROWS, STEPS, Steps
+from tests.unit.worker.engine.continuous.attention.test_flash import KV_HEADS, ROWS, STEPS, Steps
 
 
 @pytest.mark.parametrize("fixed", [False, True])

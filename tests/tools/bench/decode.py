@@ -18,7 +18,7 @@ from typing import TypeVar
 from batchmill.jobs.errors import UsageError
 from batchmill.jobs.models.quantization import Quantization
 from batchmill.worker.devices.selection import visible_devices
-from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS
+from batchmill.worker.engine.continuous.attention.flash import PAGE_TOKENS
 from batchmill.worker.plan.hardware import Hardware
 from tests.tools.bench import report
 from tests.tools.bench.contest import in_process

@@ -22,14 +22,13 @@ from batchmill.worker.devices.selection import is_out_of_memory
 from batchmill.worker.engine import Progress
 from batchmill.worker.engine.capacity import Capacity
 from batchmill.worker.engine.continuous.answer import Answer, ChoiceRow
-from batchmill.worker.engine.continuous.execution.decoder import Decoder
+from batchmill.worker.engine.continuous.decoders import open_decoder
 from batchmill.worker.engine.continuous.execution.executor import Executor, InFlightStep
-from batchmill.worker.engine.continuous.execution.flash import serves
 from batchmill.worker.engine.continuous.intake import Intake
 from batchmill.worker.engine.continuous.scheduling.prefixes import by_beginning
 from batchmill.worker.engine.continuous.scheduling.schedule import Schedule
 from batchmill.worker.engine.continuous.scheduling.step import Step
-from batchmill.worker.engine.continuous.sizing import copies_budget_bytes, size
+from batchmill.worker.engine.continuous.sizing import copies_budget_bytes
 from batchmill.worker.engine.continuous.support import cache_shape, refuse_outliers
 from batchmill.worker.engine.continuous.weights.preparation import Prepared, prepare
 from batchmill.worker.engine.grammar.grammars import Grammars
@@ -72,17 +71,16 @@ class ContinuousEngine:
         load = Load.of(loaded, token_bytes=shape.token_bytes)
         #: The changes to the layout of the model's weights, for the log.
         self.prepared = _prepared(loaded, load, options)
-        flash = serves(shape, loaded.device)
-        planned = size(load, MemoryBudget.of(loaded.device), options, pages=flash)
-        self.limits, slots = planned.limits, planned.slots()
-        rows, step_tokens = self.limits.rows, max(step_tokens or planned.step_tokens, self.limits.rows)
-        self.capacity = Capacity(step_tokens, found=known_capacity)
-        self.defaults = loaded.defaults
         fixed = options.deterministic
         lora = Lora(loaded.model, loaded.adapters, device=loaded.device, fixed=fixed)
-        self._decoder = Decoder(loaded, shape, slots, lora=lora, rows=rows, tokens=step_tokens, fixed=fixed)
+        opened = open_decoder(loaded, shape, load, options, lora=lora, step_tokens=step_tokens)
+        self.limits, rows = opened.limits, opened.limits.rows
+        self.capacity = Capacity(opened.step_tokens, found=known_capacity)
+        self.defaults = loaded.defaults
+        self._decoder = opened.decoder
         self.cache_bytes = self._decoder.cache_bytes
-        self._schedule = Schedule[ChoiceRow](slots, batch_slots=rows, close_holes=not flash, alone=fixed)
+        close_holes = not opened.backend.pages
+        self._schedule = Schedule[ChoiceRow](opened.slots, batch_slots=rows, close_holes=close_holes, alone=fixed)
         sampler = Sampler(batch_slots=rows, vocabulary=loaded.vocabulary, device=loaded.device)
         self._executor = Executor(self._decoder, sampler, vocabulary=loaded.vocabulary, device=loaded.device)
         self._in_flight: InFlightStep | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from batchmill.jobs.models.engine_facts import EngineLimits
-from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS
+from batchmill.worker.engine.continuous.attention.flash import PAGE_TOKENS
 from batchmill.worker.engine.continuous.scheduling.slots import SMALLEST_TOKENS, Slots
 from batchmill.worker.engine.options import Dequantize, EngineChoice, EngineOptions
 from batchmill.worker.engine.sizing import Load, MemoryBudget

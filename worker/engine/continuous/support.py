@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from batchmill.worker.engine.continuous.execution.attention_backend import attention_backend, register
-from batchmill.worker.engine.continuous.execution.cache import CacheShape
+from batchmill.worker.engine.continuous.attention.cache import CacheShape
+from batchmill.worker.engine.continuous.attention.interface import attention_function
 from batchmill.worker.engine.stretching import stretched
 from batchmill.worker.models.load import LoadedModel
 
@@ -43,10 +43,9 @@ def probed_shape(model: PreTrainedModel, device: torch.device, *, context_tokens
         raise Unsupported("it has an encoder")
     _refuse_longest(config.get_text_config(), context_tokens)
     seen = _ProbeAttention()
-    name = register(seen)
     positions = torch.arange(2, device=device)[None]
     try:
-        with torch.inference_mode(), attention_backend(model, name):
+        with torch.inference_mode(), attention_function(model, seen):
             model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
     except Exception as error:
         # A model may raise anything over an attention function that it does not expect.
@@ -59,6 +58,7 @@ class _ProbeAttention:
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[tuple[int, int, int], torch.dtype]] = {}
+        self._query_heads = 0
         self._options: set[str] = set()
         self._windows: dict[int, int | None] = {}
 
@@ -72,6 +72,7 @@ class _ProbeAttention:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         layer: Any = module.layer_idx
+        self._query_heads = max(self._query_heads, query.shape[1])
         self._layers[layer] = (key.shape[1], key.shape[3], value.shape[3]), key.dtype
         self._windows[layer] = options.get("sliding_window")
         self._options |= {name for name, option in options.items() if option is not None}
@@ -93,7 +94,16 @@ class _ProbeAttention:
         if len(set(self._layers.values())) > 1:
             raise Unsupported("its layers keep keys of different sizes")
         (heads, key_size, value_size), dtype = self._layers[0]
-        return CacheShape(layers, heads, key_size, value_size, dtype, capped="softcap" in self._options)
+        return CacheShape(
+            layers,
+            heads,
+            key_size,
+            value_size,
+            dtype,
+            capped="softcap" in self._options,
+            query_heads=self._query_heads,
+            windows=tuple(sorted({each for each in self._windows.values() if each is not None})),
+        )
 
 
 def refuse_outliers(model: PreTrainedModel) -> None:

@@ -130,7 +130,7 @@ WORKER: tuple[Mutant, ...] = (
         "a place of the cache is clean for the next row",
         (
             Edit(
-                "worker/engine/continuous/execution/cache.py", "self._slot(each, target)[:, :, tokens:].zero_()", "pass"
+                "worker/engine/continuous/attention/cache.py", "self._slot(each, target)[:, :, tokens:].zero_()", "pass"
             ),
         ),
         (suites.NUMBERS,),

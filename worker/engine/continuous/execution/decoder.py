@@ -14,10 +14,11 @@ import torch
 
 from batchmill.jobs.models.quantization import Kind
 from batchmill.worker.devices.upload import upload
-from batchmill.worker.engine.continuous.execution.attention import Attention
-from batchmill.worker.engine.continuous.execution.attention_backend import attention_backend, register
-from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
-from batchmill.worker.engine.continuous.execution.flash import PAGE_TOKENS, FlashAttention, serves
+from batchmill.worker.engine.continuous.attention.backends import AttentionBackend, StepBounds
+from batchmill.worker.engine.continuous.attention.cache import Cache, CacheShape
+from batchmill.worker.engine.continuous.attention.flash import PAGE_TOKENS
+from batchmill.worker.engine.continuous.attention.interface import attention_function
+from batchmill.worker.engine.continuous.attention.trial import error_of
 from batchmill.worker.engine.continuous.execution.graphs import DecodeGraphs
 from batchmill.worker.engine.continuous.scheduling.slots import Slots
 from batchmill.worker.engine.continuous.scheduling.step import Copy, Piece, Row
@@ -44,8 +45,7 @@ class Decoder:
     """One model with its cache of `slots.tokens` places. Raises Unsupported.
 
     `lora`: the adapters that its rows may name.
-    `rows`, `tokens`: the most of one step.
-    `fixed`: a forward always decodes `rows` rows, so that its shapes do not depend on how many there are.
+    `fixed`: a forward always decodes `bounds.rows` rows, so that its shapes do not depend on how many there are.
     """
 
     def __init__(
@@ -53,30 +53,28 @@ class Decoder:
         loaded: LoadedModel,
         shape: CacheShape,
         slots: Slots,
+        backend: AttentionBackend,
+        bounds: StepBounds,
         *,
         lora: Lora,
-        rows: int,
-        tokens: int,
         fixed: bool = False,
     ) -> None:
-        flash = serves(shape, loaded.device)
         # Padding tokens write to scratch places behind the slots.
-        self._cache = Cache(shape, slots.tokens + PAGE_TOKENS, loaded.device, heads_first=not flash)
+        self._cache = Cache(shape, slots.tokens + PAGE_TOKENS, loaded.device, heads_first=not backend.pages)
         self._model = loaded.model
         self._lora = lora
         self._device = loaded.device
-        self.rows, self._fixed = rows, fixed
+        self.rows, self._fixed = bounds.rows, fixed
         self._unused = slots.tokens
         self._evened = loaded.device.type == "cpu" and shape.dtype.itemsize < torch.float32.itemsize
         self._graphs: DecodeGraphs | None = None
-        self._attention: Attention | FlashAttention = Attention(self._cache, fixed=fixed)
-        if flash:
-            self._attention = FlashAttention(self._cache, rows=rows, tokens=tokens, longest=slots.longest, fixed=fixed)
-            # A graph would replay the copies of weights that wait elsewhere from where they were when it was captured;
-            # and a search for outlier columns waits for the device, which no graph can.
-            if not loaded.layout.offloaded and not finds_outliers(loaded.model):
-                self._graphs = DecodeGraphs(self._decoded, rows=rows, device=loaded.device)
-        self._name = register(self._attention)
+        self._attention = backend.build(self._cache, bounds, fixed)
+        # A graph would replay the copies of weights that wait elsewhere from where they were when it was captured;
+        # and a search for outlier columns waits for the device, which no graph can.
+        if backend.graphs and not loaded.layout.offloaded and not finds_outliers(loaded.model):
+            self._graphs = DecodeGraphs(self._decoded, rows=bounds.rows, device=loaded.device)
+        if wrong := error_of(self._attention, shape, slots, bounds, loaded.device):
+            raise Unsupported(f"of the {backend.name} attention on this device, {wrong}")
         _try(self, loaded, slots)
         for number in lora.numbers.values():
             _try_adapter(self, loaded, slots, lora, number)
@@ -144,7 +142,7 @@ class Decoder:
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """`keep`: the places whose logits are computed, 0 for all."""
-        with attention_backend(self._model, self._name):
+        with attention_function(self._model, self._attention):
             output = self._model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits

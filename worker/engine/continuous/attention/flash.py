@@ -1,35 +1,60 @@
 """Attention over the cache on CUDA: one call a layer for all rows, through the FlashAttention that torch carries.
 
 Owns the description of a step on the device, in tensors that stay where they are, so that a CUDA graph can be
-captured over them. It has the interface of `attention`.
+captured over them.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
-from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+from batchmill.worker.engine.continuous.attention.cache import Cache, CacheShape
 from batchmill.worker.engine.continuous.scheduling.step import Piece
 
 #: The kernel reads the cache in pages of a multiple of this many tokens, so slots begin at one.
 PAGE_TOKENS = 256
+#: The arguments of the kernel that are used here.
+_ARGUMENTS = ("scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits")
 #: The kernel's largest head size, the divisor of all of them, and the first CUDA capability that it runs on.
 LARGEST_HEAD, HEAD_MULTIPLE, FIRST_CAPABILITY = 256, 8, (8, 0)
 
 
-def serves(shape: CacheShape, device: torch.device) -> bool:
-    """True where the kernel takes a model of this shape on this device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
-        return False
-    halves = shape.dtype in (torch.float16, torch.bfloat16)
-    sizes = shape.key_size == shape.value_size <= LARGEST_HEAD and shape.key_size % HEAD_MULTIPLE == 0
-    return halves and not shape.capped and sizes
+def lacks(shape: CacheShape, device: torch.device) -> str | None:
+    """Says what the kernel lacks for a model of this shape on this device; None where it serves it."""
+    if device.type != "cuda":
+        return "it runs on CUDA alone"
+    if missing := _missing_arguments():
+        return f"torch {torch.__version__} has it without {', '.join(missing)}: torch 2.12 is the first that it needs"
+    if (capability := torch.cuda.get_device_capability(device)) < FIRST_CAPABILITY:
+        return f"it needs a CUDA capability of {_dotted(FIRST_CAPABILITY)}, and this device has {_dotted(capability)}"
+    if shape.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in 16 bits, and the model in {str(shape.dtype).removeprefix('torch.')}"
+    if shape.key_size != shape.value_size:
+        return f"its keys and values are of one size, and the model's of {shape.key_size} and {shape.value_size}"
+    if shape.key_size > LARGEST_HEAD or shape.key_size % HEAD_MULTIPLE:
+        return f"its heads are multiples of {HEAD_MULTIPLE} up to {LARGEST_HEAD}, and the model's are {shape.key_size}"
+    return "it knows no soft cap" if shape.capped else None
+
+
+def _missing_arguments() -> list[str]:
+    """Lists the arguments that torch's kernel does not take."""
+    taken = inspect.signature(varlen_attn).parameters if varlen_attn is not None else ()
+    return [each for each in _ARGUMENTS if each not in taken]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 class FlashAttention:

@@ -17,7 +17,7 @@ from batchmill.worker.engine.continuous.scheduling.step import Copy
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """The keys and values that a model keeps of a token."""
+    """The keys and values that a model keeps of a token, and how its layers attend to them."""
 
     layers: int
     #: Heads of keys and values in each layer.
@@ -29,6 +29,10 @@ class CacheShape:
     dtype: torch.dtype
     #: True where the scores go through a soft cap.
     capped: bool = False
+    #: Heads of queries in each layer; 0 where that is not known.
+    query_heads: int = 0
+    #: The windows of its layers that do not see all tokens before them.
+    windows: tuple[int, ...] = ()
 
     @property
     def token_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Attention over the cache, for any transformers model: the function that each of its layers calls.
+"""Attention over the cache by torch's own products, for any model on any device.
 
 Owns the reads and writes of the cache in a step. It knows no schedule but the pieces that it is given.
 
@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchmill.worker.devices.upload import upload
-from batchmill.worker.engine.continuous.execution.cache import Cache
+from batchmill.worker.engine.continuous.attention.cache import Cache
 from batchmill.worker.engine.continuous.scheduling.step import Piece
 
 #: Longer pieces are grouped while padding takes at most this many times what they need.
@@ -29,7 +29,7 @@ PADDING = 1.5
 CALL = 4_096
 
 
-class Attention:
+class SdpaAttention:
     """The attention of one step at a time: `plan` it, then run the model's forward, in which every layer calls this.
 
     `fixed`: a row's numbers depend on its own length alone, and not on its neighbours'.

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchmill.worker.engine.continuous.execution import attention
-from batchmill.worker.engine.continuous.execution.attention import Attention
-from batchmill.worker.engine.continuous.execution.cache import Cache, CacheShape
+from batchmill.worker.engine.continuous.attention import sdpa
+from batchmill.worker.engine.continuous.attention.cache import Cache, CacheShape
+from batchmill.worker.engine.continuous.attention.sdpa import SdpaAttention
 from batchmill.worker.engine.continuous.scheduling.slots import Slots
 from batchmill.worker.engine.continuous.scheduling.step import Piece, Row
 
@@ -67,7 +67,7 @@ beginning = st.integers(1, LONGEST).map(lambda end: (0, end))
     window=st.none() | st.integers(1, LONGEST),
     softcap=st.none() | st.just(2.0),
     fixed=st.booleans(),
-    call=st.sampled_from([0, attention.CALL]),
+    call=st.sampled_from([0, sdpa.CALL]),
     unused=st.integers(0, 3),
 )
 def test_each_query_sees_itself_and_what_its_row_has_before(
@@ -91,8 +91,8 @@ def test_each_query_sees_itself_and_what_its_row_has_before(
     queries = torch.randn(borders[-1] + unused, HEADS * shared, SIZE)
     asked = [(each.keys[piece.begin :], each.values[piece.begin :]) for each, piece in zip(known, pieces, strict=True)]
     asked += [(torch.ones(unused, HEADS, SIZE), torch.ones(unused, HEADS, VALUE_SIZE))]
-    with patch.object(attention, "CALL", call):
-        attend = Attention(cache, fixed=fixed)
+    with patch.object(sdpa, "CALL", call):
+        attend = SdpaAttention(cache, fixed=fixed)
         attend.plan(pieces, unused=[2_048] * unused)
         found, _ = attend(
             SimpleNamespace(layer_idx=0),  # type: ignore[arg-type]
