@@ -60,7 +60,7 @@ class _Capture(TorchDispatchMode):
 
 
 class RecordedCuda:
-    """What was asked of torch.cuda, in order."""
+    """The calls of torch.cuda, in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

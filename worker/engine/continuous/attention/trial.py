@@ -31,13 +31,13 @@ def error_of(
 ) -> str | None:
     """Says how far its results are from the right ones; None where they agree. It leaves the slots as they were."""
     for window in (None, *sorted({min(each, bounds.longest // 2) for each in shape.windows} - {0})):
-        far = _Trial(shape, slots, bounds, device, window).error(attention)
+        far = _RandomRows(shape, slots, bounds, device, window).error(attention)
         if not far <= (_TOLERANCE if shape.dtype.itemsize >= torch.float32.itemsize else _ROUGH_TOLERANCE):
             return f"its results are wrong by {far:.1%}" + ("" if window is None else f" in a window of {window}")
     return None
 
 
-class _Trial:
+class _RandomRows:
     """Two rows of random queries, keys and values, computed in several steps."""
 
     def __init__(
@@ -52,7 +52,7 @@ class _Trial:
         self._tokens = bounds.tokens
         generator = torch.Generator().manual_seed(_SEED)
         lengths = [min(_LONG_TOKENS, bounds.longest), min(_SHORT_TOKENS, bounds.longest)][: bounds.rows]
-        self._rows = [_TrialRow(shape, length, generator, device) for length in lengths]
+        self._rows = [_RandomRow(shape, length, generator, device) for length in lengths]
 
     def error(self, attention: StepAttention) -> float:
         """The largest error of all steps, as a part of the largest number of the right results."""
@@ -67,7 +67,7 @@ class _Trial:
             for each in held:
                 self._slots.give(each.row.held)
 
-    def _steps(self, held: Sequence[_TrialRow]) -> list[list[tuple[int, int]]]:
+    def _steps(self, held: Sequence[_RandomRow]) -> list[list[tuple[int, int]]]:
         """The spans of each row in each step: beginnings, a piece beside a row that decodes, and rows that decode."""
         long = held[0].length if held else 0
         first = max(1, min(long // 2, self._tokens - _SHORT_TOKENS))
@@ -79,7 +79,7 @@ class _Trial:
                 spans.append(span)
         return steps
 
-    def _step(self, attention: StepAttention, held: Sequence[_TrialRow], spans: Sequence[tuple[int, int]]) -> float:
+    def _step(self, attention: StepAttention, held: Sequence[_RandomRow], spans: Sequence[tuple[int, int]]) -> float:
         at_work = [(each, *span) for each, span in zip(held, spans, strict=True) if span[0] < span[1]]
         if not at_work:
             return 0.0
@@ -91,7 +91,7 @@ class _Trial:
         return float((found[0].float() - wanted).abs().max() / wanted.abs().max())
 
 
-class _TrialRow:
+class _RandomRow:
     """One row with its queries, keys and values, each (heads, tokens, size)."""
 
     def __init__(self, shape: CacheShape, length: int, generator: torch.Generator, device: torch.device) -> None:
