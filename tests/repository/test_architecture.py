@@ -90,6 +90,7 @@ def test_these_load_no_torch(module: str, heavy_imports: dict[str, list[str]]) -
 def bare_names(code: str) -> list[str]:
     """The places of a module that name a room without its package, by an import or in a string, as `line 3: jobs.x`."""
     tree = ast.parse(code)
+    said = docstrings(tree)
     found = []
     for node in ast.walk(tree):
         names: list[str] = []
@@ -97,7 +98,7 @@ def bare_names(code: str) -> list[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings(tree):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in said:
             dotted = _DOTTED.fullmatch(node.value)
             names = [dotted[0]] if dotted and is_module(dotted[1]) else _IMPORTED.findall(node.value)
         elif isinstance(node, ast.List):
