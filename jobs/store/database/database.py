@@ -29,6 +29,7 @@ from batchmill.jobs.errors import (
     StoreUnavailable,
 )
 from batchmill.jobs.runtime.files.locks import sqlite_held_by
+from batchmill.jobs.runtime.process.interrupts import interrupts_later
 from batchmill.jobs.runtime.waiting import Wait, telling
 from batchmill.jobs.store.database.clock import StoreClock
 from batchmill.jobs.store.database.line import WriterLine
@@ -71,7 +72,13 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection in a transaction that only reads; keep it short and fetch everything at once."""
-        with self.translated(), self._told() as wait, self._engine.connect() as connection, connection.begin():
+        with (
+            interrupts_later(),
+            self.translated(),
+            self._told() as wait,
+            self._engine.connect() as connection,
+            connection.begin(),
+        ):
             wait.works()
             yield connection
 
@@ -82,7 +89,7 @@ class Database:
         On SQLite the transaction holds the write lock from its first statement (BEGIN IMMEDIATE), and writers get it
         in the order in which they ask.
         """
-        with self.translated(), self._told() as wait, self._engine.connect() as plain:
+        with interrupts_later(), self.translated(), self._told() as wait, self._engine.connect() as plain:
             connection = plain.execution_options(writes=True)
             with connection.begin():
                 wait.works()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from batchmill.jobs.broker.embedded import EmbeddedRedis
 from batchmill.jobs.configuration.settings import Settings
 from batchmill.jobs.errors import UsageError
+from batchmill.jobs.runtime.process.interrupts import interrupt
 
 
 def require_embedded(settings: Settings) -> None:
@@ -32,13 +32,13 @@ def own_redis(settings: Settings) -> Iterator[EmbeddedRedis]:
 
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
-    """Has SIGTERM end a mill as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    """Has SIGTERM end a mill as Ctrl-C does, and both of them after a transaction that is under way."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as behind `nohup`
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

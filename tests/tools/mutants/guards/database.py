@@ -18,6 +18,17 @@ DATABASE: tuple[Mutant, ...] = (
         ("tests/unit/jobs/store/database/test_database_ends.py",),
     ),
     Mutant(
+        "an interrupt waits for the end of a transaction",
+        (
+            Edit(
+                "jobs/store/database/database.py",
+                "with interrupts_later(), self.translated(), self._told() as wait",
+                "with self.translated(), self._told() as wait",
+            ),
+        ),
+        ("tests/unit/jobs/runtime/process/test_interrupts.py",),
+    ),
+    Mutant(
         "whoever opens a SQLite store makes no file",
         (Edit("jobs/store/database/database.py", "else 'rw'}\"", "else 'rwc'}\""),),
         ("tests/unit/jobs/store/database/test_database.py",),
