@@ -32,6 +32,7 @@ from batchmill.jobs.runtime.files.locks import sqlite_held_by
 from batchmill.jobs.runtime.process.interrupts import interrupts_later
 from batchmill.jobs.runtime.waiting import Wait, telling
 from batchmill.jobs.store.database.clock import StoreClock
+from batchmill.jobs.store.database.driver_errors import advice, damage, first_line, without_rows
 from batchmill.jobs.store.database.line import WriterLine
 from batchmill.jobs.store.database.postgresql import crowded, postgresql_engine
 
@@ -216,13 +217,13 @@ class Database:
         except (DBAPIError, TimeoutError) as error:
             ours = self._ours(error)
             if ours is None:
-                raise _without_rows(error).with_traceback(error.__traceback__) from None
+                raise without_rows(error).with_traceback(error.__traceback__) from None
             raise ours from None
 
     def _ours(self, error: DBAPIError | TimeoutError) -> StoreError | None:
         """Our error for a foreign one; None for one that is a bug of ours (a constraint, a syntax)."""
         cause = error.orig if isinstance(error, DBAPIError) else error
-        text = _first_line(cause or error)
+        text = first_line(cause or error)
         if getattr(cause, "sqlstate", None) in _CONFLICTS:
             return StoreConflict(f"the store {self.name} is busy: {text}; try again")
         if isinstance(error, DBAPIError) and error.statement is None and (line := crowded(str(cause))):
@@ -233,8 +234,8 @@ class Database:
         if "locked" in text or "lock timeout" in text or isinstance(error, TimeoutError):
             who = self._holder() or "another connection"
             return StoreLocked(f"the store {self.name} is locked by {who} ({text}); try again", holder=who)
-        if isinstance(cause, sqlite3.Error) and (damage := _damage(cause, self.name)):
-            return StoreError(damage)
+        if isinstance(cause, sqlite3.Error) and (harm := damage(cause, self.name)):
+            return StoreError(harm)
         if "disk is full" in text or "No space left" in text:
             return StoreFull(f"no space left for the store {self.name}; free some and try again")
         if "permission denied" in text:
@@ -243,7 +244,7 @@ class Database:
             )
         failed_over = "read-only transaction" in text  # for a while, after PostgreSQL has failed over
         if isinstance(error, OperationalError) or failed_over or getattr(error, "connection_invalidated", False):
-            return StoreUnavailable(f"cannot use the store {self.name}: {text}{_advice(cause)}")
+            return StoreUnavailable(f"cannot use the store {self.name}: {text}{advice(cause)}")
         return None
 
 
@@ -254,53 +255,3 @@ def _file_of(url: URL) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error; PostgreSQL's further lines quote the row that it is about, so prompts."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _damage(error: sqlite3.Error, name: str) -> str:
-    """The line about a file that is no SQLite database, or a damaged one; empty for any other error."""
-    match _sqlite_code(error):
-        case sqlite3.SQLITE_NOTADB:
-            return (
-                f"the store {name} is no SQLite database; move the file away, or name another by BATCHMILL_HOME "
-                "or BATCHMILL_DATABASE_URL"
-            )
-        case sqlite3.SQLITE_CORRUPT:
-            return (
-                f"the store {name} is damaged ({error}); stop its workers and put a backup in its place, or rescue "
-                "what can be read by `sqlite3 FILE .recover | sqlite3 NEW`"
-            )
-    return ""
-
-
-def _advice(error: BaseException | None) -> str:
-    """The remedy where SQLite may not open or write a file; empty for any other error."""
-    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
-        return ": a process died while it wrote, and what it left has to be taken back first, as `batchmill jobs` does"
-    if isinstance(error, sqlite3.Error) and _sqlite_code(error) in (
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_PERM,
-    ):
-        return (
-            "; your user has to be able to write this file, to any size, and its folder: allow it, or name another "
-            "by BATCHMILL_HOME or BATCHMILL_DATABASE_URL"
-        )
-    return ""
-
-
-def _sqlite_code(error: sqlite3.Error) -> int:
-    """The primary result code, without what SQLite adds in the higher bits; 0 for an error of Python's own."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-def _without_rows(error: DBAPIError | TimeoutError) -> DBAPIError | TimeoutError:
-    """The same error with nothing of the rows in its text."""
-    if isinstance(error, TimeoutError) or error.orig is None:
-        return error
-    return type(error)(error.statement, None, type(error.orig)(_first_line(error.orig)), hide_parameters=True)

@@ -138,6 +138,17 @@ class TestClaiming:
         assert store.leases.sync(who, held).released == {second.lease.batch_id}
         assert mill.claim(store, other)[0].lease.batch_id == second.lease.batch_id
 
+    def test_what_a_turn_without_an_answer_brought_is_handed_back(self, store: Store) -> None:
+        """The worker knows of its first batch alone: it never heard what the second turn had claimed."""
+        mill.load(store, 8, batch_size=4)
+        who = mill.session(store)
+        (held,) = mill.claim(store, who)
+        (lost,) = mill.claim(store, who)
+        kept = store.leases.sync(who, [mill.answered(held, count=0)], resumed=True)
+        assert (kept.lost, kept.released) == (frozenset(), frozenset())
+        (again,) = mill.claim(store, mill.session(store, name="other"))
+        assert again.lease.batch_id == lost.lease.batch_id
+
     def test_what_held_for_the_sampling_is_settled_by_the_first_claim(self, store: Store) -> None:
         flags = GenerationOptions("be brief", SamplingParams(temperature=0.0, stop=("x",)))
         job_id = mill.load(store, 8, options=flags)
