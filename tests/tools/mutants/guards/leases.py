@@ -105,7 +105,9 @@ LEASES: tuple[Mutant, ...] = (
     Mutant(
         "what an unanswered turn brought is handed back",
         (Edit("jobs/store/leases/sync.py", "            if resumed:\n", "            if False:\n"),),
-        ("tests/contracts/store/test_store.py::TestClaiming::test_what_a_turn_without_an_answer_brought_is_handed_back",),
+        (
+            "tests/contracts/store/test_store.py::TestClaiming::test_what_a_turn_without_an_answer_brought_is_handed_back",
+        ),
     ),
     Mutant(
         "an expired lease is no crash",
