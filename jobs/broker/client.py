@@ -33,7 +33,7 @@ MAX_WAKEUPS = 1_000
 _KEY_PREFIX = "batchmill:"
 _SOCKET_SECONDS = 10
 _CONNECT_SECONDS = 5
-#: between the two attempts to reach Redis: kombu alone would wait for 2 s.
+#: The pause between the two attempts to reach Redis; kombu alone would wait for 2 s.
 _RETRY_SECONDS = 0.2
 #: The remedies for some errors, by words of their texts; the first match is told.
 _REMEDIES = {
@@ -193,7 +193,7 @@ class Broker:
     def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer."""
         with self._translated(), self._app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=_RETRY_SECONDS, timeout=_CONNECT_SECONDS)
+            self._connected(connection)
 
     def close(self) -> None:
         self._app.close()

@@ -78,10 +78,7 @@ class FlashAttention:
         self._rows = self._tokens = self._most_queries = 0
 
     def plan(self, pieces: Sequence[Piece[Any]], *, unused: Sequence[int] = ()) -> None:
-        """Takes the pieces of a step, in the order of their tokens in the forward.
-
-        `unused`: places of the cache for tokens that follow them and belong to no row.
-        """
+        """Describes a step on the device, as `StepAttention.plan` is told of it."""
         places = [row.held.start + place for row, begin, end in pieces for place in range(begin, end)]
         counts = [end - begin for _, begin, end in pieces] + [1] * len(unused)
         starts = [row.held.start for row, _, _ in pieces] + [place - place % PAGE_TOKENS for place in unused]
@@ -110,10 +107,7 @@ class FlashAttention:
         sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Takes queries (1, heads, tokens, size), and keys and values of the same tokens, which it keeps.
-
-        Returns (1, tokens, heads, size of a value), as transformers' attention functions do.
-        """
+        """Computes a layer in one call of the kernel; shapes as in `StepAttention`."""
         begin = perf_counter()
         layer: Any = module.layer_idx
         heads = self._cache.heads

@@ -44,10 +44,7 @@ class SdpaAttention:
         self._places = torch.empty(0, dtype=torch.long)
 
     def plan(self, pieces: Sequence[Piece[Any]], *, unused: Sequence[int] = ()) -> None:
-        """Takes the pieces of a step, in the order of their tokens in the forward.
-
-        `unused`: places of the cache for tokens that follow them and belong to no row.
-        """
+        """Groups the pieces of a step, as `StepAttention.plan` is told of them."""
         heads = self._cache.heads
         firsts = [row.held.start * heads + place for row, begin, end in pieces for place in range(begin, end)]
         sizes = [row.held.size for row, begin, end in pieces for _ in range(begin, end)]
@@ -71,10 +68,7 @@ class SdpaAttention:
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Takes queries (1, heads, tokens, size), and keys and values of the same tokens, which it keeps.
-
-        Returns (1, tokens, heads, size of a value), as transformers' attention functions do.
-        """
+        """Computes a layer by its groups; shapes as in `StepAttention`."""
         begin = perf_counter()
         layer: Any = module.layer_idx
         keys, values = self._cache.keys[layer], self._cache.values[layer]
